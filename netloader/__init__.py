@@ -1,0 +1,105 @@
+"""Load model weights from a neighbour that already holds them: a library, a vLLM load format, a command line.
+
+Names are resolved on first use, so that importing the package is quick and needs neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from netloader import sync
+    from netloader.addresses import Address, parse_address
+    from netloader.config import Config, load_config
+    from netloader.errors import (
+        AttemptFailed,
+        ChannelBusy,
+        ChannelClosed,
+        ConfigError,
+        DigestMismatch,
+        LocalProtocolError,
+        ManifestError,
+        NetloaderError,
+        NoSourceLeft,
+        PeerLost,
+        ProtocolError,
+        RefusedError,
+        RemoteProtocolError,
+        RootMismatch,
+        TransferTimeout,
+        TransportError,
+        TransportUnavailable,
+        VerificationError,
+    )
+    from netloader.identity import Difference, ModelIdentity, differences
+    from netloader.library import Server, probe, pull, pull_new
+    from netloader.manifest import Manifest, TensorSpec
+    from netloader.probing import Probe
+    from netloader.report import Phases, Progress, PullReport, SourceShare
+    from netloader.server_session import SessionInfo
+
+__all__ = [
+    "Address",
+    "AttemptFailed",
+    "ChannelBusy",
+    "ChannelClosed",
+    "Config",
+    "ConfigError",
+    "Difference",
+    "DigestMismatch",
+    "LocalProtocolError",
+    "Manifest",
+    "ManifestError",
+    "ModelIdentity",
+    "NetloaderError",
+    "NoSourceLeft",
+    "PeerLost",
+    "Phases",
+    "Probe",
+    "Progress",
+    "ProtocolError",
+    "PullReport",
+    "RefusedError",
+    "RemoteProtocolError",
+    "RootMismatch",
+    "Server",
+    "SessionInfo",
+    "SourceShare",
+    "TensorSpec",
+    "TransferTimeout",
+    "TransportError",
+    "TransportUnavailable",
+    "VerificationError",
+    "differences",
+    "load_config",
+    "parse_address",
+    "probe",
+    "pull",
+    "pull_new",
+    "sync",
+]
+
+_HOMES = {
+    "addresses": ("Address", "parse_address"),
+    "probing": ("Probe",),
+    "config": ("Config", "load_config"),
+    "identity": ("Difference", "ModelIdentity", "differences"),
+    "library": ("Server", "probe", "pull", "pull_new"),
+    "manifest": ("Manifest", "TensorSpec"),
+    "report": ("Phases", "Progress", "PullReport", "SourceShare"),
+    "server_session": ("SessionInfo",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name == "sync":
+        return import_module("netloader.sync")
+    if name in __all__:
+        return getattr(import_module(f"netloader.{_HOME_OF.get(name, 'errors')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

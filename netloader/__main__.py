@@ -1,0 +1,10 @@
+"""``python -m netloader`` is the command ``netloader``."""
+
+from __future__ import annotations
+
+import sys
+
+from netloader.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Addresses that a server announces and a client pulls from: ``host:port``, with IPv6 hosts in brackets."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import msgspec
+
+from netloader.errors import ConfigError
+
+__all__ = ["ALLOWED_ADDRESS", "ALLOWED_HOST", "Address", "is_loopback", "is_wildcard", "parse_address", "parse_host"]
+
+ALLOWED_HOST = "an IPv4 address, an IPv6 address or a host name"
+ALLOWED_ADDRESS = "IPv4:port, hostname:port or [IPv6]:port, with a port from 1 to 65535"
+
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+# The C library reads "1.2.3", "0x7f.1" or a bare "2130706433" as IPv4 addresses of its own kind. Nobody means that.
+_NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
+_ZONE = re.compile(r"[A-Za-z0-9_.@~-]{1,32}")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_HIGHEST_PORT = 65535
+_LONGEST_NAME = 253
+
+
+class Address(msgspec.Struct, frozen=True, order=True):
+    """Where a server listens.
+
+    Two addresses that mean the same are equal: host names are kept in lower case, IPv6 addresses in their shortest
+    form. ``str(address)`` gives the text that :func:`parse_address` reads back.
+
+    Attributes:
+        host: IPv4 address, IPv6 address (no brackets, zone after ``%``) or host name.
+        port: 1 to 65535.
+
+    Raises:
+        ConfigError: `host` or `port` is not valid.
+    """
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "host", parse_host(self.host))
+        if type(self.port) is not int or not 1 <= self.port <= _HIGHEST_PORT:  # a bool is an int to isinstance
+            raise ConfigError(field="port", value=self.port, allowed=f"an integer from 1 to {_HIGHEST_PORT}")
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: object, *, field: str = "address") -> Address:
+    """Read ``host:port``.
+
+    Args:
+        text: ``10.0.0.7:19374``, ``node-7.example:19374``, ``[fd00::7]:19374`` or ``[fe80::7%eth0]:19374``.
+        field: Where the text was found (``SOURCE[1].sources[0]``); errors name it.
+
+    Returns:
+        The address, normalised.
+
+    Raises:
+        ConfigError: `text` is not an address. The message says which part is wrong.
+    """
+
+    def wrong(reason: str, hint: str = "") -> ConfigError:
+        return ConfigError(field=field, value=text, allowed=ALLOWED_ADDRESS, reason=reason, hint=hint)
+
+    if not isinstance(text, str):
+        raise wrong(f"an address is text, this is of type {type(text).__name__}")
+    if "://" in text:
+        raise wrong("this is a URL", "leave out everything before the host, and any path after the port")
+    host, colon, port = text.rpartition(":")
+    if text.startswith("["):
+        closing = text.find("]")
+        if closing < 0:
+            raise wrong("the bracket is not closed")
+        if text[closing + 1 : closing + 2] != ":":
+            raise wrong("the port is missing", "write [IPv6]:port")
+        host, port = text[1:closing], text[closing + 2 :]
+        if ":" not in host:
+            raise wrong("only IPv6 addresses stand in brackets")
+    elif not colon:
+        raise wrong("the port is missing", "write host:port; the server's log names both")
+    elif ":" in host:
+        raise wrong("an IPv6 address needs brackets", "write [IPv6]:port")
+    if not _PORT.fullmatch(port) or int(port) > _HIGHEST_PORT:
+        raise wrong("the port is not a number from 1 to 65535 in plain digits")
+    fault = _fault_of_host(host)
+    if fault:
+        raise wrong(fault)
+    return Address(host, int(port))
+
+
+def parse_host(text: object, *, field: str = "host") -> str:
+    """Read a host without a port; an IPv6 address may stand in brackets.
+
+    Args:
+        text: IPv4 address, IPv6 address or host name.
+        field: Where the text was found; errors name it.
+
+    Returns:
+        The host in the form that :class:`Address` keeps.
+
+    Raises:
+        ConfigError: `text` is not a host.
+    """
+    if not isinstance(text, str):
+        wrong_type = f"a host is text, this is of type {type(text).__name__}"
+        raise ConfigError(field=field, value=text, allowed=ALLOWED_HOST, reason=wrong_type)
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
+    reason = _fault_of_host(host)
+    if reason:
+        raise ConfigError(field=field, value=text, allowed=ALLOWED_HOST, reason=reason)
+    return str(ipaddress.IPv6Address(host)) if ":" in host else host.lower()
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether `host` means every address of this machine (``0.0.0.0``, ``::``), so that no client can connect to it."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is an address by which a machine reaches itself only; a name is not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _fault_of_host(host: str) -> str | None:
+    """Say what is wrong with `host`, or None."""
+    if not host:
+        return "the host is missing"
+    if ":" in host:
+        return _fault_of_ipv6(host)
+    if not host.isascii():
+        return "a host name with other than ASCII letters must be written in its xn-- form"
+    labels = host.removesuffix(".").split(".")
+    if _NUMERIC_LABEL.fullmatch(labels[-1]):
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError as error:
+            return f"not an IPv4 address ({error})"
+        return None
+    if len(host) > _LONGEST_NAME:
+        return f"a host name has at most {_LONGEST_NAME} characters"
+    for label in labels:
+        if not _LABEL.fullmatch(label):
+            return f"{label[:64]!r} is not a part of a host name"
+    return None
+
+
+def _fault_of_ipv6(host: str) -> str | None:
+    address, percent, zone = host.partition("%")
+    if percent and not _ZONE.fullmatch(zone):
+        return f"{zone[:40]!r} is not a zone of an IPv6 address"
+    try:
+        ipaddress.IPv6Address(address)
+    except ValueError as error:
+        return f"not an IPv6 address ({str(error)[:100]})"
+    return None

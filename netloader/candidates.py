@@ -1,0 +1,208 @@
+"""Which source to try next: order, pauses, redirections to relays, and what failed. Pure; time is passed in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from netloader.addresses import Address
+
+__all__ = ["Candidates"]
+
+_PAUSE = (0.2, 5.0)
+"""Seconds until a source that was not ready is tried again: first, and at most."""
+
+_RELAY_PAUSE = 0.05
+"""Seconds until a relay that was not ready is tried again: it only has to hear what its own source holds."""
+
+_RELAY_WAIT = 5.0
+"""Seconds after which a relay that is still not ready is given up."""
+
+_MAX_RELAYS = 4096
+"""Relays that one pull remembers: what servers name is bounded by this."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A source that may still have something to give."""
+
+    tries: int
+    until: float
+    pause: float
+    order: int
+    via: Address | None = None
+    due: float = 0.0
+    running: bool = False
+    resting: bool = False  # it had nothing to do; worth another session when blocks become pending again
+    waits_for: frozenset[Address] = frozenset()  # it sent us to these; worth another try when they are gone
+
+
+class Candidates:
+    """The sources of one pull.
+
+    A source is tried in the order given, relays that a server named before the servers themselves. One that says "not
+    ready" or cannot be reached is tried again after a growing pause, for the last time when the wait is over. One
+    that sent us to relays is tried again when none of those is left, and is told which ones to avoid.
+
+    Args:
+        sources: In the order to try.
+        tries: Sessions with one source that may break after they brought something.
+        until: When waiting for sources that are not ready ends.
+    """
+
+    def __init__(self, sources: Iterable[Address], *, tries: int, until: float) -> None:
+        self._tries = tries
+        self._until = until
+        self._order = 0
+        self._known: dict[Address, _Candidate] = {}
+        self._failed: dict[Address, None] = {}
+        for source in sources:
+            if source not in self._known:
+                self._known[source] = _Candidate(tries, until, _PAUSE[0], self._next())
+
+    @property
+    def avoid(self) -> tuple[Address, ...]:
+        """Relays that failed us, newest last."""
+        return tuple(self._failed)
+
+    @property
+    def running(self) -> int:
+        """Sources that are being pulled from."""
+        return sum(c.running for c in self._known.values())
+
+    def can_be_spared(self, source: Address) -> bool:
+        """Whether `source` is a relay, and whoever named it is still there to name another one or to serve us."""
+        candidate = self._known.get(source)
+        return candidate is not None and candidate.via is not None and candidate.via in self._known
+
+    def take(self, now: float, *, work: bool) -> Address | None:
+        """The source to try now, which is running from here on; None when there is none at the moment.
+
+        Args:
+            now: The time.
+            work: Whether any block is waiting to be fetched.
+        """
+        for source, candidate in sorted(self._known.items(), key=lambda item: (item[1].via is None, item[1].order)):
+            if candidate.running or candidate.due > now or self._held_back(candidate):
+                continue
+            if candidate.resting and not work:
+                continue
+            candidate.running, candidate.resting = True, False
+            candidate.waits_for = frozenset()
+            return source
+        return None
+
+    def next_due(self, now: float) -> float | None:
+        """When :meth:`take` may have something, as far as time decides; None when time alone brings nothing."""
+        waiting = [c.due for c in self._known.values() if not c.running and not c.resting and not self._held_back(c)]
+        return max(now, min(waiting)) if waiting else None
+
+    def rest(self, source: Address) -> None:
+        """It had nothing more to do for us; it may be asked again when that changes."""
+        candidate = self._known[source]
+        candidate.running, candidate.resting = False, True
+
+    def again(self, source: Address, now: float) -> None:
+        """Its session broke after it had brought something: worth another try at once, a limited number of times."""
+        candidate = self._known[source]
+        candidate.running = False
+        candidate.tries -= 1
+        candidate.due = now
+        if candidate.tries <= 0 or candidate.via is not None:
+            self.drop(source)
+
+    def later(self, source: Address, now: float, at_least: float | None = None) -> None:
+        """It is not ready: worth another try after a pause, as long as the wait lasts.
+
+        Args:
+            source: The source.
+            now: The time.
+            at_least: Seconds that the source asked for, if it did.
+        """
+        candidate = self._known[source]
+        candidate.running = False
+        if now >= candidate.until:
+            self.drop(source)
+            return
+        pause = candidate.pause * random.uniform(0.5, 1.5)  # noqa: S311 - spreads clients, no secret
+        if at_least is not None and candidate.via is None:
+            pause = max(pause, at_least * random.uniform(1.0, 1.25))  # noqa: S311
+        candidate.due = min(now + pause, candidate.until)
+        candidate.pause = min(candidate.pause * 2, _PAUSE[1])
+
+    def redirect(self, source: Address, relays: Sequence[Address], now: float) -> bool:
+        """It sent us to relays.
+
+        Args:
+            source: The source.
+            relays: Where it sent us.
+            now: The time.
+
+        Returns:
+            Whether any of them is worth trying; the source waits for them then.
+        """
+        candidate = self._known[source]
+        usable = [r for r in relays if r != source and r not in self._failed]
+        for relay in usable:
+            if relay not in self._known and len(self._known) < _MAX_RELAYS:
+                self._known[relay] = _Candidate(
+                    self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=source, due=now
+                )
+        candidate.waits_for = frozenset(r for r in usable if r in self._known)
+        if not candidate.waits_for:
+            return False
+        candidate.running = False
+        candidate.due = now
+        return True
+
+    def gone(self, source: Address, others: Sequence[Address], now: float, at_least: float | None = None) -> None:
+        """It stopped serving, and named where it had its blocks from: those are asked now.
+
+        Args:
+            source: The source. A relay is left for good, since it may be a long time before it serves again.
+            others: What it named.
+            now: The time.
+            at_least: Seconds that it asked for, if it did.
+        """
+        via = self._known[source].via
+        if via is None:
+            self.later(source, now, at_least)
+        else:
+            self.drop(source)
+        # One that is known already keeps its pause: two that name each other would be asked without end.
+        for other in others:
+            new = other != source and other not in self._known and other not in self._failed
+            if new and len(self._known) < _MAX_RELAYS:
+                self._known[other] = _Candidate(
+                    self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=via or source, due=now
+                )
+
+    def drop(self, source: Address) -> None:
+        """It is no use any more; when it is a relay, whoever named it is told to avoid it."""
+        candidate = self._known.pop(source, None)
+        if candidate is not None and candidate.via is not None:
+            self._failed.pop(source, None)
+            self._failed[source] = None
+
+    def _held_back(self, candidate: _Candidate) -> bool:
+        """Whether one of the relays that it named may still be of use."""
+        return any(r in self._known and not self._waits_in_a_circle(r, candidate) for r in candidate.waits_for)
+
+    def _waits_in_a_circle(self, relay: Address, candidate: _Candidate) -> bool:
+        """Whether `relay` in turn waits for `candidate`: two servers that name each other hold nobody back."""
+        seen: set[Address] = set()
+        todo = [relay]
+        while todo:
+            name = todo.pop()
+            if name in seen or name not in self._known:
+                continue
+            seen.add(name)
+            if self._known[name] is candidate:
+                return True
+            todo.extend(self._known[name].waits_for)
+        return False
+
+    def _next(self) -> int:
+        self._order += 1
+        return self._order

@@ -1,0 +1,204 @@
+"""A digest that tells one checkpoint from another without reading it whole.
+
+Two fine-tunes of one model have files of equal names, sizes and headers; only their contents differ. Reading all of
+them takes as long as loading does. So: what the headers of safetensors files say about each tensor, and samples of the
+contents. How many samples there are and where they lie follows from sizes alone: equal weights have equal fingerprints,
+on every host and at any time, also when they were cut into other files. Weight files of other kinds are taken as they
+are: size and samples of each.
+
+A checkpoint that differs in a place where no sample lies is not told apart; the root, which covers every byte, does
+that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+__all__ = ["SAMPLES", "fingerprint_of", "weight_files_of"]
+
+SAMPLES = 1024
+"""Samples of a whole checkpoint, spread over its tensors. Reading them takes a few milliseconds from memory and, at a
+tenth of a millisecond each, about 100 ms from a solid-state disk."""
+
+LEAST_PER_FILE = 2
+"""Samples of a file that is no safetensors file, however many there are."""
+
+SAMPLE_BYTES = 1024
+
+_SAFETENSORS = ".safetensors"
+_INDEX = ".safetensors.index.json"
+_OTHERS = (".bin", ".pt", ".pth", ".gguf")
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
+"""What a trainer leaves beside weights; no engine loads it."""
+
+_MAX_HEADER = 100 << 20
+"""The format's own limit."""
+
+_LARGEST = 1 << 60
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    data_offsets: tuple[int, int] | None = None
+
+
+class _Piece(NamedTuple):
+    """A tensor, or a file whose tensors are not known.
+
+    Attributes:
+        label: What is known about it beside its contents; pieces are ordered by that.
+        file: Where it lies, as a number among the files.
+        begin: Its first byte there.
+        size: Its bytes.
+    """
+
+    label: bytes
+    file: int
+    begin: int
+    size: int
+
+
+def fingerprint_of(path: Path | str) -> str:
+    """Fingerprint of the checkpoint in a folder, or of a single weight file, in hex.
+
+    Args:
+        path: The folder, or the file.
+
+    Returns:
+        The digest; empty where there are no weight files, where some are missing that an index names, or where they
+        can't be read: then nothing is known, which is not an error here.
+    """
+    try:
+        files = weight_files_of(Path(path))
+        if not files:
+            return ""
+        with contextlib.ExitStack() as stack:
+            return _digest([_opened(file, stack) for file in files], [file.name for file in files])
+    except OSError:
+        return ""
+
+
+def weight_files_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold the weights, in the order of their names; none where one of them is missing.
+
+    Safetensors files go before all others, as they do for engines; where there is an index it says which of them count,
+    since a folder may hold a second copy of everything under other names.
+    """
+    if path.is_file():
+        return (path,)
+    if not path.is_dir():
+        return ()
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_file())
+    chosen = _named_by_an_index(path, names)
+    if chosen is None:
+        chosen = [name for name in names if name.endswith(_SAFETENSORS)]
+        if any(name.startswith("model") for name in chosen):
+            chosen = [name for name in chosen if not name.startswith("consolidated")]
+    if not chosen:
+        chosen = [name for name in names if name.endswith(_OTHERS) and name not in _NO_WEIGHTS]
+    return tuple(path / name for name in chosen) if set(chosen) <= set(names) else ()
+
+
+def _named_by_an_index(path: Path, names: Sequence[str]) -> list[str] | None:
+    indexes = [name for name in names if name.endswith(_INDEX)]
+    usual = f"model{_INDEX}"
+    if usual in indexes:
+        indexes = [usual]
+    if len(indexes) != 1:
+        return None
+    try:
+        named = set(msgspec.json.decode((path / indexes[0]).read_bytes(), type=_Index).weight_map.values())
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    # No weight file at all: a client's folder, where the index stayed behind.
+    return sorted(named) if any(name in names for name in named) else []
+
+
+def _opened(file: Path, stack: contextlib.ExitStack) -> int:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _digest(descriptors: Sequence[int], names: Sequence[str]) -> str:
+    tensors: list[_Piece] = []
+    others: list[_Piece] = []
+    for number, descriptor in enumerate(descriptors):
+        size = os.fstat(descriptor).st_size
+        header = _header(descriptor, size) if names[number].endswith(_SAFETENSORS) else b""
+        found = _tensors(header, number)
+        tensors += found
+        if not found:
+            others.append(_Piece(size.to_bytes(8, "little"), number, 0, size))
+    tensors.sort()
+    digest = hashlib.blake2b(msgspec.msgpack.encode([piece.label for piece in (*tensors, *others)]), digest_size=16)
+    places = [*_places(tensors, SAMPLES), *_places(others, max(SAMPLES, LEAST_PER_FILE * len(others)))]
+    _announce(descriptors, places)
+    for file, at, length in places:
+        digest.update(os.pread(descriptors[file], length, at))
+    return digest.hexdigest()
+
+
+def _header(descriptor: int, size: int) -> bytes:
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    return os.pread(descriptor, length, 8) if length <= min(size - 8, _MAX_HEADER) else b""
+
+
+def _tensors(header: bytes, file: int) -> list[_Piece]:
+    """The tensors that a header names; none where it is no header."""
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, _Entry]) if header else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []
+    start = 8 + len(header)
+    found = []
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets or (0, -1)  # what is no tensor has none: the file's remarks
+        if 0 <= begin <= end <= _LARGEST:
+            label = msgspec.msgpack.encode((name, entry.dtype, entry.shape))
+            found.append(_Piece(label, file, start + begin, end - begin))
+    return found
+
+
+def _places(pieces: Sequence[_Piece], most: int) -> list[tuple[int, int, int]]:
+    """File, first byte and length of each sample: evenly spread over each piece, or over the pieces if they are many.
+
+    For pieces in a fixed order they depend on sizes alone.
+    """
+    filled = [piece for piece in pieces if piece.size]
+    if len(filled) > most:
+        # As many of them as there are samples, evenly chosen, the last one among them.
+        filled = [filled[(number + 1) * len(filled) // most - 1] for number in range(most)]
+    places = []
+    for piece in filled:
+        length = min(SAMPLE_BYTES, piece.size)
+        each = min(most // len(filled), -(-piece.size // SAMPLE_BYTES))
+        for number in range(each):
+            # The first sample begins with the piece and the last one ends with it; a single one lies in the middle.
+            room = piece.size - length
+            at = room * number // (each - 1) if each > 1 else room // 2
+            places.append((piece.file, piece.begin + at, length))
+    return places
+
+
+def _announce(descriptors: Sequence[int], places: Sequence[tuple[int, int, int]]) -> None:
+    """Let the system fetch all samples at once, and nothing around them: one slow read instead of hundreds."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):  # advice only; a file system may not take it
+        for descriptor in descriptors:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        for file, at, length in places:
+            os.posix_fadvise(descriptors[file], at, length, os.POSIX_FADV_WILLNEED)

@@ -1,0 +1,20 @@
+"""``netloader demo``: the arguments of :func:`netloader.demo.run_demo`."""
+
+from __future__ import annotations
+
+import argparse
+
+import anyio
+
+from netloader.cli.console import Exit, say
+from netloader.demo import run_demo
+from netloader.transports.faults import Fault
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Run both processes; the client's exit status is ours."""
+    if options.fault is not None:
+        Fault.parse(options.fault)  # a wrong one is refused before anything is made
+    return Exit(anyio.run(run_demo, options.bytes, options.transport, options.fault, options.keep, say))

@@ -1,0 +1,132 @@
+"""``netloader probe``: what a source holds, and whether that is what one wants."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from netloader import library
+from netloader.cli.console import Exit, say, token_from
+from netloader.identity import ModelIdentity
+from netloader.manifest import compare
+from netloader.probing import Probe
+from netloader.progress import byte_text
+
+__all__ = ["run"]
+
+_SHOWN = 10
+_ALWAYS = ("layout", "role")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Ask, compare, tell."""
+    probe = anyio.run(_probe, options)
+    reasons: list[str] = []
+    if options.root is not None:
+        reasons = _other_root(probe, options.root)
+    elif options.against is not None:
+        reasons = _other_than(probe, options.against)
+    asked = options.root is not None or options.against is not None
+    if options.json:
+        say(msgspec.json.encode(_as_data(probe, reasons if asked else None)).decode())
+    else:
+        for line in _lines(probe):
+            say(line)
+        if asked:
+            say("matches: no" if reasons else "matches: yes, a pull gives these exact weights")
+        for reason in reasons[:_SHOWN]:
+            say(f"  {reason}")
+        if len(reasons) > _SHOWN:
+            say(f"  and {len(reasons) - _SHOWN} more")
+    return Exit.UNVERIFIED if reasons else Exit.OK
+
+
+async def _probe(options: argparse.Namespace) -> Probe:
+    return await library.probe(
+        options.source,
+        role=options.role,
+        layouts=("checkpoint", "raw", "processed"),
+        timeout=options.timeout,
+        token=token_from(options.token_file),
+    )
+
+
+def _other_root(probe: Probe, root: str) -> list[str]:
+    held = probe.announcement.root
+    return [] if held == root else [f"root: expected {root}, the source holds {held}"]
+
+
+def _other_than(probe: Probe, folder: Path) -> list[str]:
+    """Every reason why a pull would give something else than what is in `folder`."""
+    from netloader import checkpoint
+    from netloader.tensors import hold
+
+    held = probe.announcement
+    files = checkpoint.open_checkpoint(folder)
+    ours = hold(
+        files.tensors, ModelIdentity(), block_bytes=held.plan.block_bytes, algorithm=held.algorithm
+    ).announcement
+    if ours.root == held.root:
+        return []
+    reasons = [str(mismatch) for mismatch in compare(ours.manifest, held.manifest)]
+    if held.identity.layout != "checkpoint":
+        reasons.insert(0, f"layout: the source holds {held.identity.layout} tensors, a folder those of a checkpoint")
+    if not reasons:
+        size = len(ours.digests) // len(ours.plan.blocks)
+        differing = {
+            name
+            for number in range(len(ours.plan.blocks))
+            if ours.digests[number * size :][:size] != held.digests[number * size :][:size]
+            for name in ours.plan.tensors_of(number)
+        }
+        reasons = [f"{name}: same shape, other contents (in a block with it)" for name in sorted(differing)]
+    return reasons
+
+
+def _lines(probe: Probe) -> list[str]:
+    held = probe.announcement
+    dtypes = Counter(spec.dtype for spec in held.manifest.tensors)
+    lines = [
+        f"software   {probe.software or 'unknown'}",
+        f"root       {held.root}",
+        f"tensors    {len(held.manifest.tensors)} ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})",
+        f"bytes      {held.plan.nbytes} ({byte_text(held.plan.nbytes)})",
+        f"blocks     {len(held.plan.blocks)} of up to {held.plan.block_bytes} bytes, digest {held.algorithm}",
+        f"transports {', '.join(probe.transports) or 'none'}",
+    ]
+    for name, value in _identity(held.identity).items():
+        lines.append(f"identity   {name} = {value}")
+    return lines
+
+
+def _identity(identity: ModelIdentity) -> dict[str, object]:
+    """The fields that say something: those at their default are not known, or do not apply."""
+    default = msgspec.structs.asdict(ModelIdentity())
+    known = msgspec.structs.asdict(identity)
+    return {name: value for name, value in known.items() if name in _ALWAYS or value != default[name]}
+
+
+def _as_data(probe: Probe, reasons: list[str] | None) -> dict[str, object]:
+    held = probe.announcement
+    data: dict[str, object] = {
+        "software": probe.software,
+        "root": held.root,
+        "bytes": held.plan.nbytes,
+        "blocks": len(held.plan.blocks),
+        "block_bytes": held.plan.block_bytes,
+        "digest": held.algorithm,
+        "transports": probe.transports,
+        "identity": _identity(held.identity),
+        "seconds": probe.seconds,
+        "tensors": [
+            {"name": spec.name, "dtype": spec.dtype, "shape": spec.shape, "bytes": spec.nbytes}
+            for spec in held.manifest.tensors
+        ],
+    }
+    if reasons is not None:
+        data |= {"matches": not reasons, "reasons": reasons}
+    return data

@@ -1,0 +1,194 @@
+"""``netloader serve``: hold a folder of safetensors, without an engine, until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+from netloader import checkpoint
+from netloader.cli.console import Exit, say, token_from
+from netloader.errors import ConfigError
+from netloader.identity import ModelIdentity
+from netloader.library import Server
+from netloader.progress import ProgressLog
+from netloader.protocol import State
+from netloader.report import Progress
+from netloader.tensors import hold
+from netloader.transports import registry
+from netloader.transports.base import Transport
+from netloader.transports.faults import Fault, Faults, FaultyTransport
+
+if TYPE_CHECKING:
+    from netloader.tensors import Holding
+
+__all__ = ["run"]
+
+_SHORTEST_PAUSE = 0.05
+"""Seconds between two looks at the sessions."""
+
+
+class _Stopped(Exception):
+    """Told to stop while the files were being hashed."""
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Serve until a signal comes."""
+    return anyio.run(_serve, options)
+
+
+async def _serve(options: argparse.Namespace) -> Exit:
+    fault = None if options.fault is None else replace(Fault.parse(options.fault), times=None)
+    server = Server(
+        host=options.host,
+        port=options.port,
+        transport=_transports(options.transport, fault),
+        token=token_from(options.token_file),
+        max_clients=options.max_clients,
+        stall_timeout=options.stall_timeout,
+    )
+    stop = threading.Event()
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with server, anyio.create_task_group() as tasks:
+            # Only what happens in here is cancelled: the server then says goodbye to its clients in its own way.
+            tasks.start_soon(_stop_on_signal, signals, tasks.cancel_scope, stop)
+            if options.stop_on_eof:
+                tasks.start_soon(_stop_on_eof, tasks.cancel_scope, stop)
+            server.expect("target", "checkpoint", reason="its files are being read and hashed")
+            # Its thread ends by itself soon after `stop` is set.
+            holding = await anyio.to_thread.run_sync(_read, options, stop)
+            if holding is not None:
+                _check(fault, holding)
+                server.add(holding)
+                await _serve_until_cancelled(server, holding, options)
+    say("stopped")
+    return Exit.OK
+
+
+async def _serve_until_cancelled(server: Server, holding: Holding, options: argparse.Namespace) -> None:
+    announced = holding.announcement
+    say(f"root {announced.root}")
+    with _written(options.address_file, str(server.address)):
+        say(f"serving {announced.identity.model} at {server.address}")
+        await _show_sessions(server, announced.plan.nbytes, options.progress_every)
+
+
+def _transports(names: Sequence[str], fault: Fault | None) -> list[str | Transport]:
+    found = registry.available("cpu", names).transports
+    return [transport if fault is None else FaultyTransport(transport, Faults([fault])) for transport in found]
+
+
+def _read(options: argparse.Namespace, stop: threading.Event) -> Holding | None:
+    """Hash the files; None when told to stop meanwhile."""
+    log = ProgressLog(say, every=options.progress_every, verb="hashed")
+    began = time.monotonic()
+
+    def hashed(nbytes: int, total: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        log(Progress(nbytes, total, time.monotonic() - began, str(options.folder)))
+
+    files = checkpoint.open_checkpoint(options.folder)
+    model = options.model or options.folder.resolve().name
+    try:
+        return hold(files.tensors, ModelIdentity(model=model, layout="checkpoint"), progress=hashed)
+    except _Stopped:
+        return None
+
+
+def _check(fault: Fault | None, holding: Holding) -> None:
+    """Refuse a fault that could not happen.
+
+    Raises:
+        ConfigError: There is no such block, or no such byte in it.
+    """
+    if fault is None:
+        return
+    blocks = holding.announcement.plan.blocks
+    if fault.block >= len(blocks):
+        raise ConfigError(field="--fault block", value=fault.block, allowed=f"0 to {len(blocks) - 1}")
+    nbytes = blocks[fault.block].nbytes
+    if fault.byte >= nbytes:
+        raise ConfigError(field="--fault byte", value=fault.byte, allowed=f"0 to {nbytes - 1}, in block {fault.block}")
+
+
+async def _show_sessions(server: Server, total: int, every: float) -> None:
+    """Say how far each transfer is, when it got any further, until cancelled."""
+    pause = max(every, _SHORTEST_PAUSE)
+    seen: dict[str, _Seen] = {}
+    while True:
+        await anyio.sleep(pause)
+        now = time.monotonic()
+        moving = {info.peer: info for info in server.sessions if info.state is State.TRANSFER}
+        seen = {peer: seen.get(peer) or _Seen(peer, now - pause) for peer in moving}
+        for peer, info in moving.items():
+            seen[peer].take(info.nbytes, total, now)
+
+
+class _Seen:
+    """How far a client was when it was last looked at."""
+
+    def __init__(self, peer: str, began: float) -> None:
+        self._peer = peer
+        self._began = began
+        self._nbytes = 0
+        self._log = ProgressLog(say, every=0, verb=f"{peer}: sent")
+
+    def take(self, nbytes: int, total: int, now: float) -> None:
+        if nbytes > self._nbytes:
+            self._nbytes = nbytes
+            self._log(Progress(nbytes, total, now - self._began, self._peer))
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+async def _stop_on_signal(
+    signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope, stop: threading.Event
+) -> None:
+    async for number in signals:
+        say(f"stopping on {number.name}")
+        stop.set()
+        scope.cancel()
+        return
+
+
+async def _stop_on_eof(scope: anyio.CancelScope, stop: threading.Event) -> None:
+    descriptor = sys.stdin.fileno()
+    try:
+        await anyio.wait_readable(descriptor)
+        while os.read(descriptor, 4096):
+            await anyio.wait_readable(descriptor)
+    except PermissionError as error:
+        raise ConfigError(
+            field="--stop-on-eof", value=sys.stdin.name, allowed="a pipe, a socket or a terminal as standard input"
+        ) from error
+    stop.set()
+    scope.cancel()
+
+
+@contextmanager
+def _written(path: Path | None, address: str) -> Iterator[None]:
+    """The address in a file, whole or not at all, for as long as it is true."""
+    if path is None:
+        yield
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    draft.write_text(address, encoding="ascii")
+    draft.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""Control frames: 4 bytes of length (big endian), then one msgpack message.
+
+Decoding is incremental and free of I/O. The length is checked against the cap before any of the body is kept, so a
+peer can't make this side hold more than one frame of that size.
+"""
+
+from __future__ import annotations
+
+import struct
+from types import UnionType
+from typing import Generic, TypeVar, get_args
+
+import msgspec
+
+from netloader.errors import LocalProtocolError, RemoteProtocolError, shown
+from netloader.messages import PROTOCOL, Agree, ClientMessage, Hello, Identify, ServerMessage, Verdict, Want
+
+__all__ = [
+    "CLIENT_FRAME_CAP",
+    "SERVER_FRAME_CAP",
+    "FrameDecoder",
+    "client_messages",
+    "encode_frame",
+    "server_messages",
+]
+
+CLIENT_FRAME_CAP = 256 << 10
+"""Bytes in a frame from a client: nothing a client says is long, and a server hears strangers."""
+
+SERVER_FRAME_CAP = 256 << 20
+"""Bytes in a frame from a server: a manifest and its digests may be long."""
+
+_HEADER = struct.Struct(">I")
+_ENCODER = msgspec.msgpack.Encoder()
+_FROM_CLIENT = Hello | Identify | Agree | Want | Verdict
+M = TypeVar("M")
+
+_SHOWN_ERROR = 300
+"""Characters shown of why a body could not be decoded: the reason quotes what the peer sent."""
+
+
+class _Tagged(msgspec.Struct):
+    """Any message, for its name only."""
+
+    type: str
+
+
+_NAME = msgspec.msgpack.Decoder(_Tagged)
+
+
+def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
+    """One message as a frame.
+
+    Raises:
+        LocalProtocolError: The message is larger than any peer would accept, or holds what msgpack cannot say.
+    """
+    name = type(message).__name__
+    try:
+        body = _ENCODER.encode(message)
+    except (UnicodeEncodeError, OverflowError, TypeError) as error:
+        raise LocalProtocolError(
+            f"{name} cannot be sent: {error}", hint="use names and paths that are valid UTF-8"
+        ) from error
+    cap = CLIENT_FRAME_CAP if isinstance(message, _FROM_CLIENT) else SERVER_FRAME_CAP
+    if len(body) > cap:
+        hint = "shorten what it says" if cap == CLIENT_FRAME_CAP else "serve fewer tensors under one role"
+        raise LocalProtocolError(f"{name} takes {len(body)} bytes, the peer accepts {cap}", hint=hint)
+    return _HEADER.pack(len(body)) + body
+
+
+class FrameDecoder(Generic[M]):
+    """Cuts a byte stream into messages.
+
+    Args:
+        decoder: Typed decoder for the messages that this side may receive.
+        names: Names of those messages.
+        cap: Largest body accepted, in bytes.
+    """
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[M], names: frozenset[str], cap: int) -> None:
+        self._decoder = decoder
+        self._names = names
+        self._cap = cap
+        self._buffer = bytearray()
+        self._error: RemoteProtocolError | None = None
+
+    @property
+    def pending(self) -> int:
+        """Bytes of an unfinished frame; 0 between frames."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> list[M]:
+        """Take bytes as they came from the peer.
+
+        Args:
+            data: Any number of bytes, cut anywhere.
+
+        Returns:
+            Every message that is complete now, in order. What came before a broken frame is returned first, so that
+            the outcome does not depend on where the stream was cut; the next call raises, also with no data.
+
+        Raises:
+            RemoteProtocolError: A frame is larger than the cap, or its body is not a message. Every later call raises
+                it again.
+        """
+        if self._error is not None:
+            raise self._error
+        self._buffer += data
+        messages: list[M] = []
+        start = 0
+        try:
+            while len(self._buffer) - start >= _HEADER.size:
+                (length,) = _HEADER.unpack_from(self._buffer, start)
+                self._check_length(length)
+                end = start + _HEADER.size + length
+                if len(self._buffer) < end:
+                    break
+                messages.append(self._decode(bytes(memoryview(self._buffer)[start + _HEADER.size : end])))
+                start = end
+        except RemoteProtocolError as error:
+            self._error = error
+            self._buffer.clear()
+            if messages:
+                return messages
+            raise
+        del self._buffer[:start]
+        return messages
+
+    def _check_length(self, length: int) -> None:
+        if length > self._cap:
+            raise RemoteProtocolError(
+                f"the peer sent a frame of {length} bytes, at most {self._cap} are accepted",
+                hint="is this a netloader address?",
+            )
+
+    def _decode(self, body: bytes) -> M:
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise self._explained(body, error) from error
+
+    def _explained(self, body: bytes, error: Exception) -> RemoteProtocolError:
+        """What is wrong with a body: no message at all, one that this side does not know, or a wrong field."""
+        why = str(error)[:_SHOWN_ERROR]
+        try:
+            name = _NAME.decode(body).type
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return RemoteProtocolError(f"the peer sent no valid message: {why}", hint="is this a netloader address?")
+        hint = f"this side speaks protocol {PROTOCOL}: run the same netloader release on both sides"
+        if name in self._names:
+            return RemoteProtocolError(f"the peer sent a {name} that is not valid: {why}", hint=hint)
+        known = ", ".join(sorted(self._names))
+        return RemoteProtocolError(f"the peer sent {shown(name, 80)}, which is none of {known}", hint=hint)
+
+
+def _names(union: UnionType) -> frozenset[str]:
+    return frozenset(kind.__name__ for kind in get_args(union))
+
+
+def client_messages() -> FrameDecoder[ClientMessage]:
+    """A decoder for what clients send (a server uses it)."""
+    return FrameDecoder(msgspec.msgpack.Decoder(ClientMessage), _names(ClientMessage), CLIENT_FRAME_CAP)
+
+
+def server_messages() -> FrameDecoder[ServerMessage]:
+    """A decoder for what servers send (a client uses it)."""
+    return FrameDecoder(msgspec.msgpack.Decoder(ServerMessage), _names(ServerMessage), SERVER_FRAME_CAP)

@@ -1,0 +1,130 @@
+"""The control connection: frames over a TCP stream."""
+
+from __future__ import annotations
+
+import socket
+from typing import Generic, TypeVar
+
+import anyio
+from anyio.abc import SocketAttribute, SocketStream
+
+from netloader.codecs.frames import FrameDecoder, encode_frame
+from netloader.errors import PeerLost
+from netloader.messages import ClientMessage, ServerMessage
+
+__all__ = ["ControlConnection", "plain_host"]
+
+M = TypeVar("M", bound=ClientMessage | ServerMessage)
+
+_BROKEN = (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError)
+
+_UNACKED_MS = 20_000
+"""Milliseconds that data may stay unacknowledged before the kernel gives the connection up: the peer's host is gone."""
+
+_KEEPALIVE = (10, 5, 3)
+"""Seconds of silence before the first probe, seconds between probes, and probes: a vanished host is found in 25 s."""
+
+_READ_BYTES = 1 << 18
+
+
+def plain_host(host: str) -> str:
+    """A numeric address without the prefix that a dual-stack socket puts before IPv4 ones."""
+    return host.removeprefix("::ffff:") if "." in host else host
+
+
+def _tune(raw: socket.socket) -> None:
+    """Ask the kernel to send at once, and to notice a peer whose host is gone."""
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle, interval, count = _KEEPALIVE
+    for option, value in (
+        ("TCP_KEEPIDLE", idle),
+        ("TCP_KEEPINTVL", interval),
+        ("TCP_KEEPCNT", count),
+        ("TCP_USER_TIMEOUT", _UNACKED_MS),
+    ):
+        if hasattr(socket, option):  # named otherwise, or missing, outside Linux
+            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _broken(error: Exception) -> PeerLost:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    return PeerLost(f"the control connection broke: {str(cause) or type(cause).__name__}")
+
+
+class ControlConnection(Generic[M]):
+    """One control connection.
+
+    Args:
+        stream: A connected TCP stream; owned from here on, unless this raises.
+        decoder: Decoder for what the peer may send.
+
+    Raises:
+        PeerLost: The peer is gone already.
+    """
+
+    def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
+        self._stream = stream
+        self._decoder = decoder
+        raw = stream.extra(SocketAttribute.raw_socket)
+        try:
+            _tune(raw)
+            peer, local = raw.getpeername(), raw.getsockname()
+        except OSError as error:
+            raise PeerLost(
+                f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"
+            ) from error
+        self.local_host = plain_host(str(local[0]))
+        self.peer_host, self.peer_port = plain_host(str(peer[0])), int(peer[1])
+
+    async def receive(self) -> list[M]:
+        """The next messages; waits for at least one.
+
+        Raises:
+            PeerLost: The connection ended.
+            RemoteProtocolError: The peer sent bytes that are no message.
+        """
+        self._decoder.feed(b"")  # raises when a broken frame came right after the last messages
+        while True:
+            try:
+                data = await self._stream.receive(_READ_BYTES)
+            except anyio.EndOfStream:
+                cut = f", in the middle of a frame ({self._decoder.pending} bytes)" if self._decoder.pending else ""
+                raise PeerLost(f"the peer closed the control connection{cut}") from None
+            except _BROKEN as error:
+                raise _broken(error) from error
+            messages = self._decoder.feed(data)
+            if messages:
+                return messages
+
+    async def send(self, message: ClientMessage | ServerMessage) -> None:
+        """Send one message.
+
+        Raises:
+            PeerLost: The connection ended.
+            LocalProtocolError: The message cannot be said; nothing was sent.
+        """
+        frame = encode_frame(message)
+        try:
+            await self._stream.send(frame)
+        except _BROKEN as error:
+            raise _broken(error) from error
+
+    async def finish(self) -> None:
+        """Say that nothing more will be sent, and wait until the peer has closed too, dropping what it still sends.
+
+        Raises:
+            PeerLost: The connection broke.
+        """
+        try:
+            await self._stream.send_eof()
+            while True:
+                await self._stream.receive(_READ_BYTES)
+        except anyio.EndOfStream:
+            return
+        except _BROKEN as error:
+            raise _broken(error) from error
+
+    async def aclose(self) -> None:
+        """Close the connection. Idempotent; does not wait for the peer, and drops what it has not taken yet."""
+        await anyio.aclose_forcefully(self._stream)

@@ -1,0 +1,275 @@
+"""The demonstration: a server process and a client process move a real checkpoint, then both copies are compared.
+
+The comparison reads the files byte by byte with nothing but the standard library: no code that moved the bytes judges
+whether they arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from anyio.abc import Process
+
+from netloader.errors import ConfigError, NetloaderError, TransferTimeout
+from netloader.progress import byte_text
+
+__all__ = ["Comparison", "compare_checkpoints", "run_demo"]
+
+_START = 60.0
+_RUN = 120.0
+_STOP = 5.0
+_STALL = "3"
+"""Seconds: a stall on purpose should not keep anyone waiting."""
+
+_EVERY = "0.1"
+_PART = 1 << 20
+_ADDRESS = re.compile(r"serving .* at (\S+:[0-9]+)")
+_UNVERIFIED = 3
+
+Say = Callable[[str], object]
+
+
+async def run_demo(nbytes: int, transports: Sequence[str], fault: str | None, keep: Path | None, say: Say) -> int:
+    """Make a checkpoint, serve it in one process, pull it in another, compare both.
+
+    Args:
+        nbytes: About how many bytes the checkpoint has.
+        transports: What may carry them.
+        fault: Harm done to them on their way, as the command line names it; None for none.
+        keep: New or empty folder for both checkpoints; None for a temporary one.
+        say: Takes each line of output.
+
+    Returns:
+        The client's exit status; 3 as well when it reports success and the files differ.
+
+    Raises:
+        ConfigError: `keep` is not empty.
+        NetloaderError: The server did not start.
+    """
+    with _workplace(keep) as folder:
+        original, pulled = folder / "original", folder / "pulled"
+        files = await anyio.to_thread.run_sync(_make, original, nbytes)
+        say(f"made a checkpoint of {byte_text(nbytes)} in {len(files)} files")
+        status = await _serve_and_pull(original, pulled, transports, fault, say)
+        if status != 0:
+            say(f"the client ended with status {status}")
+            return status
+        found = await anyio.to_thread.run_sync(compare_checkpoints, original, pulled)
+        for problem in found.problems:
+            say(f"differs: {problem}")
+        if found.problems:
+            return _UNVERIFIED
+        say(f"compared {found.tensors} tensors, {byte_text(found.nbytes)}, file against file")
+        say("verified: all tensors bit-exact")
+        return 0
+
+
+def _make(folder: Path, nbytes: int) -> list[Path]:
+    from netloader import checkpoint
+
+    return checkpoint.make_demo_checkpoint(folder, nbytes)
+
+
+@contextmanager
+def _workplace(keep: Path | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="netloader-demo-") as made:
+            yield Path(made)
+        return
+    if keep.is_file() or (keep.is_dir() and any(keep.iterdir())):
+        raise ConfigError(field="--keep", value=str(keep), allowed="a new or empty folder")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep
+
+
+# --- the two processes ------------------------------------------------------------------------------------------------
+
+
+async def _serve_and_pull(original: Path, pulled: Path, transports: Sequence[str], fault: str | None, say: Say) -> int:
+    common = ["--transport", ",".join(transports), "--stall-timeout", _STALL, "--progress-every", _EVERY]
+    serve = ["serve", str(original), "--host", "127.0.0.1", "--stop-on-eof", *common]
+    if fault is not None:
+        serve += ["--fault", fault]
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(_Side.started("server", serve, say))
+        address = await server.address()
+        if address is None:
+            return await server.status(_STOP)
+        client = await stack.enter_async_context(
+            _Side.started("client", ["pull", address, "-o", str(pulled), *common], say)
+        )
+        status = await client.status(_RUN)
+        await server.stop()
+        return status
+
+
+class _Side:
+    """One of the two processes. What it prints is said with its name in front."""
+
+    def __init__(self, name: str, process: Process, say: Say) -> None:
+        self._name = name
+        self._process = process
+        self._say = say
+        self._address: str | None = None
+        self._known = anyio.Event()
+        self._silent = anyio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def started(cls, name: str, arguments: Sequence[str], say: Say) -> AsyncIterator[_Side]:
+        """Start it; when the block ends, so has the process."""
+        command = [sys.executable, "-m", "netloader", *arguments]
+        # The pipe on its standard input ends with us, whatever becomes of us: a server never outlives the demo.
+        process = await anyio.open_process(command, stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
+        side = cls(name, process, say)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(side._relay)
+            try:
+                yield side
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await side.stop()
+                    await process.aclose()
+                tasks.cancel_scope.cancel()
+
+    async def address(self) -> str | None:
+        """Where the server listens; None when it ended instead.
+
+        Raises:
+            TransferTimeout: It said nothing in time.
+        """
+        with anyio.move_on_after(_START):
+            await self._known.wait()
+            return self._address
+        raise TransferTimeout(f"the {self._name} was not ready within {_START:g} s")
+
+    async def status(self, within: float) -> int:
+        """How it ended.
+
+        Raises:
+            TransferTimeout: It still runs.
+        """
+        with anyio.move_on_after(within):
+            await self._silent.wait()
+            return await self._process.wait()
+        raise TransferTimeout(f"the {self._name} did not end within {within:g} s")
+
+    async def stop(self) -> None:
+        """End it, kindly first."""
+        if self._process.returncode is not None:
+            return
+        self._process.terminate()
+        with anyio.move_on_after(_STOP):
+            await self.status(_STOP)
+            return
+        self._process.kill()
+        await self._process.wait()
+
+    async def _relay(self) -> None:
+        output = self._process.stdout
+        if output is None:
+            raise NetloaderError(f"the {self._name} has no output")
+        rest = b""
+        async for part in output:
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                self._hear(line.decode(errors="replace"))
+        if rest:
+            self._hear(rest.decode(errors="replace"))
+        self._known.set()
+        self._silent.set()
+
+    def _hear(self, line: str) -> None:
+        self._say(f"{self._name} | {line}")
+        found = _ADDRESS.fullmatch(line)
+        if found is not None and self._address is None:
+            self._address = found.group(1)
+            self._known.set()
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found.
+
+    Attributes:
+        tensors: Tensors in the original.
+        nbytes: Their bytes.
+        problems: A line for each tensor that differs, is missing or is too much.
+    """
+
+    tensors: int
+    nbytes: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def parts(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            left = self.nbytes
+            while left > 0:
+                part = file.read(min(left, _PART))
+                if not part:
+                    return
+                left -= len(part)
+                yield part
+
+
+def compare_checkpoints(original: Path, copy: Path) -> Comparison:
+    """Compare the tensors in all safetensors files of two folders, byte by byte.
+
+    Raises:
+        ValueError: A file is not what it should be.
+    """
+    first, second = _stored(original), _stored(copy)
+    problems = [f"{name} is missing" for name in first if name not in second]
+    problems += [f"{name} is in the copy only" for name in second if name not in first]
+    for name, one in first.items():
+        other = second.get(name)
+        if other is None:
+            continue
+        if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
+            problems.append(f"{name} is {one.dtype} {one.shape} in one and {other.dtype} {other.shape} in the other")
+        elif any(a != b for a, b in zip_longest(one.parts(), other.parts())):
+            problems.append(f"{name} has other contents")
+    return Comparison(len(first), sum(one.nbytes for one in first.values()), tuple(problems))
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    found: dict[str, _Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if name in found:
+                raise ValueError(f"{name} is in {found[name].path.name} and in {path.name}")
+            begin, end = entry["data_offsets"]
+            found[name] = _Stored(path, 8 + length + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+    return found

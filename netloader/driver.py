@@ -1,0 +1,438 @@
+"""What server and client sessions have in common: carrying out the effects of a session over real I/O.
+
+Feeding an event is synchronous and never blocks: the session turns it into effects, quick ones are done at once, slow
+ones become tasks whose result comes back as one event. Reader, writer, timer and those tasks live in one task group,
+which ends with the session.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Generic, NoReturn, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+
+from netloader.control import ControlConnection
+from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
+from netloader.messages import ClientMessage, ServerMessage
+from netloader.protocol import FINAL, Session, State
+from netloader.protocol import effects as f
+from netloader.protocol import events as e
+from netloader.signals import SignalBox
+from netloader.transports.base import Channel, Setup, depth_of
+
+__all__ = ["MANY_SPANS", "Move", "PhaseClock", "SessionDriver"]
+
+Move = Callable[[], Awaitable[Callable[[], None]]]
+"""A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
+
+M = TypeVar("M", bound=ClientMessage | ServerMessage)
+R = TypeVar("R")
+
+_log = logging.getLogger("netloader")
+
+MANY_SPANS = 256
+"""Pieces of memory from which looking them up is done beside the event loop."""
+
+_LINGER = 0.5
+"""Seconds that the last messages of a session may take to leave."""
+
+_OUTBOX_LIMIT = 256
+"""Messages that may wait to be sent before this side stops reading: a peer that does not read gets no more done."""
+
+_SEND_LIMIT = 30.0
+"""Seconds that one control message may take to leave."""
+
+_EXPLAINING = 0.25
+"""Seconds that a peer which closed the channel has to say why."""
+
+_SHOWN_ERROR = 500
+
+
+class PhaseClock:
+    """Seconds spent in each state."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[State, float] = {}
+        self._state = State.LISTEN
+        self._since = time.monotonic()
+
+    def move(self, state: State) -> None:
+        """Account for the time since the last call, and go on in `state`."""
+        now = time.monotonic()
+        self._seconds[self._state] = self._seconds.get(self._state, 0.0) + now - self._since
+        self._state, self._since = state, now
+
+    def seconds(self) -> dict[State, float]:
+        """Seconds in each state that was visited, up to the last move."""
+        return dict(self._seconds)
+
+
+class SessionDriver(Generic[M]):
+    """Drives one session over one control connection. Subclasses carry out the effects of their side.
+
+    Args:
+        session: A fresh session.
+        connection: Its control connection; owned from here on.
+        device: Where blocks live.
+        label: Who this is, for the log.
+    """
+
+    def __init__(self, session: Session, connection: ControlConnection[M], *, device: str, label: str) -> None:
+        self.session = session
+        self.label = label
+        self.clock = PhaseClock()
+        self._connection = connection
+        self._device = device
+        self._signals = SignalBox(self.feed)
+        self._channel: Channel | None = None
+        self._channel_scope = anyio.CancelScope()
+        self._events: deque[e.Event] = deque()
+        self._feeding = False
+        self._outbox: deque[ClientMessage | ServerMessage] = deque()
+        self._outbox_changed = anyio.Event()
+        self._deadline: float | None = None
+        self._deadline_moved = anyio.Event()
+        self._watch_until = math.inf
+        self._closing = anyio.Event()
+        self._connection_lost = False
+        self._linger = _LINGER
+        self._send_scope = anyio.CancelScope()
+        self._last_words = anyio.CancelScope()
+        self._noted = ""
+        self._tasks: TaskGroup | None = None
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Drive the session until it has ended. Cancelling this ends the session with a goodbye.
+
+        Never raises for anything a peer can cause; see ``session.error`` afterwards.
+        """
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                tasks.start_soon(self._read)
+                tasks.start_soon(self._write)
+                tasks.start_soon(self._watch_timer)
+                self.feed(e.Connected(os.urandom(16)))
+                try:
+                    await self._closing.wait()
+                except anyio.get_cancelled_exc_class():
+                    self.feed(self.gave_up())
+                    raise
+                finally:
+                    self._send_scope.deadline = min(self._send_scope.deadline, anyio.current_time() + self._linger)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._signals.close()
+            with anyio.CancelScope(shield=True):
+                await self._say_last_words()
+                await self._close_channel()
+                await self._connection.aclose()
+            self.clock.move(self.session.state)
+            if self.session.error is not None:
+                _log.debug("%s: failed", self.label, exc_info=self.session.error)
+                _forget_frames(self.session.error)
+
+    def abandon(self, reason: str) -> None:
+        """End the session at once, also one that is ending already: nobody waits for the peer."""
+        self._linger = 0.0
+        self.feed(e.Cancelled(reason))
+        self._last_words.cancel()
+
+    async def _say_last_words(self) -> None:
+        """Send what is left, and see the peer close: closing with unread bytes would destroy what we said."""
+        with self._last_words:
+            self._last_words.deadline = anyio.current_time() + self._linger
+            try:
+                while self._outbox and not self._connection_lost:
+                    await self._connection.send(self._outbox.popleft())
+                if not self._connection_lost:
+                    await self._connection.finish()
+            except NetloaderError as error:
+                _log.debug("%s: last words were not heard: %s", self.label, error)
+
+    def feed(self, event: e.Event) -> None:
+        """Give the session one event and carry out what follows from it."""
+        self._events.append(event)
+        if self._feeding:  # an effect was quick enough to have its result at once
+            return
+        self._feeding = True
+        try:
+            while self._events:
+                self._step(self._events.popleft())
+        finally:
+            self._feeding = False
+
+    def _step(self, event: e.Event) -> None:
+        before = self.session.state
+        effects = self.session.handle(event)
+        after = self.session.state
+        if after is not before:
+            self.clock.move(after)
+            _log.debug("%s: %s", self.label, after.name)
+            self.moved(after)
+        for effect in effects:
+            try:
+                self._perform(effect)
+            except NetloaderError as error:
+                self._events.append(_as_event(error))
+
+    # --- effects ----------------------------------------------------------------------------------------------------
+
+    def _perform(self, effect: f.Effect) -> None:
+        match effect:
+            case f.Send(message):
+                self._outbox.append(message)
+                self._wake_outbox()
+            case f.SetTimer(seconds):
+                self._set_timer(seconds)
+            case f.Note(text):
+                _log.log(logging.DEBUG if text == self._noted else logging.INFO, "%s: %s", self.label, text)
+                self._noted = text
+            case f.NoteChain(node, chain):
+                self.chain(node, chain)
+            case f.DeliverSignal(data):
+                self._signals.deliver(data)
+            case f.CloseChannel():
+                self.spawn(self._close_channel, lambda _: e.ChannelDown())
+            case f.Close():
+                self._closing.set()
+            case _:
+                self.perform(effect)
+
+    def perform(self, effect: f.Effect) -> None:
+        """Carry out an effect of this side only.
+
+        Raises:
+            LocalProtocolError: This side has no such effect.
+        """
+        raise LocalProtocolError(f"{self.label} cannot carry out {type(effect).__name__}")
+
+    def chain(self, node: str, relays: tuple[str, ...]) -> None:
+        """Called when the peer tells which relays its blocks come through; nothing to be done for a plain pull."""
+
+    def gave_up(self) -> e.Cancelled:
+        """What is told to the peer when :meth:`run` is cancelled."""
+        return e.Cancelled("the client gave up")
+
+    def moved(self, after: State) -> None:
+        """Called after each change of state."""
+
+    def spawn(self, work: Callable[[], Awaitable[R]], result: Callable[[R], e.Event | None]) -> None:
+        """Run `work` as a task of the session and feed what `result` makes of its outcome.
+
+        An error that it raises is fed as a failure of the channel, or of the session.
+        """
+        if self._tasks is None:
+            raise LocalProtocolError("the session is not running")
+        self._tasks.start_soon(self._run_and_feed, work, result)
+
+    async def _run_and_feed(self, work: Callable[[], Awaitable[R]], result: Callable[[R], e.Event | None]) -> None:
+        try:
+            event = result(await work())
+        except anyio.get_cancelled_exc_class() as error:
+            _forget_frames(error)
+            raise
+        except Exception as error:  # noqa: BLE001 - see _failed
+            event = await self._failed(error)
+        if event is not None:
+            self.feed(event)
+
+    async def _failed(self, error: Exception) -> e.Event:
+        """The event for an error of a task. One that nobody expected costs the session too, and nothing else."""
+        if isinstance(error, PeerLost):
+            # The peer may have said why on the control connection; that is the better reason, and it takes a moment.
+            with anyio.move_on_after(_EXPLAINING):
+                await self._closing.wait()
+        if isinstance(error, NetloaderError):
+            return _as_event(error)
+        _log.error("%s: unexpected error, the session ends", self.label, exc_info=error)
+        explained = NetloaderError(
+            f"unexpected {type(error).__name__}: {error}"[:_SHOWN_ERROR],
+            hint="this is a bug in netloader or in a transport: the log has the details",
+        )
+        explained.__cause__ = error
+        return _as_event(explained)
+
+    # --- channel ----------------------------------------------------------------------------------------------------
+
+    def setup(self, peer_facts: dict[str, str], timeout: float, stall: float) -> Setup:
+        """What a transport is told about this session."""
+        return Setup(
+            device=self._device,
+            local_host=self._connection.local_host,
+            peer_host=self._connection.peer_host,
+            peer_facts=peer_facts,
+            signals=self._signals,
+            timeout=timeout,
+            stall=stall,
+        )
+
+    async def open_channel(self, make: Callable[[], Awaitable[Channel]]) -> e.Event | None:
+        """Open the channel with `make`, unless the session closes it first."""
+        channel: Channel | None = None
+        with self._channel_scope:
+            channel = await make()
+        if channel is None:
+            return None
+        if self._channel_scope.cancel_called or self._closing.is_set():
+            with anyio.CancelScope(shield=True):
+                await channel.aclose()
+            return None
+        self._channel = channel
+        return e.ChannelOpened()
+
+    def channel(self) -> Channel:
+        """The open channel.
+
+        Raises:
+            LocalProtocolError: There is none.
+        """
+        if self._channel is None:
+            raise LocalProtocolError("no channel is open")
+        return self._channel
+
+    async def move_blocks(self, following: Callable[[], Awaitable[Move | None]]) -> None:
+        """Make calls of the channel, as many at a time as it takes, until one fails or there are no more.
+
+        Args:
+            following: The next call; None when there is none and will be none. Asked for when the channel takes one.
+        """
+        slots = anyio.Semaphore(depth_of(self.channel()))
+        last = anyio.Event()
+        last.set()
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await slots.acquire()
+                try:
+                    move = await following()
+                except Exception as error:  # noqa: BLE001 - see _failed
+                    move = partial(_raise, error)
+                if move is None:
+                    return
+                before, last = last, anyio.Event()
+                # Tasks take their first steps in this order, and with it the channel gets its calls in it.
+                tasks.start_soon(self._move, move, before, last, slots, tasks.cancel_scope)
+
+    async def _move(
+        self, move: Move, before: anyio.Event, over: anyio.Event, slots: anyio.Semaphore, all_moves: anyio.CancelScope
+    ) -> None:
+        """Make one call, and account for it once those before it are accounted for."""
+        try:
+            account = await move()
+            await before.wait()
+            account()
+        except anyio.get_cancelled_exc_class() as error:
+            _forget_frames(error)
+            raise
+        except Exception as error:  # noqa: BLE001 - see _failed
+            event = await self._failed(error)
+            await before.wait()  # when an earlier one failed, too, that is the reason for this
+            self.feed(event)
+            all_moves.cancel()
+        else:
+            over.set()
+            slots.release()
+
+    async def _close_channel(self) -> None:
+        self._channel_scope.cancel()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with anyio.CancelScope(shield=True):
+                await channel.aclose()
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        while self.session.state not in FINAL:
+            try:
+                messages = await self._connection.receive()
+            except RemoteProtocolError as error:
+                self.feed(e.Garbled(error))
+                return
+            except PeerLost as error:
+                self._lose(error.message)
+                return
+            for message in messages:
+                self.feed(message)
+                while len(self._outbox) > _OUTBOX_LIMIT:
+                    await self._outbox_changed.wait()
+            await anyio.lowlevel.checkpoint()
+
+    async def _write(self) -> None:
+        while True:
+            while not self._outbox:
+                await self._outbox_changed.wait()
+            message = self._outbox.popleft()
+            # Shielded: what is being said when the session closes is said to its end, or the peer could not make
+            # sense of the last words after it. Closing moves the deadline nearer.
+            deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
+            with anyio.CancelScope(shield=True, deadline=deadline) as self._send_scope:
+                try:
+                    await self._connection.send(message)
+                except PeerLost as error:
+                    self._lose(error.message)
+                    return
+                except NetloaderError as error:  # it can't be said at all
+                    self.feed(_as_event(error))
+            if self._send_scope.cancelled_caught:
+                self._lose("the peer does not read")
+                return
+            self._wake_outbox()
+
+    def _wake_outbox(self) -> None:
+        changed, self._outbox_changed = self._outbox_changed, anyio.Event()
+        changed.set()
+
+    def _lose(self, reason: str) -> None:
+        self._connection_lost = True
+        self._outbox.clear()
+        self.feed(e.ConnectionLost(reason))
+
+    def _set_timer(self, seconds: float | None) -> None:
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        # Most deadlines are moved away: the watch finds that out when it wakes for the old one.
+        if self._deadline is not None and self._deadline < self._watch_until:
+            self._deadline_moved.set()
+
+    async def _watch_timer(self) -> None:
+        while True:
+            self._deadline_moved = anyio.Event()
+            self._watch_until = math.inf if self._deadline is None else self._deadline
+            left = self._watch_until - time.monotonic()
+            if left <= 0:
+                self._deadline = None
+                self.feed(e.TimedOut())
+                continue
+            with anyio.move_on_after(left):
+                await self._deadline_moved.wait()
+
+
+async def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _as_event(error: NetloaderError) -> e.Event:
+    if isinstance(error, RemoteProtocolError):
+        return e.Garbled(error)
+    if isinstance(error, TransportError):
+        return e.ChannelFailed(error)
+    return e.Cancelled(error.message, error=error)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Keep an error, but not where it came from: tracebacks keep the tensors alive that were being moved."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ if error.__cause__ is not None else error.__context__

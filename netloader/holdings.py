@@ -1,0 +1,159 @@
+"""What a server serves, by role: ready, still loading, or retracted. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from netloader.errors import LocalProtocolError
+from netloader.identity import Layout, Role
+from netloader.plan import Plan
+from netloader.protocol.events import Announcement, Held, NotHeld
+from netloader.relays import Supply
+from netloader.transports.base import BlockView
+
+__all__ = ["Holding", "Holdings", "Memory"]
+
+
+class Memory(Protocol):
+    """Where a holding's blocks live."""
+
+    def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
+        """Views of these blocks, in this order.
+
+        Raises:
+            ManifestError: Some of the memory is gone.
+        """
+        ...
+
+    def missing(self, plan: Plan, number: int) -> str | None:
+        """Why block `number` can't be served any more; None when it can."""
+        ...
+
+
+class Holding(Protocol):
+    """One set of tensors that can be served."""
+
+    @property
+    def announcement(self) -> Announcement:
+        """What is said about it to clients."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it lives, as torch names it."""
+        ...
+
+    @property
+    def memory(self) -> Memory:
+        """Its blocks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """Nothing to serve under a role, for a reason that clients are told."""
+
+    reply: NotHeld
+
+
+class Holdings:
+    """The table of what is served: at most one holding for each role and layout."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[Role, Layout], Holding | _Absent] = {}
+        self._supplies: dict[tuple[Role, Layout], Supply | None] = {}
+
+    def add(self, holding: Holding, supply: Supply | None = None) -> None:
+        """Serve `holding` under its own role and layout; ends an announcement or retraction made before.
+
+        Args:
+            holding: What is served.
+            supply: What of it is there already, when the rest is still being pulled.
+
+        Raises:
+            LocalProtocolError: Other tensors are being served there.
+        """
+        identity = holding.announcement.identity
+        key = (identity.role, identity.layout)
+        if isinstance(self._entries.get(key), _Absent | None):
+            self._entries[key] = holding
+            self._supplies[key] = supply
+            return
+        raise LocalProtocolError(
+            f"{identity.layout} tensors are already served for role {identity.role!r}", hint="retract them first"
+        )
+
+    def expect(self, role: Role, layout: Layout, reason: str, retry_after: float) -> None:
+        """Tell clients that something will be held, later; what is served now goes on being served until then."""
+        reply = NotHeld("not-ready", reason, hint="try again, or set WAIT on the client", retry_after=retry_after)
+        # A new load ends what was said about the one before: a refusal, or a retraction.
+        if isinstance(self._entries.get((role, layout)), _Absent | None):
+            self._entries[role, layout] = _Absent(reply)
+
+    def refuse(self, role: Role, layout: Layout, reason: str, hint: str) -> None:
+        """Tell clients why nothing is held under this role and layout."""
+        self._entries[role, layout] = _Absent(NotHeld("not-held", reason, hint=hint))
+
+    def retract(self, role: Role, reason: str, sources: tuple[str, ...] = ()) -> tuple[Holding, ...]:
+        """Stop serving everything under `role`.
+
+        Returns:
+            What was served until now.
+        """
+        held = []
+        for key, entry in self._entries.items():
+            if key[0] == role:
+                self._entries[key] = _Absent(
+                    NotHeld("gone", reason, hint="pull from another source", retry_after=5.0, sources=sources)
+                )
+                self._supplies.pop(key, None)
+                if not isinstance(entry, _Absent):
+                    held.append(entry)
+        return tuple(held)
+
+    def held(self) -> tuple[Holding, ...]:
+        """Everything that is served now."""
+        return tuple(entry for entry in self._entries.values() if not isinstance(entry, _Absent))
+
+    def holds(self, holding: Holding) -> bool:
+        """Whether exactly this holding is served now."""
+        return any(entry is holding for entry in self._entries.values())
+
+    def why_gone(self, holding: Holding) -> tuple[str, tuple[str, ...]]:
+        """Why `holding` is not served any more, and where else it may be had."""
+        identity = holding.announcement.identity
+        entry = self._entries.get((identity.role, identity.layout))
+        if isinstance(entry, _Absent):
+            return entry.reply.reason, entry.reply.sources
+        return "other weights are served here now", ()
+
+    def supply_of(self, holding: Holding) -> Supply | None:
+        """What of `holding` is there already; None when it is whole, or not served any more."""
+        identity = holding.announcement.identity
+        return self._supplies.get((identity.role, identity.layout)) if self.holds(holding) else None
+
+    def find(self, role: Role, layouts: Sequence[Layout]) -> tuple[Held | NotHeld, Holding | None]:
+        """What is held under `role` in the first of `layouts` that is there.
+
+        Returns:
+            The answer for the session, and the holding itself when there is one.
+        """
+        absent: NotHeld | None = None
+        for layout in layouts:
+            entry = self._entries.get((role, layout))
+            if entry is None:
+                continue
+            if not isinstance(entry, _Absent):
+                return Held(entry.announcement), entry
+            absent = absent or entry.reply
+        if absent is not None:
+            return absent, None
+        held = [f"{r} in layout {lay}" for (r, lay), entry in self._entries.items() if not isinstance(entry, _Absent)]
+        hint = "start both sides alike"
+        if any("checkpoint" in text for text in held):
+            hint = "a checkpoint server feeds `netloader pull`; an engine needs a source that is an engine"
+        wanted = " or ".join(layouts) or "any layout"
+        holds = ", ".join(held) or "nothing yet"
+        return NotHeld("not-held", f"nothing is held for {role} in {wanted}; held: {holds}", hint=hint), None

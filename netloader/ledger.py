@@ -1,0 +1,343 @@
+"""The client's account of blocks, across all its sessions. No I/O.
+
+A block is pending, in flight (given to one session), received, or verified. Striping over several sources, failover and
+resume are nothing but blocks moving between pending and in flight. The ledger is pinned to one root: a source that
+holds other weights is refused by name, however alike its tensors look.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Hashable, Iterable
+from collections.abc import Set as AbstractSet
+
+from netloader.errors import DigestMismatch, LocalProtocolError, RootMismatch, shown
+from netloader.manifest import DIGEST_BYTES
+from netloader.plan import Plan, Ranges, expand, to_ranges
+
+__all__ = ["BlockState", "Ledger"]
+
+SessionId = Hashable
+
+
+class BlockState(enum.IntEnum):
+    """Where a block is."""
+
+    PENDING = 0
+    IN_FLIGHT = 1
+    RECEIVED = 2
+    VERIFIED = 3
+
+
+class _Queue:
+    """Block numbers, lowest first, each at most once.
+
+    May hold numbers that are pending no more: they are dropped when they come to the front, so that a block can leave
+    all queues without being searched in any.
+    """
+
+    def __init__(self, size: int, numbers: Iterable[int]) -> None:
+        self._heap = list(numbers)
+        self._listed = bytearray(size)
+        for number in self._heap:
+            self._listed[number] = 1
+        heapq.heapify(self._heap)
+
+    def __contains__(self, number: int) -> bool:
+        return bool(self._listed[number])
+
+    def push(self, number: int) -> None:
+        if not self._listed[number]:
+            self._listed[number] = 1
+            heapq.heappush(self._heap, number)
+
+    def first(self, states: bytearray, denied: AbstractSet[int]) -> int | None:
+        """The lowest number that is pending and not in `denied`; None when there is none."""
+        heap = self._heap
+        while heap and (states[heap[0]] != BlockState.PENDING or heap[0] in denied):
+            self.pop()
+        return heap[0] if heap else None
+
+    def pop(self) -> None:
+        self._listed[heapq.heappop(self._heap)] = 0
+
+
+class Ledger:
+    """Which session fetches which block, and what has been verified.
+
+    Args:
+        root: Root that is required from the start (EXPECT_ROOT), in hex; empty to take that of the first source.
+        pinned_by: Where `root` comes from, for messages.
+    """
+
+    def __init__(self, root: str = "", pinned_by: str = "") -> None:
+        self._root = root
+        self._pinned_by = pinned_by
+        self._plan: Plan | None = None
+        self._digests = b""
+        self._states = bytearray()
+        self._queue = _Queue(0, ())  # at least the blocks in state PENDING
+        self._in_flight: dict[SessionId, set[int]] = {}  # IN_FLIGHT and RECEIVED
+        self._in_flight_bytes: dict[SessionId, int] = {}  # of those
+        self._denied: dict[SessionId, set[int]] = {}
+        # A session that was denied blocks has a queue of its own, at least the pending ones that it may have:
+        # looking for them in the common queue would pass over the denied ones each time.
+        self._own_queues: dict[SessionId, _Queue] = {}
+        self._verified_blocks = 0
+        self._verified_bytes = 0
+
+    @property
+    def root(self) -> str:
+        """The pinned root in hex; empty before any was accepted."""
+        return self._root
+
+    @property
+    def pinned_by(self) -> str:
+        """Where the pinned root comes from."""
+        return self._pinned_by
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan; None before the first source was accepted."""
+        return self._plan
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is verified."""
+        return self._plan is not None and self._verified_blocks == len(self._states)
+
+    @property
+    def verified_blocks(self) -> int:
+        """Blocks verified so far."""
+        return self._verified_blocks
+
+    @property
+    def verified_bytes(self) -> int:
+        """Their bytes."""
+        return self._verified_bytes
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of all blocks; None before a plan is known."""
+        return None if self._plan is None else self._plan.nbytes
+
+    @property
+    def idle(self) -> bool:
+        """Whether blocks are left that no session is fetching."""
+        flying = sum(len(numbers) for numbers in self._in_flight.values())
+        return self._verified_blocks + flying < len(self._states)
+
+    @property
+    def sharers(self) -> int:
+        """Sessions that are fetching blocks."""
+        return sum(1 for numbers in self._in_flight.values() if numbers)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the blocks that no session is fetching."""
+        plan = self._known_plan()
+        return plan.nbytes - self._verified_bytes - sum(self._in_flight_bytes.values())
+
+    def state(self, number: int) -> BlockState:
+        """Where block `number` is."""
+        return BlockState(self._states[number])
+
+    def expected_digest(self, number: int) -> bytes:
+        """The digest announced for block `number`."""
+        return self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+
+    def pin(self, root: str, plan: Plan, digests: bytes, by: str) -> None:
+        """Accept what a source announced: the first pins, later ones have to agree.
+
+        Args:
+            root: The root announced, already checked against manifest and digests.
+            plan: The plan derived from it.
+            digests: All block digests, joined.
+            by: The source.
+
+        Raises:
+            RootMismatch: The ledger is pinned to another root.
+            LocalProtocolError: The same root came with another plan: the caller did not check it.
+        """
+        if not root:
+            raise LocalProtocolError(f"{by} announced no root")
+        if self._root and root != self._root:
+            raise RootMismatch(self._root, root, self._pinned_by)
+        if self._plan is not None:
+            if plan.digest != self._plan.digest or digests != self._digests:
+                raise LocalProtocolError(f"root {root} came with another plan or other digests")
+            return
+        if len(digests) != DIGEST_BYTES * len(plan.blocks):
+            raise LocalProtocolError(f"{len(digests)} bytes of digests for {len(plan.blocks)} blocks")
+        if not self._root:
+            self._root, self._pinned_by = root, by
+        self._plan, self._digests = plan, digests
+        self._states = bytearray(len(plan.blocks))
+        self._queue = _Queue(len(plan.blocks), range(len(plan.blocks)))
+
+    def assign(self, session: SessionId, max_bytes: int) -> Ranges:
+        """Give a session the lowest pending blocks that its server may have.
+
+        Args:
+            session: Who is to fetch them.
+            max_bytes: Stop before more than this; one block is given in any case.
+
+        Returns:
+            The blocks, now in flight; empty when there is none for this session.
+        """
+        plan = self._known_plan()
+        queue, denied = self._queue_of(session)
+        taken: list[int] = []
+        nbytes = 0
+        while (number := queue.first(self._states, denied)) is not None:
+            nbytes += plan.blocks[number].nbytes
+            if taken and nbytes > max_bytes:
+                break
+            queue.pop()
+            taken.append(number)
+            self._states[number] = BlockState.IN_FLIGHT
+        if taken:
+            self._in_flight.setdefault(session, set()).update(taken)
+            self._count(session, taken, 1)
+        return to_ranges(taken)
+
+    def in_flight(self, session: SessionId) -> frozenset[int]:
+        """Blocks that `session` is fetching."""
+        return frozenset(self._in_flight.get(session, ()))
+
+    def in_flight_bytes(self, session: SessionId) -> int:
+        """Bytes of the blocks that `session` is fetching; 0 only when it is fetching none."""
+        return self._in_flight_bytes.get(session, 0)
+
+    def has_work_for(self, session: SessionId) -> bool:
+        """Whether :meth:`assign` would give `session` any block now."""
+        queue, denied = self._queue_of(session)
+        return queue.first(self._states, denied) is not None
+
+    def received(self, session: SessionId, number: int) -> None:
+        """A block's bytes are all there, not yet checked.
+
+        Raises:
+            LocalProtocolError: The block is not in flight with this session.
+        """
+        if number not in self._in_flight.get(session, ()) or self._states[number] != BlockState.IN_FLIGHT:
+            raise LocalProtocolError(f"block {number} arrived, but is not in flight with session {session!r}")
+        self._states[number] = BlockState.RECEIVED
+
+    def verify(self, session: SessionId, number: int, digest: bytes) -> None:
+        """Compare what landed with what was announced.
+
+        Args:
+            session: Who fetched the block.
+            number: The block.
+            digest: Digest of the bytes in memory.
+
+        Raises:
+            DigestMismatch: They differ; the block is pending again.
+            LocalProtocolError: The block was not received by this session.
+        """
+        if number not in self._in_flight.get(session, ()) or self._states[number] != BlockState.RECEIVED:
+            raise LocalProtocolError(f"block {number} is to be verified, but session {session!r} did not receive it")
+        plan = self._known_plan()
+        expected = self.expected_digest(number)
+        self._in_flight[session].discard(number)
+        self._count(session, (number,), -1)
+        if digest != expected:
+            self._make_pending(number)
+            raise DigestMismatch(number, plan.tensors_of(number), expected.hex(), digest.hex())
+        self._states[number] = BlockState.VERIFIED
+        self._verified_blocks += 1
+        self._verified_bytes += plan.blocks[number].nbytes
+
+    def give_back(self, session: SessionId, ranges: Ranges) -> None:
+        """A session's server can't send these blocks: they become pending, for other sessions only.
+
+        Raises:
+            LocalProtocolError: One of them is not in flight with this session, or has arrived already.
+        """
+        numbers = set(expand(ranges))
+        mine = self._in_flight.get(session, set())
+        if not mine.issuperset(numbers) or any(self._states[n] != BlockState.IN_FLIGHT for n in numbers):
+            raise LocalProtocolError(
+                f"session {session!r} gives back blocks that it does not wait for: {shown(ranges)}"
+            )
+        if not numbers:
+            return
+        denied = self._denied.setdefault(session, set())
+        denied.update(numbers)
+        if session not in self._own_queues:
+            allowed = (n for n, s in enumerate(self._states) if s == BlockState.PENDING and n not in denied)
+            self._own_queues[session] = _Queue(len(self._states), allowed)
+        mine.difference_update(numbers)
+        self._count(session, numbers, -1)
+        for number in numbers:
+            self._make_pending(number)
+
+    def lose(self, session: SessionId) -> Ranges:
+        """A session ended: what it had in flight becomes pending.
+
+        Returns:
+            Those blocks.
+        """
+        numbers = self._in_flight.pop(session, set())
+        self._in_flight_bytes.pop(session, None)
+        self._denied.pop(session, None)
+        self._own_queues.pop(session, None)
+        for number in numbers:
+            self._make_pending(number)
+        return to_ranges(numbers)
+
+    def check_invariants(self) -> None:
+        """Check what must hold between any two calls.
+
+        Raises:
+            LocalProtocolError: Something does not hold: a bug in this module.
+        """
+        flying = [n for numbers in self._in_flight.values() for n in numbers]
+        by_state: dict[BlockState, set[int]] = {state: set() for state in BlockState}
+        for number, value in enumerate(self._states):
+            by_state[BlockState(value)].add(number)
+        pending, verified = by_state[BlockState.PENDING], by_state[BlockState.VERIFIED]
+        nbytes = 0 if self._plan is None else sum(self._plan.blocks[n].nbytes for n in verified)
+        broken = [
+            len(flying) != len(set(flying)) and "a block is in flight with two sessions",
+            set(flying) != by_state[BlockState.IN_FLIGHT] | by_state[BlockState.RECEIVED]
+            and "in flight and received blocks belong to exactly one session",
+            any(n not in self._queue for n in pending) and "each pending block is in the common queue",
+            any(n not in q for s, q in self._own_queues.items() for n in pending - self._denied[s])
+            and "each pending block is in the queue of each session that may have it",
+            self._own_queues.keys() != self._denied.keys() and "who was denied blocks has a queue",
+            len(verified) != self._verified_blocks and "each verified block counts once",
+            nbytes != self._verified_bytes and "each verified byte counts once",
+            any(self._bytes_of(n) != self.in_flight_bytes(s) for s, n in self._in_flight.items())
+            and "bytes in flight are those of the blocks in flight",
+            self._plan is not None and not self._root and "a plan comes with a root",
+        ]
+        for text in broken:
+            if text:
+                raise LocalProtocolError(f"ledger: {text}")
+
+    def _make_pending(self, number: int) -> None:
+        self._states[number] = BlockState.PENDING
+        self._queue.push(number)
+        for session, queue in self._own_queues.items():
+            if number not in self._denied[session]:
+                queue.push(number)
+
+    def _count(self, session: SessionId, numbers: Iterable[int], sign: int) -> None:
+        """Note that blocks are now, or no longer, in flight with a session."""
+        self._in_flight_bytes[session] = self._in_flight_bytes.get(session, 0) + sign * self._bytes_of(numbers)
+
+    def _bytes_of(self, numbers: Iterable[int]) -> int:
+        plan = self._known_plan()
+        return sum(plan.blocks[number].nbytes for number in numbers)
+
+    def _queue_of(self, session: SessionId) -> tuple[_Queue, AbstractSet[int]]:
+        """The queue that serves `session`, and the blocks in it that are not for it."""
+        return self._own_queues.get(session, self._queue), self._denied.get(session, frozenset())
+
+    def _known_plan(self) -> Plan:
+        if self._plan is None:
+            raise LocalProtocolError("the ledger has no plan yet")
+        return self._plan

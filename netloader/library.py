@@ -1,0 +1,364 @@
+"""The library's public face: serve any mapping of named tensors, pull into any other.
+
+This is where tensors meet the core. Importing it needs no torch; using it does.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Self
+
+import anyio
+import anyio.to_thread
+
+from netloader.addresses import Address, is_wildcard, parse_address
+from netloader.client import pull_from
+from netloader.contact import ClientOptions
+from netloader.driver import MANY_SPANS
+from netloader.errors import ConfigError
+from netloader.identity import Layout, ModelIdentity, Role
+from netloader.probing import Probe, probe_source
+from netloader.protocol.context import Timings
+from netloader.report import ProgressCallback, PullReport
+from netloader.server import HoldingServer, ServerOptions
+from netloader.transports import registry
+from netloader.transports.base import Transport
+
+if TYPE_CHECKING:
+    import torch
+
+    from netloader.tensors import Destination
+
+__all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
+
+Wanted = str | Transport | Sequence[str | Transport]
+"""Transports to use: ``auto``, a name or an object, or several of them, preferred first."""
+
+_LONGEST = 86_400.0
+
+
+@lru_cache(maxsize=1)
+def software() -> str:
+    """Name and version, as told to peers."""
+    return f"netloader {version('netloader')}"
+
+
+def own_host(bound: str) -> str:
+    """An address under which others may reach a server bound to `bound`.
+
+    For a server bound to all addresses that is the one that the kernel would use to reach the outside; nothing is
+    sent to find out.
+    """
+    if not is_wildcard(bound):
+        return bound
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # never assigned (RFC 5737)
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe_socket:
+                probe_socket.setblocking(False)
+                probe_socket.connect((far, 9))
+                return str(probe_socket.getsockname()[0])
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+class Server(HoldingServer):
+    """Serves named tensors to clients, as an asynchronous context manager.
+
+    Example: ``async with netloader.Server(model.state_dict(), ModelIdentity(model="m")) as server: ...``
+
+    Args:
+        tensors: Name -> tensor, on one device; served where they lie, so they must not change while they are served.
+            None to start empty and call :meth:`hold` later.
+        identity: What they are.
+        host: Address to bind; None for all.
+        port: Port to bind; 0 for a free one.
+        transport: Transports that may be used.
+        token: Shared secret that clients have to know.
+        max_clients: Clients served at once; others wait for their turn.
+        fan_out: Clients served directly before newcomers are sent on to those that pass on what they get while they
+            pull; 0 to send nobody on.
+        stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
+        device: Where the tensors will live, when none are given yet.
+
+    Raises (on entering):
+        ConfigError: The address can't be bound.
+        ManifestError: Some of the tensors can't be served; all of them are named.
+        TransportUnavailable: No transport can run here.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        identity: ModelIdentity | None = None,
+        *,
+        host: str | None = None,
+        port: int = 0,
+        transport: Wanted = "auto",
+        token: bytes | None = None,
+        max_clients: int = 8,
+        fan_out: int = 1,
+        stall_timeout: float = 30.0,
+        device: str = "cpu",
+    ) -> None:
+        options = ServerOptions(
+            host=host,
+            port=port,
+            max_clients=max_clients,
+            fan_out=fan_out,
+            token=token,
+            timings=Timings(stall=stall_timeout),
+        )
+        super().__init__(_transports(_device_of(tensors, device), transport)[0], options, software=software())
+        self._first = None if tensors is None else (tensors, identity)
+
+    async def __aenter__(self) -> Self:
+        first, self._first = self._first, None
+        await super().__aenter__()
+        if first is not None:
+            try:
+                await self.hold(*first)
+            except BaseException as error:
+                await self.__aexit__(type(error), error, error.__traceback__)
+                raise
+        return self
+
+    @property
+    def address(self) -> Address:
+        """An address under which others may reach this server."""
+        return Address(own_host(self.host), self.port)
+
+    async def hold(
+        self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity | None = None, *, weak: bool = False
+    ) -> str:
+        """Serve `tensors` under the role and layout of `identity`.
+
+        Describes and hashes them in worker threads, once.
+
+        Args:
+            tensors: Name -> tensor.
+            identity: What they are.
+            weak: Do not keep them alive: what is dropped elsewhere is answered "gone".
+
+        Returns:
+            Their root, in hex.
+
+        Raises:
+            ManifestError: Some of them can't be served; all of those are named.
+            LocalProtocolError: Others are served under that role and layout.
+        """
+        from netloader.tensors import hold
+
+        make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
+        holding = await anyio.to_thread.run_sync(make)
+        self.add(holding)
+        return holding.announcement.root
+
+
+def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
+    return default if not tensors else str(next(iter(tensors.values())).device)
+
+
+def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dict[str, str]]:
+    """What may be used on `device`: objects as they are, names through the registry; and why others can't.
+
+    Raises:
+        TransportUnavailable: A name is unknown, or nothing of what is wanted can run here.
+    """
+    items = [wanted] if isinstance(wanted, str | Transport) else list(wanted)
+    found: list[Transport] = []
+    reasons: dict[str, str] = {}
+    for item in items:
+        if isinstance(item, str):
+            available = registry.available(device, item)
+            found.extend(available.transports)
+            reasons |= available.reasons
+        else:
+            found.append(item)
+    return tuple(found), reasons
+
+
+def _addresses(sources: Sequence[str | Address]) -> list[Address]:
+    if isinstance(sources, str):
+        raise ConfigError(field="sources", value=sources, allowed="a list of addresses (host:port)")
+    return [
+        source if isinstance(source, Address) else parse_address(source, field=f"sources[{place}]")
+        for place, source in enumerate(sources)
+    ]
+
+
+def _options(
+    timeout: float | None,
+    wait: float,
+    stall_timeout: float,
+    token: bytes | None,
+    expect_root: str | None,
+    role: Role,
+    layouts: Sequence[Layout],
+) -> ClientOptions:
+    return ClientOptions(
+        timeout=_LONGEST if timeout is None else timeout,
+        wait=wait,
+        token=token,
+        expect_root=expect_root or "",
+        role=role,
+        layouts=tuple(layouts),
+        timings=Timings(stall=stall_timeout),
+        software=software(),
+    )
+
+
+async def pull(
+    tensors: Mapping[str, torch.Tensor],
+    identity: ModelIdentity | None = None,
+    *,
+    sources: Sequence[str | Address],
+    transport: Wanted = "auto",
+    timeout: float | None = 1200.0,
+    wait: float = 0.0,
+    stall_timeout: float = 30.0,
+    token: bytes | None = None,
+    expect_root: str | None = None,
+    progress: ProgressCallback | None = None,
+    stripe: int = 4,
+    follow: bool = True,
+    relay: HoldingServer | None = None,
+) -> PullReport:
+    """Fill `tensors` from a source that holds the same ones, and verify every byte.
+
+    Args:
+        tensors: Name -> tensor, on one device; filled in place. After an error, any of them may have been written.
+        identity: What they are; has to match the source's. None accepts whatever the source holds as target.
+        sources: Addresses (``host:port``, ``[ipv6]:port``) in the order to try; the next one takes over when one
+            refuses, is down, stalls or dies, and what was verified is kept.
+        transport: Transports that may be used.
+        timeout: Seconds that the whole pull may take; None for a day.
+        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
+        stall_timeout: Seconds without progress after which a source is left.
+        token: Shared secret.
+        expect_root: Root that the weights must have, in hex.
+        progress: Called after blocks were verified.
+        stripe: Sources to pull from at once; the first one that accepts decides the root, before others are asked.
+        follow: Go to a client that passes on what it gets, when a busy source says so.
+        relay: A running server of this process that is to pass on what is there while the pull goes on, and to serve it
+            afterwards. Retract it there before the tensors change.
+
+    Returns:
+        The account of the pull.
+
+    Raises:
+        NoSourceLeft: No source could give every block; the message says why for each.
+        ManifestError: Some of `tensors` can't be filled; all of them are named.
+        ConfigError: An address or a transport's name makes no sense.
+    """
+    from netloader.tensors import destination
+
+    role: Role = "target" if identity is None else identity.role
+    layouts: tuple[Layout, ...] = ("raw", "processed", "checkpoint") if identity is None else (identity.layout,)
+    options = _options(timeout, wait, stall_timeout, token, expect_root, role, layouts)
+    few = len(tensors) < MANY_SPANS  # looked at faster than a thread is started
+    filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
+    options = replace(options, stripe=stripe, follow=follow)
+    return await _pull_into(filled, identity, sources, transport, options, progress, relay)
+
+
+async def pull_new(
+    *,
+    sources: Sequence[str | Address],
+    role: Role = "target",
+    layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
+    device: str = "cpu",
+    transport: Wanted = "auto",
+    timeout: float | None = 1200.0,
+    wait: float = 0.0,
+    stall_timeout: float = 30.0,
+    token: bytes | None = None,
+    expect_root: str | None = None,
+    max_bytes: int = 1 << 44,
+    progress: ProgressCallback | None = None,
+) -> tuple[Mapping[str, torch.Tensor], PullReport]:
+    """Pull whatever a source holds into new tensors.
+
+    Args:
+        sources: As for :func:`pull`.
+        role: What to ask for.
+        layouts: Layouts to accept, preferred first.
+        device: Where to allocate.
+        max_bytes: Largest model to accept, in bytes.
+        transport: As for :func:`pull`, like the following ones.
+        timeout: Seconds that the whole pull may take.
+        wait: Seconds to keep trying.
+        stall_timeout: Seconds without progress.
+        token: Shared secret.
+        expect_root: Root that the weights must have.
+        progress: Called after blocks were verified.
+
+    Returns:
+        Name -> tensor, and the account of the pull.
+
+    Raises:
+        NoSourceLeft: As for :func:`pull`.
+    """
+    from netloader.tensors import destination
+
+    options = _options(timeout, wait, stall_timeout, token, expect_root, role, layouts)
+    filled = destination(None, device=device)
+    report = await _pull_into(filled, None, sources, transport, replace(options, max_bytes=max_bytes), progress)
+    return filled.tensors, report
+
+
+async def _pull_into(
+    filled: Destination,
+    identity: ModelIdentity | None,
+    sources: Sequence[str | Address],
+    transport: Wanted,
+    options: ClientOptions,
+    progress: ProgressCallback | None,
+    relay: HoldingServer | None = None,
+) -> PullReport:
+    from netloader.tensors import Toucher, digest_of
+
+    transports, unavailable = _transports(filled.device, transport)
+    options, addresses = replace(options, unavailable=unavailable), _addresses(sources)
+    toucher = Toucher(filled.tensors.values())
+    try:
+        toucher.start()
+        return await pull_from(filled, identity, addresses, transports, digest_of, options, progress, relay)
+    finally:
+        if toucher.running:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(toucher.stop)
+
+
+async def probe(
+    source: str | Address,
+    identity: ModelIdentity | None = None,
+    *,
+    role: Role = "target",
+    layouts: Sequence[Layout] = ("raw", "processed", "checkpoint"),
+    timeout: float = 30.0,
+    token: bytes | None = None,
+) -> Probe:
+    """Ask a source what it holds, without pulling anything.
+
+    Args:
+        source: Its address.
+        identity: Asked for by role and layout; compare it with the answer by :func:`netloader.differences`.
+        role: What to ask about without an identity.
+        layouts: Layouts to ask about without an identity.
+        timeout: Seconds that the whole question may take.
+        token: Shared secret.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        NetloaderError: It is not there, it holds nothing of the kind, or it broke the rules.
+    """
+    options = _options(timeout, 0.0, timeout, token, None, role, layouts)
+    (address,) = _addresses([source])
+    return await probe_source(address, identity, (), options)

@@ -1,0 +1,288 @@
+"""The ordered list of tensors that a server holds, and the root that names their exact contents."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from operator import ne
+from typing import Annotated
+
+import msgspec
+
+from netloader.errors import ManifestError, shown
+
+__all__ = [
+    "DIGEST_BYTES",
+    "ITEM_BYTES",
+    "MAX_DIMS",
+    "MAX_ELEMENTS",
+    "MAX_NAME",
+    "MAX_TENSORS",
+    "Manifest",
+    "Mismatch",
+    "TensorSpec",
+    "compare",
+    "compute_root",
+    "manifest_digest",
+]
+
+MAX_NAME = 1024
+"""Characters in a tensor's name."""
+
+MAX_DIMS = 64
+"""Dimensions of a tensor: as many as torch computes with."""
+
+MAX_TENSORS = 1 << 20
+"""Tensors in one manifest. A peer's manifest is decoded before it can be judged, so its length has a limit."""
+
+MAX_ELEMENTS = 1 << 62
+"""Elements of one tensor, its empty dimensions left out: what an allocator can still count."""
+
+DIGEST_BYTES = 16
+"""Bytes of one block digest (128 bits)."""
+
+ITEM_BYTES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+}
+"""Element sizes in bytes of every dtype that may travel, by torch's name without the ``torch.``."""
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ELEMENTS)]
+_Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
+_Word = Annotated[str, msgspec.Meta(max_length=64)]
+
+
+# gc: nothing in it can refer back to it, so the collector need not look at tens of thousands of them.
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One tensor of a manifest. Fields are only ever added at the end: the order is the wire format.
+
+    Attributes:
+        name: Full name, unique within the manifest.
+        dtype: Key of :data:`ITEM_BYTES`.
+        shape: Sizes, in elements.
+        stride: Strides, in elements, when the memory is dense but not in row-major order (a transposed weight); empty
+            for row-major. The bytes that travel are always the memory in address order.
+        format: Device memory format; ``nd`` for the plain one.
+        alias_of: Name of an earlier tensor that is the very same memory (tied weights); no bytes of its own then.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
+    dtype: _Word
+    shape: _Sizes
+    stride: _Sizes = ()
+    format: _Word = "nd"
+    alias_of: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements, also for an alias."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that travel for this tensor: 0 for an alias."""
+        return 0 if self.alias_of else self.nbytes
+
+
+class Manifest(msgspec.Struct, frozen=True, array_like=True):
+    """The ordered list of tensors of one holding.
+
+    Attributes:
+        tensors: In the order in which blocks are cut from them.
+    """
+
+    tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel for a whole pull."""
+        return sum(t.wire_bytes for t in self.tensors)
+
+    def check(self) -> None:
+        """Check what a peer sent for everything that the plan relies on.
+
+        Raises:
+            ManifestError: A name is empty or comes twice, a dtype is unknown, a shape is impossible, a stride is not
+                dense, or an alias names no earlier tensor of the same dtype, shape, stride and format.
+        """
+        if len(self.tensors) > MAX_TENSORS:
+            raise ManifestError(f"the manifest has {len(self.tensors)} tensors, at most {MAX_TENSORS} are possible")
+        problems: list[str] = []
+        seen: dict[str, TensorSpec] = {}
+        for spec in self.tensors:
+            problem = _problem(spec, seen)
+            if problem:
+                problems.append(f"{shown(spec.name, 80)}: {problem}")
+            seen[spec.name] = spec
+        if problems:
+            raise ManifestError(
+                f"the manifest has {len(problems)} unusable tensors",
+                problems=problems,
+                hint="such tensors cannot travel: leave them out, or pull from another source",
+            )
+
+
+def _problem(spec: TensorSpec, seen: dict[str, TensorSpec]) -> str:
+    if not 1 <= len(spec.name) <= MAX_NAME:
+        return f"a name has 1 to {MAX_NAME} characters, this one {len(spec.name)}"
+    if not (_sayable(spec.name) and _sayable(spec.format)):
+        return "name or format cannot be written in UTF-8"
+    if spec.name in seen:
+        return "the name comes twice"
+    if spec.dtype not in ITEM_BYTES:
+        return f"unknown dtype {shown(spec.dtype, 80)}"
+    if not _possible(spec.shape):
+        return f"impossible shape {shown(spec.shape)}"
+    if spec.stride and not is_dense(spec.shape, spec.stride):
+        return f"stride {shown(spec.stride)} does not cover shape {shown(spec.shape)} without gaps"
+    if spec.alias_of:
+        owner = seen.get(spec.alias_of)
+        if owner is None or owner.alias_of:
+            return f"alias of {shown(spec.alias_of)}, which is no earlier tensor with memory of its own"
+        if (owner.dtype, owner.shape, owner.stride, owner.format) != (
+            spec.dtype,
+            spec.shape,
+            spec.stride,
+            spec.format,
+        ):
+            return f"alias of {shown(spec.alias_of)}, which has another dtype, shape, stride or format"
+    return ""
+
+
+def _sayable(text: str) -> bool:
+    """Whether UTF-8 can say `text`; half a surrogate pair, from an undecodable file name, it can't."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _possible(shape: Sequence[int]) -> bool:
+    """Whether memory could be described by `shape`: few dimensions, no negative one, a product that can be counted."""
+    if len(shape) > MAX_DIMS:
+        return False
+    elements = 1
+    for size in shape:
+        if not 0 <= size <= MAX_ELEMENTS:
+            return False
+        # Empty dimensions don't make huge ones beside them harmless: strides are computed from all of them.
+        elements *= size or 1
+        if elements > MAX_ELEMENTS:
+            return False
+    return True
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether `stride` visits each address of one gapless span exactly once for `shape` (any order of dimensions)."""
+    if len(shape) != len(stride) or not all(0 <= step <= MAX_ELEMENTS for step in stride):
+        return False
+    if math.prod(shape) == 0:
+        return True
+    expected = 1
+    for step, size in sorted((st, sz) for sz, st in zip(shape, stride, strict=True) if sz != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Mismatch(msgspec.Struct, frozen=True):
+    """One tensor that two manifests disagree about.
+
+    Attributes:
+        name: The tensor.
+        reason: What differs, with both values.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def compare(ours: Manifest, theirs: Manifest) -> tuple[Mismatch, ...]:
+    """Name every tensor in which two manifests disagree; order counts, since blocks are cut in order.
+
+    Args:
+        ours: What this side is about to fill.
+        theirs: What the server announced.
+
+    Returns:
+        All mismatches, missing tensors first; empty when the manifests are equal. Without a mismatch by name, the
+        first place where the order differs.
+    """
+    if ours == theirs:
+        return ()
+    mine = {t.name: t for t in ours.tensors}
+    other = {t.name: t for t in theirs.tensors}
+    found = [Mismatch(name, "the server does not hold it") for name in mine if name not in other]
+    found += [Mismatch(name, "it is not expected here") for name in other if name not in mine]
+    for name, spec in mine.items():
+        if name in other and spec != other[name]:
+            fields = [
+                f"{f} is {shown(getattr(spec, f))} here and {shown(getattr(other[name], f))} at the server"
+                for f in TensorSpec.__struct_fields__
+                if getattr(spec, f) != getattr(other[name], f)
+            ]
+            found.append(Mismatch(name, ", ".join(fields)))
+    if not found and len(ours.tensors) != len(theirs.tensors):  # only possible when a name comes twice
+        found.append(Mismatch("(all)", f"{len(ours.tensors)} tensors here and {len(theirs.tensors)} at the server"))
+    if not found:
+        at, (a, b) = next((i, ab) for i, ab in enumerate(zip(ours.tensors, theirs.tensors, strict=True)) if ne(*ab))
+        found.append(Mismatch(a.name, f"the server has {b.name!r} in place {at}"))
+    return tuple(found)
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Digest of a manifest: blake2b-256 over its wire form, in hex."""
+    return hashlib.blake2b(_ENCODER.encode(manifest), digest_size=32).hexdigest()
+
+
+def compute_root(
+    manifest: Manifest, block_bytes: int, algorithm: str, digests: bytes, *, known_digest: str = ""
+) -> str:
+    """The root: one digest that names exact weights.
+
+    Args:
+        manifest: The tensors.
+        block_bytes: Size that blocks were cut with, since it decides what each digest covers.
+        algorithm: Name of the block digest.
+        digests: All block digests joined, :data:`DIGEST_BYTES` each, in the order of the blocks.
+        known_digest: :func:`manifest_digest` of `manifest`, where that was computed already.
+
+    Returns:
+        64 hex digits (blake2b-256).
+    """
+    digest = hashlib.blake2b(digest_size=32, person=b"netloader-root")
+    digest.update((known_digest or manifest_digest(manifest)).encode())
+    digest.update(f"/{block_bytes}/{algorithm}/".encode())
+    digest.update(digests)
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""Asking a source what it holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import anyio
+
+from netloader.addresses import Address
+from netloader.contact import ClientOptions, abilities_of, client_terms, connect
+from netloader.driver import SessionDriver
+from netloader.errors import TransferTimeout
+from netloader.identity import ModelIdentity
+from netloader.messages import ServerMessage
+from netloader.protocol import Session, Side
+from netloader.protocol import effects as f
+from netloader.protocol import events as e
+from netloader.transports.base import Transport
+
+__all__ = ["Probe", "probe_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a source said about itself.
+
+    Attributes:
+        announcement: What it holds.
+        software: Its name and version.
+        seconds: How long asking took.
+        transports: Names of what it can send over, preferred first.
+    """
+
+    announcement: e.Announcement
+    software: str
+    seconds: float
+    transports: tuple[str, ...] = ()
+
+
+class _Looker(SessionDriver[ServerMessage]):
+    """A client session that only looks."""
+
+    def perform(self, effect: f.Effect) -> None:
+        match effect:
+            case f.Pin():
+                self.feed(e.Finished("probed"))
+            case _:
+                super().perform(effect)
+
+
+async def probe_source(
+    source: Address, identity: ModelIdentity | None, transports: Sequence[Transport], options: ClientOptions
+) -> Probe:
+    """Ask a source what it holds, without taking a turn.
+
+    Args:
+        source: The server.
+        identity: Compared by the caller, not here; a probe is told about what differs, not refused.
+        transports: Offered to the server, so that both sides' abilities show.
+        options: Deadlines, token, role and layouts.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        NetloaderError: It is not there, it refused, or it broke the rules.
+    """
+    began = time.monotonic()
+    with anyio.move_on_after(options.timeout):
+        connection = await connect(source, options.connect_timeout)
+        terms = replace(client_terms(options, abilities_of(transports, "cpu")), identity=identity, probe=True)
+        session = Session(Side.CLIENT, client=terms)
+        await _Looker(session, connection, device="cpu", label=f"source {source}").run()
+        if session.error is not None:
+            raise session.error
+        if session.announcement is not None:
+            seconds = time.monotonic() - began
+            return Probe(session.announcement, session.peer_software, seconds, session.peer_transports)
+    raise TransferTimeout(f"{source} did not say what it holds within {options.timeout:g} s")

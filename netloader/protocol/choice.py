@@ -1,0 +1,75 @@
+"""Choosing a transport: a pure function of what both sides listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from netloader.errors import TransportUnavailable
+from netloader.messages import Ability
+
+__all__ = ["choose_transport", "passed_over"]
+
+
+def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tuple[Ability, Ability]:
+    """Pick the first transport of our preference that both sides have and whose facts allow them to meet.
+
+    A fact that both sides state (which host, which user) has to be equal; one stated on one side only is not compared.
+
+    Args:
+        ours: Transports of this side, preferred first.
+        theirs: Transports of the peer, in any order.
+
+    Returns:
+        Our entry and the peer's entry of the same name.
+
+    Raises:
+        TransportUnavailable: There is none; the message says why for each.
+    """
+    offered: dict[str, Ability] = {}
+    for ability in theirs:
+        offered.setdefault(ability.name, ability)
+    reasons = []
+    for ability in ours:
+        other = offered.get(ability.name)
+        if other is None:
+            reasons.append(f"{ability.name}: the peer does not have it")
+            continue
+        apart = _apart(ability, other)
+        if not apart:
+            return ability, other
+        reasons.append(f"{ability.name}: {apart}")
+    if not ours:
+        reasons.append("this side has none for its device")
+    raise TransportUnavailable(
+        "no transport can connect the two sides: " + "; ".join(reasons),
+        hint=f"the peer has {', '.join(sorted(offered)) or 'none'}; install or allow one of them here",
+    )
+
+
+def passed_over(
+    chosen: str, ours: Sequence[Ability], theirs: Sequence[Ability], unavailable: Mapping[str, str]
+) -> list[str]:
+    """Why each of the other transports was not chosen, for the log.
+
+    Args:
+        chosen: The one that was.
+        ours: Transports of this side, preferred first.
+        theirs: Transports of the peer.
+        unavailable: Why others cannot run on this side, by name.
+    """
+    offered = {ability.name: ability for ability in reversed(theirs)}
+    reasons = []
+    for ability in ours:
+        other = offered.pop(ability.name, None)
+        if ability.name == chosen:
+            continue
+        why = "the peer does not have it" if other is None else _apart(ability, other) or f"{chosen} is preferred"
+        reasons.append(f"{ability.name}: {why}")
+    reasons += [f"{name}: {why}" for name, why in unavailable.items() if name != chosen]
+    return reasons + [f"{name}: not used on this side" for name in offered if name not in unavailable]
+
+
+def _apart(ours: Ability, theirs: Ability) -> str:
+    """Which facts keep two sides from meeting; empty when none does."""
+    apart = [key for key, value in ours.facts.items() if theirs.facts.get(key, value) != value]
+    return f"the two sides differ in {', '.join(apart)}" if apart else ""

@@ -1,0 +1,105 @@
+"""LISTEN: the greeting. Versions and transports are told; with a token, both sides prove that they know it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from netloader import messages as m
+from netloader.errors import LocalProtocolError, RefusedError
+from netloader.protocol import effects as f
+from netloader.protocol.context import Context, Refuse
+from netloader.protocol.events import Connected
+
+__all__ = ["client_connected", "client_welcome", "prove", "server_connected", "server_hello"]
+
+
+def prove(token: bytes, side: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    """HMAC-SHA256 that shows knowledge of `token`; bound to the side, so that it can't be reflected."""
+    text = b"netloader/" + side.encode() + b"/" + client_nonce + server_nonce
+    return hmac.new(token, text, hashlib.sha256).digest()
+
+
+def _connected(ctx: Context) -> None:
+    """See that our nonce is there: a proof without it could be replayed."""
+    if not ctx.nonce:
+        raise LocalProtocolError("a message came before the session was told that it is connected")
+
+
+def server_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
+    """A client connected: it has a while to say hello."""
+    ctx.connect(event.nonce)
+    return [f.SetTimer(ctx.server.timings.hello)]
+
+
+def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
+    """Connected: say hello."""
+    ctx.connect(event.nonce)
+    hello = m.Hello(
+        protocol=m.PROTOCOL,
+        oldest=m.PROTOCOL,
+        nonce=event.nonce,
+        abilities=ctx.client.abilities,
+        software=ctx.client.software,
+    )
+    return [f.Send(hello), f.SetTimer(ctx.client.timings.hello)]
+
+
+def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
+    """A client said hello: answer, with our proof when a token is configured."""
+    _connected(ctx)
+    if not event.oldest <= m.PROTOCOL <= event.protocol:
+        raise Refuse(
+            "version",
+            f"this server speaks protocol {m.PROTOCOL}, the client speaks {event.oldest} to {event.protocol}",
+            hint="run the same netloader release on both sides",
+        )
+    ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
+    token = ctx.server.token
+    proof = b"" if token is None else prove(token, "server", event.nonce, ctx.nonce)
+    welcome = m.Welcome(
+        protocol=m.PROTOCOL,
+        nonce=ctx.nonce,
+        proof=proof,
+        abilities=ctx.server.abilities,
+        software=ctx.server.software,
+    )
+    return [f.Send(welcome), f.SetTimer(ctx.server.timings.validate)]
+
+
+def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
+    """The server answered: check its proof before anything about the model is said, then say what is wanted."""
+    terms = ctx.client
+    _connected(ctx)
+    if event.protocol != m.PROTOCOL:
+        raise RefusedError(
+            "version",
+            f"the server speaks protocol {event.protocol}, this client {m.PROTOCOL}",
+            hint="run the same netloader release on both sides",
+        )
+    ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
+    proof = b""
+    if terms.token is not None:
+        if not hmac.compare_digest(event.proof, prove(terms.token, "server", ctx.nonce, event.nonce)):
+            raise RefusedError(
+                "auth",
+                "the server could not prove that it knows the token" if event.proof else "the server has no token",
+                hint="configure the same token on both sides",
+            )
+        proof = prove(terms.token, "client", ctx.nonce, event.nonce)
+    identify = m.Identify(
+        identity=terms.identity,
+        role=terms.role if terms.identity is None else terms.identity.role,
+        layouts=terms.layouts,
+        proof=proof,
+        manifest=terms.manifest_digest,
+        root=terms.root,
+        probe=terms.probe,
+        node=terms.node,
+        relay=terms.relay,
+        follow=terms.follow,
+        avoid=terms.avoid,
+    )
+    ctx.probing = terms.probe
+    return [f.Send(identify), f.SetTimer(terms.timings.validate)]

@@ -1,0 +1,176 @@
+"""TRANSFER: blocks are asked for, granted, and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+from netloader import messages as m
+from netloader.errors import LocalProtocolError, RemoteProtocolError
+from netloader.plan import Ranges, expand
+from netloader.protocol import effects as f
+from netloader.protocol.context import Context
+from netloader.protocol.events import (
+    BlocksGone,
+    BlocksReady,
+    BlocksReceived,
+    BlocksRejected,
+    BlocksSent,
+    BlocksWanted,
+    ChannelOpened,
+)
+
+__all__ = [
+    "client_gone",
+    "client_grant",
+    "client_received",
+    "client_rejected",
+    "client_wanted",
+    "server_early_want",
+    "server_gone",
+    "server_open",
+    "server_ready",
+    "server_sent",
+    "server_want",
+]
+
+
+def _checked(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
+    """Block numbers of ranges that a peer sent.
+
+    Raises:
+        RemoteProtocolError: The ranges are empty, not ascending, overlap, or reach past the last block.
+    """
+    blocks = len(ctx.known().plan.blocks)
+    last = 0
+    for first, end in ranges:
+        if not last <= first < end <= blocks:
+            raise RemoteProtocolError(f"the peer's {what} has range {first}..{end}, there are {blocks} blocks")
+        last = end
+    if not ranges:
+        raise RemoteProtocolError(f"the peer's {what} names no block")
+    return expand(ranges)
+
+
+def _ask(ctx: Context, ranges: Ranges) -> tuple[int, ...]:
+    numbers = _checked(ctx, ranges, "request")
+    if not ctx.open_blocks.isdisjoint(numbers):
+        raise RemoteProtocolError("the client asked for a block that it is already waiting for")
+    if len(ctx.open_blocks) + len(numbers) > ctx.server.max_open_blocks:
+        raise RemoteProtocolError(f"the client asked for more than {ctx.server.max_open_blocks} blocks at once")
+    ctx.open_blocks.update(numbers)
+    return numbers
+
+
+def _server_timer(ctx: Context) -> f.SetTimer:
+    """A client that holds a turn has to ask for something; while blocks move the channel watches for a stall."""
+    return f.SetTimer(None if ctx.open_blocks else ctx.server.timings.stall)
+
+
+def _client_timer(ctx: Context) -> f.SetTimer:
+    """While grants are owed the server has to act; while blocks move the channel itself watches for a stall."""
+    return f.SetTimer(ctx.client.timings.stall if ctx.open_blocks else None)
+
+
+_News = BlocksReady | BlocksGone | BlocksSent | BlocksWanted | BlocksReceived
+
+
+def _own(event: _News, *, among: AbstractSet[int] | None = None, but: AbstractSet[int] = frozenset()) -> set[int]:
+    """Block numbers that this side's driver reports about.
+
+    Raises:
+        LocalProtocolError: Some of them are not in `among`, or are in `but`: the driver lost count.
+    """
+    numbers = set(expand(event.ranges))
+    stray = sorted(numbers & but if among is None else (numbers - among) | (numbers & but))
+    if stray:
+        raise LocalProtocolError(f"{type(event).__name__} is not to be expected for blocks {stray[:3]}")
+    return numbers
+
+
+def _in_parts(ranges: Ranges) -> list[Ranges]:
+    """`ranges`, cut into as many messages as they need."""
+    return [ranges[i : i + m.MAX_RANGES] for i in range(0, len(ranges), m.MAX_RANGES)]
+
+
+def server_early_want(ctx: Context, event: m.Want) -> Sequence[f.Effect]:
+    """The client's end of the channel opened first: keep the request until ours is open."""
+    if not ctx.transport:
+        raise RemoteProtocolError("the client asked for blocks before it agreed to a plan")
+    _ask(ctx, event.ranges)
+    ctx.early_wants.append(event.ranges)
+    return []
+
+
+def server_open(ctx: Context, event: ChannelOpened) -> Sequence[f.Effect]:
+    """Our end of the channel is open: answer what was asked already."""
+    if not ctx.transport:
+        raise LocalProtocolError("a channel opened before a transport was chosen")
+    early, ctx.early_wants = ctx.early_wants, []
+    return [*(f.CheckBlocks(ranges) for ranges in early), _server_timer(ctx)]
+
+
+def server_want(ctx: Context, event: m.Want) -> Sequence[f.Effect]:
+    """The client asks for blocks."""
+    _ask(ctx, event.ranges)
+    return [f.CheckBlocks(event.ranges), _server_timer(ctx)]
+
+
+def server_ready(ctx: Context, event: BlocksReady) -> Sequence[f.Effect]:
+    """They can be sent: grant first, so that the client posts its receives for nothing else."""
+    ctx.granted.update(_own(event, among=ctx.open_blocks, but=ctx.granted))
+    return [*(f.Send(m.Grant(ranges=part)) for part in _in_parts(event.ranges)), f.SendBlocks(event.ranges)]
+
+
+def server_gone(ctx: Context, event: BlocksGone) -> Sequence[f.Effect]:
+    """They can't be sent any more."""
+    ctx.open_blocks.difference_update(_own(event, among=ctx.open_blocks, but=ctx.granted))
+    reason, sources = m.wire_text(event.reason), m.wire_sources(event.sources)
+    losses = (f.Send(m.Gone(ranges=part, reason=reason, sources=sources)) for part in _in_parts(event.ranges))
+    return [*losses, _server_timer(ctx)]
+
+
+def server_sent(ctx: Context, event: BlocksSent) -> Sequence[f.Effect]:
+    """They left."""
+    numbers = _own(event, among=ctx.granted)
+    ctx.open_blocks.difference_update(numbers)
+    ctx.granted.difference_update(numbers)
+    return [_server_timer(ctx)]
+
+
+def client_wanted(ctx: Context, event: BlocksWanted) -> Sequence[f.Effect]:
+    """The ledger gave us blocks to fetch."""
+    ctx.open_blocks.update(_own(event, but=ctx.open_blocks | ctx.granted))
+    return [*(f.Send(m.Want(ranges=part)) for part in _in_parts(event.ranges)), _client_timer(ctx)]
+
+
+def _answered(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
+    numbers = _checked(ctx, ranges, what)
+    if not ctx.open_blocks.issuperset(numbers):
+        stray = sorted(set(numbers) - ctx.open_blocks)[:3]
+        raise RemoteProtocolError(f"the server's {what} names blocks that were not asked for: {stray}")
+    ctx.open_blocks.difference_update(numbers)
+    return numbers
+
+
+def client_grant(ctx: Context, event: m.Grant) -> Sequence[f.Effect]:
+    """The server will send these next: only now is it safe to post receives."""
+    ctx.granted.update(_answered(ctx, event.ranges, "grant"))
+    return [f.ReceiveBlocks(event.ranges), _client_timer(ctx)]
+
+
+def client_gone(ctx: Context, event: m.Gone) -> Sequence[f.Effect]:
+    """The server can't send these."""
+    _answered(ctx, event.ranges, "loss")
+    return [f.ReturnBlocks(event.ranges, event.reason, event.sources), _client_timer(ctx), f.AskForWork()]
+
+
+def client_received(ctx: Context, event: BlocksReceived) -> Sequence[f.Effect]:
+    """They landed and are what was announced."""
+    ctx.granted.difference_update(_own(event, among=ctx.granted))
+    return [f.AskForWork()]
+
+
+def client_rejected(ctx: Context, event: BlocksRejected) -> Sequence[f.Effect]:
+    """One is not what was announced: leave this server."""
+    raise event.error

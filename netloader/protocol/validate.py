@@ -1,0 +1,145 @@
+"""VALIDATE: identities are compared, and the client gets its turn."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from netloader import messages as m
+from netloader.errors import LocalProtocolError, RefusedError, RemoteProtocolError
+from netloader.identity import Difference, Severity, differences
+from netloader.protocol import effects as f
+from netloader.protocol.context import Context, Refuse
+from netloader.protocol.events import Held, NotHeld, Queued, TurnTaken
+from netloader.protocol.listen import prove
+
+__all__ = [
+    "client_accepted",
+    "client_waiting",
+    "server_held",
+    "server_identify",
+    "server_not_held",
+    "server_queued",
+    "server_turn",
+]
+
+
+def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, str]:
+    """Message and hint for identities that differ; `ours` and `theirs` name the sides that the differences speak of."""
+    text = "the identities differ: " + "; ".join(
+        f"{d.field} is {d.ours!r} at the {ours} and {d.theirs!r} at the {theirs}" for d in found
+    )
+    fields = {d.field for d in found}
+    if "model" in fields:
+        return text, "if both paths hold the same model, set MODEL to one name on both sides"
+    if "layout" in fields and any("checkpoint" in (d.ours, d.theirs) for d in found):
+        return text, "a checkpoint server feeds `netloader pull`; an engine needs a source that is an engine"
+    if "dtype" in fields:
+        # Where config.json does not say it, an engine takes the type of the weight files, which a client may not have.
+        return text, "give both sides the same --dtype, the same model and parallel sizes"
+    if fields == {"fingerprint"}:
+        return (
+            text,
+            "the weight files of both sides differ (another fine-tune, or revision): use a source of the same ones",
+        )
+    return text, "start both sides with the same model, dtype, quantisation and parallel sizes"
+
+
+def server_identify(ctx: Context, event: m.Identify) -> Sequence[f.Effect]:
+    """The client said what it wants: check its proof, then look it up."""
+    if ctx.identify is not None:
+        raise RemoteProtocolError("the client said twice what it wants")
+    token = ctx.server.token
+    if token is not None and not hmac.compare_digest(event.proof, prove(token, "client", ctx.peer_nonce, ctx.nonce)):
+        raise Refuse(
+            "auth",
+            "the client could not prove that it knows the token",
+            hint="configure the same token on both sides",
+        )
+    ctx.identify, ctx.probing = event, event.probe
+    role = event.role if event.identity is None else event.identity.role
+    layouts = event.layouts if event.identity is None else (event.identity.layout,)
+    # From here the server itself is to act: no deadline for the client.
+    return [f.LookUp(role, layouts), f.SetTimer(None)]
+
+
+def _identified(ctx: Context) -> m.Identify:
+    """What the client said it wants; once this is there, the client has proven that it knows the token."""
+    if ctx.identify is None:
+        raise LocalProtocolError("the client has not said what it wants")
+    return ctx.identify
+
+
+def server_held(ctx: Context, event: Held) -> Sequence[f.Effect]:
+    """It is held: compare before the client takes a place in the queue."""
+    identify, ours = _identified(ctx), event.announcement.identity
+    if ctx.announcement is not None:
+        raise LocalProtocolError("the session was told twice what is held")
+    ctx.announcement = event.announcement
+    if identify.identity is not None:
+        found = [d for d in differences(ours, identify.identity) if d.severity is Severity.REFUSE]
+        if found and not identify.probe:
+            text, hint = _explain(found, "server", "client")
+            raise Refuse("identity", text, hint=hint)
+        ctx.peer_identity = identify.identity
+    if identify.root and identify.root != event.announcement.root:
+        raise Refuse(
+            "root",
+            f"this server holds root {event.announcement.root}, the client is pinned to root {identify.root}",
+            hint="the two hold different weights of equal shape; give sources of one checkpoint only",
+        )
+    return [f.TakeTurn()]
+
+
+def server_not_held(ctx: Context, event: NotHeld) -> Sequence[f.Effect]:
+    """It is not held (any more, or yet): say so."""
+    raise Refuse(event.code, event.reason, hint=event.hint, retry_after=event.retry_after, sources=event.sources)
+
+
+def server_queued(ctx: Context, event: Queued) -> Sequence[f.Effect]:
+    """Others come first: tell the client, so that it knows that this server is alive."""
+    _identified(ctx)
+    return [f.Send(m.Waiting(reason=m.wire_text(event.reason), position=event.position))]
+
+
+def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
+    """The client's turn: tell it everything it needs to derive the plan."""
+    known = ctx.known()
+    same = _identified(ctx).manifest == known.manifest_digest
+    announce = m.Announce(
+        manifest=None if same else known.manifest,
+        block_bytes=known.plan.block_bytes,
+        algorithm=known.algorithm,
+        digests=known.digests,
+        root=known.root,
+        plan=known.plan.digest,
+        node=event.node,
+        chain=event.chain,
+    )
+    return [f.Send(m.Accepted(identity=known.identity)), f.Send(announce), f.SetTimer(ctx.server.timings.plan)]
+
+
+def client_waiting(ctx: Context, event: m.Waiting) -> Sequence[f.Effect]:
+    """The server lives, but our turn has not come."""
+    ctx.queued = True
+    return [f.Note(f"waiting for a turn: {event.reason}"), f.SetTimer(ctx.client.timings.validate)]
+
+
+def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:
+    """The server says that identities match; see for ourselves."""
+    ctx.peer_identity, ctx.queued = event.identity, False
+    notes: list[f.Effect] = []
+    terms = ctx.client
+    if terms.identity is None and (event.identity.role != terms.role or event.identity.layout not in terms.layouts):
+        raise RemoteProtocolError(
+            f"the server gives role {event.identity.role!r} in layout {event.identity.layout!r}, "
+            f"asked for was {terms.role!r} in {' or '.join(terms.layouts) or 'no layout'}"
+        )
+    if terms.identity is not None and not ctx.probing:
+        found = differences(terms.identity, event.identity)
+        refused = [d for d in found if d.severity is Severity.REFUSE]
+        if refused:
+            text, hint = _explain(refused, "client", "server")
+            raise RefusedError("identity", text, hint=hint)
+        notes = [f.Note(f"the source differs, which is allowed: {d}") for d in found]
+    return [*notes, f.SetTimer(terms.timings.plan)]

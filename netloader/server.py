@@ -1,0 +1,414 @@
+"""The server: accepts clients and serves what it holds, many at once, beside whatever else the process does.
+
+Knows nothing of torch: what it serves comes as :class:`~netloader.holdings.Holding` objects; ``netloader.Server`` puts
+tensors in front of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import SocketListener, SocketStream, TaskGroup
+
+from netloader.codecs.frames import client_messages
+from netloader.control import ControlConnection
+from netloader.errors import ConfigError, LocalProtocolError, NetloaderError, PeerLost, RefusedError
+from netloader.holdings import Holding, Holdings
+from netloader.identity import Layout, Role
+from netloader.messages import Ability
+from netloader.protocol import ServerTerms, Session, Side, State
+from netloader.protocol.context import Timings
+from netloader.relays import Relays, Supply
+from netloader.server_session import ServerSession, SessionInfo
+from netloader.transports.base import Transport
+from netloader.turns import Turns
+
+__all__ = ["HoldingServer", "ServerOptions"]
+
+_log = logging.getLogger("netloader")
+
+_BACKLOG = 1024
+_ACCEPT_PAUSE = 0.1
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""What `accept` says when this machine, not the client, is at its end: trying again at once would only spin."""
+
+_LOOKS = (8, 128)
+"""Clients that may look at what is served at once, and that may wait to."""
+
+_MAX_OPEN_BLOCKS = 1 << 17
+"""Blocks that a client may have asked for: more than fit into any client's window, and little memory."""
+
+_MINUTE = 60.0
+
+_SHOWN = 500
+"""Characters of a log line about a session: part of it is the client's own text."""
+
+_NOT_NEWS = ("not-ready", "busy")
+"""Refusals that clients get again and again while they wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """How a server behaves.
+
+    Attributes:
+        host: Address to bind, None for all of IPv6 and IPv4.
+        port: Port to bind, 0 for a free one that the kernel chooses.
+        max_clients: Clients served at once; more wait for their turn.
+        fan_out: Clients served directly before newcomers are sent on to those that pass on what they get; 0 for never.
+        max_queue: Clients that may wait; more are refused with "busy".
+        max_strangers: Connections without a turn or a place in the queue; the oldest is dropped for a new one.
+        token: Shared secret that clients have to know, or None.
+        stop_within: Seconds that stopping may take.
+        timings: Deadlines of each session.
+    """
+
+    host: str | None = None
+    port: int = 0
+    max_clients: int = 8
+    fan_out: int = 1
+    max_queue: int = 256
+    max_strangers: int = 128
+    token: bytes | None = field(default=None, repr=False)
+    stop_within: float = 1.0
+    timings: Timings = field(default_factory=Timings)
+
+
+class _Nuisance:
+    """Something that others can cause as often as they like: a few log lines a minute, then how many there were.
+
+    Args:
+        what: Its name in the log.
+        level: Level of the lines.
+        lines: Lines in a minute.
+    """
+
+    def __init__(self, what: str, level: int, lines: int) -> None:
+        self._what = what
+        self._level = level
+        self._lines = lines
+        self._shown = 0
+        self._untold = 0
+        self._until = 0.0
+
+    def happened(self, detail: str) -> None:
+        now = time.monotonic()
+        if now >= self._until:
+            if self._untold:
+                _log.log(self._level, "%s: %d more since the last line", self._what, self._untold)
+            self._shown, self._untold, self._until = 0, 0, now + _MINUTE
+        if self._shown < self._lines:
+            self._shown += 1
+            _log.log(self._level, "%s: %s", self._what, detail)
+        else:
+            self._untold += 1
+
+
+def _bind(host: str | None, port: int) -> list[socket.socket]:
+    """Bound sockets. For all addresses: one that takes IPv6 and IPv4, or IPv4 alone where there is no IPv6.
+
+    Raises:
+        ConfigError: The address can't be bound.
+    """
+    try:
+        if host is None:
+            if socket.has_dualstack_ipv6():
+                try:
+                    return [_listening(socket.AF_INET6, ("", port), dualstack=True)]
+                except OSError as error:
+                    _log.debug("no dual-stack socket, taking IPv4 alone: %s", error)
+            return [_listening(socket.AF_INET, ("", port))]
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+        )[0]
+        return [_listening(family, address)]
+    except OSError as error:
+        port_is_wrong = error.errno in (errno.EADDRINUSE, errno.EACCES) or (host is None and port)
+        raise ConfigError(
+            field="LISTEN_PORT" if port_is_wrong else "LISTEN_HOST",
+            value=f"{host or '*'}:{port}",
+            allowed="an address of this machine with a free port",
+            reason=str(error),
+            hint="choose another port, or omit it for a free one" if port_is_wrong else "omit it for all addresses",
+        ) from error
+
+
+def _listening(family: socket.AddressFamily, address: tuple[object, ...], *, dualstack: bool = False) -> socket.socket:
+    return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dualstack)
+
+
+class HoldingServer:
+    """Serves holdings to clients, as an asynchronous context manager.
+
+    Args:
+        transports: What it may send over, preferred first.
+        options: How it behaves.
+        software: Name and version, told to clients.
+
+    Raises (on entering):
+        ConfigError: The address can't be bound.
+    """
+
+    def __init__(self, transports: Sequence[Transport], options: ServerOptions, *, software: str = "") -> None:
+        self._transports = {transport.name: transport for transport in transports}
+        self._options = options
+        self._software = software
+        self._holdings = Holdings()
+        self._sessions: set[ServerSession] = set()
+        self._strangers: dict[ServerSession, None] = {}
+        self._changed = anyio.Event()
+        self._relays = Relays(options.fan_out)
+        self._turns = Turns(options.max_clients, options.max_queue)
+        self._looks = Turns(*_LOOKS)
+        self._strays = _Nuisance("a connection that was no client's", logging.INFO, 1)
+        self._failures = _Nuisance("a session failed", logging.WARNING, 20)
+        self._unaccepted = _Nuisance("a connection could not be accepted", logging.WARNING, 1)
+        self._listeners: list[SocketListener] = []
+        self._tasks: TaskGroup | None = None
+        self._stack: AsyncExitStack | None = None
+        self._stopping = False
+        self._count = 0
+        self._port = 0
+        self._host = ""
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._tasks is not None:
+            raise LocalProtocolError("the server was started before", hint="make a new one")
+        sockets = await anyio.to_thread.run_sync(_bind, self._options.host, self._options.port)
+        self._host, self._port = sockets[0].getsockname()[:2]
+        async with AsyncExitStack() as stack:
+            for raw in sockets:
+                stack.callback(raw.close)
+            for raw in sockets:
+                listener = await SocketListener.from_socket(raw)
+                await stack.enter_async_context(listener)
+                self._listeners.append(listener)
+            self._tasks = await stack.enter_async_context(anyio.create_task_group())
+            for listener in self._listeners:
+                self._tasks.start_soon(self._accept, listener)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        if stack is None or self._tasks is None:
+            raise LocalProtocolError("the server is not running")
+        self._stopping = True
+        with anyio.CancelScope(shield=True):
+            for listener in self._listeners:
+                await listener.aclose()
+            for session in list(self._sessions):
+                session.stop("the server is stopping")
+            with anyio.move_on_after(self._options.stop_within):
+                await self._until(lambda: not self._sessions)
+        self._tasks.cancel_scope.cancel()
+        # Without the error: it is the caller's, and is not to come back wrapped up with those of our tasks.
+        await stack.__aexit__(None, None, None)
+
+    # --- what is served ---------------------------------------------------------------------------------------------
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
+    def host(self) -> str:
+        """The address that it is bound to; ``::`` or ``0.0.0.0`` for all."""
+        return self._host
+
+    @property
+    def holdings(self) -> Holdings:
+        """What is served."""
+        return self._holdings
+
+    @property
+    def sessions(self) -> tuple[SessionInfo, ...]:
+        """A glance at every session that is open."""
+        return tuple(session.info() for session in self._sessions)
+
+    def add(self, holding: Holding, supply: Supply | None = None) -> None:
+        """Serve `holding`; see :meth:`netloader.holdings.Holdings.add`."""
+        self._holdings.add(holding, supply)
+        identity = holding.announcement.identity
+        _log.info(
+            "serving %s (%s, %s): %d tensors, %d blocks, %.1f MB, root %s",
+            identity.model or "unnamed tensors",
+            identity.role,
+            identity.layout,
+            len(holding.announcement.manifest.tensors),
+            len(holding.announcement.plan.blocks),
+            holding.announcement.plan.nbytes / 1e6,
+            holding.announcement.root[:16],
+        )
+
+    def expect(self, role: Role = "target", layout: Layout = "raw", *, reason: str, retry_after: float = 2.0) -> None:
+        """Answer clients "not ready" until :meth:`add` brings it."""
+        self._holdings.expect(role, layout, reason, retry_after)
+
+    async def drained(self, role: Role = "target", *, within: float) -> bool:
+        """Wait until nobody pulls `role` any more; whether that is so. It goes on being served meanwhile."""
+        with anyio.move_on_after(within):
+            await self._until(lambda: not self._pulling(role))
+        return not self._pulling(role)
+
+    def _pulling(self, role: Role) -> bool:
+        states = (State.PLAN, State.TRANSFER)
+        return any(s.holding and s.info().role == role and s.session.state in states for s in self._sessions)
+
+    async def retract(
+        self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
+    ) -> None:
+        """Stop serving `role`: nothing more is granted, running sends may end, then the memory is free to change.
+
+        Args:
+            role: What to retract.
+            reason: Told to clients.
+            within: Seconds that running sends may take; their sessions are cut after that.
+            sources: Told to clients: where they may find the same.
+        """
+        held = self._holdings.retract(role, reason, sources)
+        affected = [s for s in self._sessions if any(s.holding is holding for holding in held)]
+        for session in affected:
+            if not session.sending:
+                session.retract(reason, sources)
+        with anyio.move_on_after(within):
+            await self._until(lambda: not any(s.sending for s in affected))
+        for session in affected:
+            session.retract(reason, sources)
+        with anyio.move_on_after(self._options.stop_within):
+            await self._until(lambda: not any(s in self._sessions for s in affected))
+        for session in affected:
+            if session in self._sessions:
+                session.abandon(reason)  # it does not even read its last message
+        with anyio.move_on_after(self._options.stop_within):
+            await self._until(lambda: not any(s in self._sessions for s in affected))
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            changed = self._changed
+            with anyio.move_on_after(0.05):  # sends end without a notice of their own
+                await changed.wait()
+
+    async def _accept(self, listener: SocketListener) -> None:
+        if self._tasks is None:
+            raise LocalProtocolError("the server is not running")
+        while True:
+            try:
+                stream = await listener.accept()
+            except anyio.ClosedResourceError:
+                return
+            except OSError as error:  # the client is gone already, or we have no descriptors left: others still come
+                self._unaccepted.happened(str(error))
+                if error.errno in _EXHAUSTED:
+                    await anyio.sleep(_ACCEPT_PAUSE)
+                continue
+            self._tasks.start_soon(self._serve, stream)
+
+    async def _serve(self, stream: SocketStream) -> None:
+        """Serve one client; nothing it does may reach another one, or the server."""
+        if self._stopping:  # accepted in the last moment: nobody would tell it to end any more
+            await anyio.aclose_forcefully(stream)
+            return
+        self._count += 1
+        label = f"session {self._count}"
+        session: ServerSession | None = None
+        try:
+            session = self._session(stream, label)
+            await session.run()
+        except PeerLost as error:
+            self._strays.happened(f"{label}: {error.message}")
+        except Exception:  # noqa: BLE001 - a bug of ours may cost this session, never the engine's process beside us
+            _log.exception("%s: unexpected error, the session is closed", label)
+        finally:
+            if session is not None:
+                self._strangers.pop(session, None)
+                self._sessions.discard(session)
+                changed, self._changed = self._changed, anyio.Event()
+                changed.set()
+            else:
+                await anyio.aclose_forcefully(stream)
+        if session is not None:
+            self._report(session)
+
+    def _session(self, stream: SocketStream, label: str) -> ServerSession:
+        """A session for a new connection.
+
+        Raises:
+            PeerLost: The client is gone already.
+        """
+        options = self._options
+        connection = ControlConnection(stream, client_messages())
+        terms = ServerTerms(
+            abilities=tuple(self._abilities()),
+            token=options.token,
+            software=self._software,
+            timings=options.timings,
+            max_open_blocks=_MAX_OPEN_BLOCKS,
+        )
+        session = ServerSession(
+            Session(Side.SERVER, server=terms),
+            connection,
+            holdings=self._holdings,
+            turns=self._turns,
+            looks=self._looks,
+            transports=self._transports,
+            setup_timeout=options.timings.plan,
+            stall=options.timings.stall,
+            label=f"{label} with {connection.peer_host}:{connection.peer_port}",
+            relays=self._relays,
+            placed=lambda: self._strangers.pop(session, None),
+        )
+        self._sessions.add(session)
+        self._strangers[session] = None
+        if len(self._strangers) > options.max_strangers:
+            # Those that were refused, or said nothing yet, before those that are in the middle of their greeting.
+            silent = (s for s in self._strangers if s.session.state is not State.VALIDATE)
+            oldest = next(silent, next(iter(self._strangers)))
+            del self._strangers[oldest]
+            oldest.abandon("others want to connect, and this connection has not said what it wants")
+        return session
+
+    def _abilities(self) -> list[Ability]:
+        devices = {holding.device for holding in self._holdings.held()} or {"cpu"}
+        found: dict[str, Ability] = {}
+        for device in sorted(devices):
+            for name, transport in self._transports.items():
+                if name not in found and transport.missing(device) is None:
+                    found[name] = Ability(name, dict(transport.facts(device)))
+        return [found[name] for name in self._transports if name in found]
+
+    def _report(self, session: ServerSession) -> None:
+        error = session.session.error
+        info = session.info()
+        if error is None:
+            _log.info("%s: done, %d blocks, %.1f MB", session.label, info.blocks, info.nbytes / 1e6)
+        elif isinstance(error, RefusedError) and error.code in _NOT_NEWS:
+            _log.debug("%s: %s", session.label, _one_line(error))
+        elif not info.role and not isinstance(error, RefusedError):
+            self._strays.happened(f"{session.label}: {_one_line(error)}")
+        else:
+            self._failures.happened(f"{session.label}, after {info.blocks} blocks: {_one_line(error)}")
+
+
+def _one_line(error: NetloaderError) -> str:
+    """An error for the log: part of it may be a stranger's text."""
+    text = str(error)
+    if len(text) > _SHOWN:
+        text = text[: _SHOWN - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,71 @@
+"""Small messages between the two ends of a transport, carried by the control connection of their session."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import anyio
+
+from netloader.errors import PeerLost, RemoteProtocolError
+from netloader.protocol import events as e
+
+__all__ = ["SignalBox"]
+
+_SIGNALS = 256
+_SIGNAL_BYTES = 1 << 20
+"""Signals, and their bytes, that may wait for the transport: more is a peer that wants our memory."""
+
+_NO_SIGNALS = "the control connection ended while a channel was being set up"
+
+
+class SignalBox:
+    """The signals of one session: implements :class:`netloader.transports.base.Signals`."""
+
+    def __init__(self, feed: Callable[[e.Event], None]) -> None:
+        self._feed = feed
+        self._closed = False
+        self._arrived: deque[bytes] = deque()
+        self._kept = 0
+        self._changed = anyio.Event()
+
+    async def post(self, data: bytes) -> None:
+        """Send `data` to the other end."""
+        if self._closed:
+            raise PeerLost(_NO_SIGNALS)
+        self._feed(e.SignalPosted(data))
+        await anyio.lowlevel.checkpoint()
+
+    async def fetch(self) -> bytes:
+        """The next signal from the other end."""
+        await anyio.lowlevel.checkpoint()
+        while not self._arrived:
+            if self._closed:
+                raise PeerLost(_NO_SIGNALS)
+            await self._changed.wait()
+        data = self._arrived.popleft()
+        self._kept -= len(data)
+        return data
+
+    def deliver(self, data: bytes) -> None:
+        """Take a signal from the peer.
+
+        Raises:
+            RemoteProtocolError: The peer sends more of them than any transport asks for.
+        """
+        if len(self._arrived) >= _SIGNALS or self._kept + len(data) > _SIGNAL_BYTES:
+            raise RemoteProtocolError(
+                f"the peer sent more than {_SIGNALS} signals, or {_SIGNAL_BYTES} bytes of them, that nobody asked for"
+            )
+        self._arrived.append(data)
+        self._kept += len(data)
+        self._wake()
+
+    def close(self) -> None:
+        """No signal will come any more; whoever waits for one gets PeerLost."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()

@@ -1,0 +1,26 @@
+"""The edge to torch: tensors into manifests, block views and digests."""
+
+from __future__ import annotations
+
+from netloader.tensors.describe import DTYPES, describe
+from netloader.tensors.destination import Destination, destination
+from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_of, digest_plan
+from netloader.tensors.holding import Holding, hold
+from netloader.tensors.memory import Memory, MemoryBlock
+from netloader.tensors.touch import Toucher
+
+__all__ = [
+    "ALGORITHMS",
+    "DEFAULT",
+    "DTYPES",
+    "Destination",
+    "Holding",
+    "Memory",
+    "MemoryBlock",
+    "Toucher",
+    "describe",
+    "destination",
+    "digest_of",
+    "digest_plan",
+    "hold",
+]

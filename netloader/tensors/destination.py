@@ -1,0 +1,123 @@
+"""What a client fills: tensors of its own, or memory made for what the server announces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from netloader.errors import LocalProtocolError, ManifestError
+from netloader.manifest import Manifest, TensorSpec
+from netloader.plan import Plan
+from netloader.tensors.describe import DTYPES, describe
+from netloader.tensors.memory import Memory, MemoryBlock
+
+__all__ = ["Destination", "destination"]
+
+
+class Destination:
+    """What a client fills. Made by :func:`destination`.
+
+    Attributes:
+        device: Where the tensors live, or will live, as torch names it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._manifest: Manifest | None = None
+        self._memory: Memory | None = None
+        self._tensors: Mapping[str, torch.Tensor] = {}
+
+    @classmethod
+    def over(cls, tensors: Mapping[str, torch.Tensor]) -> Destination:
+        """A destination that fills `tensors`; see :func:`destination`."""
+        manifest, memory = describe(tensors, writable=True)
+        made = cls(memory.device)
+        made._manifest, made._memory, made._tensors = manifest, memory, dict(tensors)
+        return made
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The tensors; None until :meth:`adopt`, for a destination without tensors of its own."""
+        return self._manifest
+
+    @property
+    def memory(self) -> Memory:
+        """Their memory.
+
+        Raises:
+            LocalProtocolError: Nothing was adopted yet.
+        """
+        if self._memory is None:
+            raise LocalProtocolError("the destination has no memory yet: no manifest was adopted")
+        return self._memory
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors by name, in the order of the manifest; an alias maps to the same tensor as its owner."""
+        return self._tensors
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Allocate memory for a manifest that the server announced. Its contents are undefined until they are pulled.
+
+        Args:
+            manifest: Passed :meth:`~netloader.manifest.Manifest.check`.
+
+        Raises:
+            LocalProtocolError: There are tensors already.
+            ManifestError: Some tensors can't exist here: a dtype that this torch lacks, a device memory format, or not
+                enough memory.
+        """
+        if self._manifest is not None:
+            raise LocalProtocolError("the destination has tensors already, it can't adopt a manifest")
+        problems = [f"{spec.name}: {reason}" for spec in manifest.tensors if (reason := _impossible(spec))]
+        if problems:
+            raise ManifestError(f"{len(problems)} tensors of the server cannot exist here", problems=problems)
+        tensors: dict[str, torch.Tensor] = {}
+        for spec in manifest.tensors:
+            if spec.alias_of:
+                tensors[spec.name] = tensors[spec.alias_of]
+                continue
+            try:
+                tensors[spec.name] = self._allocate(spec)
+            except (RuntimeError, MemoryError) as error:
+                raise ManifestError(
+                    f"no memory on {self.device} for {spec.name} ({spec.nbytes} of {manifest.nbytes} bytes in all)",
+                    hint="free memory, or pull on a larger host",
+                ) from error
+        self._memory = Memory(manifest, list(tensors.values()), torch.device(self.device))
+        self._tensors = tensors
+        self._manifest = manifest
+
+    def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
+        """Views of these blocks, in this order; see :meth:`~netloader.tensors.Memory.views`."""
+        return self.memory.views(plan, numbers)
+
+    def _allocate(self, spec: TensorSpec) -> torch.Tensor:
+        dtype = DTYPES[spec.dtype]
+        if spec.stride:
+            return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=self.device)
+        return torch.empty(spec.shape, dtype=dtype, device=self.device)
+
+
+def destination(tensors: Mapping[str, torch.Tensor] | None, *, device: str = "cpu") -> Destination:
+    """What a pull fills.
+
+    Args:
+        tensors: Tensors to fill in place, by full name; None to allocate what the server announces.
+        device: Where to allocate; not used when `tensors` are given.
+
+    Raises:
+        ManifestError: Some tensors can't travel or can't be written to; each is named with its reason.
+    """
+    if tensors is not None:
+        return Destination.over(tensors)
+    return Destination(str(torch.empty(0, device=device).device))
+
+
+def _impossible(spec: TensorSpec) -> str:
+    if spec.dtype not in DTYPES:
+        return f"torch {torch.__version__} has no dtype {spec.dtype}"
+    if spec.format != "nd":
+        return f"memory format {spec.format} can't be allocated without its device"
+    return ""

@@ -1,0 +1,164 @@
+"""Digests of blocks: registry, one block, all blocks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import xxhash
+
+from netloader.errors import ManifestError, TransportUnavailable, shown
+from netloader.manifest import DIGEST_BYTES
+from netloader.plan import Plan
+
+if TYPE_CHECKING:
+    from netloader.tensors.memory import Memory
+    from netloader.transports.base import BlockView
+
+__all__ = ["ALGORITHMS", "DEFAULT", "digest_of", "digest_plan"]
+
+_STAGING_BYTES = 1 << 20
+"""Bytes of a device span copied at a time: it stays in the cache until it is hashed."""
+
+_GROUP = 8
+"""Blocks that a thread takes at a time."""
+
+
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+
+_REGISTRY: Mapping[str, Callable[[], _Hash]] = MappingProxyType({"xxh3-128": xxhash.xxh3_128})
+
+ALGORITHMS: tuple[str, ...] = tuple(_REGISTRY)
+"""Names of the block digests, the preferred one first."""
+
+DEFAULT = ALGORITHMS[0]
+
+
+def digest_of(view: BlockView, algorithm: str) -> bytes:
+    """Digest of what lies in a block's memory now.
+
+    Memory of the CPU is hashed in place (the interpreter is free meanwhile, for large spans); memory of a device is
+    copied, a bounded piece at a time.
+
+    Args:
+        view: The block.
+        algorithm: One of :data:`ALGORITHMS`.
+
+    Returns:
+        :data:`~netloader.manifest.DIGEST_BYTES` bytes, over the block's bytes in the order of its spans.
+
+    Raises:
+        ManifestError: The algorithm is unknown.
+    """
+    state = _new(algorithm)
+    try:
+        buffers = view.buffers()
+    except TransportUnavailable:
+        for span in view.tensors():
+            _hash_device_span(state, span)
+    else:
+        for buffer in buffers:
+            state.update(buffer)
+    return state.digest()
+
+
+def digest_plan(
+    memory: Memory,
+    plan: Plan,
+    algorithm: str,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> bytes:
+    """Digests of all blocks, joined in order.
+
+    Args:
+        memory: Where they live.
+        plan: The blocks.
+        algorithm: One of :data:`ALGORITHMS`.
+        threads: Threads that hash, the calling one included.
+        progress: Called in the calling thread with the bytes hashed so far and all bytes. What it raises ends the
+            work and is raised here.
+
+    Raises:
+        ManifestError: The algorithm is unknown, or some of the memory is gone.
+    """
+    _new(algorithm)
+    return _Work(memory, plan, algorithm).run(max(1, threads), progress)
+
+
+class _Work:
+    """All blocks of a plan, hashed by several threads that each take the next few."""
+
+    def __init__(self, memory: Memory, plan: Plan, algorithm: str) -> None:
+        self._memory = memory
+        self._plan = plan
+        self._algorithm = algorithm
+        self._digests = bytearray(len(plan.blocks) * DIGEST_BYTES)
+        self._lock = threading.Lock()
+        self._next = 0  # guarded by the lock, as the two below
+        self._hashed = 0
+        self._error: BaseException | None = None
+
+    def run(self, threads: int, progress: Callable[[int, int], None] | None) -> bytes:
+        count = min(threads, -(-len(self._plan.blocks) // _GROUP))
+        helpers = [threading.Thread(target=self._work, name=f"netloader-digest-{n}") for n in range(1, count)]
+        for helper in helpers:
+            helper.start()
+        self._work(progress)
+        for helper in helpers:
+            helper.join()
+        if self._error is not None:
+            raise self._error
+        if progress is not None:
+            progress(self._plan.nbytes, self._plan.nbytes)
+        return bytes(self._digests)
+
+    def _work(self, progress: Callable[[int, int], None] | None = None) -> None:
+        try:
+            while numbers := self._take():
+                views = self._memory.views(self._plan, numbers)
+                digests = b"".join([digest_of(view, self._algorithm) for view in views])
+                first = numbers[0] * DIGEST_BYTES
+                with self._lock:
+                    self._digests[first : first + len(digests)] = digests
+                    self._hashed += sum(view.nbytes for view in views)
+                    hashed = self._hashed
+                if progress is not None and hashed < self._plan.nbytes:
+                    progress(hashed, self._plan.nbytes)
+        except BaseException as error:  # noqa: BLE001 - raised again by `run`, once all threads have ended
+            with self._lock:
+                self._error = self._error or error
+
+    def _take(self) -> range:
+        """The next blocks to hash; none when all are taken or one thread has failed."""
+        with self._lock:
+            first = len(self._plan.blocks) if self._error is not None else self._next
+            self._next = first + _GROUP
+        return range(first, min(first + _GROUP, len(self._plan.blocks)))
+
+
+def _new(algorithm: str) -> _Hash:
+    maker = _REGISTRY.get(algorithm)
+    if maker is None:
+        raise ManifestError(
+            f"block digest {shown(algorithm, 80)} is unknown here, known are: {', '.join(ALGORITHMS)}",
+            hint="use releases of netloader on both sides that share one",
+        )
+    return maker()
+
+
+def _hash_device_span(state: _Hash, span: torch.Tensor) -> None:
+    staging = torch.empty(min(span.numel(), _STAGING_BYTES), dtype=torch.uint8, device="cpu")
+    for start in range(0, span.numel(), _STAGING_BYTES):
+        part = span[start : start + _STAGING_BYTES]
+        copy = staging[: part.numel()]
+        copy.copy_(part)
+        state.update(copy.numpy().data)

@@ -1,0 +1,213 @@
+"""The memory of one set of tensors, seen as blocks."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from netloader.codecs.npu_formats import is_private
+from netloader.errors import ManifestError, TransportUnavailable
+from netloader.manifest import Manifest
+from netloader.plan import Block, Plan, Span
+from netloader.tensors.private import PlainCopies, PlainCopy
+
+__all__ = ["Memory", "MemoryBlock"]
+
+_WINDOW = ctypes.c_uint8 * (1 << 62)
+"""As much as can be addressed. Cutting a block's spans out of one window makes one object per span; an array for each
+of them would make five, and with tens of thousands of spans the garbage collector would stop the process to look."""
+
+
+class MemoryBlock:
+    """One block where it lives; see :class:`~netloader.transports.base.BlockView`.
+
+    Keeps the memory alive, also when the tensors are dropped meanwhile, and so does each byte view taken from it.
+
+    Attributes:
+        number: Number of the block.
+        nbytes: Bytes in all.
+    """
+
+    __slots__ = ("_addresses", "_block", "_buffers", "_copies", "_device", "_storages", "_tensors", "nbytes", "number")
+
+    def __init__(
+        self,
+        block: Block,
+        device: torch.device,
+        storages: list[torch.UntypedStorage],
+        addresses: list[int],
+        copies: dict[int, PlainCopy],
+    ) -> None:
+        self.number = block.number
+        self.nbytes = block.nbytes
+        self._block = block
+        self._device = device
+        self._storages = storages  # one for each span
+        self._addresses = addresses
+        self._copies = copies  # of tensors in a private format, by place of the span
+        self._tensors: list[torch.Tensor] | None = None
+        self._buffers: list[memoryview] | None = None
+
+    def __repr__(self) -> str:
+        return f"<block {self.number}: {self.nbytes} bytes in {len(self._addresses)} spans on {self._device}>"
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The spans in order: one-dimensional, contiguous ``uint8`` tensors over the memory, where that is.
+
+        They share nothing but memory with the tensors that they were made from: writing to them is no operation that
+        autograd counts.
+        """
+        if self._tensors is None:
+            made = []
+            spans = zip(self._storages, self._addresses, self._block.spans, strict=True)
+            for place, (storage, address, span) in enumerate(spans):
+                if place in self._copies:
+                    made.append(self._copies[place].rows()[span.offset : span.offset + span.nbytes])
+                    continue
+                empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+                made.append(empty.set_(storage, address - storage.data_ptr(), (span.nbytes,), (1,)))
+            self._tensors = made
+        return self._tensors
+
+    def settle(self) -> None:
+        """The block was filled: bring its bytes to where they belong, if that isn't where they are.
+
+        For tensors in a device's private format. Waits for the device: not for the event loop's thread.
+        """
+        for copy in {id(copy): copy for copy in self._copies.values()}.values():
+            copy.write_back()
+
+    def buffers(self) -> Sequence[memoryview]:
+        """The spans in order, as writable byte views.
+
+        Raises:
+            TransportUnavailable: Some of the memory is not the CPU's.
+        """
+        if self._device.type != "cpu" and not all(storage.device.type == "cpu" for storage in self._storages):
+            raise TransportUnavailable(
+                f"block {self.number} is on {self._device}, byte views exist for the CPU's memory only"
+            )
+        if self._buffers is None:
+            base = min(self._addresses)
+            window = _WINDOW.from_address(base)
+            # A byte view keeps its window alive, and the window has to keep the memory.
+            window.storages = self._storages  # type: ignore[attr-defined]
+            whole = memoryview(window).cast("B")
+            self._buffers = [
+                whole[address - base : address - base + span.nbytes]
+                for address, span in zip(self._addresses, self._block.spans, strict=True)
+            ]
+        return self._buffers
+
+
+class Memory:
+    """The memory of one set of tensors. Made by :func:`~netloader.tensors.describe`.
+
+    Tensors are known by address. One that was given other memory since (``param.data = ...``) is noticed and never
+    read from or written to by its old address.
+
+    Args:
+        manifest: What `tensors` look like.
+        tensors: In the order of the manifest.
+        device: Where they live. A server may have copies of some of them in the CPU's memory.
+        addresses: Where each begins, when that is known already.
+        weak: Hold them by weak references.
+
+    Attributes:
+        device: As torch names it (``cpu``, ``cuda:0``).
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tensors: Sequence[torch.Tensor],
+        device: torch.device,
+        *,
+        addresses: list[int] | None = None,
+        weak: bool = False,
+    ) -> None:
+        self.device = str(device)
+        self._device = device
+        self._manifest = manifest
+        self._copies = PlainCopies()
+        self._private: frozenset[int] = frozenset()
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
+            self._addresses = addresses or [tensor.data_ptr() for tensor in tensors]
+            if device.type == "npu":
+                # As they are today: an engine may have brought one into tiles since the manifest was made, or a plain
+                # copy may stand for one in tiles. What travels is the plain form in any case.
+                self._private = frozenset(i for i, tensor in enumerate(tensors) if is_private(tensor))
+        self._tensors: list[torch.Tensor] = [] if weak else list(tensors)
+        self._references: list[Callable[[], torch.Tensor | None]] = [weakref.ref(t) for t in tensors] if weak else []
+
+    def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
+        """Views of these blocks, in this order.
+
+        Args:
+            plan: A plan of this memory's manifest.
+            numbers: Blocks of the plan.
+
+        Raises:
+            ManifestError: Some of the memory is gone or was replaced, or the plan was made for other tensors.
+        """
+        self._check(plan)
+        # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
+            return [self._view(plan, number) for number in numbers]
+
+    def _view(self, plan: Plan, number: int) -> MemoryBlock:
+        block = plan.blocks[number]
+        storages, addresses = [], []
+        copies: dict[int, PlainCopy] = {}
+        for place, span in enumerate(block.spans):
+            index = span.tensor
+            tensor = self._references[index]() if self._references else self._tensors[index]
+            if tensor is None or tensor.data_ptr() != self._addresses[index]:
+                raise self._gone(plan, number)
+            address = self._addresses[index] + span.offset
+            storage = tensor.untyped_storage()
+            if address + span.nbytes > storage.data_ptr() + storage.nbytes():
+                raise self._gone(plan, number)
+            storages.append(storage)
+            addresses.append(address)
+            if index in self._private:
+                copies[place] = self._copies.of(index, tensor)
+        return MemoryBlock(block, self._device, storages, addresses, copies)
+
+    def missing(self, plan: Plan, number: int) -> str | None:
+        """Why block `number` can't be read or written any more: the tensor and the reason; None when it can."""
+        self._check(plan)
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
+            for span in plan.blocks[number].spans:
+                reason = self._problem(span)
+                if reason:
+                    return f"{self._manifest.tensors[span.tensor].name} {reason}"
+        return None
+
+    def _problem(self, span: Span) -> str:
+        index = span.tensor
+        tensor = self._references[index]() if self._references else self._tensors[index]
+        if tensor is None:
+            return "was dropped by its owner"
+        if tensor.data_ptr() != self._addresses[index]:
+            return "was given other memory"
+        storage = tensor.untyped_storage()
+        if self._addresses[index] + span.offset + span.nbytes > storage.data_ptr() + storage.nbytes():
+            return "has less memory than it had"
+        return ""
+
+    def _gone(self, plan: Plan, number: int) -> ManifestError:
+        reason = self.missing(plan, number) or "it changed this very moment"
+        return ManifestError(
+            f"block {number} is gone: {reason}", hint="describe the tensors again after they were replaced"
+        )
+
+    def _check(self, plan: Plan) -> None:
+        if plan.manifest is not self._manifest:
+            if plan.manifest != self._manifest:
+                raise ManifestError("the plan was made for other tensors than these")
+            # Equal: from now on the same object, so that the next call need not compare.
+            self._manifest = plan.manifest

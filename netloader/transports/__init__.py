@@ -1,0 +1,1 @@
+"""Data paths between peers: the contract, the registry, and the transports themselves."""

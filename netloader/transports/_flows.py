@@ -1,0 +1,288 @@
+"""One direction of a channel within a host: bytes read straight out of the sender's memory, or passed through a ring.
+
+A flow moves the blocks of one call at a time; everything blocks and runs in worker threads.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from netloader.errors import TransportError
+from netloader.transports._landing import Operation
+from netloader.transports._lanes import after, calls
+from netloader.transports._line import Line
+from netloader.transports._readv import MOST_SPANS, read, regions_of, total
+from netloader.transports._ring import PIECE_BYTES, RING_BYTES, Ring
+from netloader.transports.base import BlockView
+
+__all__ = ["Flow", "MemoryReader", "MemoryShower", "RingReader", "RingWriter"]
+
+_MORE, _WHOLE, _READ, _WRITTEN, _FREED = b"M", b"B", b"R", b"W", b"F"
+"""What a message says: some regions of a block; its last ones; blocks were read; bytes were written; they were read."""
+
+_MOST_SHOWN = 64
+"""Blocks that may be shown and not yet read: their acknowledgements always fit into the socket."""
+
+_READ_TOGETHER = 16
+"""Blocks that are acknowledged together: each acknowledgement wakes the sender, which takes a processor for it."""
+
+_COUNT = struct.Struct("=Q")
+_WORD = 8
+
+Work = Callable[[], None]
+
+
+class Flow(Protocol):
+    """One direction, at one of its ends."""
+
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
+        """What is to be done for these blocks; each in a thread of its own, at once."""
+        ...
+
+    def cut(self) -> None:
+        """End it for both sides; whoever waits in it comes back. From any thread."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds, once no thread uses it. Idempotent."""
+        ...
+
+
+class MemoryShower:
+    """The sender's end where the receiver reads its memory: says where each block lies, and waits until it was read."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
+        """See :class:`Flow`."""
+        return [lambda: self._show(blocks, operation)] if blocks else []
+
+    def cut(self) -> None:
+        """See :class:`Flow`."""
+        self._line.cut()
+
+    def close(self) -> None:
+        """See :class:`Flow`."""
+        self._line.close()
+
+    def _show(self, blocks: Sequence[BlockView], operation: Operation) -> None:
+        shown: list[Sequence[memoryview]] = []  # kept alive until they were read
+        unread = 0
+        for block in blocks:
+            while unread >= _MOST_SHOWN:
+                unread -= self._read(operation, unread)
+            shown.append(block.buffers())
+            words = regions_of(shown[-1])
+            most = 2 * MOST_SPANS
+            for start in range(0, max(len(words), 1), most):
+                kind = _MORE if start + most < len(words) else _WHOLE
+                self._line.say(kind + words[start : start + most].tobytes(), operation)
+            unread += 1
+        while unread:
+            unread -= self._read(operation, unread)
+
+    def _read(self, operation: Operation, unread: int) -> int:
+        """How many blocks more were read; waits until there are any."""
+        count = _number(self._line.hear(operation), _READ)
+        if not 0 < count <= unread:
+            raise TransportError(f"the receiver read {count} blocks, {unread} were shown")
+        operation.moved()
+        return count
+
+
+class MemoryReader:
+    """The receiver's end where it reads the sender's memory, with several threads.
+
+    Args:
+        line: To the sender.
+        pid: The sender's process, as the kernel named it; the line notices when it is no more.
+        threads: Threads that read.
+    """
+
+    def __init__(self, line: Line, pid: int, threads: int) -> None:
+        self._line = line
+        self._pid = pid
+        self._threads = threads
+        self._turn = threading.Lock()  # whoever has it listens; one for all calls, so that they hear in their order
+        self._lock = threading.Lock()
+        self._read = 0  # blocks read and not yet acknowledged
+        self._listening = False
+
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
+        """See :class:`Flow`."""
+        rest = iter(enumerate(blocks))
+        # All threads, however few the blocks: one that comes to the next call knows then that this one's are all heard.
+        return [lambda: self._receive(rest, operation)] * self._threads if blocks else []
+
+    def cut(self) -> None:
+        """See :class:`Flow`."""
+        self._line.cut()
+
+    def close(self) -> None:
+        """See :class:`Flow`."""
+        self._line.close()
+
+    def _receive(self, rest: Iterator[tuple[int, BlockView]], operation: Operation) -> None:
+        while True:
+            with self._turn:
+                place, block = next(rest, (-1, None))
+                if block is None:
+                    break
+                remote = self._shown(operation)
+            buffers = block.buffers()
+            local = regions_of(buffers)
+            if total(remote) != total(local):
+                raise TransportError(
+                    f"the sender shows {total(remote)} bytes as block {block.number}, which has {total(local)}"
+                )
+            read(self._pid, remote, local)
+            # Only now is it certain that the sender, and no other process, was there and left its memory alone.
+            self._line.check()
+            self._acknowledge(1, operation, at_once=False)
+            operation.moved()
+            operation.completed(place)
+        self._acknowledge(0, operation, at_once=True)
+
+    def _acknowledge(self, count: int, operation: Operation, *, at_once: bool) -> None:
+        """Say that `count` blocks more were read: now, or with those to come, unless somebody waits for the sender."""
+        with self._lock:
+            self._read += count
+            if self._read and (at_once or self._listening or self._read >= _READ_TOGETHER):
+                self._line.say(_READ + _COUNT.pack(self._read), operation)
+                self._read = 0
+
+    def _listen(self, operation: Operation) -> bytes:
+        """The next message. The sender may wait for our acknowledgements before it says any more."""
+        if self._line.waiting():
+            return self._line.hear(operation)
+        with self._lock:
+            self._listening = True
+        try:
+            self._acknowledge(0, operation, at_once=True)
+            return self._line.hear(operation)
+        finally:
+            with self._lock:
+                self._listening = False
+
+    def _shown(self, operation: Operation) -> array[int]:
+        regions = array("Q")
+        while True:
+            message = self._listen(operation)
+            if message[:1] not in (_MORE, _WHOLE) or len(message) % (2 * _WORD) != 1:
+                raise TransportError(f"the sender said {message[:16]!r} where a block was to be shown")
+            regions.frombytes(message[1:])
+            if message[:1] == _WHOLE:
+                return regions
+
+
+class RingWriter:
+    """The sender's end of a ring.
+
+    Args:
+        line: To the receiver.
+        ring: Shared with it.
+    """
+
+    def __init__(self, line: Line, ring: Ring) -> None:
+        self._line = line
+        self._ring = ring
+        self._written = 0
+        self._freed = 0
+
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
+        """See :class:`Flow`."""
+        return [lambda: self._send(blocks, operation)] if blocks else []
+
+    def cut(self) -> None:
+        """See :class:`Flow`."""
+        self._line.cut()
+
+    def close(self) -> None:
+        """See :class:`Flow`."""
+        self._line.close()
+        self._ring.close()
+
+    def _send(self, blocks: Sequence[BlockView], operation: Operation) -> None:
+        for buffers, _ in calls(list(enumerate(blocks)), PIECE_BYTES):
+            rest: Sequence[memoryview] = buffers
+            while rest:
+                # Read what is there in any case: a receiver that can't say more would stop listening.
+                while self._line.waiting():
+                    self._hear(operation)
+                while self._written - self._freed > RING_BYTES - PIECE_BYTES:
+                    self._hear(operation)
+                count = self._ring.write(self._written, rest)
+                self._written += count
+                self._line.say(_WRITTEN + _COUNT.pack(self._written), operation)
+                operation.moved()
+                rest = after(rest, count)
+
+    def _hear(self, operation: Operation) -> None:
+        message = self._line.hear(operation)
+        freed = _number(message, _FREED)
+        if not self._freed < freed <= self._written:
+            raise TransportError(f"the receiver read up to byte {freed} of {self._freed} to {self._written}")
+        self._freed = freed
+
+
+class RingReader:
+    """The receiver's end of a ring.
+
+    Args:
+        line: To the sender.
+        ring: Shared with it.
+    """
+
+    def __init__(self, line: Line, ring: Ring) -> None:
+        self._line = line
+        self._ring = ring
+        self._written = 0
+        self._read = 0
+
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
+        """See :class:`Flow`."""
+        return [lambda: self._receive(blocks, operation)] if blocks else []
+
+    def cut(self) -> None:
+        """See :class:`Flow`."""
+        self._line.cut()
+
+    def close(self) -> None:
+        """See :class:`Flow`."""
+        self._line.close()
+        self._ring.close()
+
+    def _receive(self, blocks: Sequence[BlockView], operation: Operation) -> None:
+        for place, block in enumerate(blocks):
+            for buffers, _ in calls([(0, block)], PIECE_BYTES):
+                rest: Sequence[memoryview] = buffers
+                while rest:
+                    rest = after(rest, self._fill(rest, operation))
+            operation.completed(place)
+
+    def _fill(self, buffers: Sequence[memoryview], operation: Operation) -> int:
+        if self._read == self._written:
+            self._hear(operation)
+        count = self._ring.read(self._read, self._written - self._read, buffers)
+        self._read += count
+        self._line.say(_FREED + _COUNT.pack(self._read), operation)
+        operation.moved()
+        return count
+
+    def _hear(self, operation: Operation) -> None:
+        written = _number(self._line.hear(operation), _WRITTEN)
+        if not self._written < written <= self._read + RING_BYTES:
+            raise TransportError(f"the sender wrote up to byte {written}, read are {self._read}")
+        self._written = written
+
+
+def _number(message: bytes, kind: bytes) -> int:
+    if message[:1] != kind or len(message) != 1 + _COUNT.size:
+        raise TransportError(f"the peer said {message[:16]!r} where {kind!r} and a number were to come")
+    number: int = _COUNT.unpack(message[1:])[0]
+    return number

@@ -1,0 +1,177 @@
+"""The rendezvous of a gloo group of two, without a store that anyone could connect to.
+
+A group asks its store for one value of the peer: the address of its listening socket. This store hands out our own
+address and waits for the peer's; both travel over the control connection as plain data. What gloo reads is built here
+from checked numbers, so a peer never gets to give gloo bytes to parse, and gloo dials only where we allow it to.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch
+from torch._C._distributed_c10d import Store
+
+from netloader.errors import PeerLost, TransferTimeout, TransportError
+
+__all__ = ["Address", "LocalStore", "Rendezvous", "from_blob", "plain_host", "to_blob"]
+
+_SIZE = struct.Struct("=Q")
+_SOCKADDR = 128  # struct sockaddr_storage
+_DEVICE = _SOCKADDR + 8  # and the number of a pair, -1 in the address of a device
+_V4 = struct.Struct("=H2s4s")
+_V6 = struct.Struct("=H2s4s16sI")
+
+
+class Address(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
+    """Where one side's gloo listens.
+
+    Attributes:
+        host: Numeric address, without zone.
+        port: The port.
+        pairs: For each rank, the number by which it makes itself known when it connects.
+    """
+
+    host: str
+    port: int
+    pairs: tuple[int, ...]
+
+
+def plain_host(host: str) -> str:
+    """A numeric address in the form in which two of them can be compared.
+
+    Raises:
+        TransportError: It is no numeric address.
+    """
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError as error:
+        raise TransportError(f"{host!r} is no numeric address") from error
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(address if mapped is None else mapped)
+
+
+def from_blob(blob: bytes) -> Address:
+    """Read what this torch's gloo says about itself.
+
+    Raises:
+        TransportError: It has another form than the one known: another version of gloo.
+    """
+    try:
+        (hostname,) = _SIZE.unpack_from(blob)
+        rest = blob[_SIZE.size + hostname :]
+        (length,) = _SIZE.unpack_from(rest)
+        sockaddr, numbers = rest[_SIZE.size :][:length], rest[_SIZE.size :][length:]
+        pairs = struct.unpack(f"={len(numbers) // 8}q", numbers)
+        if len(sockaddr) != _DEVICE or not pairs:
+            raise struct.error("wrong lengths")
+        (family,) = struct.unpack_from("=H", sockaddr)
+        if family == socket.AF_INET:
+            _, port, packed = _V4.unpack_from(sockaddr)
+        elif family == socket.AF_INET6:
+            _, port, _, packed, _ = _V6.unpack_from(sockaddr)
+        else:
+            raise struct.error(f"address family {family}")
+    except struct.error as error:
+        raise TransportError(
+            f"gloo of torch {torch.__version__} describes its address in an unknown way: {error}",
+            hint="use another transport, or a torch that this version of netloader was tested with",
+        ) from error
+    return Address(str(ipaddress.ip_address(packed)), int.from_bytes(port, "big"), pairs)
+
+
+def to_blob(address: Address, zone: int = 0) -> bytes:
+    """Write an address as gloo reads it.
+
+    Args:
+        address: The peer's.
+        zone: Number of the interface, for a link-local IPv6 address.
+    """
+    ip = ipaddress.ip_address(address.host)
+    port = address.port.to_bytes(2, "big")
+    if isinstance(ip, ipaddress.IPv4Address):
+        sockaddr = _V4.pack(socket.AF_INET, port, ip.packed)
+    else:
+        sockaddr = _V6.pack(socket.AF_INET6, port, bytes(4), ip.packed, zone)
+    device = sockaddr.ljust(_SOCKADDR, b"\0") + struct.pack("=q", -1)
+    pairs = struct.pack(f"={len(address.pairs)}q", *address.pairs)
+    return _SIZE.pack(0) + _SIZE.pack(len(device)) + device + pairs
+
+
+class LocalStore(Store):
+    """A store for a group of one: it knows what was put in, and waits for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        """Keep a value."""
+        self._values[_short(key)] = bytes(value)
+
+    def get(self, key: str) -> bytes:
+        """A value that is there."""
+        return self._values[_short(key)]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Nothing: what is asked for is there, or :meth:`get` says that it is not."""
+
+    def has_extended_api(self) -> bool:
+        """No: get is all there is."""
+        return False
+
+
+class Rendezvous(LocalStore):
+    """The store of one end of a pair.
+
+    Args:
+        rank: Our rank, 0 or 1.
+        timeout: Seconds to wait for the peer's address.
+        published: Called with our own address, in gloo's thread, before anyone else gets to know it.
+    """
+
+    def __init__(self, rank: int, timeout: float, published: Callable[[Address], None]) -> None:
+        super().__init__()
+        self._ours, self._theirs = str(rank), str(1 - rank)
+        self._timeout = timeout
+        self._published = published
+        self._met = threading.Event()
+        self._error: TransportError | None = None
+
+    def meet(self, address: Address, zone: int = 0) -> None:
+        """Let gloo have the peer's address, which was checked."""
+        self._values[self._theirs] = to_blob(address, zone)
+        self._met.set()
+
+    def abort(self) -> None:
+        """End the wait for the peer's address."""
+        if not self._met.is_set():
+            self._error = PeerLost("the set-up was given up")
+            self._met.set()
+
+    def set(self, key: str, value: Any) -> None:
+        """Gloo tells its own address."""
+        super().set(key, value)
+        if _short(key) == self._ours:
+            self._published(from_blob(bytes(value)))
+
+    def get(self, key: str) -> bytes:
+        """Gloo asks for an address, ours or the peer's."""
+        if _short(key) == self._theirs:
+            if not self._met.wait(self._timeout):
+                raise TransferTimeout(f"the peer did not say where its gloo listens within {self._timeout:g} s")
+            if self._error is not None:
+                raise self._error
+        return super().get(key)
+
+
+def _short(key: str) -> str:
+    """Gloo puts the number of its context before the rank: there is only one here."""
+    return key.rpartition("/")[2]

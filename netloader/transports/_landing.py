@@ -1,0 +1,106 @@
+"""One operation of a channel, carried out by several threads at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from netloader.errors import TransferTimeout
+from netloader.transports.base import BlockView, Landed
+
+__all__ = ["Operation"]
+
+
+class Operation:
+    """What the threads that move the blocks of one call have in common: progress, the first error, and who landed.
+
+    Blocks complete in any order and are reported in theirs. Whichever thread completes the block that is next reports
+    it, and those behind it that were waiting, while the other threads go on moving bytes.
+
+    Args:
+        what: The operation, for messages (``the peer sends nothing``).
+        blocks: All blocks of the call, in order.
+        landed: Told about each block, in order; or None.
+        stall: Seconds without progress after which it has failed.
+        cut: Ends the channel, so that the other threads come back; callable from any thread.
+    """
+
+    def __init__(
+        self, what: str, blocks: Sequence[BlockView], landed: Landed | None, stall: float, cut: Callable[[], object]
+    ) -> None:
+        self._error: BaseException | None = None
+        self._what = what
+        self._blocks = blocks
+        self._landed = landed
+        self._stall = stall
+        self._cut = cut
+        self._lock = threading.Lock()
+        self._complete = bytearray(len(blocks))
+        self._next = 0
+        self._reporting = False
+        self._moved_at = time.monotonic()
+
+    def run(self, work: Callable[[], object]) -> None:
+        """One thread's share; what it raises ends the operation for all of them, and is kept if it is the first."""
+        self.moved()  # the thread may have been busy with the operation before this one
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - kept: raised by whoever waits for the operation
+            with self._lock:
+                if self._error is None:
+                    self._error = error
+            self._cut()
+
+    def check_error(self) -> None:
+        """Raise the first thing that any of the threads raised. Once they are all back."""
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # the error knows this frame: without this they would keep each other alive
+
+    def moved(self) -> None:
+        """Note that bytes moved."""
+        self._moved_at = time.monotonic()
+
+    def check_stall(self) -> None:
+        """See whether anything moved lately.
+
+        Raises:
+            TransferTimeout: Nothing did.
+        """
+        if not self._reporting and time.monotonic() - self._moved_at > self._stall:
+            raise TransferTimeout(f"{self._what} for {self._stall:g} s", hint="is the peer still alive?")
+
+    def completed(self, place: int) -> None:
+        """Note that all bytes of a block are where they belong, and report what can be reported.
+
+        Args:
+            place: Place of the block in the call.
+        """
+        if self._landed is None:
+            return
+        with self._lock:
+            self._complete[place] = 1
+            if self._reporting:
+                return
+            self._reporting = True
+        try:
+            while (block := self._take()) is not None:
+                self._landed(block)
+                self.moved()
+        except BaseException:
+            with self._lock:
+                self._next = len(self._blocks)  # nothing is reported after a refusal
+                self._reporting = False
+            raise
+
+    def _take(self) -> BlockView | None:
+        """The next block to report; None, and somebody else's turn later, when it is not complete yet."""
+        with self._lock:
+            if self._next >= len(self._blocks) or not self._complete[self._next] or self._error is not None:
+                self._reporting = False
+                return None
+            self._next += 1
+            return self._blocks[self._next - 1]

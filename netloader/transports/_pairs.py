@@ -1,0 +1,290 @@
+"""What conformance checks need: two ends within one process, blocks of their own, operations that are watched."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from netloader.errors import (
+    PeerLost,
+    TransportError,
+    TransportUnavailable,
+)
+from netloader.transports.base import Channel, Setup, Transport, depth_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "PATIENCE",
+    "Failed",
+    "LocalSignals",
+    "MakePair",
+    "Operation",
+    "TensorBlockView",
+    "ahead",
+    "demand",
+    "local_signals",
+    "made",
+    "pair_maker",
+    "raises",
+    "within",
+]
+
+PATIENCE = 30.0
+"""Seconds that anything which should happen at once may take before the check fails."""
+
+
+class Failed(AssertionError):
+    """A transport does not do what the contract says."""
+
+
+class MakePair(Protocol):
+    """Opens two ends of one channel and closes them afterwards."""
+
+    def __call__(self, *, stall: float = PATIENCE) -> AbstractAsyncContextManager[tuple[Channel, Channel]]:
+        """The server's end and the client's; `stall` is what :class:`~netloader.transports.base.Setup` says."""
+        ...
+
+
+class TensorBlockView:
+    """A block in tensors of its own.
+
+    Args:
+        number: Its number.
+        spans: The bytes of each span.
+        device: Where to put them.
+    """
+
+    def __init__(self, number: int, spans: Sequence[bytes | bytearray], device: str = "cpu") -> None:
+        import torch
+
+        self.number = number
+        self.nbytes = sum(map(len, spans))
+        self._device = device
+        self._spans = [_tensor(torch, span).to(device) for span in spans]
+
+    @classmethod
+    def zeros(cls, number: int, nbytes: int, device: str = "cpu") -> TensorBlockView:
+        """A block of one span of zeros."""
+        import torch
+
+        block = cls(number, [], device)
+        block.nbytes = nbytes
+        block._spans.append(torch.zeros(nbytes, dtype=torch.uint8, device=device))
+        return block
+
+    @property
+    def data(self) -> bytes:
+        """All its bytes."""
+        return b"".join(span.cpu().numpy().tobytes() for span in self._spans)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """See :class:`~netloader.transports.base.BlockView`."""
+        return self._spans
+
+    def buffers(self) -> Sequence[memoryview]:
+        """See :class:`~netloader.transports.base.BlockView`."""
+        if self._device != "cpu":
+            raise TransportUnavailable(f"block {self.number} is on {self._device}")
+        return [memoryview(span.numpy()) for span in self._spans]
+
+    def fill(self, value: int) -> None:
+        """Write one value everywhere."""
+        for span in self._spans:
+            span.fill_(value)
+
+
+def _tensor(torch: Any, span: bytes | bytearray) -> Any:
+    return torch.frombuffer(bytearray(span), dtype=torch.uint8) if span else torch.empty(0, dtype=torch.uint8)
+
+
+class LocalSignals:
+    """One end of a control connection within the process; see :func:`local_signals`."""
+
+    def __init__(self, outgoing: MemoryObjectSendStream[bytes], incoming: MemoryObjectReceiveStream[bytes]) -> None:
+        self._outgoing = outgoing
+        self._incoming = incoming
+
+    async def post(self, data: bytes) -> None:
+        """See :class:`~netloader.transports.base.Signals`."""
+        if len(data) > 64 << 10:
+            raise Failed(f"a signal of {len(data)} bytes: 64 KiB is the limit")
+        try:
+            await self._outgoing.send(bytes(data))
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise PeerLost("the control connection ended") from error
+
+    async def fetch(self) -> bytes:
+        """See :class:`~netloader.transports.base.Signals`."""
+        try:
+            return await self._incoming.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError) as error:
+            raise PeerLost("the control connection ended") from error
+
+    def close(self) -> None:
+        """End the connection for both sides."""
+        self._outgoing.close()
+        self._incoming.close()
+
+
+def local_signals() -> tuple[LocalSignals, LocalSignals]:
+    """Both ends of a control connection within the process."""
+    there, at_there = anyio.create_memory_object_stream[bytes](64)
+    back, at_back = anyio.create_memory_object_stream[bytes](64)
+    return LocalSignals(there, at_back), LocalSignals(back, at_there)
+
+
+def pair_maker(
+    server: Transport, client: Transport | None = None, *, device: str = "cpu", host: str = "127.0.0.1"
+) -> MakePair:
+    """A maker of pairs for :func:`check_transport`.
+
+    Args:
+        server: The transport at the server's end.
+        client: The one at the client's end; the same object by default.
+        device: Where the blocks live.
+        host: The address of both ends.
+    """
+    other = server if client is None else client
+
+    @asynccontextmanager
+    async def make_pair(*, stall: float = PATIENCE) -> AsyncIterator[tuple[Channel, Channel]]:
+        ours, theirs = local_signals()
+        setups = [
+            Setup(
+                device=device,
+                local_host=host,
+                peer_host=host,
+                peer_facts=peer.facts(device),
+                signals=signals,
+                timeout=PATIENCE,
+                stall=stall,
+            )
+            for signals, peer in ((ours, other), (theirs, server))
+        ]
+        opened: list[Channel] = []
+        try:
+            offer, pending = await server.offer(setups[0])
+            async with anyio.create_task_group() as tasks:
+                accepting = Operation(tasks, lambda: server.accept(pending))
+                connecting = Operation(tasks, lambda: other.connect(offer, setups[1]))
+                opened.append(await accepting.value())
+                opened.append(await connecting.value())
+            yield opened[0], opened[1]
+        finally:
+            with anyio.CancelScope(shield=True):
+                for channel in opened:
+                    with within(PATIENCE, "aclose does not end"):
+                        await channel.aclose()
+            ours.close()
+            theirs.close()
+
+    return make_pair
+
+
+class Operation:
+    """An operation in a task of its own, and how it ended."""
+
+    def __init__(self, tasks: anyio.abc.TaskGroup, start: Callable[[], Awaitable[Any]]) -> None:
+        self._start = start
+        self._over = anyio.Event()
+        self._value: Any = None
+        self.error: BaseException | None = None
+        self.scope = anyio.CancelScope()
+        tasks.start_soon(self._main)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._over.is_set()
+
+    async def value(self) -> Any:
+        """Its result; raises what it raised."""
+        await self.wait()
+        if self.error is not None:
+            raise self.error
+        return self._value
+
+    async def wait(self) -> None:
+        """Until it has ended, in whatever way."""
+        with within(PATIENCE, "an operation does not end"):
+            await self._over.wait()
+
+    async def ends_with(self, kind: type[BaseException], what: str) -> None:
+        """It has to end with this error."""
+        await self.wait()
+        if not isinstance(self.error, kind):
+            raise Failed(f"{what}: expected {kind.__name__}, got {self.error!r}") from self.error
+
+    async def cancelled(self) -> None:
+        """Cancel it; it has to end soon, as cancelled operations do."""
+        self.scope.cancel()
+        await self.wait()
+        if self.error is not None or not self.scope.cancelled_caught:
+            raise Failed(f"a cancelled operation ended with {self.error!r}") from self.error
+
+    async def _main(self) -> None:
+        try:
+            with self.scope:
+                self._value = await self._start()
+        except Exception as error:  # noqa: BLE001 - looked at by whoever waits
+            self.error = error
+        finally:
+            self._over.set()
+
+
+async def made(tasks: anyio.abc.TaskGroup, call: Callable[[], Awaitable[None]]) -> Operation:
+    """A call that has got under way, if it can."""
+    operation = Operation(tasks, call)
+    for _ in range(3):
+        await anyio.lowlevel.checkpoint()
+    return operation
+
+
+async def ahead(channel: Channel, calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Make calls in order, as many at a time as the channel takes."""
+    slots = anyio.Semaphore(depth_of(channel))
+
+    async def make(call: Callable[[], Awaitable[None]]) -> None:
+        await call()
+        slots.release()
+
+    async with anyio.create_task_group() as tasks:
+        for call in calls:
+            await slots.acquire()
+            tasks.start_soon(make, call)
+
+
+@contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """Fail when the body takes longer."""
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except TimeoutError as error:
+        raise Failed(f"{what} within {seconds:g} s") from error
+
+
+@contextmanager
+def raises(kind: type[BaseException], what: str) -> Iterator[None]:
+    """Fail when the body does not raise this."""
+    try:
+        yield
+    except kind:
+        return
+    except TransportError as error:
+        raise Failed(f"{what}: expected {kind.__name__}, got {error!r}") from error
+    raise Failed(f"{what}: expected {kind.__name__}, nothing was raised")
+
+
+def demand(condition: object, what: str) -> None:
+    """Fail when `condition` does not hold."""
+    if not condition:
+        raise Failed(what)

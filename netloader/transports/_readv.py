@@ -1,0 +1,135 @@
+"""Reading another process's memory (``process_vm_readv``): no copy in between, no help from the other process."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from netloader.errors import PeerLost, TransportError, TransportUnavailable
+
+__all__ = ["MOST_SPANS", "Regions", "allow_reader", "needs_permission", "read", "regions_of", "total"]
+
+MOST_SPANS = 1024
+"""Pieces of memory that one call takes on each side (IOV_MAX)."""
+
+Regions = array  # of 64-bit numbers
+"""Pieces of memory: address, bytes, address, bytes, ... as the kernel reads them."""
+
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_BY_PERMISSION = "1"
+_PR_SET_PTRACER = 0x59616D61
+_WORD = 8
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = libc.process_vm_readv
+    call.restype = ctypes.c_ssize_t
+    call.argtypes = (
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    )
+    return libc
+
+
+def regions_of(buffers: Sequence[memoryview]) -> array[int]:
+    """Where these byte views lie; empty ones are left out. They have to stay alive while this is used."""
+    numbers: list[int] = []
+    byte, address_of = ctypes.c_char, ctypes.addressof
+    for buffer in buffers:
+        nbytes = len(buffer)
+        if nbytes:
+            numbers += (address_of(byte.from_buffer(buffer)), nbytes)
+    return array("Q", numbers)
+
+
+def total(regions: array[int]) -> int:
+    """Bytes in all."""
+    return sum(regions[1::2])
+
+
+def read(pid: int, remote: array[int], local: array[int]) -> None:
+    """Read `remote` regions of process `pid` into `local` ones of this process, of as many bytes in all.
+
+    Returns when all bytes are there; the interpreter is free meanwhile.
+
+    Raises:
+        TransportUnavailable: This process may not read that one's memory.
+        PeerLost: There is no such process.
+        TransportError: Some of the memory is not there (any more).
+    """
+    if len(remote) <= 2 * MOST_SPANS and len(local) <= 2 * MOST_SPANS:
+        _read(pid, remote, local)
+        return
+    for there, here in _in_step(remote, local):
+        _read(pid, there, here)
+
+
+def _read(pid: int, remote: array[int], local: array[int]) -> None:
+    wanted = total(local)
+    if not wanted:
+        return
+    here, there = local.buffer_info()[0], remote.buffer_info()[0]
+    count = _libc().process_vm_readv(pid, here, len(local) // 2, there, len(remote) // 2, 0)
+    if count == wanted:
+        return
+    code = ctypes.get_errno() if count < 0 else errno.EFAULT
+    if code in (errno.EPERM, errno.ENOSYS):
+        raise TransportUnavailable(
+            f"the memory of process {pid} can't be read: {os.strerror(code)}",
+            hint="reading needs the same user and the system's permission to trace (Yama's ptrace_scope, seccomp)",
+        )
+    if code == errno.ESRCH:
+        raise PeerLost(f"process {pid} is gone")
+    raise TransportError(f"{wanted} bytes of process {pid} can't be read: {os.strerror(code)}")
+
+
+def _in_step(remote: array[int], local: array[int]) -> Iterator[tuple[array[int], array[int]]]:
+    """Both sides cut into pieces of equal size, as many at a time as one call takes."""
+    there, here = array("Q"), array("Q")
+    rest = iter(zip(remote[::2], remote[1::2], strict=True))
+    far, far_bytes = next(rest, (0, 0))
+    for start, nbytes in zip(local[::2], local[1::2], strict=True):
+        near, near_bytes = start, nbytes
+        while near_bytes and far_bytes:
+            step = min(near_bytes, far_bytes)
+            there.extend((far, step))
+            here.extend((near, step))
+            if len(here) == 2 * MOST_SPANS:
+                yield there, here
+                there, here = array("Q"), array("Q")
+            near, near_bytes = near + step, near_bytes - step
+            far, far_bytes = far + step, far_bytes - step
+            if not far_bytes:
+                far, far_bytes = next(rest, (0, 0))
+    if here:
+        yield there, here
+
+
+def needs_permission() -> bool:
+    """Whether a process has to name whom it lets read its memory (Yama's ptrace_scope 1)."""
+    try:
+        return _YAMA.read_text("ascii").strip() == _BY_PERMISSION
+    except OSError:
+        return False
+
+
+def allow_reader(pid: int) -> None:
+    """Let process `pid`, and nobody else, read this process's memory; 0: nobody.
+
+    Concerns Yama only: whatever else forbids it (another user, other capabilities) still does.
+    """
+    if sys.platform == "linux":
+        _libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)

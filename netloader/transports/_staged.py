@@ -1,0 +1,148 @@
+"""Blocks of an accelerator's memory over a stream socket, through a bounded piece of the host's memory.
+
+A lane copies or is on the wire, one after the other; the lanes of a channel overlap each other.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from netloader.errors import TransportUnavailable
+from netloader.transports._landing import Operation
+from netloader.transports._lanes import Lane, Placed
+from netloader.transports.base import BlockView
+
+__all__ = ["STAGING_BYTES", "StagedLane"]
+
+STAGING_BYTES = 8 << 20
+"""Staging memory of one lane: large enough that copying it out of a device is done at full speed."""
+
+_FEW = 4
+"""Pieces up to which each is copied to or from the host by itself; more are joined on the device first."""
+
+
+class StagedLane(Lane):
+    """One connected stream socket, for tensors that a socket can't reach.
+
+    Args:
+        sock: Connected; owned from here on.
+        stall: Seconds without progress after which an operation fails.
+        device: Where the blocks live.
+        nbytes: Bytes of staging memory.
+    """
+
+    def __init__(self, sock: socket.socket, stall: float, device: str, nbytes: int | None) -> None:
+        super().__init__(sock, stall)
+        self._device = torch.device(device)
+        self._room = STAGING_BYTES if nbytes is None else nbytes
+        self._stages: dict[str, torch.Tensor] = {}  # by direction: both may be used at once
+
+    def send(self, blocks: Sequence[Placed], operation: Operation) -> None:
+        """Send blocks in order; see :class:`Lane`."""
+        stage = self._stage("send")
+        memory = stage.numpy().data
+        with torch.inference_mode():
+            for place, block in blocks:
+                if self._device.type != "cpu" and _on_host(
+                    block
+                ):  # what a server keeps there: nothing has to be copied
+                    super().send([(place, block)], operation)
+                    continue
+                for pieces, _ in self._portions([(place, block)]):
+                    nbytes = self._gather(pieces, stage)
+                    if nbytes:
+                        self.put([memory[:nbytes]], operation)
+
+    def receive(self, blocks: Sequence[Placed], operation: Operation) -> None:
+        """Fill blocks in order; see :class:`Lane`."""
+        stage = self._stage("receive")
+        memory = stage.numpy().data
+        for pieces, places in self._portions(blocks):
+            nbytes = sum(piece.numel() for piece in pieces)
+            if nbytes:
+                self.fill([memory[:nbytes]], operation)
+            with torch.inference_mode():
+                self._scatter(pieces, stage[:nbytes])
+            for place in places:
+                operation.completed(place)
+
+    def _portions(self, blocks: Sequence[Placed]) -> Iterator[tuple[list[torch.Tensor], list[int]]]:
+        """As much as the staging memory holds, and which blocks are complete after it."""
+        room = self._room
+        pieces: list[torch.Tensor] = []
+        size = 0
+        for place, block in blocks:
+            for span in block.tensors():
+                start = 0
+                while start < span.numel():
+                    piece = span[start : start + room - size]
+                    pieces.append(piece)
+                    size += piece.numel()
+                    start += piece.numel()
+                    if size == room:
+                        yield pieces, []
+                        pieces, size = [], 0
+            yield pieces, [place]
+            pieces, size = [], 0
+
+    def _stage(self, direction: str) -> torch.Tensor:
+        """The staging memory of a direction; makes this thread one of the device's."""
+        _use(self._device)
+        if direction not in self._stages:
+            self._stages[direction] = _staging(self._room, self._device)
+        return self._stages[direction]
+
+    @staticmethod
+    def _gather(pieces: Sequence[torch.Tensor], stage: torch.Tensor) -> int:
+        """Copy from the device; returns the number of bytes."""
+        alike = len({piece.device for piece in pieces}) == 1
+        together = [torch.cat(list(pieces))] if len(pieces) > _FEW and alike else pieces
+        start = 0
+        for piece in together:
+            stage[start : start + piece.numel()].copy_(piece)
+            start += piece.numel()
+        return start
+
+    def _scatter(self, pieces: Sequence[torch.Tensor], stage: torch.Tensor) -> None:
+        """Copy to the device."""
+        there = stage
+        if len(pieces) > _FEW:
+            there = stage.to(self._device)
+        start = 0
+        for piece in pieces:
+            piece.copy_(there[start : start + piece.numel()])
+            start += piece.numel()
+        if len(pieces) > _FEW:
+            _wait_for(self._device)
+
+
+def _on_host(block: BlockView) -> bool:
+    return all(span.device.type == "cpu" for span in block.tensors())
+
+
+def _staging(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Host memory, pinned where the device can use that."""
+    if device.type == "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        # Pinned memory is a limited good, and not every device has any; copies from plain memory are slower, no more.
+        if "memory" not in str(error).lower():
+            raise TransportUnavailable(f"no staging memory for {device}: {error}") from error
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _use(device: torch.device) -> None:
+    """Make `device` this thread's own: some libraries know no other way to be told."""
+    if device.type != "cpu" and device.index is not None:
+        torch.get_device_module(device).set_device(device)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until what was asked of the device by this thread has happened."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

@@ -1,0 +1,160 @@
+"""A thread of one's own for blocking calls, driven from an event loop and never left behind."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import anyio
+
+from netloader.errors import ChannelClosed
+from netloader.transports._state import LoopEvent
+
+__all__ = ["Job", "Worker"]
+
+T = TypeVar("T")
+
+_JOIN_EVERY = 0.0005
+"""Seconds between looks at a thread that has said its last word: it is about to be gone."""
+
+_PATIENCE = 30.0
+"""Seconds that a call which was told to return may still take before we say so and go on without it."""
+
+_log = logging.getLogger(__name__)
+
+
+class Job(Generic[T]):
+    """A call in the worker's thread.
+
+    Attributes:
+        over: Set when it has ended, either way.
+        error: What it raised, until :meth:`result` has raised that.
+    """
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self.over = LoopEvent()
+        self._call = call
+        self._value: list[T] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Make the call; in the worker's thread."""
+        try:
+            self._value.append(self._call())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            _forget_locals(error)
+            self.error = error
+        finally:
+            del self._call  # and with it whatever it holds on to
+            self.over.set()
+
+    def result(self) -> T:
+        """What the call returned; raises what it raised. Only once `over`."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None  # the error knows this frame: without this they would keep each other alive
+        return self._value[0]
+
+
+class Worker:
+    """One thread that makes blocking calls in order.
+
+    Made and used in one event loop. The thread is a daemon only so that a call stuck in a foreign library cannot keep
+    a dying process alive; :meth:`aclose` waits for it.
+
+    Args:
+        name: Name of the thread.
+        free: Makes the call that is running return soon; callable from any thread, must not block.
+
+    Attributes:
+        closing: Whether it takes no more calls.
+    """
+
+    def __init__(self, name: str, free: Callable[[], object]) -> None:
+        self._free = free
+        self._jobs: queue.SimpleQueue[Job[object] | None] = queue.SimpleQueue()
+        self.closing = False
+        self._gone = LoopEvent()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        """Name of the thread."""
+        return self._thread.name
+
+    def start(self, call: Callable[[], T]) -> Job[T]:
+        """Have `call` made, after those asked for before."""
+        if self.closing:
+            raise ChannelClosed(f"{self.name} is closed")
+        job = Job(call)
+        self._jobs.put(job)  # type: ignore[arg-type]  # a queue of jobs of all kinds
+        return job
+
+    async def finish(self, job: Job[T], watch: Callable[[], None] | None = None, every: float = 1.0) -> T:
+        """Wait for a job.
+
+        When this is cancelled, or `watch` raises, the running call is made to return, and only then it goes on.
+
+        Args:
+            job: From :meth:`start`.
+            watch: Called in the event loop now and then while the job runs.
+            every: Seconds between two such calls.
+        """
+        try:
+            while not job.over.is_set():
+                with anyio.move_on_after(None if watch is None else every) as waited:
+                    await job.over.wait()
+                if waited.cancelled_caught and watch is not None:
+                    watch()
+        except BaseException:
+            self._free()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_PATIENCE) as waited:
+                await job.over.wait()
+            if waited.cancelled_caught:
+                _log.error("thread %s did not return within %g s after it was told to", self.name, _PATIENCE)
+            raise
+        return job.result()
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Make a blocking call and wait for it; see :meth:`finish`."""
+        return await self.finish(self.start(call))
+
+    async def aclose(self, within: float) -> bool:
+        """Let the thread end after the calls already asked for, and join it.
+
+        Returns:
+            Whether it is gone; False when it was still busy after `within` seconds.
+        """
+        if not self.closing:
+            self.closing = True
+            self._jobs.put(None)
+        with anyio.CancelScope(shield=True), anyio.move_on_after(within):
+            await self._gone.wait()
+            while self._thread.is_alive():  # noqa: ASYNC110 - a thread's end sets no event
+                await anyio.sleep(_JOIN_EVERY)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            del job
+        self._gone.set()
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Drop what the frames of an error hold on to: whoever keeps the error must not keep a group of sockets with it."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            pending += [one.__cause__, one.__context__]

@@ -1,0 +1,217 @@
+"""The contract of a transport: what carries blocks between two sides that already talk over a control connection.
+
+A third party implements :class:`Transport` and :class:`Channel`, names the transport in the entry-point group
+``netloader.transports``, and runs :func:`netloader.transports.conformance.check_transport` against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BlockView", "Channel", "Landed", "Pending", "Setup", "Signals", "Transport", "depth_of"]
+
+
+class BlockView(Protocol):
+    """One block's bytes, where they live: memory of the caller's own tensors, not a copy."""
+
+    @property
+    def number(self) -> int:
+        """Number of the block."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        ...
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The spans in order: one-dimensional, contiguous ``uint8`` tensors over the caller's memory, where that is.
+
+        What is received goes to the channel's device. What is sent may lie in the CPU's memory, in part or as a whole,
+        while the channel's device is another one: a server keeps copies there.
+        """
+        ...
+
+    def buffers(self) -> Sequence[memoryview]:
+        """The spans in order, as writable byte views.
+
+        Raises:
+            TransportUnavailable: The memory is not the CPU's.
+        """
+        ...
+
+
+Landed = Callable[[BlockView], None]
+"""Called by ``recv`` once for each block, in order, as soon as all its bytes are in place; may be called in a worker
+thread. It may take a while (blocks are hashed there). When it raises, ``recv`` ends the channel and raises that."""
+
+
+class Signals(Protocol):
+    """Small messages between the two ends of a transport, carried by the control connection.
+
+    Whoever can read or write them is the peer itself: no stranger reaches this path, unlike a port.
+    """
+
+    async def post(self, data: bytes) -> None:
+        """Send up to 64 KiB to the other end; ordered and reliable.
+
+        Raises:
+            PeerLost: The control connection ended.
+        """
+        ...
+
+    async def fetch(self) -> bytes:
+        """The next message from the other end; waits for it.
+
+        Raises:
+            PeerLost: The control connection ended.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a transport is told when a channel is set up.
+
+    Attributes:
+        device: Where the blocks live, as torch names it (``cpu``, ``npu:3``).
+        local_host: Our address on the control connection (numeric, without port).
+        peer_host: The peer's address on the control connection: the only one a transport may connect to.
+        peer_facts: What the peer's transport stated about itself.
+        signals: Small messages to and from the other end.
+        timeout: Seconds that setting up may take.
+        stall: Seconds that a running operation may go without any progress.
+    """
+
+    device: str
+    local_host: str
+    peer_host: str
+    peer_facts: Mapping[str, str]
+    signals: Signals
+    timeout: float
+    stall: float
+
+
+@runtime_checkable
+class Pending(Protocol):
+    """A server's half-open channel: made by ``offer``, used up by ``accept``."""
+
+    async def aclose(self) -> None:
+        """Give up the offer and free what it holds. Idempotent; does nothing once accepted."""
+        ...
+
+
+@runtime_checkable
+class Channel(Protocol):
+    """One open data path between two peers.
+
+    Order: blocks arrive in the order in which they were sent, whatever the grouping into calls: the receiver's calls
+    name the same blocks in the same order, but may cut the sequence elsewhere.
+
+    Concurrency: one ``send`` and one ``recv`` at a time; a second one in the same direction raises
+    :class:`~netloader.errors.ChannelBusy` and harms nothing. A channel may take more: an attribute ``depth`` says how
+    many calls of one direction may be open at once. They are carried out in the order in which they were made, so that
+    nothing stands still between two of them; how many ``landed`` run at once is up to the channel then.
+
+    Failure: one failed, timed-out or cancelled operation ends the channel; every later one raises
+    :class:`~netloader.errors.ChannelClosed`, and the peer's raises :class:`~netloader.errors.PeerLost` within its own
+    deadline at the latest. There is no retry on a channel.
+    """
+
+    async def send(self, blocks: Sequence[BlockView]) -> None:
+        """Send blocks, whole and in order.
+
+        The memory belongs to the channel until this returns or raises; it may be reused then.
+
+        Raises:
+            PeerLost: The peer closed, died, or was cut off.
+            TransferTimeout: Nothing moved for the stall time: the peer does not receive.
+            ChannelBusy: As many sends as the channel takes are running.
+            ChannelClosed: The channel was closed here, or an earlier operation failed.
+        """
+        ...
+
+    async def recv(self, blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
+        """Fill blocks in place, whole and in order; all of them, or an error.
+
+        The memory belongs to the channel until this returns or raises, cancelled included; after that no byte lands in
+        it any more, even if the peer goes on sending. A receive is posted only for what the peer has granted.
+
+        Args:
+            blocks: What to fill.
+            landed: See :data:`Landed`.
+
+        Raises:
+            PeerLost, TransferTimeout, ChannelBusy, ChannelClosed: As for ``send``; whatever `landed` raises.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close and free everything, threads, ports and device memory included. Idempotent, never raises, bounded.
+
+        An operation that is running on this side ends with :class:`~netloader.errors.ChannelClosed`; the peer's with
+        :class:`~netloader.errors.PeerLost`. When this has returned, no byte lands in any view any more.
+        """
+        ...
+
+
+def depth_of(channel: Channel) -> int:
+    """How many calls of one direction `channel` takes at once; see :class:`Channel`."""
+    depth: int = getattr(channel, "depth", 1)
+    return depth
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """A way to move blocks; stateless, one object per name.
+
+    Attributes:
+        name: The name in configuration and on the wire.
+    """
+
+    name: str
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run here for tensors on `device`, in words; None when it can. Cheap, no side effects."""
+        ...
+
+    def facts(self, device: str) -> Mapping[str, str]:
+        """What the peer has to know to judge whether both could meet; equal keys have to have equal values."""
+        ...
+
+    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+        """Server: get ready for one client.
+
+        Returns:
+            What the client needs to connect, opaque to everyone else; and the handle for :meth:`accept`.
+
+        Raises:
+            TransportError: It can't be set up here now.
+        """
+        ...
+
+    async def accept(self, pending: Pending) -> Channel:
+        """Server: wait for the client, within the set-up's timeout.
+
+        Uses up `pending`, also when it raises or is cancelled.
+
+        Raises:
+            TransferTimeout: The client did not come in time.
+            PeerLost: It came and went, or the control connection ended.
+        """
+        ...
+
+    async def connect(self, offer: bytes, setup: Setup) -> Channel:
+        """Client: connect to an offer, within the set-up's timeout.
+
+        Raises:
+            PeerLost: The server is not there.
+            TransferTimeout: It did not answer in time.
+            TransportError: The offer makes no sense.
+        """
+        ...

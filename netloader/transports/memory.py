@@ -1,0 +1,280 @@
+"""Blocks within one process: for tests, and for whoever wants to see the rest of the machinery without a network."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import anyio
+import anyio.lowlevel
+
+from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.transports._state import ChannelState, LoopEvent
+from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
+
+__all__ = ["DEFAULT_CAPACITY", "MemoryHub", "MemoryTransport"]
+
+DEFAULT_CAPACITY = 4 << 20
+"""Bytes under way in one direction before a sender has to wait."""
+
+
+class _Pipe:
+    """One direction: a bounded byte stream between two event loops, which may be the same one.
+
+    With a capacity of 0 nothing is buffered: a write is over when a read has taken the bytes (lockstep).
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._buffer = bytearray()
+        self._lent: memoryview | None = None
+        self._lost = False
+        self._waiting: set[LoopEvent] = set()
+
+    async def write(self, data: memoryview, stall: float) -> None:
+        """Hand over all of `data`; it may be reused afterwards.
+
+        Raises:
+            PeerLost: The pipe is cut.
+            TransferTimeout: Nothing moved for `stall` seconds.
+        """
+        while len(data):
+            await self._until(self._has_room, stall, "the peer takes no bytes")
+            with self._lock:
+                self._check()
+                if self._capacity == 0:
+                    self._lent, taken = data, len(data)
+                else:
+                    taken = min(len(data), self._capacity - len(self._buffer))
+                    self._buffer += data[:taken]
+                self._changed()
+            data = data[taken:]
+        if self._capacity == 0:
+            await self._until(self._has_room, stall, "the peer takes no bytes")
+            with self._lock:
+                if self._lent is not None:
+                    self._check()
+
+    async def read(self, into: memoryview, stall: float) -> None:
+        """Fill all of `into`.
+
+        Raises:
+            PeerLost: The pipe is cut.
+            TransferTimeout: Nothing moved for `stall` seconds.
+        """
+        while len(into):
+            await self._until(self._has_bytes, stall, "the peer sends no bytes")
+            with self._lock:
+                self._check()
+                taken = self._take(into)
+                self._changed()
+            into = into[taken:]
+
+    def cut(self) -> None:
+        """End the direction for both sides; what was under way is gone."""
+        with self._lock:
+            self._lost = True
+            self._buffer.clear()
+            self._changed()
+
+    def _take(self, into: memoryview) -> int:
+        if self._lent is not None:
+            taken = min(len(into), len(self._lent))
+            into[:taken] = self._lent[:taken]
+            self._lent = self._lent[taken:] if taken < len(self._lent) else None
+        else:
+            taken = min(len(into), len(self._buffer))
+            into[:taken] = self._buffer[:taken]
+            del self._buffer[:taken]
+        return taken
+
+    def _has_room(self) -> bool:
+        return self._lost or (self._lent is None if self._capacity == 0 else len(self._buffer) < self._capacity)
+
+    def _has_bytes(self) -> bool:
+        return self._lost or self._lent is not None or len(self._buffer) > 0
+
+    def _check(self) -> None:
+        if self._lost:
+            raise PeerLost("the peer closed its memory channel")
+
+    def _changed(self) -> None:
+        for waiting in self._waiting:
+            waiting.set()
+        self._waiting.clear()
+
+    async def _until(self, ready: Callable[[], bool], stall: float, what: str) -> None:
+        changed = LoopEvent()
+        with self._lock:
+            if ready():
+                return
+            self._waiting.add(changed)
+        try:
+            while True:
+                with anyio.move_on_after(stall) as scope:
+                    await changed.wait()
+                if scope.cancelled_caught:
+                    raise TransferTimeout(f"{what} for {stall:g} s", hint="is the peer still alive?")
+                changed = LoopEvent()
+                with self._lock:
+                    if ready():
+                        return
+                    self._waiting.add(changed)
+        finally:
+            with self._lock:
+                self._waiting.discard(changed)
+
+
+class _MemoryChannel:
+    def __init__(self, incoming: _Pipe, outgoing: _Pipe, stall: float) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._stall = stall
+        self._state = ChannelState("memory channel")
+
+    async def send(self, blocks: Sequence[BlockView]) -> None:
+        """See :class:`netloader.transports.base.Channel`."""
+        async with self._state.operation("send", self._cut):
+            await anyio.lowlevel.checkpoint()
+            for block in blocks:
+                for buffer in block.buffers():
+                    await self._outgoing.write(buffer, self._stall)
+
+    async def recv(self, blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
+        """See :class:`netloader.transports.base.Channel`."""
+        async with self._state.operation("recv", self._cut):
+            await anyio.lowlevel.checkpoint()
+            for block in blocks:
+                for buffer in block.buffers():
+                    await self._incoming.read(buffer, self._stall)
+                if landed is not None:
+                    landed(block)
+
+    async def aclose(self) -> None:
+        """See :class:`netloader.transports.base.Channel`."""
+        self._state.end("it was closed", closed=True)
+        self._cut()
+        with anyio.CancelScope(shield=True):
+            await self._state.idle()
+
+    def _cut(self) -> None:
+        self._incoming.cut()
+        self._outgoing.cut()
+
+
+class _MemoryPending:
+    """An offer that waits in the hub under its key."""
+
+    def __init__(self, hub: MemoryHub, setup: Setup) -> None:
+        self.hub = hub
+        self.setup = setup
+        self.key = secrets.token_bytes(16)
+        self.taken = LoopEvent()
+        self.channel: Channel | None = None
+
+    async def aclose(self) -> None:
+        """See :class:`netloader.transports.base.Pending`."""
+        self.hub.withdraw(self)
+        if self.channel is not None:
+            await self.channel.aclose()
+
+
+class MemoryHub:
+    """Where the two ends of memory channels meet; give one hub to both sides' transports.
+
+    Args:
+        capacity: Bytes under way in one direction before a sender has to wait. 0: lockstep, a send returns only when
+            the receiver has taken its bytes.
+    """
+
+    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+        self.capacity = capacity
+        self.name = secrets.token_hex(8)
+        self._lock = threading.Lock()
+        self._offers: dict[bytes, _MemoryPending] = {}
+
+    @property
+    def open_offers(self) -> int:
+        """Offers that were neither taken up nor withdrawn."""
+        return len(self._offers)
+
+    def publish(self, pending: _MemoryPending) -> None:
+        """Let a client find this offer."""
+        with self._lock:
+            self._offers[pending.key] = pending
+
+    def withdraw(self, pending: _MemoryPending) -> None:
+        """Forget this offer, if it is still there."""
+        with self._lock:
+            self._offers.pop(pending.key, None)
+
+    def take(self, key: bytes, stall: float) -> Channel:
+        """Make both ends of a channel; the other one goes to whoever made the offer.
+
+        Raises:
+            TransportError: There is no such offer (any more).
+        """
+        there, back = _Pipe(self.capacity), _Pipe(self.capacity)
+        with self._lock:
+            pending = self._offers.pop(key, None)
+            if pending is None:
+                raise PeerLost("there is no such offer in this process, or it was withdrawn")
+            pending.channel = _MemoryChannel(back, there, pending.setup.stall)
+        pending.taken.set()
+        return _MemoryChannel(there, back, stall)
+
+
+class MemoryTransport:
+    """Moves blocks within one process, bounded; for tensors in the CPU's memory.
+
+    Args:
+        hub: Where both sides meet; a new one by default, which then has to be reached through this very object.
+    """
+
+    name = "memory"
+
+    def __init__(self, hub: MemoryHub | None = None) -> None:
+        self._hub = MemoryHub() if hub is None else hub
+
+    def missing(self, device: str) -> str | None:
+        """See :class:`netloader.transports.base.Transport`."""
+        return (
+            None if device.partition(":")[0] == "cpu" else f"it moves bytes in the CPU's memory only, not on {device}"
+        )
+
+    def facts(self, device: str) -> Mapping[str, str]:
+        """The hub, so that two processes (or two hubs) are never paired."""
+        del device
+        return {"hub": self._hub.name}
+
+    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+        """See :class:`netloader.transports.base.Transport`."""
+        pending = _MemoryPending(self._hub, setup)
+        self._hub.publish(pending)
+        return pending.key, pending
+
+    async def accept(self, pending: Pending) -> Channel:
+        """See :class:`netloader.transports.base.Transport`."""
+        if not isinstance(pending, _MemoryPending):
+            raise TransportError(f"this is no offer of the memory transport: {type(pending).__name__}")
+        try:
+            with anyio.move_on_after(pending.setup.timeout) as scope:
+                await pending.taken.wait()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await pending.aclose()
+            raise
+        self._hub.withdraw(pending)
+        channel, pending.channel = pending.channel, None
+        if channel is None or scope.cancelled_caught:
+            if channel is not None:
+                await channel.aclose()
+            raise TransferTimeout(f"the client did not come within {pending.setup.timeout:g} s")
+        return channel
+
+    async def connect(self, offer: bytes, setup: Setup) -> Channel:
+        """See :class:`netloader.transports.base.Transport`."""
+        await anyio.lowlevel.checkpoint()
+        return self._hub.take(offer, setup.stall)

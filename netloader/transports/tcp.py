@@ -1,0 +1,243 @@
+"""Blocks over TCP, straight between socket and tensor memory; the transport that works everywhere.
+
+The server listens for each session on a port of its own, at the address that the control connection came in on, and
+lets in nobody but the client of that session, who proves itself by a key that only the control connection carried.
+What follows on the connections is nothing but the bytes of the blocks: both sides know their sizes. They are not
+encrypted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, ClassVar
+
+import anyio
+import anyio.lowlevel
+import msgspec
+
+from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.transports._crew import Crew
+from netloader.transports._landing import Operation
+from netloader.transports._lanes import Lane, Placed, share
+from netloader.transports._pacing import tune
+from netloader.transports._sockets import KEY_BYTES, Door, dial, knock, plain, socket_address
+from netloader.transports._state import ChannelState
+from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
+
+__all__ = ["TcpTransport"]
+
+_MOST_LANES = 16
+_MANY_PROCESSORS = 16
+
+Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+
+
+class _Offer(msgspec.Struct, frozen=True):
+    """What the client needs: where to connect, how often, what to say there, and what it will hear."""
+
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=_MOST_LANES)]
+    key: Key
+    answer: Key
+
+
+class _TcpPending:
+    """A server's door, and what was said about it."""
+
+    def __init__(self, door: Door, setup: Setup) -> None:
+        self.door = door
+        self.setup = setup
+
+    async def aclose(self) -> None:
+        """See :class:`netloader.transports.base.Pending`."""
+        self.door.close()
+
+
+class _TcpChannel:
+    """Several connections, each with a thread for each direction that is used; blocks take turns on them."""
+
+    depth: ClassVar[int] = 2
+    """A lane goes on with the next call while others still work on this one."""
+
+    def __init__(self, connections: Sequence[socket.socket], setup: Setup, staged: int | None) -> None:
+        for sock in connections:
+            tune(sock, setup.local_host, setup.peer_host)
+        self._stall = setup.stall
+        self._lanes = [_lane(sock, setup, staged) for sock in connections]
+        self._state = ChannelState("tcp channel", self.depth)
+        self._crew = Crew("tcp", self._cut)
+        self._moved = {"send": 0, "recv": 0}
+        self._receives = 0  # stays above 0, when one is cut short
+
+    async def send(self, blocks: Sequence[BlockView]) -> None:
+        """See :class:`netloader.transports.base.Channel`."""
+        async with self._state.operation("send", self._cut):
+            operation = Operation("the peer takes no bytes", blocks, None, self._stall, self._cut)
+            shares = self._shares("send", blocks)
+            works = [
+                partial(lane.send, mine, operation) if mine else None
+                for lane, mine in zip(self._lanes, shares, strict=True)
+            ]
+            await self._crew.carry_out("send", operation, works)
+
+    async def recv(self, blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
+        """See :class:`netloader.transports.base.Channel`."""
+        async with self._state.operation("recv", self._cut):
+            self._receives += 1
+            operation = Operation("the peer sends nothing", blocks, landed, self._stall, self._cut)
+            shares = self._shares("recv", blocks)
+            works = [
+                partial(lane.receive, mine, operation) if mine else None
+                for lane, mine in zip(self._lanes, shares, strict=True)
+            ]
+            await self._crew.carry_out("recv", operation, works)
+            self._receives -= 1
+
+    async def aclose(self) -> None:
+        """See :class:`netloader.transports.base.Channel`."""
+        self._state.end("it was closed", closed=True)
+        self._cut()
+        with anyio.CancelScope(shield=True):
+            await self._state.idle()
+            await self._crew.aclose()
+        for lane in self._lanes:
+            lane.close(reset=self._receives > 0)
+
+    def _shares(self, direction: str, blocks: Sequence[BlockView]) -> list[list[Placed]]:
+        shares = share(blocks, self._moved[direction], len(self._lanes))
+        self._moved[direction] += len(blocks)
+        return shares
+
+    def _cut(self) -> None:
+        for lane in self._lanes:
+            lane.cut()
+
+
+class TcpTransport:
+    """Moves blocks over TCP; for tensors of every device that torch can copy from and to.
+
+    Args:
+        lanes: Connections of one channel, as the server chooses them; by default 2, or 4 where there are many
+            processors: one connection keeps one processor busy at either end.
+        staged: Move blocks through staging memory although they are on the CPU (for tests); of so many bytes a lane.
+    """
+
+    name = "tcp"
+
+    def __init__(self, lanes: int | None = None, *, staged: int | None = None) -> None:
+        if lanes is not None and not 1 <= lanes <= _MOST_LANES:
+            raise TransportError(f"{lanes} lanes are not possible: 1 to {_MOST_LANES} are")
+        self._lanes = lanes
+        self._staged = staged
+
+    def missing(self, device: str) -> str | None:
+        """See :class:`netloader.transports.base.Transport`."""
+        return "the meta device has no bytes" if device.partition(":")[0] == "meta" else None
+
+    def facts(self, device: str) -> Mapping[str, str]:
+        """Nothing: whoever reached the control port can be tried."""
+        del device
+        return {}
+
+    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+        """See :class:`netloader.transports.base.Transport`."""
+        await anyio.lowlevel.checkpoint()
+        lanes = _lanes_here() if self._lanes is None else self._lanes
+        family, address = socket_address(setup.local_host, 0)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.bind(address)
+            listener.listen(2 * _MOST_LANES)
+            port = int(listener.getsockname()[1])
+        except OSError as error:
+            listener.close()
+            raise TransportError(f"no data port can be opened at {setup.local_host}: {error}") from error
+        offer = _Offer(port, lanes, secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES))
+        door = Door(
+            listener,
+            key=offer.key,
+            answer=offer.answer,
+            count=lanes,
+            stranger=lambda visitor: _from_elsewhere(visitor, setup.peer_host),
+        )
+        return msgspec.msgpack.encode(offer), _TcpPending(door, setup)
+
+    async def accept(self, pending: Pending) -> Channel:
+        """See :class:`netloader.transports.base.Transport`."""
+        if not isinstance(pending, _TcpPending):
+            raise TransportError(f"this is no offer of the tcp transport: {type(pending).__name__}")
+        connections = await pending.door.wait(pending.setup.timeout)
+        return self._channel(connections, pending.setup)
+
+    async def connect(self, offer: bytes, setup: Setup) -> Channel:
+        """See :class:`netloader.transports.base.Transport`."""
+        try:
+            wanted = msgspec.msgpack.decode(offer, type=_Offer)
+        except msgspec.DecodeError as error:
+            raise TransportError(f"the server's offer of a tcp channel makes no sense: {error}") from error
+        connections: list[socket.socket] = []
+        try:
+            with anyio.fail_after(setup.timeout):
+                await _dial_all(connections, wanted, setup)
+                await knock(connections, wanted.key, wanted.answer)
+        except BaseException as error:
+            for sock in connections:
+                sock.close()
+            if isinstance(error, TimeoutError):
+                raise TransferTimeout(
+                    f"the server's data port {wanted.port} at {setup.peer_host} did not answer within "
+                    f"{setup.timeout:g} s",
+                    hint="a firewall between both hosts has to let the client reach the server's data ports",
+                ) from None
+            raise
+        return self._channel(connections, setup)
+
+    def _channel(self, connections: Sequence[socket.socket], setup: Setup) -> Channel:
+        try:
+            return _TcpChannel(connections, setup, self._staged)
+        except BaseException:
+            for sock in connections:
+                sock.close()
+            raise
+
+
+def _lane(sock: socket.socket, setup: Setup, staged: int | None) -> Lane:
+    if staged is None and setup.device.partition(":")[0] == "cpu":
+        return Lane(sock, setup.stall)
+    from netloader.transports._staged import StagedLane
+
+    return StagedLane(sock, setup.stall, setup.device, staged)
+
+
+def _lanes_here() -> int:
+    return 4 if len(os.sched_getaffinity(0)) >= _MANY_PROCESSORS else 2
+
+
+async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setup) -> None:
+    """Open the connections that the offer asks for, adding each to `connections` before it is used."""
+    family, address = socket_address(setup.peer_host, offer.port)
+    _, own = socket_address(setup.local_host, 0)
+    for _ in range(offer.lanes):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        connections.append(sock)
+        sock.setblocking(False)
+        try:
+            sock.bind(own)  # the server lets in the address that it knows us by
+            await dial(sock, address)
+        except OSError as error:
+            raise PeerLost(
+                f"the server's data port {offer.port} at {setup.peer_host} can't be reached: {error}",
+                hint="a firewall between both hosts has to let the client reach the server's data ports",
+            ) from error
+
+
+def _from_elsewhere(visitor: socket.socket, expected: str) -> str | None:
+    try:
+        host = plain(str(visitor.getpeername()[0]))
+    except OSError as error:
+        return f"it is gone: {error}"
+    return None if host == plain(expected) else f"it comes from {host}"

@@ -1,0 +1,70 @@
+"""Where a worker's server can be found: its line in the log, and its file below OUTPUT_PREFIX."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from netloader.errors import NetloaderError
+
+__all__ = ["SERVING_PATTERN", "AddressFile", "AddressFileError", "serving_line"]
+
+SERVING_PATTERN = r"netloader: rank (?P<rank>\d+) serves (?P<role>\w+) at (?P<address>\S+)"
+"""Finds the address in a log: groups ``rank``, ``role`` and ``address``."""
+
+
+class AddressFileError(NetloaderError):
+    """The address file could not be written."""
+
+
+def serving_line(rank: int, role: str, address: str, detail: str) -> str:
+    """The log line that SERVING_PATTERN finds."""
+    return f"netloader: rank {rank} serves {role} at {address} ({detail})"
+
+
+class AddressFile:
+    """The file ``{prefix}{rank}.txt`` with the one text ``IP:Port``.
+
+    Args:
+        prefix: OUTPUT_PREFIX: the start of the path; its folder must exist.
+        rank: The rank.
+    """
+
+    def __init__(self, prefix: str, rank: int) -> None:
+        self.path = Path(f"{prefix}{rank}.txt")
+        self._written: str | None = None
+
+    def write(self, address: str) -> None:
+        """Write `address`, so that a reader finds all of it or no file.
+
+        Raises:
+            AddressFileError: The folder does not exist, is not writable, or is full; nothing is left behind then.
+        """
+        temporary: str | None = None
+        try:
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(address)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+            Path(temporary).replace(self.path)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise AddressFileError(
+                f"cannot write the address file {self.path}: {error.strerror or error}",
+                hint="OUTPUT_PREFIX must name a folder that exists and can be written; the log has the address too",
+            ) from error
+        self._written = address
+
+    def remove(self) -> None:
+        """Remove the file, unless another process has written its own address there since; never raises."""
+        if self._written is None:
+            return
+        with contextlib.suppress(OSError):
+            if self.path.read_text(encoding="ascii").strip() == self._written:
+                self.path.unlink()
+        self._written = None

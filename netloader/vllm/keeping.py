@@ -1,0 +1,109 @@
+"""Which originals are kept when vLLM's post-processing replaces tensors, and which setting would have kept more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from netloader.config import Config
+from netloader.vllm.copies import Copies, Keep
+from netloader.vllm.weights import Settled
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["copied_lines", "hint_for", "keep_policy", "kept_text", "named", "quantised_modules"]
+
+_SHOWN = 3
+
+_COPY_THEM = (
+    "set INT8_CACHE to dram on the server and list these names in INT8_CACHE_NAME, with all others that it shall copy: "
+    "only a copy outlives a rewrite in place"
+)
+
+
+def quantised_modules(model: torch.nn.Module) -> frozenset[str]:
+    """Names of the modules whose weights are quantised."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    found = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        method = getattr(module, "quant_method", None)
+        # vLLM treats plain layers as one more method; those say so in their names.
+        if isinstance(method, QuantizeMethodBase) and not type(method).__name__.startswith("Unquantized"):
+            found.add(name)
+    return frozenset(found)
+
+
+def keep_policy(quantised: frozenset[str], config: Config) -> Callable[[str], Keep]:
+    """Says for the name of a tensor what is to be kept of it: INT8_CACHE and KEEP_RAW as a function.
+
+    A name in INT8_CACHE_NAME is copied whether or not its module is quantised: a copy is what helps against a rewrite
+    in place.
+    """
+    copied = Keep.DRAM if config.int8_cache == "dram" else Keep.HBM
+
+    def keep(name: str) -> Keep:
+        listed = config.int8_cache_name is not None and name in config.int8_cache_name
+        if config.int8_cache != "no" and listed:
+            return copied
+        if _module_of(name) in quantised:
+            return copied if config.int8_cache != "no" and config.int8_cache_name is None else Keep.NO
+        return Keep.REFERENCE if config.keep_raw else Keep.NO
+
+    return keep
+
+
+def hint_for(lost: Mapping[str, str], quantised: frozenset[str], config: Config) -> str:
+    """What the user can set so that these tensors can be served next time."""
+    hints: dict[str, None] = {}  # in order, each once
+    for name, reason in lost.items():
+        if "no memory" in reason:
+            hints["give the host more memory, or list fewer names in INT8_CACHE_NAME"] = None
+        elif _module_of(name) in quantised:
+            if config.int8_cache == "no":
+                hints["set INT8_CACHE to dram or hbm on the server"] = None
+            else:
+                hints["add these names to INT8_CACHE_NAME on the server, or leave it out"] = None
+        elif "in place" in reason:
+            hints[_COPY_THEM] = None
+        else:
+            hints["set KEEP_RAW to true on the server"] = None
+    return "; ".join(hints)
+
+
+def copied_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
+    """What is to be logged about copies that were just made: level and text."""
+    for keep, made in copies.items():
+        if keep is Keep.SMALL:
+            continue
+        where = sorted({str(tensor.device) for tensor in made.made.values()})
+        if made.moved:
+            yield (
+                logging.WARNING,
+                f"{keep.value}: the device is full, the copies go to the host's memory ({made.moved})",
+            )
+        if made.failed:
+            yield logging.WARNING, f"{keep.value}: no memory for copies of {named(made.failed)}"
+        yield (
+            logging.INFO,
+            f"{keep.value}: {len(made.made)} tensors copied, {made.nbytes} bytes on {', '.join(where) or 'no device'}",
+        )
+
+
+def kept_text(settled: Settled) -> str:
+    """What the originals cost that are kept for serving, by setting; empty when there are none."""
+    costs = [f"{keep.value}: {nbytes} bytes on {device}" for (keep, device), nbytes in settled.costs().items()]
+    return f"originals kept: {'; '.join(costs)}" if costs else ""
+
+
+def named(names: Iterable[str]) -> str:
+    """A few of the names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,135 @@
+"""What is served after post-processing: live tensors where they are still raw, originals where they are not."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from netloader.errors import ManifestError
+from netloader.tensors import Memory
+from netloader.vllm.weights import Contents, Settled
+
+if TYPE_CHECKING:
+    from netloader.manifest import Manifest
+    from netloader.plan import Plan
+    from netloader.protocol.events import Announcement
+    from netloader.transports.base import BlockView
+
+__all__ = ["Offered", "offered"]
+
+_Reference = weakref.ref[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A holding that keeps originals alive, and nothing that vLLM may drop.
+
+    Attributes:
+        announcement: What is said about it.
+        memory: Its blocks.
+        settled: Owner of the originals.
+    """
+
+    announcement: Announcement
+    memory: OfferedMemory
+    settled: Settled
+
+    @property
+    def device(self) -> str:
+        """Where it lives, as torch names it."""
+        return self.memory.device
+
+    def by_contents(self) -> dict[Contents, _Reference]:
+        """Its tensors, weakly, by what they hold: the very memory that another model may come to share."""
+        kept = {name: weakref.ref(tensor) for name, tensor in self.settled.kept.items()}
+        return {self.settled.contents[name]: found for name, found in [*kept.items(), *self.settled.live.items()]}
+
+
+class OfferedMemory:
+    """The memory of an offered model, where a tensor of the same contents may stand in for one that vLLM dropped.
+
+    Args:
+        manifest: What the tensors look like.
+        references: The tensors, weakly, in the order of the manifest.
+        stand_ins: For some of them, by place, a tensor of the same contents in another model.
+        device: Where all of them live, as torch names it.
+    """
+
+    def __init__(
+        self, manifest: Manifest, references: list[_Reference], stand_ins: Mapping[int, _Reference], device: str
+    ) -> None:
+        self.device = device
+        self._manifest = manifest
+        self._references = references
+        self._stand_ins = dict(stand_ins)
+        self._lock = threading.Lock()
+        self._memory = self._made()
+
+    def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
+        """Views of these blocks, in this order.
+
+        Raises:
+            ManifestError: Some of the memory is gone, and nothing can stand in for it.
+        """
+        try:
+            return self._memory.views(plan, numbers)
+        except ManifestError:
+            if not self._replace_dropped():
+                raise
+            return self._memory.views(plan, numbers)
+
+    def missing(self, plan: Plan, number: int) -> str | None:
+        """Why block `number` can't be read any more; None when it can."""
+        reason = self._memory.missing(plan, number)
+        return self._memory.missing(plan, number) if reason and self._replace_dropped() else reason
+
+    def _replace_dropped(self) -> bool:
+        with self._lock:
+            dropped = [place for place in self._stand_ins if self._references[place]() is None]
+            for place in dropped:
+                # Used once: whether it still holds what it should is checked by the client, as for every tensor.
+                self._references[place] = self._stand_ins.pop(place)
+            if dropped:
+                self._memory = self._made()
+            return bool(dropped)
+
+    def _made(self) -> Memory:
+        found = [reference() for reference in self._references]
+        # Dropped this very moment: an empty tensor stands for it, and the memory answers "gone".
+        tensors = [torch.empty(0) if tensor is None else tensor for tensor in found]
+        return Memory(self._manifest, tensors, torch.device(self.device), weak=True)
+
+
+def offered(
+    announcement: Announcement,
+    device: str,
+    settled: Settled,
+    load: str,
+    shared: Mapping[Contents, _Reference] | None = None,
+) -> Offered:
+    """Put the tensors of today under the announcement of load time.
+
+    Args:
+        announcement: Made at the end of loading.
+        device: Where the tensors live, as torch names it.
+        settled: Where each raw tensor is now; none is lost.
+        load: Digest over the roots of all ranks.
+        shared: Tensors of another model that vLLM may put in the place of equal ones of this model.
+    """
+    references: list[_Reference] = []
+    stand_ins: dict[int, _Reference] = {}
+    for place, spec in enumerate(announcement.manifest.tensors):
+        live = settled.live.get(spec.name)
+        references.append(weakref.ref(settled.kept[spec.name]) if live is None else live)
+        equal = None if not shared or live is None else shared.get(settled.contents[spec.name])
+        if equal is not None:
+            stand_ins[place] = equal
+    memory = OfferedMemory(announcement.manifest, references, stand_ins, device)
+    identity = msgspec.structs.replace(announcement.identity, load=load)
+    return Offered(replace(announcement, identity=identity), memory, settled)

@@ -1,0 +1,67 @@
+"""The entry point that makes ``--load-format netloader`` known to vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+from netloader.config import FORMAT_NAMES
+from netloader.vllm.logs import join_vllm_log
+
+__all__ = ["register"]
+
+log = logging.getLogger(__name__)
+
+ASCEND_PACKAGE = "vllm_ascend"
+ASCEND_LOADER = "vllm_ascend.model_loader.netloader.netloader"
+
+
+def register() -> None:
+    """Register the loader under each name of :data:`netloader.config.FORMAT_NAMES`.
+
+    vLLM calls this in every process that it starts, maybe more than once; only the first call does something.
+    """
+    join_vllm_log()
+    _let_ascend_register_first()
+    try:
+        from vllm.model_executor.model_loader import register_model_loader
+
+        from netloader.vllm.loader import loader_class
+
+        loader = loader_class()
+    except ImportError as error:
+        # Whoever uses another load format must not lose the engine over a plugin that does not fit this vLLM.
+        log.error("netloader does not fit this vLLM, and its load formats are not registered: %s", error)  # noqa: TRY400
+        return
+    for name in FORMAT_NAMES:
+        current = _registered(name)
+        if current is loader:
+            continue
+        if current is not None:
+            log.info(
+                "load format %r: netloader's loader replaces %s.%s", name, current.__module__, current.__qualname__
+            )
+        register_model_loader(name)(loader)
+
+
+def _let_ascend_register_first() -> None:
+    # vllm-ascend registers a loader under the same name when a module of its own is first imported, and the last
+    # registration wins. vLLM calls plugins in no defined order; having the module imported by now makes ours the last.
+    # Only that module: the package's other registrations patch vLLM and stay where the package puts them.
+    if importlib.util.find_spec(ASCEND_PACKAGE) is None:
+        return
+    try:
+        importlib.import_module(ASCEND_LOADER)
+    except Exception as error:  # noqa: BLE001 - another package's import may fail in any way, and costs us nothing
+        log.info("vllm-ascend's own netloader could not be imported, which does no harm here: %s", error)
+
+
+def _registered(name: str) -> type[Any] | None:
+    """The loader class that vLLM has under `name`, if it says."""
+    from vllm.model_executor import model_loader
+
+    # Building a loader to ask for its class is no way to find out: vllm-ascend's connects to its sources when built.
+    known: dict[str, type[Any]] = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+    return known.get(name)

@@ -1,0 +1,327 @@
+"""A model as vLLM's post-processing left it: every tensor by name, every plain fact, and what can't be named.
+
+vLLM's flag `supports_pre_processed_weights` is a promise about code, not about what a layer holds: on CPU a method may
+keep its weights in a handle or in a closure although the flag says yes. So everything that the modules hold is looked
+at. What is neither a tensor that has a name here nor a plain value is reported, and the layout is not offered then.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import re
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from netloader.errors import NetloaderError
+from netloader.vllm.load_state import TRAVELS
+
+if TYPE_CHECKING:
+    import torch
+
+    from netloader.identity import ModelIdentity
+    from netloader.protocol.events import Announcement
+    from netloader.tensors import Memory
+
+__all__ = ["FACTS", "ProcessedHolding", "Survey", "fact_names", "flag_problems", "hold_processed", "possible", "survey"]
+
+FACTS = "netloader.plain_state"
+"""Name of the tensor that stands for all plain values: one digest per value, in the order of their names."""
+
+_DIGEST_BYTES = 16
+_ADDRESSES = range(1 << 32, 1 << 48)
+"""Whole numbers that may well be addresses; no size or count of one layer gets there."""
+
+_PLAIN = (bool, int, float, str, bytes, complex, type(None))
+_HARMLESS = (type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, re.Pattern, range, slice)
+_FOREIGN = ("vllm.config", "vllm.distributed", "vllm.platforms", "transformers", "logging", "threading")
+"""Packages whose objects hold no weights: process groups, and configuration, which identities compare."""
+
+_OF_MODULES = re.compile(
+    r"_(parameters|buffers|modules)|_non_persistent_buffers_set|.*_hooks.*|_is_full_backward_hook|training|_netloader_.*"
+)
+_SMALL = 4096
+
+
+@dataclass
+class Survey:
+    """What a post-processed model holds.
+
+    Attributes:
+        tensors: Everything that travels, by name, on the model's device; the last one is FACTS.
+        facts: Plain values as text, by name; also how views lie in other tensors.
+        problems: What has no name or can't be told, with the reason.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ProcessedHolding:
+    """Processed tensors that can be served; only the plain state is kept alive here.
+
+    Attributes:
+        announcement: What is said about it, with the digests of the moment when post-processing was over.
+        memory: Its blocks, over tensors that are held weakly.
+        facts: The tensor that stands for the plain values.
+    """
+
+    announcement: Announcement
+    memory: Memory
+    facts: torch.Tensor
+
+    @property
+    def device(self) -> str:
+        """Where it lives, as torch names it."""
+        return self.memory.device
+
+
+def possible() -> bool:
+    """Whether this vLLM knows weights that are processed already (0.23 does not)."""
+    from vllm.model_executor import utils
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    return hasattr(utils, "weights_already_processed") and hasattr(QuantizeMethodBase, "supports_pre_processed_weights")
+
+
+def flag_problems(model: torch.nn.Module) -> list[str]:
+    """The quantisation methods of `model` that do not declare that they can take over processed weights."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    without: dict[str, str] = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase) and not getattr(method, "supports_pre_processed_weights", False):
+            without.setdefault(type(method).__name__, name)
+    return [f"{name}: {method} does not declare supports_pre_processed_weights" for method, name in without.items()]
+
+
+def survey(model: torch.nn.Module, raw_bytes: Mapping[str, int]) -> Survey:
+    """Look at everything that the modules of a post-processed model hold.
+
+    Args:
+        model: The model.
+        raw_bytes: Size of each parameter and buffer before post-processing: one that is empty now has gone somewhere.
+    """
+    walk = _Walk()
+    # All modules first: something that a module refers to sideways is named where it belongs.
+    modules = list(model.named_modules(remove_duplicate=False))
+    walk.seen.update(id(module) for _, module in modules)
+    for name, module in modules:
+        walk.module(name, module)
+    found = walk.found
+    found.problems += _emptied(walk, raw_bytes)
+    _place(walk)
+    found.tensors[FACTS] = _facts_tensor(found.facts, next(iter(found.tensors.values())).device)
+    return found
+
+
+def fact_names(facts: Mapping[str, str], ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
+    """Names of the plain values whose digests differ between two tensors made of as many values."""
+    rows = (ours.cpu() != theirs.cpu()).any(dim=1).tolist()
+    return [name for name, differs in zip(sorted(facts), rows, strict=True) if differs]
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.found = Survey()
+        self.named: dict[str, torch.Tensor] = {}
+        self.empty: set[str] = set()
+        self.hidden: list[tuple[str, torch.Tensor]] = []  # in closures
+        self.seen: set[int] = set()
+        self.alive: list[object] = []  # an id means something only while its object lives
+
+    def module(self, name: str, module: torch.nn.Module) -> None:
+        start = f"{name}." if name else ""
+        for table in (module._parameters, module._buffers):  # noqa: SLF001 - the public views hide None and aliases
+            for leaf, tensor in table.items():
+                if tensor is None:
+                    self.empty.add(start + leaf)
+                    self.found.facts[start + leaf] = "None"
+                else:
+                    self.tensor(start + leaf, tensor)
+        for leaf, value in vars(module).items():
+            if not _OF_MODULES.fullmatch(leaf) and (name or leaf not in TRAVELS):  # those are in the identity
+                self.value(start + leaf, value, closure=False)
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> None:
+        self.named[name] = tensor
+        if not tensor.numel():
+            self.empty.add(name)
+
+    def value(self, name: str, value: Any, *, closure: bool) -> None:
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            if closure:
+                self.hidden.append((name, value))
+            else:
+                self.tensor(name, value)
+        elif isinstance(value, enum.Enum | torch.dtype | torch.Size | torch.layout | torch.memory_format):
+            self.found.facts[name] = f"{type(value).__name__} {value!s}"
+        elif isinstance(value, _PLAIN):
+            if type(value) is int and value in _ADDRESSES:
+                self.found.problems.append(f"{name}: the number {value} may be the address of something (a handle)")
+            self.found.facts[name] = f"{type(value).__name__} {value!r}"
+        elif not isinstance(value, (*_HARMLESS, torch.device, torch.nn.Module, weakref.ref)):
+            if id(value) not in self.seen:
+                self.seen.add(id(value))
+                self.alive.append(value)
+                self._inside(name, value, closure=closure)
+        elif isinstance(value, torch.nn.Module) and id(value) not in self.seen:
+            # Not registered with its parent (it hides in a list, say): vLLM does not see it, but it holds tensors.
+            self.seen.add(id(value))
+            for inner, module in value.named_modules():
+                self.module(f"{name}.{inner}" if inner else name, module)
+
+    def _inside(self, name: str, value: Any, *, closure: bool) -> None:
+        if isinstance(value, Mapping):
+            parts: Iterable[tuple[str, Any]] = [(f"{name}[{key}]", item) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            parts = [(f"{name}[{place}]", item) for place, item in enumerate(value)]
+        elif isinstance(value, set | frozenset):
+            parts = [(f"{name}[{place}]", item) for place, item in enumerate(sorted(value, key=repr))]
+        elif isinstance(value, types.FunctionType):
+            self._function(name, value)
+            return
+        elif isinstance(value, types.MethodType):
+            parts = [(f"{name}.self", value.__self__)]
+        elif isinstance(value, functools.partial):
+            parts = [(f"{name}.func", value.func), (f"{name}.args", value.args), (f"{name}.keywords", value.keywords)]
+            closure = True
+        else:
+            self._object(name, value, closure=closure)
+            return
+        for part, item in parts:
+            self.value(part, item, closure=closure)
+
+    def _function(self, name: str, function: types.FunctionType) -> None:
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not set yet
+                continue
+            self.value(f"{name}<closure>.{variable}", content, closure=True)
+        for place, default in enumerate(function.__defaults__ or ()):
+            self.value(f"{name}<defaults>[{place}]", default, closure=True)
+
+    def _object(self, name: str, value: Any, *, closure: bool) -> None:
+        kind = type(value)
+        home = f"{kind.__module__}."
+        if any(home.startswith(f"{package}.") for package in _FOREIGN):
+            return
+        if home.startswith("torch._ops."):  # an operator: code
+            return
+        attributes = dict(_attributes(value))
+        if not attributes and (home.startswith(("torch.", "builtins.", "_")) or not hasattr(value, "__dict__")):
+            self.found.problems.append(f"{name}: {kind.__module__}.{kind.__qualname__} can't be looked into (a handle)")
+            return
+        for leaf, item in attributes.items():
+            self.value(f"{name}.{leaf}", item, closure=closure)
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if not slot.startswith("__") and hasattr(value, slot):
+                yield slot, getattr(value, slot)
+    yield from getattr(value, "__dict__", {}).items()
+
+
+def _emptied(walk: _Walk, raw_bytes: Mapping[str, int]) -> list[str]:
+    return [
+        f"{name}: it had {raw_bytes[name]} bytes, and is empty now: they are somewhere else"
+        for name in sorted(walk.empty)
+        if raw_bytes.get(name)
+    ]
+
+
+def _place(walk: _Walk) -> None:
+    """Sort the named tensors: those that travel, and views of others, which are facts; check what closures hold."""
+    found = walk.found
+    owners: dict[int, tuple[str, torch.Tensor]] = {}  # by storage: its largest tensor
+    home = next((t.device for t in walk.named.values() if t.numel()), None)
+    for name, tensor in walk.named.items():
+        if tensor.numel() and tensor.device == home:
+            key = tensor.untyped_storage().data_ptr()
+            if key not in owners or owners[key][1].nbytes < tensor.nbytes:
+                owners[key] = (name, tensor)
+    for name, tensor in walk.named.items():
+        if tensor.numel() and tensor.device != home:
+            _elsewhere(found, name, tensor)
+            continue
+        owner, whole = (
+            owners.get(tensor.untyped_storage().data_ptr(), (name, tensor)) if tensor.numel() else ("", tensor)
+        )
+        if not tensor.numel() or _same(tensor, whole) or not _inside(tensor, whole):
+            found.tensors[name] = tensor
+        else:
+            offset = tensor.data_ptr() - whole.data_ptr()
+            found.facts[name] = f"view of {owner} at {offset}: {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
+    for name, tensor in walk.hidden:
+        known = tensor.numel() and tensor.untyped_storage().data_ptr() in owners
+        if tensor.numel() and not known:
+            found.problems.append(f"{name}: a function keeps a tensor of {tensor.nbytes} bytes that has no other name")
+
+
+def _elsewhere(found: Survey, name: str, tensor: torch.Tensor) -> None:
+    from netloader.vllm.weights import digest_of
+
+    if tensor.is_meta or tensor.nbytes > _SMALL:
+        found.problems.append(f"{name}: it is on {tensor.device}, apart from the other tensors")
+    else:
+        found.facts[name] = f"{tensor.device.type} {digest_of(tensor)}"
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+
+
+def _inside(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return whole.data_ptr() <= tensor.data_ptr() and end <= whole.data_ptr() + whole.nbytes
+
+
+def _facts_tensor(facts: Mapping[str, str], device: torch.device) -> torch.Tensor:
+    import torch
+    import xxhash
+
+    rows = b"".join(xxhash.xxh3_128(f"{name}\0{facts[name]}".encode()).digest() for name in sorted(facts))
+    flat = torch.frombuffer(bytearray(rows or bytes(_DIGEST_BYTES)), dtype=torch.uint8)
+    return flat.reshape(-1, _DIGEST_BYTES).to(device)
+
+
+def hold_processed(
+    model: torch.nn.Module, identity: ModelIdentity, raw_bytes: Mapping[str, int]
+) -> tuple[ProcessedHolding | None, str]:
+    """What can be served of a post-processed model, or why nothing can.
+
+    Args:
+        model: The model.
+        identity: Of its raw weights.
+        raw_bytes: See :func:`survey`.
+    """
+    from netloader.tensors import hold
+
+    if not possible():
+        return None, "this vLLM does not know processed weights"
+    found = survey(model, raw_bytes)
+    problems = [*flag_problems(model), *found.problems]
+    if problems:
+        more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""  # noqa: PLR2004 - two fit into a line
+        return None, "; ".join(problems[:2]) + more
+    try:
+        held = hold(found.tensors, msgspec.structs.replace(identity, layout="processed"), weak=True)
+    except NetloaderError as error:
+        return None, str(error)
+    return ProcessedHolding(held.announcement, held.memory, found.tensors[FACTS]), ""

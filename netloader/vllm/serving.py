@@ -1,0 +1,361 @@
+"""The server of a worker process: one for all models that the process loads, ended with it.
+
+This is the one process-wide object of the library. vLLM builds loaders when and as often as it likes and hands none
+of them to the next one, while target and draft have to be served at one port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.from_thread import BlockingPortal
+
+from netloader import library
+from netloader.addresses import Address, is_wildcard
+from netloader.config import Config, listen_port_for
+from netloader.errors import ConfigError, ManifestError, NetloaderError
+from netloader.holdings import Holding
+from netloader.identity import Layout, ModelIdentity, Role
+from netloader.library import Server
+from netloader.manifest import DIGEST_BYTES
+from netloader.report import PullReport
+from netloader.vllm.announce import AddressFile, AddressFileError, serving_line
+from netloader.vllm.janitor import Janitor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ROLES", "WorkerServer", "running_server", "stop_server", "worker_server"]
+
+log = logging.getLogger(__name__)
+
+STOP_WITHIN = 1.8
+"""Seconds that stopping may take in all; vLLM gives a worker some more before it kills it."""
+
+_START_WITHIN = 60.0
+_LAYOUTS: tuple[Layout, ...] = ("raw", "processed")
+"""What an engine may hold of one role, in the order in which clients ask."""
+
+ROLES: tuple[Role, ...] = ("target", "draft")
+"""What a worker may serve."""
+
+_RETRACT_WITHIN = 5.0
+"""Seconds that running sends may take before their sessions are cut: an engine waits for it."""
+
+
+def check_unchanged(holding: Holding) -> None:
+    """See that what was announced is still there.
+
+    Raises:
+        ManifestError: Some of it is gone, or its digest is another.
+    """
+    from netloader.tensors import digest_of
+
+    announcement = holding.announcement
+    plan = announcement.plan
+    for block in plan.blocks:
+        (view,) = holding.memory.views(plan, [block.number])
+        start = block.number * DIGEST_BYTES
+        if digest_of(view, announcement.algorithm) != announcement.digests[start : start + DIGEST_BYTES]:
+            raise ManifestError(
+                f"{', '.join(plan.tensors_of(block.number)[:3])} is not what it was when it was announced",
+                hint="start the engine anew to serve its weights",
+            )
+
+
+_LAST_SENDS = 1.0
+"""Seconds that the blocks on their way may take when a replica stops passing on what it pulled."""
+
+
+class WorkerServer:
+    """A server with an event loop of its own, in a background thread that never keeps the process from ending.
+
+    Args:
+        config: How to serve.
+        rank: The rank.
+        port: Where to listen; 0 for a free port.
+        device: Where the models live, as torch names it.
+        host_name: Address to announce where the server listens at all of them; None to find one out.
+
+    Raises:
+        ConfigError: The address can't be bound.
+        TransportUnavailable: No transport can run here.
+    """
+
+    def __init__(self, config: Config, rank: int, port: int, device: str, host_name: str | None = None) -> None:
+        self.pid = os.getpid()
+        self.settings = _settings(config)
+        self._rank = rank
+        self._host_name = host_name
+        self._file = None if config.output_prefix is None else AddressFile(config.output_prefix, rank)
+        self._janitor: Janitor | None = None
+        self._stopped = False
+        self._paused: dict[Role, tuple[Holding, ...]] = {}
+        self._started: Future[tuple[asyncio.AbstractEventLoop, anyio.Event, BlockingPortal, Server]] = Future()
+        make = partial(
+            Server,
+            host=config.listen_host,
+            port=port,
+            transport=config.transport or "auto",
+            token=None if config.token is None else config.token.reveal(),
+            max_clients=config.max_clients,
+            fan_out=config.fan_out,
+            stall_timeout=config.stall_timeout,
+            device=device,
+        )
+        self._thread = threading.Thread(target=self._run, args=(make,), name="netloader-server", daemon=True)
+        self._thread.start()
+        self._loop, self._stop, self._portal, self._server = self._started.result(_START_WITHIN)
+        # A worker that vLLM forked runs the finalizers of multiprocessing, but not atexit; the first process of a
+        # program runs both.
+        self._finalize = Finalize(None, self.stop, exitpriority=100)
+        atexit.register(self.stop)
+
+    def _run(self, make: partial[Server]) -> None:
+        try:
+            anyio.run(self._serve, make)
+        except BaseException as error:
+            if self._started.done():
+                log.exception("netloader: the server of rank %d ended", self._rank)
+            else:
+                self._started.set_exception(error)
+
+    async def _serve(self, make: partial[Server]) -> None:
+        stop = anyio.Event()
+        async with make() as server, BlockingPortal() as portal:
+            self._started.set_result((asyncio.get_running_loop(), stop, portal, server))
+            await stop.wait()
+            await portal.stop(cancel_remaining=True)
+
+    @property
+    def address(self) -> str:
+        """Where clients reach it."""
+        if self._host_name and is_wildcard(self._server.host):
+            return str(Address(self._host_name, self._server.port))
+        return str(self._server.address)
+
+    def expect(self, role: Role, reason: str) -> None:
+        """Answer clients that the model is not ready yet, in no layout."""
+        for layout in _LAYOUTS:
+            self._portal.call(partial(self._server.expect, role, layout, reason=reason))
+
+    def offer(self, holding: Holding, detail: str) -> None:
+        """Serve a model that is loaded, in place of the one that was served under its role before, if any.
+
+        Args:
+            holding: The model.
+            detail: For the log.
+        """
+        role = holding.announcement.identity.role
+        self._portal.call(self._replace, holding)
+        log.info("%s", serving_line(self._rank, role, self.address, detail))
+        self._write_address()
+
+    def serves(self, role: Role) -> Holding | None:
+        """What is served under `role` now."""
+        held = (h for h in self._server.holdings.held() if h.announcement.identity.role == role)
+        return next(held, None)
+
+    def pull(self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, **options: Any) -> PullReport:
+        """:func:`netloader.pull`, while clients that come meanwhile get what is there already.
+
+        It runs in the server's own event loop: what a pull and the sessions of its clients tell each other, block by
+        block, then needs no lock. While another model is served under the same role, that one stays and nothing of the
+        new one is passed on.
+
+        Whoever changes the tensors afterwards calls :meth:`withdraw` before.
+        """
+        held = self._portal.call(self._server.holdings.held)
+        relay = None if any(h.announcement.identity.role == identity.role for h in held) else self._server
+        future = self._portal.start_task_soon(partial(library.pull, tensors, identity, relay=relay, **options))
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # the caller's thread is being ended: nobody is left to use the tensors
+            raise
+
+    def withdraw(self, role: Role, reason: str, *, grace: float = 0.0, sources: Sequence[str] = ()) -> None:
+        """Stop passing on what was pulled for `role`: its memory is free to change when this returns.
+
+        Clients in the middle are sent on to `sources`. Nothing happens when nothing of the kind is passed on.
+
+        Args:
+            role: The role.
+            reason: Told to clients.
+            grace: Seconds that they may take to finish before that; the blocks that are on their way may always arrive,
+                within a bound.
+            sources: Where they may find the same weights.
+        """
+        if self.running:
+            self._portal.call(self._withdraw, role, reason, grace, tuple(sources))
+
+    async def _withdraw(self, role: Role, reason: str, grace: float, sources: tuple[str, ...]) -> None:
+        holdings = self._server.holdings
+        relayed = [h for h in holdings.held() if holdings.supply_of(h) is not None]
+        if not any(holding.announcement.identity.role == role for holding in relayed):
+            return
+        if grace > 0:
+            await self._server.drained(role, within=grace)
+        await self._server.retract(role, reason=reason, within=_LAST_SENDS, sources=sources)
+
+    def refuse(self, role: Role, reason: str, hint: str, layouts: tuple[Layout, ...] = _LAYOUTS) -> None:
+        """Tell clients why this model can't be pulled from here in these layouts.
+
+        Refused in all of them, what was served under its role before is retracted first.
+        """
+        self._portal.call(self._refuse, role, reason, hint, layouts)
+        self._write_address()
+
+    def retract(self, roles: Sequence[Role], reason: str) -> None:
+        """Stop serving these roles: clients get "gone". Afterwards the memory may change, and is not kept alive."""
+        for role in roles:
+            self._paused.pop(role, None)
+            if self._portal.call(self._retract, role, reason):
+                log.info("netloader: rank %d serves its %s no more: %s", self._rank, role, reason)
+
+    def pause(self, roles: Sequence[Role], reason: str) -> None:
+        """As :meth:`retract`, and remember what was served, for :meth:`resume`."""
+        for role in roles:
+            found = self._portal.call(self._retract, role, reason)
+            if found:
+                self._paused[role] = found
+                log.info("netloader: rank %d serves its %s no more: %s", self._rank, role, reason)
+
+    def resume(self, reason: str) -> None:
+        """Serve again what was paused, if every byte is what it was.
+
+        Raises:
+            ManifestError: Some of it is gone, or not what it was; that is not served any more.
+        """
+        paused, self._paused = self._paused, {}
+        for role, holdings in paused.items():
+            for holding in holdings:
+                check_unchanged(holding)
+                self._portal.call(self._replace, holding)
+            log.info("netloader: rank %d serves its %s again: %s", self._rank, role, reason)
+
+    def stop(self) -> None:
+        """End the server: the address file first, then all sessions. Bounded in time; calling it again is harmless."""
+        if self._stopped or os.getpid() != self.pid:
+            return
+        self._stopped = True
+        atexit.unregister(self.stop)
+        self._finalize.cancel()
+        if self._file is not None:
+            self._file.remove()
+        if self._janitor is not None:
+            self._janitor.release()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(STOP_WITHIN)
+
+    @property
+    def running(self) -> bool:
+        """Whether it serves: not stopped, and not inherited from the process that this one was forked from."""
+        return not self._stopped and os.getpid() == self.pid and self._thread.is_alive()
+
+    async def _refuse(self, role: Role, reason: str, hint: str, layouts: tuple[Layout, ...]) -> None:
+        if set(layouts) == set(_LAYOUTS):
+            await self._retract(role, reason)
+        for layout in layouts:
+            self._server.holdings.refuse(role, layout, reason, hint)
+
+    async def _retract(self, role: Role, reason: str) -> tuple[Holding, ...]:
+        held = tuple(h for h in self._server.holdings.held() if h.announcement.identity.role == role)
+        if held:
+            await self._server.retract(role, reason=reason, within=_RETRACT_WITHIN)
+        return held
+
+    async def _replace(self, holding: Holding) -> None:
+        role = holding.announcement.identity.role
+        if any(held.announcement.identity.role == role for held in self._server.holdings.held()):
+            log.info("netloader: the %s model that was served until now is replaced by the one just loaded", role)
+            await self._server.retract(role, reason="the model was loaded anew")
+        self._server.add(holding)
+
+    def _write_address(self) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(self.address)
+        except AddressFileError as error:
+            log.error("netloader: rank %d: %s", self._rank, error)  # noqa: TRY400 - the message says it all
+        else:
+            self._janitor = self._janitor or Janitor(self._file.path, self.address)
+
+
+_here: WorkerServer | None = None
+
+
+def running_server() -> WorkerServer | None:
+    """The server of this process, when there is one."""
+    return _here if _here is not None and _here.running else None
+
+
+def worker_server(config: Config, rank: int, device: str) -> WorkerServer | None:
+    """The server of this process, started by the first call.
+
+    What keeps it from starting costs the server, never the model: it is logged.
+
+    Args:
+        config: How to serve.
+        rank: The rank.
+        device: Where the models live.
+
+    Returns:
+        The server, or None when this rank serves nobody.
+    """
+    global _here  # noqa: PLW0603 - the one process-wide object, see the module's docstring
+    decision = listen_port_for(config, rank)
+    if decision.port is None:
+        if decision.warning:
+            log.warning("netloader: %s", decision.warning)
+        else:
+            log.info("netloader: rank %d serves nobody: %s", rank, decision.reason)
+        return None
+    server = running_server()
+    if server is not None:
+        if server.settings != _settings(config):
+            log.warning(
+                "netloader: this process serves at %s already; other settings for it are not used", server.address
+            )
+        return server
+    try:
+        _here = WorkerServer(config, rank, decision.port, device, _host_name())
+    except ConfigError as error:
+        log.error("netloader: rank %d serves nobody: %s; %s", rank, error, decision.reason)  # noqa: TRY400
+        return None
+    except (NetloaderError, OSError, RuntimeError, TimeoutError, ExceptionGroup) as error:
+        log.error("netloader: rank %d serves nobody: %s", rank, str(error) or type(error).__name__)  # noqa: TRY400
+        return None
+    return _here
+
+
+def stop_server() -> None:
+    """End the server of this process, if there is one; the next load may start another."""
+    server = running_server()
+    if server is not None:
+        server.stop()
+
+
+def _settings(config: Config) -> tuple[object, ...]:
+    """What a second load in one process can't change any more."""
+    return (
+        *(config.listen_port, config.listen_host, config.output_prefix),
+        *(config.transport, config.max_clients, config.fan_out, config.stall_timeout, config.token_file),
+    )
+
+
+def _host_name() -> str | None:
+    # vLLM's own variable, which users set where a machine has several addresses.
+    return os.environ.get("VLLM_HOST_IP") or None

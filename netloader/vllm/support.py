@@ -1,0 +1,99 @@
+"""Features under which a model's raw tensors cannot be pulled or served, found before a byte moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["why_not"]
+
+
+def why_not(vllm_config: Any, tensors: Mapping[str, torch.Tensor], model_config: Any) -> str:
+    """Why this model's raw tensors can neither be pulled nor served; empty when they can.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        tensors: Parameters and persistent buffers of the model about to be loaded, before `load_weights`.
+        model_config: vLLM's configuration of that model; for a draft another one than `vllm_config` has.
+    """
+    reason = _quantisation(model_config)
+    if reason:
+        return reason
+    for check in _CHECKS:
+        reason = check(vllm_config, tensors)
+        if reason:
+            return reason
+    return ""
+
+
+def _online_quantisation(_: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if not meta:
+        return ""
+    return f"online quantisation creates weights while they are loaded ({_some(meta)})"
+
+
+def _uninitialised(_: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+    kinds = (UninitializedBuffer, UninitializedParameter)
+    lazy = [name for name, tensor in tensors.items() if isinstance(tensor, kinds)]
+    return f"the shape of some weights is only known once the checkpoint is read ({_some(lazy)})" if lazy else ""
+
+
+def _offload(vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    marked = [name for name, tensor in tensors.items() if getattr(tensor, "_vllm_is_uva_offloaded", False)]
+    if marked:
+        return f"CPU offload keeps weights outside the device ({_some(marked)})"
+    offload = getattr(vllm_config, "offload_config", None)
+    if offload is None:
+        return ""
+    if offload.uva.cpu_offload_gb > 0:
+        return f"CPU offload is on (cpu_offload_gb = {offload.uva.cpu_offload_gb:g})"
+    if offload.prefetch.offload_group_size > 0:
+        return f"CPU offload is on (offload_group_size = {offload.prefetch.offload_group_size})"
+    return ""
+
+
+def _subclasses(_: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    import torch
+
+    # vLLM's own parameter classes only add loading rules to a plain tensor; torchao's hide several tensors in one.
+    odd = {name: type(t.data).__name__ for name, t in tensors.items() if type(t.data) is not torch.Tensor}
+    odd = {name: kind for name, kind in odd.items() if hasattr(tensors[name].data, "__tensor_flatten__")}
+    return (
+        f"some weights are tensors of a special class ({_some([f'{n}: {k}' for n, k in odd.items()])})" if odd else ""
+    )
+
+
+def _quantisation(model_config: Any) -> str:
+    method = model_config.quantization
+    if method in ("bitsandbytes", "torchao"):
+        return f"quantisation {method} fills its weights in its own way while loading"
+    return ""
+
+
+def _moving_experts(vllm_config: Any, _: Mapping[str, torch.Tensor]) -> str:
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_elastic_ep", False):
+        return "elastic expert parallelism moves experts between ranks at run time"
+    if parallel.enable_eplb:
+        return "expert load balancing (EPLB) moves experts between ranks at run time"
+    return ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
+
+
+_CHECKS: tuple[Callable[[Any, Mapping[str, torch.Tensor]], str], ...] = (
+    _moving_experts,
+    _offload,
+    _online_quantisation,
+    _uninitialised,
+    _subclasses,
+)

@@ -1,0 +1,79 @@
+"""Running the command line: as processes of its own, and inside the test's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PATIENCE = 60.0
+"""Seconds: a limit for what is expected to happen, however busy the machine."""
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "netloader", *map(str, arguments)]
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), check=False, capture_output=True, text=True, timeout=PATIENCE * 1.5, cwd=cwd
+    )
+
+
+class Serving:
+    """A ``netloader serve`` that has said where it listens."""
+
+    def __init__(self, process: subprocess.Popen[str], lines: list[str], address: str) -> None:
+        self.process = process
+        self.lines = lines
+        self.address = address
+
+    def read_to_end(self) -> str:
+        """Wait for its end; everything that it said."""
+        rest, _ = self.process.communicate(timeout=PATIENCE)
+        return "".join(self.lines) + rest
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[Serving]:
+    process = subprocess.Popen(
+        command("serve", *arguments, "--host", "127.0.0.1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines: list[str] = []
+        for line in process.stdout or ():
+            lines.append(line)
+            found = re.fullmatch(r"serving .* at (\S+:\d+)\n", line)
+            if found is not None:
+                yield Serving(process, lines, found[1])
+                break
+        else:
+            raise AssertionError(f"the server ended with {process.wait(PATIENCE)}: {''.join(lines)}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=PATIENCE)
+
+
+@contextmanager
+def untouched_logging() -> Iterator[None]:
+    """The command line sets up the log of its process; a test that calls it in its own puts that back."""
+    log = logging.getLogger("netloader")
+    before = log.handlers[:], log.level, log.propagate
+    try:
+        yield
+    finally:
+        log.handlers[:], log.level, log.propagate = before
+
+
+def no_traceback(text: str) -> bool:
+    return "Traceback" not in text and f"{os.sep}netloader{os.sep}" not in text

@@ -1,0 +1,86 @@
+"""What every test runs under: Hypothesis profiles, asyncio in debug mode, and the guards of `tests.guards`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import guards
+
+HERE = Path(__file__).parent
+NEEDS_VLLM = ("vllm", "e2e")
+HAVE_VLLM = importlib.util.find_spec("vllm") is not None
+
+collect_ignore = [] if HAVE_VLLM else list(NEEDS_VLLM)
+
+# No profile has a deadline: this is no place to measure time. `ci` repeats itself; `deep` is for the night.
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "deep", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_report_header() -> list[str]:
+    profile = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+    lines = [f"hypothesis profile: {profile}"]
+    if not HAVE_VLLM:
+        lines.append("vLLM is not installed: tests/vllm and tests/e2e are left out (make e2e runs them)")
+    return lines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for folder in NEEDS_VLLM:
+            if item.path.is_relative_to(HERE / folder):
+                item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"debug": True}
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail on a blocking call made inside a running event loop."""
+    if request.node.get_closest_marker("allow_blocking") is not None:
+        yield
+        return
+    guard = guards.BlockingGuard()
+    with pytest.MonkeyPatch.context() as patch:
+        guard.install(patch)
+        yield
+    if guard.calls:
+        pytest.fail("\n".join(guard.calls), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_threads() -> Iterator[None]:
+    """Fail when a `netloader-...` thread that the test started still runs after it."""
+    before = threading.enumerate()
+    yield
+    left = guards.own_threads(besides=before)
+    if left:
+        pytest.fail(f"threads left behind:\n{guards.stacks(left)}", pytrace=False)
+
+
+@pytest.fixture
+def no_leaked_descriptors() -> Iterator[None]:
+    """Fail when the test leaves file descriptors open. For tests that ask for it by name."""
+    threads = threading.enumerate()
+    before = guards.descriptors()
+    yield
+    guards.own_threads(besides=threads)
+    after = guards.descriptors()
+    left = {number: target for number, target in after.items() if before.get(number) != target}
+    if left:
+        pytest.fail(f"descriptors left open: {left}", pytrace=False)

@@ -1,0 +1,185 @@
+"""Which source is tried next, under any order of outcomes."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from netloader.addresses import Address
+from netloader.candidates import Candidates
+
+POOL = [Address("h", port) for port in range(1, 9)]
+ONE, TWO, THREE, FOUR = POOL[:4]
+WAIT = 30.0
+
+
+def test_the_order_given_is_the_order_tried() -> None:
+    candidates = Candidates([TWO, ONE, TWO], tries=2, until=0.0)
+    assert candidates.take(0.0, work=True) == TWO
+    assert candidates.take(0.0, work=True) == ONE
+    assert candidates.take(0.0, work=True) is None
+    assert candidates.running == 2
+
+
+def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over() -> None:
+    candidates = Candidates([ONE], tries=2, until=10.0)
+    now = 0.0
+    times = []
+    while (due := candidates.next_due(now)) is not None:
+        now = due
+        assert candidates.take(now, work=True) == ONE
+        times.append(now)
+        candidates.later(ONE, now)
+    assert times[0] == 0.0
+    assert times[-1] == 10.0
+    assert candidates.take(1e9, work=True) is None
+
+
+def test_a_pause_that_was_asked_for_is_kept() -> None:
+    candidates = Candidates([ONE], tries=2, until=100.0)
+    candidates.take(0.0, work=True)
+    candidates.later(ONE, 0.0, at_least=7.0)
+    due = candidates.next_due(0.0)
+    assert due is not None
+    assert 7.0 <= due <= 7.0 * 1.25
+
+
+def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
+    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates.take(0.0, work=True)
+    assert candidates.redirect(ONE, [TWO, THREE], 0.0)
+    assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {TWO, THREE}
+    assert candidates.take(0.0, work=True) is None
+    candidates.drop(TWO)
+    assert candidates.take(0.0, work=True) is None
+    candidates.drop(THREE)
+    assert candidates.take(0.0, work=True) == ONE
+    assert candidates.avoid == (TWO, THREE)
+    assert not candidates.redirect(ONE, [TWO, THREE], 0.0)  # named again although they failed us
+
+
+def test_two_that_name_each_other_hold_nobody_back() -> None:
+    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates.take(0.0, work=True)
+    candidates.redirect(ONE, [TWO], 0.0)
+    assert candidates.take(0.0, work=True) == TWO
+    candidates.redirect(TWO, [ONE], 0.0)
+    assert candidates.take(0.0, work=True) in (ONE, TWO)
+
+
+def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
+    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates.take(0.0, work=True)
+    candidates.redirect(ONE, [TWO], 0.0)
+    assert candidates.can_be_spared(TWO)
+    assert not candidates.can_be_spared(ONE)
+    candidates.drop(ONE)
+    assert not candidates.can_be_spared(TWO)
+    assert not candidates.can_be_spared(THREE)
+
+
+def test_one_that_rests_is_woken_by_work_only() -> None:
+    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates.take(0.0, work=True)
+    candidates.rest(ONE)
+    assert candidates.take(1.0, work=False) is None
+    assert candidates.next_due(1.0) is None
+    assert candidates.take(1.0, work=True) == ONE
+
+
+class AnyOutcome(RuleBasedStateMachine):
+    """Whatever sources do, each of ours is tried, none runs twice at once, and it comes to an end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.running: list[Address] = []
+        self.tried: set[Address] = set()
+        self.ours: list[Address] = []
+
+    @initialize(ours=st.lists(st.sampled_from(POOL), min_size=1, max_size=4))
+    def begin(self, ours: list[Address]) -> None:
+        self.ours = ours
+        self.candidates = Candidates(ours, tries=2, until=WAIT)
+
+    @rule(work=st.booleans())
+    def take(self, work: bool) -> None:
+        source = self.candidates.take(self.now, work=work)
+        if source is not None:
+            assert source not in self.running
+            self.running.append(source)
+            self.tried.add(source)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), how=st.sampled_from(["drop", "later", "again", "rest", "gone", "redirect"]))
+    def ends(self, data: st.DataObject, how: str) -> None:
+        source = data.draw(st.sampled_from(self.running))
+        self.running.remove(source)
+        match how:
+            case "drop":
+                self.candidates.drop(source)
+            case "later":
+                self.candidates.later(source, self.now, data.draw(st.none() | st.floats(0, 60)))
+            case "again":
+                self.candidates.again(source, self.now)
+            case "rest":
+                self.candidates.rest(source)
+            case "gone":
+                others = data.draw(st.lists(st.sampled_from(POOL), max_size=3))
+                self.candidates.gone(source, others, self.now, data.draw(st.none() | st.floats(0, 60)))
+            case _:
+                relays = data.draw(st.lists(st.sampled_from(POOL), max_size=3))
+                if not self.candidates.redirect(source, relays, self.now):
+                    self.candidates.later(source, self.now)
+
+    @rule(seconds=st.floats(0, 40))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @invariant()
+    def the_account_agrees(self) -> None:
+        if hasattr(self, "candidates"):
+            assert self.candidates.running == len(self.running)
+            due = self.candidates.next_due(self.now)
+            assert due is None or due >= self.now
+
+    def teardown(self) -> None:
+        """From any point on, sources that only fail come to an end, and each of ours was tried before it."""
+        if not hasattr(self, "candidates"):
+            return
+        for source in self.running:
+            self.candidates.drop(source)
+        for _ in range(1000):
+            taken = self.candidates.take(self.now, work=True)
+            if taken is None:
+                due = self.candidates.next_due(self.now)
+                if due is None:
+                    break
+                assert due > self.now
+                self.now = due
+                continue
+            self.tried.add(taken)
+            self.candidates.drop(taken)
+        else:
+            raise AssertionError("it never comes to an end")
+        assert set(self.ours) <= self.tried
+
+
+TestAnyOutcome = AnyOutcome.TestCase
+
+
+def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_once() -> None:
+    seed, relay, parent = Address("s", 1), Address("r", 1), Address("p", 1)
+    candidates = Candidates([seed], tries=2, until=0.0)
+    assert candidates.take(1.0, work=True) == seed
+    assert candidates.redirect(seed, [relay], 1.0)
+    assert candidates.take(1.0, work=True) == relay
+    candidates.gone(relay, [parent, seed, relay], 1.0)
+    assert candidates.avoid == (relay,)
+    assert candidates.take(1.0, work=True) == parent
+    candidates.gone(parent, [relay, seed], 1.0)  # a relay too: it ends at the seed, without going round
+    assert candidates.take(1.0, work=True) == seed
+    assert set(candidates.avoid) == {relay, parent}
+    candidates.gone(seed, [], 1.0)
+    assert candidates.take(1.0, work=True) is None
+    assert candidates.next_due(1.0) is None

@@ -1,0 +1,282 @@
+"""Frames: any bytes are messages or one clean error, wherever the stream is cut."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from netloader import messages as m
+from netloader.codecs.frames import (
+    CLIENT_FRAME_CAP,
+    SERVER_FRAME_CAP,
+    FrameDecoder,
+    client_messages,
+    encode_frame,
+    server_messages,
+)
+from netloader.errors import LocalProtocolError, RemoteProtocolError
+from netloader.identity import ModelIdentity
+from netloader.manifest import MAX_TENSORS
+from tests.core import golden, strategies
+
+CLIENT_KINDS, SERVER_KINDS = get_args(m.ClientMessage), get_args(m.ServerMessage)
+BOTH = (client_messages, server_messages)
+
+
+def frame(body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + body
+
+
+def frame_of(**fields: Any) -> bytes:
+    return frame(msgspec.msgpack.encode(fields))
+
+
+def decoder_for(message: Any) -> FrameDecoder[Any]:
+    return client_messages() if isinstance(message, CLIENT_KINDS) else server_messages()
+
+
+def outcome(decoder: FrameDecoder[Any], pieces: Sequence[bytes]) -> tuple[list[Any], str]:
+    """Everything that comes out of `pieces`: the messages, and then the error or what is left unfinished."""
+    messages: list[Any] = []
+    try:
+        for piece in (*pieces, b""):
+            messages += decoder.feed(piece)
+    except RemoteProtocolError as error:
+        return messages, str(error)
+    return messages, f"{decoder.pending} bytes left"
+
+
+def cuts(stream: bytes, at: Sequence[int]) -> list[bytes]:
+    edges = [0, *sorted(min(place, len(stream)) for place in at), len(stream)]
+    return [stream[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def error_for(decoder: FrameDecoder[Any], data: bytes) -> RemoteProtocolError:
+    with pytest.raises(RemoteProtocolError) as caught:
+        decoder.feed(data)
+    assert caught.value.hint
+    return caught.value
+
+
+# --- what was sent comes out ----------------------------------------------------------------------------------------
+
+
+def test_each_message_has_a_strategy_and_golden_examples() -> None:
+    kinds = {*CLIENT_KINDS, *SERVER_KINDS}
+    assert kinds == set(strategies.message_strategies)
+    assert kinds == {type(message) for message in golden.FULL}
+    for message in golden.FULL:
+        default = [f.name for f in msgspec.structs.fields(message) if getattr(message, f.name) == f.default]
+        assert not default, f"{message} leaves out {default}"
+    fields = {f.name for f in msgspec.structs.fields(ModelIdentity)}
+    assert {f for f in fields if getattr(golden.IDENTITY, f) != getattr(ModelIdentity(), f)} == fields
+
+
+@pytest.mark.parametrize("kinds", [CLIENT_KINDS, SERVER_KINDS], ids=["client", "server"])
+@given(data=st.data())
+def test_messages_round_trip_whole_and_byte_by_byte_and_with_trailing_bytes(
+    kinds: tuple[type, ...], data: st.DataObject
+) -> None:
+    one = st.one_of(*(strategies.message_strategies[kind] for kind in kinds))
+    sent = data.draw(st.lists(one, min_size=1, max_size=4))
+    stream = b"".join(encode_frame(message) for message in sent)
+    make = client_messages if kinds is CLIENT_KINDS else server_messages
+    assert outcome(make(), [stream]) == (sent, "0 bytes left")
+    assert outcome(make(), [bytes([byte]) for byte in stream]) == (sent, "0 bytes left")
+    assert outcome(make(), cuts(stream, data.draw(st.lists(st.integers(0, 2000), max_size=6)))) == (
+        sent,
+        "0 bytes left",
+    )
+    trailing = encode_frame(sent[0])[:-1]
+    assert outcome(make(), [stream + trailing]) == (sent, f"{len(trailing)} bytes left")
+
+
+@pytest.mark.parametrize("name", golden.EXAMPLES)
+def test_golden_frames_do_not_move(name: str) -> None:
+    message, wire = golden.EXAMPLES[name], golden.load()[name]
+    assert encode_frame(message) == wire
+    assert decoder_for(message).feed(wire) == [message]
+
+
+def test_golden_frames_are_all_tried() -> None:
+    assert golden.load().keys() == golden.EXAMPLES.keys()
+
+
+# --- any bytes ------------------------------------------------------------------------------------------------------
+
+
+def mutated(stream: bytes, edits: Sequence[tuple[int, int]]) -> bytes:
+    broken = bytearray(stream)
+    for place, value in edits:
+        broken[place % len(broken)] = value
+    return bytes(broken)
+
+
+random_bytes = st.binary(max_size=200)
+mutated_frames = st.builds(
+    mutated,
+    st.lists(strategies.any_message, min_size=1, max_size=3).map(lambda sent: b"".join(map(encode_frame, sent))),
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+
+
+@given(stream=random_bytes | random_bytes.map(frame) | mutated_frames, at=st.lists(st.integers(0, 300), max_size=5))
+@example(stream=frame(b""), at=[])
+@example(stream=b"GET / HTTP/1.1\r\n\r\n", at=[])
+@example(stream=frame(b"\xc1"), at=[2])
+@example(stream=frame(b"\x91" * 100_000), at=[])
+@example(stream=frame(b"\x82\xa4type\xa6Signal\xa2zz" + b"\x91" * 100_000), at=[])
+@example(stream=frame(b"\x82\xa4type\xa7Goodbye\xa6reason\xa2\xff\xfe"), at=[])
+@example(stream=encode_frame(m.Goodbye()) + frame(b"\xc1") + encode_frame(m.Goodbye()), at=[])
+@example(stream=frame(b"\x82\xa4type\xa8Announce\xa8manifest\x91\xdd\xff\xff\xff\xff"), at=[])
+def test_any_bytes_give_the_same_messages_and_at_most_one_error_wherever_they_are_cut(
+    stream: bytes, at: list[int]
+) -> None:
+    for make in BOTH:
+        whole = outcome(make(), [stream])
+        assert outcome(make(), cuts(stream, at)) == whole
+        if len(stream) < 1000:
+            assert outcome(make(), [bytes([byte]) for byte in stream]) == whole
+
+
+def test_a_broken_decoder_stays_broken() -> None:
+    decoder = client_messages()
+    first = error_for(decoder, frame(b"\xc1"))
+    assert error_for(decoder, encode_frame(m.Goodbye())) is first
+    assert error_for(decoder, b"") is first
+    assert decoder.pending == 0, "and keeps nothing of what it was sent"
+
+
+@pytest.mark.parametrize(("make", "cap"), [(client_messages, CLIENT_FRAME_CAP), (server_messages, SERVER_FRAME_CAP)])
+def test_the_cap_is_checked_before_the_body_is_there(make: Any, cap: int) -> None:
+    error = error_for(make(), struct.pack(">I", cap + 1))
+    assert str(cap + 1) in str(error)
+    assert str(cap) in str(error)
+    decoder = make()
+    assert decoder.feed(struct.pack(">I", cap)) == []
+    assert decoder.pending == 4
+
+
+def test_the_length_is_judged_as_soon_as_its_four_bytes_are_there() -> None:
+    decoder = client_messages()
+    assert decoder.feed(b"\xff\xff\xff") == []
+    error_for(decoder, b"\xff")
+
+
+# --- peers that are newer, older, or no peers at all ------------------------------------------------------------------
+
+
+def test_unknown_fields_are_ignored_wherever_they_are() -> None:
+    wire = frame_of(
+        type="Hello",
+        protocol=1,
+        nonce=bytes(16),
+        shiny={"new": [1, 2]},
+        abilities=[{"name": "tcp", "facts": {}, "speed": 9}],
+    )
+    assert client_messages().feed(wire) == [m.Hello(protocol=1, nonce=bytes(16), abilities=(m.Ability("tcp"),))]
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_an_unknown_message_is_refused_by_name(make: Any) -> None:
+    error = error_for(make(), frame_of(type="Teleport", to="there"))
+    assert "'Teleport'" in str(error)
+    assert "Goodbye" in str(error)
+
+
+def test_a_message_of_the_other_direction_is_refused_by_name() -> None:
+    assert "'Welcome'" in str(error_for(client_messages(), encode_frame(m.Welcome(protocol=1, nonce=bytes(16)))))
+    assert "'Want'" in str(error_for(server_messages(), encode_frame(m.Want(ranges=()))))
+
+
+def test_a_wrong_field_is_named() -> None:
+    error = error_for(client_messages(), frame_of(type="Want", ranges=[[0, "x"]]))
+    assert "a Want that is not valid" in str(error)
+    assert "$.ranges[0][1]" in str(error)
+
+
+def test_the_error_stays_short_whatever_the_peer_says() -> None:
+    assert len(str(error_for(client_messages(), frame_of(type="x" * 200_000)))) < 1000
+
+
+BAD: list[dict[str, Any]] = [
+    {"type": "Hello", "protocol": 0, "nonce": bytes(16)},
+    {"type": "Hello", "protocol": 1, "nonce": bytes(15)},
+    {"type": "Hello", "protocol": 1, "nonce": bytes(16), "software": "x" * 4097},
+    {"type": "Hello", "protocol": 1, "nonce": bytes(16), "abilities": [{"name": "x"}] * 33},
+    {"type": "Hello", "protocol": 1, "nonce": bytes(16), "abilities": [{"name": "x" * 65}]},
+    {"type": "Identify", "manifest": "xyz"},
+    {"type": "Identify", "manifest": "a" * 65},
+    {"type": "Identify", "manifest": "aa\n"},
+    {"type": "Identify", "proof": bytes(33)},
+    {"type": "Identify", "layouts": ["raw"] * 9},
+    {"type": "Identify", "layouts": ["sideways"]},
+    {"type": "Identify", "identity": {"tp_size": "2"}},
+    {"type": "Want", "ranges": [[0, 1]] * (m.MAX_RANGES + 1)},
+    {"type": "Want", "ranges": [[-1, 1]]},
+    {"type": "Want", "ranges": [[0, (1 << 20) + 1]]},
+    {"type": "Want", "ranges": [[0, 1, 2]]},
+    {"type": "Want"},
+    {"type": "Signal", "data": bytes(65537)},
+    {"type": "Verdict", "outcome": "splendid"},
+    {"type": "Verdict", "outcome": "complete", "blocks": -1},
+    {"type": "Waiting", "reason": "x", "position": -1},
+    {"type": "Announce", "block_bytes": 1023, "algorithm": "", "digests": b"", "root": "", "plan": ""},
+    {"type": "Announce", "block_bytes": (1 << 30) + 1, "algorithm": "", "digests": b"", "root": "", "plan": ""},
+    {"type": "Refusal", "code": "mood", "message": ""},
+    {"type": "Refusal", "code": "busy", "message": "", "retry_after": -1.0},
+    {"type": "Refusal", "code": "busy", "message": "", "retry_after": float("nan")},
+    {"type": "Refusal", "code": "busy", "message": "", "retry_after": float("inf")},
+    {"type": "Refusal", "code": "busy", "message": "", "sources": ["h:1"] * 65},
+    {"type": "Goodbye", "code": "well"},
+]
+
+
+@pytest.mark.parametrize("fields", BAD, ids=lambda fields: f"{fields['type']}-{list(fields)[-1]}")
+def test_values_out_of_range_are_refused(fields: dict[str, Any]) -> None:
+    kinds = {kind.__name__ for kind in CLIENT_KINDS}
+    make = client_messages if fields["type"] in kinds else server_messages
+    assert f"a {fields['type']} that is not valid" in str(error_for(make(), frame_of(**fields)))
+
+
+def test_a_manifest_cannot_be_longer_than_its_limit() -> None:
+    tensors = msgspec.Raw(b"\xdd" + struct.pack(">I", MAX_TENSORS + 1) + b"\xc0" * (MAX_TENSORS + 1))
+    body = msgspec.msgpack.encode({"type": "Announce", "manifest": [tensors]})
+    assert f"<= {MAX_TENSORS}" in str(error_for(server_messages(), frame(body)))
+
+
+# --- what this side would send --------------------------------------------------------------------------------------
+
+
+def too_large() -> Iterator[tuple[m.ClientMessage | m.ServerMessage, str]]:
+    yield m.Identify(identity=ModelIdentity(model="x" * CLIENT_FRAME_CAP)), "Identify takes"
+    yield m.Accepted(identity=ModelIdentity(model="half \udcff")), "cannot be sent"
+    yield m.Accepted(identity=ModelIdentity(tp_size=1 << 70)), "cannot be sent"
+
+
+@pytest.mark.parametrize(("message", "says"), list(too_large()))
+def test_what_the_peer_could_not_read_is_not_sent(message: m.ClientMessage | m.ServerMessage, says: str) -> None:
+    with pytest.raises(LocalProtocolError, match=says) as caught:
+        encode_frame(message)
+    assert caught.value.hint
+
+
+@given(text=st.text(max_size=50) | st.text(st.characters(categories=["Cs", "Ll"]), max_size=5000))
+def test_any_text_can_be_made_to_fit(text: str) -> None:
+    (received,) = client_messages().feed(encode_frame(m.Goodbye(reason=m.wire_text(text))))
+    assert isinstance(received, m.Goodbye)
+    sayable = text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    if sayable and len(text) <= m.MAX_TEXT:
+        assert received.reason == text
+
+
+def test_sources_that_do_not_fit_are_left_out() -> None:
+    assert m.wire_sources(("a:1", "x" * 301, "b:2")) == ("a:1", "b:2")
+    assert len(m.wire_sources(("a:1",) * 100)) == m.MAX_SOURCES

@@ -1,0 +1,161 @@
+"""Identities: each field that disagrees is named, and only those that forbid a pull forbid it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+
+from netloader.identity import Difference, ModelIdentity, Severity, differences, is_digest
+from tests.core.strategies import identities
+
+FIELDS = ModelIdentity.__struct_fields__
+
+BASE = ModelIdentity(
+    model="m",
+    architecture="LlamaForCausalLM",
+    revision="r1",
+    dtype="bfloat16",
+    quantization="w8a8",
+    quantization_config="c1",
+    tp_size=4,
+    pp_size=2,
+    ep_size=2,
+    expert_placement="p1",
+    tied=True,
+    load_state={"has_own_lm_head": True},
+    engine="vllm 1",
+    fingerprint="f1",
+    load="l1",
+)
+
+OTHER: dict[str, Any] = {
+    "model": "n",
+    "architecture": "Qwen3ForCausalLM",
+    "revision": "r2",
+    "dtype": "float16",
+    "quantization": "",
+    "quantization_config": "c2",
+    "layout": "processed",
+    "role": "draft",
+    "tp_size": 2,
+    "tp_rank": 1,
+    "pp_size": 1,
+    "pp_rank": 1,
+    "ep_size": 1,
+    "ep_rank": 1,
+    "expert_placement": "",
+    "tied": False,
+    "load_state": {"has_own_lm_head": False},
+    "engine": "vllm 2",
+    "fingerprint": "f2",
+    "load": "l2",
+}
+
+NOT_COMPARED = {"load"}
+
+
+def changed(base: ModelIdentity = BASE, **fields: Any) -> ModelIdentity:
+    return msgspec.structs.replace(base, **fields)
+
+
+def severities(ours: ModelIdentity, theirs: ModelIdentity) -> dict[str, Severity]:
+    return {d.field: d.severity for d in differences(ours, theirs)}
+
+
+def test_every_field_is_tried_below() -> None:
+    assert OTHER.keys() == set(FIELDS)
+
+
+def test_what_the_ranks_of_one_side_compare_among_themselves_is_no_difference() -> None:
+    assert [field for field in FIELDS if not differences(BASE, changed(**{field: OTHER[field]}))] == [*NOT_COMPARED]
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field not in NOT_COMPARED])
+def test_each_field_alone_is_named_with_both_values(field: str) -> None:
+    theirs = changed(**{field: OTHER[field]})
+    (found,) = [d for d in differences(BASE, theirs) if d.field == field]
+    assert (found.ours, found.theirs) == (str(getattr(BASE, field)), str(OTHER[field]))
+    assert field in str(found)
+    assert repr(found.ours) in str(found)
+    assert repr(found.theirs) in str(found)
+    expected = Severity.WARN if field == "engine" else Severity.REFUSE
+    assert found.severity is expected
+
+
+@given(ours=identities, theirs=identities)
+def test_differences_are_those_fields_and_look_the_same_from_both_sides(
+    ours: ModelIdentity, theirs: ModelIdentity
+) -> None:
+    differing = {f for f in FIELDS if getattr(ours, f) != getattr(theirs, f)}
+    found = severities(ours, theirs)
+    assert found.keys() <= differing
+    may_be_unknown = {"fingerprint", "engine", "tied", "load_state"}
+    assert differing - found.keys() <= may_be_unknown | NOT_COMPARED
+    assert found == severities(theirs, ours)
+    assert differences(ours, ours) == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "unknown", "expected"),
+    [
+        ("fingerprint", "", None),  # a folder without weight files has none
+        ("engine", "", None),
+        ("tied", None, None),
+        ("load_state", {}, None),
+        ("revision", "", Severity.WARN),
+        ("model", "", Severity.REFUSE),
+        ("quantization", "", Severity.REFUSE),
+    ],
+)
+def test_what_one_side_does_not_know(field: str, unknown: Any, expected: Severity | None) -> None:
+    assert severities(BASE, changed(**{field: unknown})).get(field) is expected
+
+
+def test_processed_tensors_need_the_same_engine() -> None:
+    ours = changed(layout="processed")
+    assert severities(ours, changed(ours, engine="vllm 2")) == {"engine": Severity.REFUSE}
+    assert severities(ours, changed(ours, engine="")) == {"engine": Severity.REFUSE}
+
+
+def test_tying_decided_as_false_is_a_known_fact() -> None:
+    assert severities(changed(tied=False), changed(tied=True)) == {"tied": Severity.REFUSE}
+
+
+def test_long_values_are_shown_short() -> None:
+    text = str(Difference("model", "a" * 100_000, "b"))
+    assert len(text) < 400
+
+
+TEXTS = [field for field in FIELDS if isinstance(OTHER[field], str) and field not in {"layout", "role"}]
+
+
+@pytest.mark.parametrize("field", TEXTS)
+def test_no_text_is_longer_on_the_wire_than_it_has_to_be(field: str) -> None:
+    most = 4096 if field == "model" else 64 if field in {"fingerprint", "load"} else 256
+    for length in (most, most + 1, 1_000_000):
+        said: dict[str, Any] = {field: "a" * length}
+        encoded = msgspec.msgpack.encode(changed(**said))
+        if length == most:
+            assert getattr(msgspec.msgpack.decode(encoded, type=ModelIdentity), field) == "a" * most
+        else:
+            with pytest.raises(msgspec.ValidationError, match=rf"{field}"):
+                msgspec.msgpack.decode(encoded, type=ModelIdentity)
+
+
+def test_facts_are_few_on_the_wire() -> None:
+    many = msgspec.msgpack.encode(changed(load_state={str(number): True for number in range(65)}))
+    with pytest.raises(msgspec.ValidationError, match="load_state"):
+        msgspec.msgpack.decode(many, type=ModelIdentity)
+
+
+@pytest.mark.parametrize("text", ["", "0", "9f" * 32])
+def test_digests_are_hex(text: str) -> None:
+    assert is_digest(text)
+
+
+@pytest.mark.parametrize("text", ["0" * 65, "A", "0x1", "a\n", " ", "\uff11"])
+def test_other_texts_are_no_digests(text: str) -> None:
+    assert not is_digest(text)

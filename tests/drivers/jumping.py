@@ -1,0 +1,108 @@
+"""An event loop whose clock stands still while anything happens, and jumps to the next timer when nothing does.
+
+Hours of waiting pass in a moment, and how fast this machine is decides nothing. Sockets and worker threads are real:
+before each jump the loop waits a moment for them, and as long as it takes for threads that are at work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from types import ModuleType
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import pytest
+
+R = TypeVar("R")
+
+_START = 1000.0
+
+_MOMENT = 0.001
+"""Seconds of real time without news after which none is expected: what is sent over loopback is there at once."""
+
+_NO_LONGER = 30.0
+"""Seconds of real time that a worker thread may be at work."""
+
+_IN_ALL = 60.0
+"""Seconds of real time that everything may take: more is work that goes round in circles, without any wait."""
+
+
+class Clock:
+    """The time as the loop has it.
+
+    Attributes:
+        now: Seconds.
+        jumps: How often it jumped.
+        watching: Called before each jump: nothing is on its way then. Says whether to look once more before that.
+    """
+
+    def __init__(self) -> None:
+        self.now = _START
+        self.jumps = 0
+        self.watching: Callable[[], bool] = lambda: False
+        self.at_work: Callable[[], int] = lambda: 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    @staticmethod
+    def perf_counter() -> float:
+        return time.perf_counter()
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+        self._began = time.perf_counter()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if time.perf_counter() - self._began > _IN_ALL:
+            raise AssertionError(f"it goes on and on, {self._clock.now - _START:g} s after the beginning")
+        if timeout is not None and timeout <= 0:
+            return super().select(0)
+        news = super().select(_MOMENT)
+        until = time.perf_counter() + _NO_LONGER
+        while not news and self._clock.at_work() and time.perf_counter() < until:
+            news = super().select(_MOMENT)
+        if news:
+            return news
+        if self._clock.watching():
+            news = super().select(100 * _MOMENT)
+            if news:
+                return news
+            self._clock.watching()
+        if timeout is None:
+            raise AssertionError("nothing will ever happen again")
+        self._clock.now += timeout
+        self._clock.jumps += 1
+        return []
+
+
+class _JumpingLoop(asyncio.SelectorEventLoop):
+    def __init__(self, clock: Clock) -> None:
+        self._jumping_clock = clock
+        super().__init__(_JumpingSelector(clock))
+
+    def time(self) -> float:
+        return self._jumping_clock.now
+
+
+def run(work: Callable[[Clock], Awaitable[R]], *modules: ModuleType) -> R:
+    """Run `work` in such a loop; `modules` take their ``time`` from its clock."""
+    clock = Clock()
+
+    async def watched() -> R:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        clock.at_work = lambda: limiter.borrowed_tokens
+        return await work(clock)
+
+    options: Mapping[str, Any] = {"debug": True, "loop_factory": lambda: _JumpingLoop(clock)}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "time", clock)
+        return anyio.run(watched, backend_options=dict(options))

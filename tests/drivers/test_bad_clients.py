@@ -1,0 +1,551 @@
+"""Clients that leave the rules: each costs its own session, and a good pull beside it does not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from netloader import messages as m
+from netloader import server_session
+from netloader.codecs.frames import encode_frame
+from netloader.errors import (
+    NetloaderError,
+    PeerLost,
+    RefusedError,
+    RemoteProtocolError,
+    TransferTimeout,
+    TransportError,
+)
+from netloader.protocol import State
+from netloader.protocol.context import Timings
+from netloader.protocol.listen import prove
+from netloader.transports.base import Channel
+from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
+from tests.drivers import kit
+
+SOURCE = kit.weights()
+HOLDING = kit.held(SOURCE)
+BLOCKS = len(HOLDING.announcement.plan.blocks)
+STEPS = (
+    "connected",
+    "hello",
+    "welcome",
+    "identify",
+    "announce",
+    "agree",
+    "offer",
+    "channel",
+    "want",
+    "grant",
+    "verdict",
+)
+
+Wire = kit.Wire[m.ServerMessage]
+Script = Callable[["Guest"], Awaitable[None]]
+
+
+class Guest:
+    """A client that follows the rules up to a step; what it does then is up to the test."""
+
+    def __init__(self, wire: Wire, hub: kit.Hub, token: bytes | None = None) -> None:
+        self.wire = wire
+        self.hub = hub
+        self.channel: Channel | None = None
+        self._token = token
+        self._offer = b""
+
+    async def follow(self, last: str) -> None:
+        """Take part up to and including step `last`."""
+        for step in STEPS[: STEPS.index(last) + 1]:
+            await self._step(step)
+
+    async def _step(self, step: str) -> None:
+        wire, transport = self.wire, self.hub.transport
+        match step:
+            case "hello":
+                await wire.say(kit.hello(transport))
+            case "welcome":
+                heard = await wire.hear_until(m.Welcome)
+                self._nonce = heard.nonce
+            case "identify":
+                proof = b"" if self._token is None else prove(self._token, "client", kit.NONCE, self._nonce)
+                await wire.say(m.Identify(identity=kit.IDENTITY, proof=proof))
+            case "announce":
+                await wire.hear_until(m.Announce)
+            case "agree":
+                await wire.say(kit.agree(HOLDING, transport))
+            case "offer":
+                self._offer = (await wire.hear_until(m.ChannelOffer)).offer
+            case "channel":
+                self.channel = await transport.connect(self._offer, kit.setup())
+            case "want":
+                await wire.say(m.Want(ranges=((0, 2),)))
+            case "grant":
+                await wire.hear_until(m.Grant)
+            case "verdict":
+                await wire.say(m.Verdict(outcome="partial"))
+
+
+async def beside_a_good_pull(script: Script, timings: Timings = kit.CALM, **options: Any) -> NetloaderError | None:
+    """Run `script` while a pull is held in its middle; returns what its session ended with."""
+    faults = Faults([Fault(FaultKind.HOLD, 3)])
+    hub = kit.Hub()
+    into = kit.blank(SOURCE)
+    token = options.get("token")
+    async with kit.serving(FaultyTransport(hub.transport, faults), HOLDING, timings=timings, **options) as server:
+        async with anyio.create_task_group() as tasks:
+
+            async def good() -> None:
+                await kit.pull(into, [kit.at(server)], hub.transport, token=token)
+
+            tasks.start_soon(good)
+            await kit.until(lambda: faults.fired)
+            async with kit.fake_client(server) as wire:
+                guest = Guest(wire, hub, token)
+                try:
+                    with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+                        await script(guest)
+                    await anyio.aclose_forcefully(wire.stream)
+                    await kit.until(lambda: server.ended, "the session ended")
+                finally:
+                    if guest.channel is not None:
+                        await guest.channel.aclose()
+            assert [s.state for s in server.sessions] == [State.TRANSFER]
+            faults.release()
+        await kit.until(lambda: server.sessions == ())
+        assert kit.contents(into) == kit.contents(SOURCE)
+        assert server.ended[1].session.error is None
+        error = server.ended[0].session.error
+        if error is not None:
+            assert error.hint
+            assert error.story or isinstance(error, PeerLost)
+        # A client that comes next is served as if nothing had happened.
+        again = kit.blank(SOURCE)
+        await kit.pull(again, [kit.at(server)], hub.transport, token=token)
+        assert kit.contents(again) == kit.contents(SOURCE)
+    return error
+
+
+# --- at every step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_leaked_descriptors")
+@pytest.mark.parametrize("how", ["silence", "close", "reset", "half a frame", "garbage", "huge", "goodbye"])
+async def test_a_client_that_leaves_the_rules_at_any_step(how: str) -> None:
+    for step in STEPS if how in ("close", "garbage") else STEPS[::2]:
+        await leaves_the_rules(how, step)
+
+
+async def leaves_the_rules(how: str, step: str) -> None:
+    async def script(guest: Guest) -> None:
+        await guest.follow(step)
+        wire = guest.wire
+        match how:
+            case "silence":
+                await wire.closed()
+            case "close":
+                await wire.stream.aclose()
+            case "reset":
+                await wire.reset()
+            case "half a frame":
+                await wire.raw(b"\x00\x00\x00\x40half")
+                await wire.closed()
+            case "garbage":
+                await wire.raw(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+                await wire.closed()
+            case "huge":
+                await wire.raw(b"\x7f\xff\xff\xff" + bytes(200_000))
+                await wire.closed()
+            case "goodbye":
+                await wire.say(m.Goodbye(code="done", reason="never mind"))
+                await wire.closed()
+
+    waits = how in ("silence", "half a frame")
+    error = await beside_a_good_pull(script, kit.QUICK if waits else kit.CALM)
+    if step == "verdict":  # all was said
+        return
+    assert error is not None, step
+    expected: tuple[type[NetloaderError], ...]
+    match how:
+        case "silence" | "half a frame":
+            expected = (TransferTimeout,)
+        case "close" | "reset":
+            expected = (PeerLost,)
+        case "goodbye":
+            expected = (RefusedError,)
+        case _:
+            expected = (RemoteProtocolError,)
+    assert isinstance(error, expected), (step, error)
+
+
+async def test_a_client_that_speaks_a_byte_at_a_time_has_no_more_time_than_others() -> None:
+    frame = encode_frame(m.Hello(protocol=1, nonce=kit.NONCE, software="x" * 500))
+
+    async def script(guest: Guest) -> None:
+        for byte in frame:
+            await guest.wire.raw(bytes([byte]))
+            with anyio.move_on_after(0.01):
+                await guest.wire.closed()
+                return
+
+    assert isinstance(await beside_a_good_pull(script, kit.QUICK), TransferTimeout)
+
+
+# --- single lies ------------------------------------------------------------------------------------------------------
+
+
+def says(step: str, *messages: m.ClientMessage) -> Script:
+    async def script(guest: Guest) -> None:
+        await guest.follow(step)
+        await guest.wire.say(*messages)
+        await guest.wire.closed()
+
+    return script
+
+
+def want(*ranges: tuple[int, int]) -> m.Want:
+    return m.Want(ranges=ranges)
+
+
+HELLO = m.Hello(protocol=1, nonce=kit.NONCE)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (says("connected", want((0, 1))), "Want is not legal in LISTEN"),
+        (says("connected", m.Verdict(outcome="complete")), "Verdict is not legal in LISTEN"),
+        (says("connected", HELLO, HELLO), "Hello is not legal in VALIDATE"),
+        (says("connected", *[HELLO] * 1000), "Hello is not legal in VALIDATE"),
+        (says("hello", want((0, 1))), "Want is not legal in VALIDATE"),
+        (says("hello", m.Verdict(outcome="complete")), "Verdict is not legal in VALIDATE"),
+        (says("announce", want((0, 1))), "before it agreed"),
+        (says("announce", m.Signal(data=b"x")), "before a transport was chosen"),
+        (says("announce", m.Agree(plan="0" * 64, transport="memory")), "derived different blocks"),
+        (says("announce", m.Agree(plan=HOLDING.announcement.plan.digest, transport="carrier pigeon")), "pigeon"),
+        (says("offer", m.Agree(plan=HOLDING.announcement.plan.digest, transport="memory")), "agreed twice"),
+        (says("agree", *[m.Signal(data=b"x")] * 1000), "signals"),
+        (says("agree", *[m.Signal(data=bytes(65536))] * 20), "signals"),
+        (says("grant", *[m.Signal(data=bytes(65536))] * 20), "signals"),
+        (says("channel", want((0, BLOCKS + 1))), "there are"),
+        (says("channel", want((5, 5))), "there are"),
+        (says("channel", want((3, 5), (4, 6))), "there are"),
+        (says("channel", want()), "names no block"),
+        (says("channel", want((3, 5)), want((4, 6))), "already waiting"),
+        (says("offer", want((3, 5)), want((4, 6))), "already waiting"),
+        (says("channel", *[want((0, 1))] * 5000), "already waiting"),
+        (says("hello", m.Identify(identity=kit.variant(model="another"))), "model is 'kit' at the server"),
+        (says("hello", m.Identify(role="draft", layouts=("raw",))), "nothing is held for draft"),
+        (says("hello", m.Identify(identity=kit.IDENTITY, root="0" * 64)), "pinned to root 0000"),
+        (says("announce", m.Identify(identity=kit.IDENTITY)), "Identify is not legal in PLAN"),
+    ],
+)
+async def test_a_client_that_says_the_wrong_thing(script: Script, reason: str) -> None:
+    error = await beside_a_good_pull(script)
+    assert isinstance(error, RemoteProtocolError | RefusedError)
+    assert reason in error.message
+
+
+async def test_a_refused_client_hears_why_although_it_goes_on_talking() -> None:
+    hub = kit.Hub()
+    heard: list[m.ServerMessage] = []
+    async with kit.serving(hub.transport, HOLDING) as server, kit.fake_client(server) as wire:
+        await wire.say(HELLO, m.Identify(identity=kit.variant(model="another")))
+        await wire.say(*[HELLO] * 2000)
+        heard = await wire.hear_all()
+    refusal = heard[-1]
+    assert isinstance(refusal, m.Refusal)
+    assert refusal.code == "identity"
+    assert "set MODEL" in refusal.hint
+
+
+async def test_a_client_that_never_connects_the_channel() -> None:
+    async def script(guest: Guest) -> None:
+        await guest.follow("offer")
+        await guest.wire.closed()
+
+    assert isinstance(await beside_a_good_pull(script, kit.QUICK), TransferTimeout)
+
+
+async def test_a_client_that_asks_and_never_reads_its_channel() -> None:
+    async def script(guest: Guest) -> None:
+        guest.hub = hub
+        await guest.follow("channel")
+        await guest.wire.say(want((0, BLOCKS)))
+        await guest.wire.closed()
+
+    hub = kit.Hub(1000)
+    error: NetloaderError | None = None
+    async with kit.serving(hub.transport, HOLDING, timings=kit.QUICK) as server, kit.fake_client(server) as wire:
+        guest = Guest(wire, hub)
+        await script(guest)
+        await kit.until(lambda: server.ended)
+        error = server.ended[0].session.error
+        assert guest.channel is not None
+        await guest.channel.aclose()
+    assert isinstance(error, TransferTimeout)
+    assert "takes no bytes" in error.message
+
+
+async def test_a_client_that_never_reads_its_control_connection() -> None:
+    many = {f"a.tensor.with.quite.a.long.name.{i}": torch.zeros(1) for i in range(4000)}
+    holding = kit.held(many)
+    hub = kit.Hub()
+    async with kit.serving(hub.transport, holding, timings=kit.QUICK, max_clients=1) as server:
+        for listener in server._listeners:
+            listener.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            raw.connect(("127.0.0.1", server.port))
+        await anyio.wait_writable(raw)
+        raw.send(encode_frame(HELLO) + encode_frame(m.Identify(identity=kit.IDENTITY)))
+        await kit.until(lambda: server.ended)
+        error = server.ended[0].session.error
+        assert isinstance(error, TransferTimeout)
+        raw.close()
+        into = kit.blank(many)
+        await kit.pull(into, [kit.at(server)], hub.transport)
+        assert kit.contents(into) == kit.contents(many)
+
+
+async def test_more_requests_than_anyone_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_session, "_OPEN_REQUESTS", 64)
+    source = {"large": torch.zeros(100, kit.BLOCK, dtype=torch.uint8)}
+    holding = kit.held(source)
+    hub = kit.Hub(0)
+    async with kit.serving(hub.transport, holding) as server, kit.fake_client(server) as wire:
+        guest = Guest(wire, hub)
+        await guest.follow("announce")
+        await wire.say(kit.agree(holding, hub.transport))
+        offer = (await wire.hear_until(m.ChannelOffer)).offer
+        channel = await hub.transport.connect(offer, kit.setup())
+        await wire.say(*(want((number, number + 1)) for number in range(100)))
+        await wire.closed()
+        await kit.until(lambda: server.ended)
+        error = server.ended[0].session.error
+        assert isinstance(error, RemoteProtocolError)
+        assert "requests open" in error.message
+        await channel.aclose()
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+TOKEN = b"open sesame"
+
+
+@pytest.mark.parametrize("proof", [b"", bytes(32), b"x" * 5])
+async def test_a_client_with_a_wrong_proof_hears_nothing_about_the_model(proof: bytes) -> None:
+    heard: list[m.ServerMessage] = []
+
+    async def script(guest: Guest) -> None:
+        await guest.follow("welcome")
+        await guest.wire.say(m.Identify(identity=kit.IDENTITY, proof=proof))
+        heard.extend(await guest.wire.hear_all())
+
+    error = await beside_a_good_pull(script, token=TOKEN)
+    assert isinstance(error, RefusedError)
+    assert error.code == "auth"
+    (refusal,) = heard
+    assert isinstance(refusal, m.Refusal)
+    assert "kit" not in refusal.message + refusal.hint
+
+
+async def test_a_proof_cannot_be_replayed_or_reflected() -> None:
+    proofs: list[bytes] = []
+
+    async def overhear(guest: Guest) -> None:
+        await guest.wire.say(kit.hello(guest.hub.transport))
+        welcome = await guest.wire.hear_until(m.Welcome)
+        proofs.append(welcome.proof)
+        proofs.append(prove(TOKEN, "client", kit.NONCE, welcome.nonce))
+
+    def replay(which: int) -> Script:
+        async def script(guest: Guest) -> None:
+            await guest.follow("welcome")
+            await guest.wire.say(m.Identify(identity=kit.IDENTITY, proof=proofs[which]))
+            await guest.wire.closed()
+
+        return script
+
+    await beside_a_good_pull(says("verdict"), token=TOKEN)  # the proof of `Guest` is a good one
+    hub = kit.Hub()
+    async with kit.serving(hub.transport, HOLDING, token=TOKEN) as server:
+        async with kit.fake_client(server) as wire:
+            await overhear(Guest(wire, hub))
+        for which in range(2):
+            async with kit.fake_client(server) as wire:
+                with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+                    await replay(which)(Guest(wire, hub))
+        await kit.until(lambda: len(server.ended) == 3)
+        for session in server.ended[1:]:
+            assert isinstance(session.session.error, RefusedError)
+            assert session.session.error.code == "auth"
+
+
+# --- strangers --------------------------------------------------------------------------------------------------------
+
+
+async def test_silent_connections_are_limited_and_do_not_keep_a_client_out() -> None:
+    hub, into = kit.Hub(), kit.blank(SOURCE)
+    async with kit.serving(hub.transport, HOLDING, max_strangers=8) as server, contextlib.AsyncExitStack() as stack:
+        # A client in the middle of its greeting.
+        greeting = await stack.enter_async_context(kit.fake_client(server))
+        await greeting.say(kit.hello(hub.transport))
+        await greeting.hear_until(m.Welcome)
+        silent = [await stack.enter_async_context(kit.fake_client(server)) for _ in range(30)]
+        await kit.until(lambda: len(server.ended) == 23)
+        assert len(server.sessions) == 8
+        # The oldest went first, and the one that is greeting stayed.
+        for wire in silent[:23]:
+            await wire.closed()
+        assert sum(s.state is State.VALIDATE for s in server.sessions) == 1
+        await kit.pull(into, [kit.at(server)], hub.transport)
+        await greeting.say(m.Identify(identity=kit.IDENTITY))
+        await greeting.hear_until(m.Announce)
+        assert kit.contents(into) == kit.contents(SOURCE)
+
+
+async def test_clients_that_were_served_a_turn_are_no_strangers() -> None:
+    hub = kit.Hub()
+    faults = Faults([Fault(FaultKind.HOLD, 3, times=None)])
+    blanks = [kit.blank(SOURCE) for _ in range(4)]
+    async with (
+        kit.serving(FaultyTransport(hub.transport, faults), HOLDING, max_strangers=1, max_clients=2) as server,
+        anyio.create_task_group() as tasks,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for count, into in enumerate(blanks):
+            tasks.start_soon(kit.pull, into, [kit.at(server)], hub.transport)
+            await kit.until(lambda: sum(bool(s.role) for s in server.sessions) == count + 1)  # noqa: B023
+        for _ in range(10):
+            await stack.enter_async_context(kit.fake_client(server))
+        await kit.until(lambda: len(server.ended) == 9)
+        assert sum(bool(s.role) for s in server.sessions) == 4
+        faults.release()
+    assert all(kit.contents(into) == kit.contents(SOURCE) for into in blanks)
+
+
+async def test_those_who_only_look_cannot_crowd_out_those_who_pull() -> None:
+    hub, into = kit.Hub(), kit.blank(SOURCE)
+    look = m.Identify(role="target", layouts=("raw",), probe=True)
+    async with kit.serving(hub.transport, HOLDING, max_clients=1) as server, contextlib.AsyncExitStack() as stack:
+        for _ in range(40):
+            wire = await stack.enter_async_context(kit.fake_client(server))
+            await wire.say(kit.hello(hub.transport), look)
+        await kit.until(lambda: server._looks.waiting == 32)
+        assert server._looks.taken == 8
+        await kit.pull(into, [kit.at(server)], hub.transport)
+    assert kit.contents(into) == kit.contents(SOURCE)
+
+
+async def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "netloader")
+    hub = kit.Hub()
+    async with kit.serving(hub.transport, HOLDING) as server:
+        for _ in range(20):
+            async with kit.fake_client(server) as wire:
+                await wire.raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10)
+                await wire.closed()
+        await kit.until(lambda: len(server.ended) == 20)
+    about = [r for r in caplog.records if "session" in r.getMessage()]
+    assert len(about) == 1
+    assert about[0].levelno == logging.INFO
+    assert "no client's" in about[0].getMessage()
+
+
+async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    hub = kit.Hub()
+    async with kit.serving(hub.transport, HOLDING) as server:
+        for _ in range(30):
+            async with kit.fake_client(server) as wire:
+                await wire.say(HELLO, m.Identify(identity=kit.variant(model="another")))
+                await wire.closed()
+        await kit.until(lambda: len(server.ended) == 30)
+    assert sum("set MODEL" in r.getMessage() for r in caplog.records) == 20
+
+
+async def test_what_a_peer_says_stays_on_its_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    hub = kit.Hub()
+    evil = "bye\nCRITICAL root: all your base\x1b[2J" + "x" * 3000
+    async with kit.serving(hub.transport, HOLDING) as server, kit.fake_client(server) as wire:
+        await Guest(wire, hub).follow("announce")
+        await wire.say(m.Goodbye(code="internal", reason=evil))
+        await wire.closed()
+        await kit.until(lambda: server.ended)
+    (line,) = [r.getMessage() for r in caplog.records if "all your base" in r.getMessage()]
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert len(line) < 1000
+
+
+# --- our own bugs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["offer", "accept", "send"])
+async def test_a_transport_that_breaks_its_contract_costs_one_session(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = kit.Hub()
+
+    class Broken(FaultyTransport):
+        async def offer(self, setup: Any) -> Any:
+            if where == "offer" and fail:
+                raise ZeroDivisionError("ouch")
+            return await super().offer(setup)
+
+        async def accept(self, pending: Any) -> Any:
+            if where == "accept" and fail:
+                raise ZeroDivisionError("ouch")
+            channel = await super().accept(pending)
+            if where == "send" and fail:
+
+                async def send(blocks: Any) -> None:
+                    raise ZeroDivisionError("ouch")
+
+                channel.send = send  # type: ignore[method-assign]
+            return channel
+
+    fail = True
+    into = kit.blank(SOURCE)
+    async with kit.serving(Broken(hub.transport, Faults()), HOLDING) as server:
+        with pytest.raises(NetloaderError, match="unexpected ZeroDivisionError: ouch"):
+            await kit.pull(into, [kit.at(server)], hub.transport)
+        fail = False
+        await kit.pull(into, [kit.at(server)], hub.transport)
+    assert kit.contents(into) == kit.contents(SOURCE)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_an_ended_session_keeps_no_tensor_alive() -> None:
+    hub = kit.Hub(1000)
+    source = kit.weights()
+    watch = StorageWeakRef(source["large"].untyped_storage())  # type: ignore[no-untyped-call]
+    async with kit.serving(hub.transport, kit.held_weakly(source), timings=kit.QUICK) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            async with kit.fake_client(server) as wire:
+                guest = Guest(wire, hub)
+                await guest.follow("channel")
+                await wire.say(want((0, BLOCKS)))
+                await wire.closed()
+                await kit.until(lambda: server.ended)
+                assert isinstance(server.ended[0].session.error, TransportError)
+                assert guest.channel is not None
+                await guest.channel.aclose()
+            source.clear()
+            await kit.until(watch.expired, "the memory is free")
+        finally:
+            gc.enable()

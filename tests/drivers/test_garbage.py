@@ -1,0 +1,62 @@
+"""Garbage at the port of a server process: nothing of it stays, and a pull beside it is right."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from tests.drivers import garbage, peers
+
+ROUND = garbage.Amount(frames=10_000, silent=200, resets=200)
+QUIET = 5
+SLOWER = 3.0
+
+
+async def test_after_the_second_round_all_is_as_after_the_first() -> None:
+    async with peers.peer("serve", rows=2000, log="ERROR", timings={"hello": 1.0, "validate": 1.0}) as server:
+        port = (await server.hear())["port"]
+        async with peers.peer("pulls", rows=2000, ports=[port]) as client:
+            await client.hear()
+            await client.pull()  # the first one also pays for what both processes load only once
+            quiet = statistics.median([await client.pull() for _ in range(QUIET)])
+            ratios: list[float] = []
+            after: list[dict[str, Any]] = []
+            for number in range(2):
+                ratios += [seconds / quiet for seconds in await pulls_during_traffic(client, port, number)]
+                after.append(await server.until(lambda seen: not seen["sessions"]))
+        assert min(ratios) < SLOWER, f"a quiet pull takes {quiet:.3f} s; with garbage as many times that: {ratios}"
+        first, second = after
+        assert second["fds"] == first["fds"]
+        assert second["threads"] == first["threads"]
+        assert second["rss"] - first["rss"] < 8 << 20
+        assert await server.finish() == 0
+
+
+async def pulls_during_traffic(client: peers.Peer, port: int, seed: int) -> list[float]:
+    """One round of garbage, and the seconds of each pull that began after it had begun and ended before it ended."""
+    begun = anyio.Event()
+    over = False
+
+    def told() -> bool:
+        anyio.from_thread.run_sync(begun.set)
+        return False
+
+    async def traffic() -> None:
+        nonlocal over
+        made = await anyio.to_thread.run_sync(garbage.round_of, port, ROUND, seed, told)
+        over = True
+        assert made > ROUND.frames // 4
+
+    within: list[float] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(traffic)
+        await begun.wait()
+        while not over:
+            seconds = await client.pull()
+            if not over:
+                within.append(seconds)
+    assert within, "no pull was over before the traffic was"
+    return within

@@ -1,0 +1,85 @@
+"""Processes that are killed or stopped at a chosen point: what the other side makes of it."""
+
+from __future__ import annotations
+
+import signal
+
+import anyio
+import pytest
+
+from netloader.addresses import Address
+from netloader.errors import NoSourceLeft, PeerLost, TransferTimeout, TransportError
+from netloader.protocol import State
+from netloader.protocol.context import Timings
+from netloader.report import PullReport
+from netloader.transports.gloo import GlooTransport
+from tests.drivers import kit, peers
+
+SOURCE = kit.weights()
+BLOCKS = len(kit.held(SOURCE).announcement.plan.blocks)
+SHORT = Timings(hello=2.0, validate=kit.PATIENCE, plan=kit.PATIENCE, stall=2.0, finalize=kit.PATIENCE)
+
+
+async def test_a_server_that_is_stopped_and_one_that_is_killed() -> None:
+    outcomes: dict[str, PullReport | NoSourceLeft] = {}
+
+    async def pull(name: str, sources: list[Address], timings: Timings = kit.CALM) -> None:
+        into = kit.blank(SOURCE)
+        try:
+            report = await kit.pull(into, sources, GlooTransport(), timings=timings)
+        except NoSourceLeft as error:
+            outcomes[name] = error
+            return
+        assert kit.contents(into) == kit.contents(SOURCE)
+        assert sum(share.blocks for share in report.sources.values()) == BLOCKS
+        outcomes[name] = report
+
+    async with peers.peer("serve", hold=[20]) as first, peers.peer("serve") as second:
+        both = [Address("127.0.0.1", (await server.hear())["port"]) for server in (first, second)]
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pull, "stopped in the middle", both, SHORT)
+            await first.until(lambda seen: seen["sessions"] == ["TRANSFER"])
+            first.send(signal.SIGSTOP)
+        await pull("stopped before the greeting", both, SHORT)
+        first.send(signal.SIGCONT)
+        await first.until(lambda seen: not seen["sessions"])
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pull, "killed, with another source", both)
+            tasks.start_soon(pull, "killed, without another source", both[:1])
+            await first.until(lambda seen: seen["sessions"] == ["TRANSFER", "TRANSFER"])
+            first.send(signal.SIGKILL)
+        assert await second.finish() == 0
+
+    causes = []
+    for name in ("stopped in the middle", "stopped before the greeting", "killed, with another source"):
+        report = outcomes[name]
+        assert isinstance(report, PullReport), (name, report)
+        assert report.sources[str(both[1])].blocks > 0
+        causes.append(report.attempts[0].cause)
+    assert isinstance(causes[0], TransportError)
+    assert isinstance(causes[1], TransferTimeout)
+    assert isinstance(causes[2], PeerLost)
+    error = outcomes["killed, without another source"]
+    assert isinstance(error, NoSourceLeft)
+    assert isinstance(error.attempts[0].cause, PeerLost)
+    assert error.attempts[0].hint
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_client_that_is_killed_or_stopped_in_the_middle_costs_its_own_session(number: signal.Signals) -> None:
+    into = kit.blank(SOURCE)
+    transport = GlooTransport()
+    async with (
+        kit.serving(transport, kit.held(SOURCE), timings=SHORT, max_clients=2) as server,
+        peers.peer("pull", ports=[server.port], hold=[5]) as victim,
+    ):
+        await kit.until(lambda: [s.state for s in server.sessions] == [State.TRANSFER])
+        victim.send(number)
+        await kit.pull(into, [kit.at(server)], transport)
+        await kit.until(lambda: len(server.ended) == 2 and not server.sessions)
+        assert kit.contents(into) == kit.contents(SOURCE)
+        errors = [session.session.error for session in server.ended]
+        assert sum(error is None for error in errors) == 1
+        assert any(isinstance(error, TransportError) for error in errors)

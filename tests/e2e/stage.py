@@ -1,0 +1,71 @@
+"""What a story about several engines keeps: their folders, and engines whose servers stop in the middle."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.e2e import clients, engines
+from tests.e2e.engines import Engine, wait_for
+from tests.e2e.hosts import ASLEEP, MODEL
+from tests.support import with_plugins
+
+HELD_AFTER = 2
+"""Number of the block after whose sending a server of :meth:`Stage.held` waits."""
+
+HELD: dict[str, Any] = {"TRANSPORT": ["held", "tcp"], "STALL_TIMEOUT": clients.STALL_TIMEOUT}
+"""Settings of whoever may be held up: it does not take that for a stall."""
+
+
+def plugged(**more: str) -> dict[str, str]:
+    """The environment of an engine that finds the test transports."""
+    return with_plugins({**ASLEEP, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}, **more)
+
+
+@dataclass
+class Stage:
+    """The engines of a story; its tests add to it one after the other."""
+
+    stack: ExitStack
+    folder: Path
+    full: Path
+    bare: Path
+    quiet: list[float] = field(default_factory=list)
+    seed: Engine | None = None
+    answers: Any = None
+
+    def start(self, name: str, host: Path, *arguments: str, **settings: Any) -> Engine:
+        """Start an engine as on a host whose folder with the model is `host`; all have the same name for it."""
+        log = self.folder / f"{name}.log"
+        return self.stack.enter_context(engines.engine(MODEL, log, *arguments, folder=host, **settings))
+
+    def held(self, name: str, *sources: str, files: bool = False, **settings: Any) -> Engine:
+        """Start an engine whose server stops in the middle of each transfer over `held`."""
+        environment = plugged(
+            NETLOADER_TEST_HOLD=str(HELD_AFTER),
+            NETLOADER_TEST_FILE=str(self.folder / f"{name}-goes-on"),
+            NETLOADER_TEST_MARKS=str(self.marks(name)),
+        )
+        config = {
+            **clients.source(*sources),
+            **HELD,
+            "OUTPUT_PREFIX": str(self.folder / f"{name}-rank"),
+            **settings,
+        }
+        return self.start(name, self.full if files else self.bare, environment=environment, config=config, niceness=2)
+
+    def marks(self, name: str) -> Path:
+        """Where the transfers that an engine's server holds up leave a file each."""
+        folder = self.folder / f"{name}-marks"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def wait_held(self, name: str, count: int) -> None:
+        """Wait until `count` transfers are held up."""
+        folder = self.marks(name)
+        wait_for(
+            lambda: len(list(folder.iterdir())) >= count, engines.READY_TIMEOUT, f"{count} transfers in the middle"
+        )

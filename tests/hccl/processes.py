@@ -1,0 +1,136 @@
+"""Processes of a scenario, from outside: started, asked, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 60.0
+
+
+class Child:
+    """One process with the device; see `tests.hccl.child`.
+
+    Args:
+        environment: All of it.
+        arguments: Of the child.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
+        self.log: list[str] = []
+        self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.hccl.child", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=dict(environment),
+        )
+        self._readers = [
+            threading.Thread(target=self._read_said, name="child-stdout", daemon=True),
+            threading.Thread(target=self._read_log, name="child-stderr", daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_said(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self._said.put(json.loads(line))
+            else:
+                self.log.append(line)
+        self._said.put(None)
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    def heard(self, patience: float = PATIENCE) -> dict[str, Any]:
+        """The next thing it says, within so many seconds."""
+        said = self._said.get(timeout=patience)
+        if said is None:
+            raise AssertionError(f"it ended with {self.process.wait()}:\n{self.text()}")
+        return said
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """Say something to it and hear its answer."""
+        self.tell(what)
+        return self.heard()
+
+    def tell(self, what: str) -> None:
+        """Say something to it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+
+    def ended(self) -> int:
+        """Its exit status, once it has ended."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        status = self.process.wait(PATIENCE)
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        return status
+
+    def kill(self) -> None:
+        """End it as a lost host would."""
+        self.process.send_signal(signal.SIGKILL)
+
+    def text(self) -> str:
+        """The end of what it logged."""
+        return "".join(self.log[-80:])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+
+
+@contextmanager
+def seed(environment: Mapping[str, str], device: str = "npu:2", **options: Any) -> Iterator[tuple[Child, str]]:
+    """A process that serves, and its port."""
+    with Child(environment, "serve", f"--device={device}", *_flags(options)) as child:
+        yield child, str(child.heard()["port"])
+
+
+def receiver(environment: Mapping[str, str], port: str, device: str = "npu:0", **options: Any) -> Child:
+    """A process that pulls."""
+    return Child(environment, "pull", f"--device={device}", f"--port={port}", *_flags(options))
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without anything that changes HCCL, and with `extra`."""
+    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "NPU_SIM_", "STAND_IN_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return kept | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"} | dict(extra)

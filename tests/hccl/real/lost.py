@@ -1,0 +1,47 @@
+"""One end of a bare pair whose rank 1 is gone after its first send: ``lost.py RANK STORE_FILE SWITCHED``.
+
+Shows what the switch of blocking waits is for. Rank 0 prints what it was told and ends with 0, if it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch_npu
+from torch._C._distributed_c10d import FileStore
+from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+
+from netloader.transports.hccl_devices import blocking_wait
+
+
+def main() -> None:
+    rank, path, switched = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "1"
+    device = f"npu:{rank}"
+    torch.get_device_module("npu").set_device(device)
+    options = ProcessGroupHCCL.Options()
+    options._timeout = timedelta(seconds=5)
+    options.global_ranks_in_group = [0, 1]
+    with blocking_wait() if switched else contextlib.nullcontext():
+        group = ProcessGroupHCCL(FileStore(path, 2), rank, 2, options)
+    tensor = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+    if rank == 1:
+        group.send([tensor], 0, 0).wait()
+        torch.get_device_module("npu").synchronize()
+        os._exit(0)
+    group.recv([tensor], 1, 0).wait()
+    try:
+        group.recv([tensor], 1, 0).wait()
+    except RuntimeError as error:
+        print(f"raised {error}", flush=True)
+        os._exit(0)
+    print(f"nothing was raised by torch_npu {torch_npu.__version__}", flush=True)
+    time.sleep(60)  # for the watchdog to come
+
+
+if __name__ == "__main__":
+    main()

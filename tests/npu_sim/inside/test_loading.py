@@ -1,0 +1,216 @@
+"""A load as an engine on an NPU does it: raw tensors recorded, weights made ready, originals offered, and pulled.
+
+The parts of the adapter that know nothing of vLLM are called in the order in which a load calls them; what vLLM-Ascend
+does to weights stands between them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch_npu
+from torch_npu import _memory as memory
+
+import netloader
+from netloader.config import Config
+from netloader.identity import ModelIdentity
+from netloader.plan import make_plan
+from netloader.report import PullReport
+from netloader.tensors import digest_of, hold
+from netloader.vllm.copies import Copies, Keep
+from netloader.vllm.keeping import copied_lines, hint_for, keep_policy, kept_text
+from netloader.vllm.offering import Offered, offered
+from netloader.vllm.weights import RawWeights, Settled, named_raw_tensors
+from tests.npu_sim.inside.kit import FRACTAL_NZ
+
+SERVER, CLIENT = "npu:1", "npu:0"
+QUANTISED = frozenset({"int8", "packed", "twice"})
+
+
+@pytest.fixture(autouse=True)
+def no_limit() -> Iterator[None]:
+    gc.collect()  # what a test before this one let go of counts as free from the beginning, not from some moment on
+    limit = memory.accounts.limit
+    yield
+    memory.accounts.limit = limit
+
+
+def _weights(rows: int, columns: int, seed: int) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-128, 127, (rows, columns), generator=generator, dtype=torch.int8)
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, **parameters: torch.nn.Parameter) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+
+def small_model(seed: int, device: str) -> torch.nn.Module:
+    """Plain, int8 and four-bit layers, as a checkpoint loader leaves them."""
+    torch.manual_seed(seed)
+    model = torch.nn.Module()
+    model.embed = torch.nn.Embedding(320, 64)
+    model.plain = torch.nn.Linear(64, 96)
+    scale = torch.nn.Parameter(torch.rand(128, 1))
+    model.int8 = Layer(weight=_weights(128, 96, seed), scale=scale)
+    model.packed = Layer(weight=_weights(256, 64, seed + 1))
+    model.twice = Layer(weight=_weights(1600, 1600, seed + 2))  # more than one block
+    return model.to(device)
+
+
+def process(model: torch.nn.Module, *, in_place: str = "") -> None:
+    """What vLLM-Ascend does: tiles for matrix kernels, int8 transposed, four-bit weights packed, scales dropped."""
+    plain, int8, packed, twice = (
+        model.get_parameter(f"{name}.weight") for name in ("plain", "int8", "packed", "twice")
+    )
+    plain.data = torch_npu.npu_format_cast(plain.data, FRACTAL_NZ)
+    int8.data = torch_npu.npu_format_cast(int8.data.t().contiguous(), FRACTAL_NZ)
+    del model.get_submodule("int8").scale
+    tiles = torch_npu.npu_format_cast(packed.data, FRACTAL_NZ).view(torch.int32)
+    model.get_submodule("packed").weight = torch.nn.Parameter(tiles, requires_grad=False)
+    turned = twice.data.t().contiguous()
+    model.get_submodule("twice").weight = torch.nn.Parameter(turned, requires_grad=False)
+    if in_place:
+        weight = model.get_parameter(in_place)
+        weight.data.copy_(weight.data.flip(0).contiguous())
+
+
+@dataclass
+class Loaded:
+    settled: Settled
+    copies: Mapping[Keep, Copies]
+    lines: list[tuple[int, str]]
+    offer: Callable[[], Offered]
+
+
+def load(model: torch.nn.Module, *, in_place: str = "", **fields: Any) -> Loaded:
+    """A load with these settings: recorded, processed, settled."""
+    config = Config(**fields)
+    holding = hold(named_raw_tensors(model), ModelIdentity(model="m"))
+    announcement, device = holding.announcement, holding.device
+    del holding
+    raw = RawWeights(model, keep_policy(QUANTISED, config))
+    copies = dict(raw.copies)
+    lines = list(copied_lines(raw.copies))
+    process(model, in_place=in_place)
+    settled = raw.settle(model)
+    return Loaded(settled, copies, lines, lambda: offered(announcement, device, settled, "ab" * 16))
+
+
+async def pull(model: torch.nn.Module, from_: Offered, transport: str) -> PullReport:
+    async with netloader.Server(host="127.0.0.1", transport=transport, device=SERVER, fan_out=0) as server:
+        server.add(from_)
+        return await netloader.pull(named_raw_tensors(model), sources=[f"127.0.0.1:{server.port}"], transport=transport)
+
+
+def on_host(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in named_raw_tensors(model).items()}
+
+
+def wrong(model: torch.nn.Module, expected: Mapping[str, torch.Tensor]) -> list[str]:
+    return [name for name, values in on_host(model).items() if not torch.equal(values, expected[name])]
+
+
+@pytest.mark.parametrize("transport", ["hccl", "tcp"])
+@pytest.mark.parametrize(("setting", "device"), [("dram", "cpu"), ("hbm", SERVER)])
+async def test_originals_are_kept_where_the_setting_says_and_arrive(setting: str, device: str, transport: str) -> None:
+    model = small_model(1, SERVER)
+    expected = on_host(model)
+    loaded = load(model, int8_cache=setting)
+    assert loaded.settled.lost == {}
+    kept = {name: str(tensor.device) for name, tensor in loaded.settled.kept.items()}
+    assert kept == {
+        "int8.weight": device,
+        "int8.scale": device,  # listed by its module, small or not
+        "twice.weight": device,
+        "packed.weight": device,
+    }
+    nbytes = sum(expected[name].nbytes for name in kept)
+    assert kept_text(loaded.settled) == f"originals kept: INT8_CACHE={setting}: {nbytes} bytes on {device}"
+    assert "plain.weight" in loaded.settled.live, "tiles hold the same values: it is served where it lies"
+    client = small_model(50, CLIENT)
+    assert len(wrong(client, expected)) == len(expected)
+    await pull(client, loaded.offer(), transport)
+    assert wrong(client, expected) == []
+    process(client)
+    assert wrong(client, on_host(model)) == [], "and makes the same engine"
+
+
+async def test_host_copies_need_little_room_on_the_device() -> None:
+    model = small_model(2, SERVER)
+    loaded = load(model, int8_cache="dram")
+    offer = loaded.offer()
+    plan = make_plan(offer.announcement.manifest, 64 << 10)
+    free = torch.npu.mem_get_info(SERVER)[0]  # type: ignore[attr-defined]
+    blocks = offer.memory.views(plan, range(len(plan.blocks)))
+    for block in blocks:
+        digest_of(block, "xxh3-128")
+        block.tensors()
+    used = free - torch.npu.mem_get_info(SERVER)[0]  # type: ignore[attr-defined]
+    assert used <= 2 * 64 * 96 * 4, "the plain form of one tensor in tiles, and nothing of what is in the host's memory"
+
+
+@pytest.mark.parametrize("transport", ["hccl", "tcp"])
+async def test_a_full_device_sends_all_copies_to_the_host(transport: str) -> None:
+    model = small_model(3, SERVER)
+    expected = on_host(model)
+    used = memory.accounts.used[1]
+    room = 1 << 20  # for the smaller ones only, and for what post-processing needs of it
+    memory.accounts.limit = used + room
+    config = Config(int8_cache="hbm")
+    raw = RawWeights(model, keep_policy(QUANTISED, config))
+    assert memory.accounts.used[1] - used < room // 2, "none stays on the device"
+    lines = list(copied_lines(raw.copies))
+    memory.accounts.limit = 64 << 30
+    warnings = [line for level, line in lines if level == logging.WARNING]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("INT8_CACHE=hbm: the device is full, the copies go to the host's memory (NPU out of")
+    assert "bytes on cpu" in lines[-1][1]
+    holding = hold(named_raw_tensors(model), ModelIdentity(model="m"))
+    process(model)
+    settled = raw.settle(model)
+    assert settled.lost == {}
+    assert str(settled.kept["twice.weight"].device) == "cpu"
+    client = small_model(60, CLIENT)
+    await pull(client, offered(holding.announcement, holding.device, settled, "ab" * 16), transport)
+    assert wrong(client, expected) == []
+
+
+def test_without_copies_the_refusal_names_tensors_and_setting() -> None:
+    loaded = load(small_model(4, SERVER))
+    assert set(loaded.settled.lost) == {"int8.weight", "packed.weight", "twice.weight"}
+    assert set(loaded.settled.lost.values()) == {"vLLM replaced it"}
+    assert hint_for(loaded.settled.lost, QUANTISED, Config()) == "set INT8_CACHE to dram or hbm on the server"
+    assert "int8.scale" in loaded.settled.kept, "a few bytes are always kept"
+
+
+def test_a_rewrite_in_place_is_lost_by_reference_and_outlived_by_a_copy() -> None:
+    name = "embed.weight"
+    lost = load(small_model(5, SERVER), in_place=name, int8_cache="dram").settled.lost
+    assert lost == {name: "vLLM rewrote it in place"}
+    assert "list these names in INT8_CACHE_NAME" in hint_for(lost, QUANTISED, Config(int8_cache="dram"))
+    every = (name, "int8.weight", "packed.weight", "twice.weight")
+    model = small_model(5, SERVER)
+    expected = on_host(model)
+    loaded = load(model, in_place=name, int8_cache="dram", int8_cache_name=every)
+    assert loaded.settled.lost == {}
+    assert torch.equal(loaded.settled.kept[name], expected[name])
+
+
+def test_copies_of_what_stays_as_it_was_are_freed() -> None:
+    model = small_model(6, SERVER)
+    used = memory.accounts.used[1]
+    raw = RawWeights(model, keep_policy(QUANTISED, Config(int8_cache="hbm")))
+    assert memory.accounts.used[1] > used
+    settled = raw.settle(model)
+    assert settled.kept == {}
+    assert memory.accounts.used[1] == used

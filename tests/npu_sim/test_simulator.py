@@ -1,0 +1,39 @@
+"""The HCCL transport on a simulated device: each file of `inside` in a process of its own.
+
+A process has one set of devices for good, so what runs on the simulated one can't share a process with other tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+INSIDE = sorted((HERE / "inside").glob("test_*.py"))
+
+
+def environment() -> dict[str, str]:
+    """Of a process with the simulated device."""
+    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "NPU_SIM_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return kept | {
+        "NETLOADER_NPU_SIM": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "PYTHONPATH": os.pathsep.join([str(HERE / "fakes"), str(ROOT)]),
+    }
+
+
+@pytest.mark.parametrize("file", INSIDE, ids=lambda file: file.stem)
+def test_on_the_simulated_device(file: Path) -> None:
+    # What is experimental about devices in Python is said in warnings of torch's own.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", str(file)]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=110, cwd=ROOT, env=environment()
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    assert " passed" in done.stdout

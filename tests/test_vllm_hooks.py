@@ -1,0 +1,137 @@
+"""What happens before vLLM changes weights in place; with stand-ins for its worker classes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from netloader import sync
+from netloader.config import load_config
+from netloader.errors import NetloaderError, NoSourceLeft
+from netloader.identity import ModelIdentity
+from netloader.tensors import hold
+from netloader.transports import hccl_devices
+from netloader.vllm import hooks, serving
+
+MODULE = "tests_stand_in_worker"
+WEIGHT = torch.arange(1000, dtype=torch.float32)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[serving.WorkerServer]:
+    """The process's server, with a target and a draft."""
+    made = serving.worker_server(load_config({"LISTEN_HOST": "127.0.0.1"}), 0, "cpu")
+    assert made is not None
+    for role in ("target", "draft"):
+        made.offer(hold({"weight": WEIGHT.clone()}, ModelIdentity(model="m", role=role)), "a test")
+    yield made
+    serving.stop_server()
+
+
+def worker(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> Any:
+    """An object of a worker class that this process has, with these methods, watched."""
+    config = types.SimpleNamespace(load_config=types.SimpleNamespace(load_format="auto"))
+    stand_in = type("Worker", (), {**methods, "vllm_config": config, "device": "npu:7"})
+    module = types.ModuleType(MODULE)
+    vars(module)["Worker"] = stand_in
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    assert hooks.watch_worker(f"{MODULE}.Worker")
+    return stand_in()
+
+
+def pulled(server: serving.WorkerServer, role: str) -> torch.Tensor:
+    into = {"weight": torch.zeros(1000)}
+    identity = ModelIdentity(model="m", role=role)  # type: ignore[arg-type]
+    sync.pull(into, identity, sources=[server.address])
+    return into["weight"]
+
+
+@pytest.mark.parametrize("method", hooks.CHANGES)
+def test_what_is_about_to_change_is_retracted_first(
+    method: str, server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def change(self: Any, *arguments: Any) -> str:
+        for role in serving.ROLES:
+            with pytest.raises(NoSourceLeft, match=rf"about to change \({method}\)"):
+                pulled(server, role)
+            seen.append(role)
+        return "changed"
+
+    assert getattr(worker(monkeypatch, **{method: change}), method)(1) == "changed"
+    assert seen == ["target", "draft"]
+
+
+def test_a_class_is_watched_once_and_other_classes_not_at_all(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    one = worker(monkeypatch, sleep=lambda self: calls.append(1))
+    first = type(one).sleep
+    assert hooks.watch_worker(f"{MODULE}.Worker")
+    assert type(one).sleep is first
+    one.sleep()
+    assert calls == [1]
+    assert not hooks.watch_worker("tests_no_such_module.Worker")
+    assert not hooks.watch_worker(f"{MODULE}.NoSuchClass")
+
+
+def test_weights_that_wake_up_unchanged_are_served_again_and_others_not(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = worker(monkeypatch, sleep=lambda self, level=1: None, wake_up=lambda self, tags=None: None)
+    one.sleep()
+    with pytest.raises(NoSourceLeft):
+        pulled(server, "target")
+    one.wake_up(["kv_cache"])
+    with pytest.raises(NoSourceLeft):
+        pulled(server, "target")
+    one.wake_up()
+    assert torch.equal(pulled(server, "target"), WEIGHT)
+    assert torch.equal(pulled(server, "draft"), WEIGHT)
+    one.sleep()
+    (held,) = server._paused["target"]
+    plan = held.announcement.plan
+    held.memory.views(plan, [0])[0].tensors()[0][17] += 1
+    with caplog.at_level(logging.WARNING):
+        one.wake_up(tags=["weights"])
+    assert "is not what it was" in caplog.text
+    with pytest.raises(NoSourceLeft):
+        pulled(server, "target")
+
+
+def test_an_error_of_the_method_comes_out_as_it_is(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        worker(monkeypatch, start_weight_update=fail).start_weight_update()
+    with pytest.raises(NoSourceLeft):
+        pulled(server, "target")
+
+
+@pytest.mark.parametrize("name", ["npu:7", "npu"])
+def test_no_communicator_is_opened_until_memory_was_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    chosen = types.SimpleNamespace(current_device=lambda: 7)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: chosen)
+
+    def measure(self: Any) -> int:
+        with pytest.raises(NetloaderError, match="measuring its memory") as caught:
+            hccl_devices.device_of("npu:7").check_may_open()
+        assert caught.value.retry_after > 0  # type: ignore[attr-defined]
+        return 42
+
+    one = worker(monkeypatch, determine_available_memory=measure)
+    hooks.hold_still_until_profiled("cpu")
+    hooks.hold_still_until_profiled(name)
+    assert one.determine_available_memory() == 42
+    hccl_devices.device_of("npu:7").check_may_open()

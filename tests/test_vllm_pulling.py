@@ -1,0 +1,120 @@
+"""Asking sources before the model is built: who is waited for, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from netloader import sync
+from netloader.addresses import Address
+from netloader.config import Config, load_config
+from netloader.errors import (
+    NetloaderError,
+    PeerLost,
+    RefusedError,
+    RemoteProtocolError,
+    TransferTimeout,
+)
+from netloader.identity import ModelIdentity
+from netloader.vllm import pulling
+from netloader.vllm.pulling import ask_sources, pull_raw
+
+A, B = Address("a", 1024), Address("b", 1024)
+FOUND = ModelIdentity(model="m")
+
+
+class World:
+    """Sources that answer as they are told, and a clock that only they and pauses move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: Callable[[str, int, float], NetloaderError | None]):
+        self.now = 0.0
+        self.asked: list[str] = []
+        self._answers = answers
+        monkeypatch.setattr(pulling, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._pause))
+        monkeypatch.setattr(sync, "probe", self._probe)
+
+    def _pause(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+
+    def _probe(self, source: Address, *, timeout: float, **_: Any) -> Any:
+        host = source.host
+        self.asked.append(host)
+        error = self._answers(host, self.asked.count(host), timeout)
+        if isinstance(error, TransferTimeout):
+            self.now += timeout
+        if error is not None:
+            raise error
+        return SimpleNamespace(announcement=SimpleNamespace(identity=FOUND))
+
+
+def config(**settings: Any) -> Config:
+    return load_config({"MODEL": "m", **settings})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PeerLost("down"), *(RefusedError(code, "not now") for code in ("not-ready", "busy", "gone"))],
+    ids=["down", "not-ready", "busy", "gone"],
+)
+def test_a_source_that_may_come_is_waited_for(error: NetloaderError, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, lambda _, times, __: error if times < 4 else None)
+    assert ask_sources([A], "target", config(WAIT=30)) is FOUND
+    assert world.asked == ["a"] * 4
+    assert world.now < 30
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RefusedError("auth", "who are you"), RefusedError("not-held", "no draft"), RemoteProtocolError("garbage")],
+    ids=["auth", "not-held", "garbage"],
+)
+def test_a_source_that_will_say_the_same_again_is_asked_once(
+    error: NetloaderError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(monkeypatch, lambda *_: error)
+    assert ask_sources([A], "target", config(WAIT=600, TIMEOUT=700)) is None
+    assert world.asked == ["a"]
+    assert world.now < 1
+
+
+def test_it_is_left_out_while_another_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(host: str, times: int, _: float) -> NetloaderError | None:
+        if host == "a":
+            return RefusedError("not-held", "no draft")
+        return PeerLost("down") if times < 3 else None
+
+    world = World(monkeypatch, answer)
+    assert ask_sources([A, B], "target", config(WAIT=60)) is FOUND
+    assert world.asked == ["a", "b", "b", "b"]
+
+
+def test_without_wait_each_source_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, lambda *_: PeerLost("down"))
+    assert ask_sources([A, B], "target", config()) is None
+    assert world.asked == ["a", "b"]
+
+
+@pytest.mark.parametrize("wait", [0, 20])
+def test_many_silent_sources_cost_no_more_than_one(wait: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks are waiting: for WAIT and a few seconds, not for each source by itself."""
+    world = World(monkeypatch, lambda *_: TransferTimeout("silent"))
+    assert ask_sources([A, B] * 20, "target", config(WAIT=wait)) is None
+    assert world.now <= wait + 10
+
+
+def test_asking_counts_against_the_time_of_the_pull(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks reckon with one TIMEOUT, WAIT included."""
+    seen: list[tuple[float, float]] = []
+
+    def pull(*_: Any, timeout: float, wait: float, **__: Any) -> None:
+        seen.append((timeout, wait))
+
+    monkeypatch.setattr(sync, "pull", pull)
+    settings = config(WAIT=30, TIMEOUT=100)
+    for spent in (0.0, 12.0, 70.0, 500.0):
+        pull_raw({}, FOUND, [A], settings, spent)
+    assert seen == [(100, 30), (88, 18), (30, 0), (0.001, 0)]

@@ -1,0 +1,299 @@
+"""The parts of the vLLM adapter that need torch and no vLLM."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netloader.config import Config
+from netloader.vllm import copies
+from netloader.vllm.agreement import REPORT_BYTES, Report, disagreement, load_digest
+from netloader.vllm.announce import AddressFile, AddressFileError
+from netloader.vllm.copies import Keep, is_full
+from netloader.vllm.fresh import FreshValues, NotRestored
+from netloader.vllm.keeping import copied_lines, hint_for, keep_policy, kept_text
+from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
+from netloader.vllm.weights import RawWeights, digest_of, named_raw_tensors
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 64)
+        self.head = torch.nn.Linear(64, 64, bias=False)
+        self.head.weight = self.embed.weight
+        self.up = torch.nn.Linear(64, 128)
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("cache", torch.arange(8.0), persistent=False)
+        self.has_own_lm_head = False
+
+
+def test_raw_tensors_come_under_every_name_and_computed_caches_do_not() -> None:
+    names = list(named_raw_tensors(Tiny()))
+    assert names == ["scale", "embed.weight", "head.weight", "up.weight", "up.bias"]
+
+
+def test_what_post_processing_leaves_alone_is_live_and_what_it_replaces_is_kept() -> None:
+    model = Tiny()
+    before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
+    raw = RawWeights(model, hold=lambda _: Keep.REFERENCE)
+    model.up.weight = torch.nn.Parameter(model.up.weight.detach().t().contiguous())
+    settled = raw.settle(model)
+    assert settled.lost == {}
+    assert set(settled.kept) == {"up.weight"}
+    assert torch.equal(settled.kept["up.weight"], before["up.weight"])
+    assert settled.kept_bytes == before["up.weight"].nbytes
+    assert set(settled.live) == set(before) - {"up.weight"}
+
+
+def test_an_original_that_nobody_holds_is_lost() -> None:
+    model = Tiny()
+    raw = RawWeights(model, hold=lambda _: Keep.NO)
+    del model.up.weight
+    settled = raw.settle(model)
+    assert settled.lost == {"up.weight": "vLLM dropped it"}
+    assert "up.bias" in settled.live, "tensors of a few bytes are always held"
+
+
+def test_a_rewrite_in_place_is_seen() -> None:
+    model = Tiny()
+    raw = RawWeights(model, hold=lambda _: Keep.REFERENCE)
+    model.embed.weight.data[3, 5] += 1
+    settled = raw.settle(model)
+    assert settled.lost == {
+        "embed.weight": "vLLM rewrote it in place",
+        "head.weight": "vLLM rewrote it in place",
+    }
+
+
+@pytest.mark.parametrize("keep", [Keep.DRAM, Keep.HBM])
+def test_a_copy_outlives_a_rewrite_in_place_and_goes_when_nothing_was_rewritten(keep: Keep) -> None:
+    model = Tiny()
+    before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
+    raw = RawWeights(model, hold=lambda _: keep)
+    assert raw.copies[keep].nbytes == before["embed.weight"].nbytes + before["up.weight"].nbytes + 4 + 128 * 4
+    model.embed.weight.data[3, 5] += 1
+    settled = raw.settle(model)
+    assert settled.lost == {}
+    assert set(settled.kept) == {"embed.weight", "head.weight"}
+    assert settled.kept["head.weight"] is settled.kept["embed.weight"], "tied weights are copied once"
+    assert torch.equal(settled.kept["embed.weight"], before["embed.weight"])
+    assert settled.costs() == {(keep, "cpu"): before["embed.weight"].nbytes}
+    assert kept_text(settled) == f"originals kept: INT8_CACHE={keep.name.lower()}: {64 * 64 * 4} bytes on cpu"
+    assert raw.held() == {}
+
+
+def test_small_tensors_outlive_a_rewrite_in_place_whatever_the_settings_say() -> None:
+    model = Tiny()
+    raw = RawWeights(model, hold=lambda _: Keep.NO)
+    model.get_buffer("scale").fill_(7)
+    settled = raw.settle(model)
+    assert settled.lost == {}
+    assert settled.kept["scale"].item() == 1
+
+
+def test_a_transposed_weight_is_copied_in_its_order() -> None:
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.arange(5000.0).view(50, 100).t())
+    raw = RawWeights(model, hold=lambda _: Keep.DRAM)
+    assert raw.held()["weight"].stride() == (1, 100)
+    assert raw.held()["weight"].data_ptr() != model.weight.data_ptr()
+
+
+def test_a_host_without_memory_costs_the_copy_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: torch.Tensor, *, host: bool) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(copies, "_copy", full)
+    model = Tiny()
+    raw = RawWeights(model, hold=lambda name: Keep.DRAM if name == "up.weight" else Keep.NO)
+    assert ("no memory for copies of up.weight") in "".join(text for _, text in copied_lines(raw.copies))
+    model.up.weight = torch.nn.Parameter(torch.zeros(128, 64))
+    lost = raw.settle(model).lost
+    assert "no memory for a copy" in lost["up.weight"]
+    assert "more memory" in hint_for(lost, frozenset(), Config())
+
+
+def test_errors_that_are_not_about_memory_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_full(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_full(RuntimeError("device-side assert"))
+
+    def broken(tensor: torch.Tensor, *, host: bool) -> torch.Tensor:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(copies, "_copy", broken)
+    with pytest.raises(RuntimeError, match="device-side"):
+        RawWeights(Tiny(), hold=lambda _: Keep.HBM)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "keep"),
+    [
+        ({}, "q.weight", Keep.NO),
+        ({}, "p.weight", Keep.REFERENCE),
+        ({"keep_raw": False}, "p.weight", Keep.NO),
+        ({"int8_cache": "dram"}, "q.weight", Keep.DRAM),
+        ({"int8_cache": "hbm"}, "q.weight", Keep.HBM),
+        ({"int8_cache": "hbm"}, "p.weight", Keep.REFERENCE),
+        ({"int8_cache": "dram", "int8_cache_name": ("p.weight",)}, "p.weight", Keep.DRAM),
+        ({"int8_cache": "dram", "int8_cache_name": ("p.weight",)}, "q.weight", Keep.NO),
+        ({"int8_cache": "dram", "int8_cache_name": ()}, "q.weight", Keep.NO),
+        ({"int8_cache": "no", "int8_cache_name": ("q.weight",)}, "q.weight", Keep.NO),
+    ],
+)
+def test_what_the_settings_keep(fields: dict[str, Any], name: str, keep: Keep) -> None:
+    assert keep_policy(frozenset({"q"}), Config(**fields))(name) is keep
+
+
+@pytest.mark.parametrize(
+    ("lost", "fields", "hint"),
+    [
+        ({"q.weight": "vLLM replaced it"}, {}, "set INT8_CACHE to dram or hbm on the server"),
+        ({"q.weight": "vLLM replaced it"}, {"int8_cache": "hbm", "int8_cache_name": ()}, "add these names"),
+        ({"p.weight": "vLLM dropped it"}, {"keep_raw": False}, "set KEEP_RAW to true on the server"),
+        ({"p.weight": "vLLM rewrote it in place"}, {}, "list these names in INT8_CACHE_NAME"),
+    ],
+)
+def test_a_refusal_names_the_setting_that_would_help(lost: dict[str, str], fields: dict[str, Any], hint: str) -> None:
+    assert hint in hint_for(lost, frozenset({"q"}), Config(**fields))
+
+
+def test_live_tensors_are_not_kept_alive() -> None:
+    model = Tiny()
+    settled = RawWeights(model, hold=lambda _: Keep.REFERENCE).settle(model)
+    assert settled.live["up.weight"]() is model.up.weight
+    del model.up
+    gc.collect()
+    assert settled.live["up.weight"]() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_equal_bits_have_equal_digests_whatever_the_strides(dtype: torch.dtype) -> None:
+    bits = torch.arange(24, dtype=torch.uint8) % 2
+    tensor = bits.view(2, 12).repeat(4, 4).view(dtype)
+    assert digest_of(tensor) == digest_of(tensor.t().contiguous().t())
+    assert digest_of(tensor) != digest_of(tensor.t().contiguous())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex128]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (4, 0)])
+def test_fresh_values_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    uniform, mixed = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    if mixed.numel() > 1:
+        mixed.view(torch.uint8).view(-1)[0] = 1
+    tensors = {"uniform": uniform, "mixed": mixed}
+    before = {name: digest_of(tensor) for name, tensor in tensors.items()}
+    fresh = FreshValues(tensors)
+    for tensor in tensors.values():
+        if tensor.numel():
+            tensor.view(-1).view(torch.uint8).fill_(1 if dtype == torch.bool else 0x5A)
+    fresh.restore()
+    fresh.check_filled()
+    assert {name: digest_of(tensor) for name, tensor in tensors.items()} == before
+
+
+def test_a_nan_keeps_its_bits() -> None:
+    tensor = torch.full((3,), 0x7FA5, dtype=torch.int16).view(torch.bfloat16)
+    fresh = FreshValues({"nan": tensor})
+    tensor.zero_()
+    fresh.restore()
+    assert tensor.view(torch.int16).tolist() == [0x7FA5] * 3
+
+
+def test_a_large_unknown_tensor_that_stays_empty_is_reported() -> None:
+    large = torch.arange(2 << 20, dtype=torch.float32)
+    covered = large.clone()
+    fresh = FreshValues({"large": large, "covered": covered})
+    fresh.restore()
+    covered.fill_(1)
+    with pytest.raises(NotRestored, match="large") as caught:
+        fresh.check_filled()
+    assert caught.value.names == ("large",)
+
+
+def test_only_listed_facts_travel_and_others_are_named() -> None:
+    model = Tiny()
+    state = PlainState(model)
+    assert state.changed_by_loading(model) == []
+    model.has_own_lm_head = True
+    assert state.changed_by_loading(model) == []
+    assert load_state_of(model) == {"has_own_lm_head": True}
+    model.up.out_features = 7
+    assert state.changed_by_loading(model) == ["up.out_features"]
+    client = Tiny()
+    apply_load_state(client, {"has_own_lm_head": True, "has_own_embed_tokens": True, "training": True})
+    assert client.has_own_lm_head
+    assert not hasattr(client, "has_own_embed_tokens")
+
+
+def test_an_address_file_is_whole_and_goes_away(tmp_path: Path) -> None:
+    file = AddressFile(f"{tmp_path}/addr-", 3)
+    file.write("10.0.0.1:1024")
+    assert (tmp_path / "addr-3.txt").read_text() == "10.0.0.1:1024"
+    file.write("[fd00::1]:1025")
+    assert [path.name for path in tmp_path.iterdir()] == ["addr-3.txt"]
+    file.remove()
+    file.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_file_of_a_successor_is_left_alone(tmp_path: Path) -> None:
+    first, second = AddressFile(f"{tmp_path}/", 0), AddressFile(f"{tmp_path}/", 0)
+    first.write("10.0.0.1:1024")
+    second.write("10.0.0.1:2048")
+    first.remove()
+    assert (tmp_path / "0.txt").read_text() == "10.0.0.1:2048"
+
+
+def test_a_folder_that_does_not_exist_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(AddressFileError, match="nowhere"):
+        AddressFile(f"{tmp_path}/nowhere/x", 0).write("10.0.0.1:1024")
+
+
+reports = st.builds(
+    Report,
+    outcome=st.sampled_from(["pulled", "default", "failed"]),
+    rank=st.integers(0, 9999),
+    root=st.text("0123456789abcdef", max_size=64),
+    load=st.text("0123456789abcdef", max_size=64),
+    fingerprint=st.text("0123456789abcdef", max_size=64),
+    reason=st.text(max_size=300),
+)
+
+
+@given(reports)
+def test_a_report_fits_its_slot_and_comes_back(report: Report) -> None:
+    packed = report.packed()
+    assert len(packed) == REPORT_BYTES
+    back = Report.unpacked(packed)
+    assert (back.outcome, back.rank, back.root, back.load) == (report.outcome, report.rank, report.root, report.load)
+    assert report.reason.startswith(back.reason)
+
+
+_BOTH = load_digest(["r", "s"])
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ((Report("pulled", 0, root="r", load=_BOTH), Report("pulled", 1, root="s", load=_BOTH)), ""),
+        ((Report("pulled", 0, root="r", load="a"), Report("pulled", 1, root="s", load="a")), "hold together"),
+        ((Report("pulled", 0, load="a"), Report("default", 1)), ""),
+        ((Report("default", 0, fingerprint="a"), Report("default", 1, fingerprint="b")), ""),
+        ((Report("pulled", 0), Report("failed", 1, reason="refused: dtype")), "rank 1 could not pull: refused: dtype"),
+        ((Report("pulled", 0, load="a"), Report("pulled", 1, load="b")), "different loads"),
+        ((Report("pulled", 0, fingerprint="a"), Report("default", 1, fingerprint="b")), "different loads"),
+        ((Report("pulled", 0, load="a"), Report("pulled", 1)), "hold together"),
+    ],
+)
+def test_ranks_disagree_when_one_failed_or_the_weights_differ(told: tuple[Report, ...], expected: str) -> None:
+    assert expected in disagreement(told)
+    assert bool(disagreement(told)) == bool(expected)

@@ -1,0 +1,556 @@
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.transports import _gloo_guard as guard
+from netloader.transports import gloo
+from netloader.transports._gloo_store import Address, from_blob, plain_host, to_blob
+from netloader.transports.base import Channel
+from netloader.transports.conformance import (
+    LocalSignals,
+    TensorBlockView,
+    check_transport,
+    local_signals,
+    pair_maker,
+)
+from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
+from netloader.transports.gloo import GlooTransport
+from tests.transports import peer
+from tests.transports.pairs import opened, setup_for
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+BLOCKS = [TensorBlockView(number, [bytes([number + 1]) * size]) for number, size in enumerate((1, 3 * MIB, 70_000))]
+
+
+def have_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def empty() -> list[TensorBlockView]:
+    return [TensorBlockView.zeros(block.number, block.nbytes) for block in BLOCKS]
+
+
+async def carry(server: Channel, client: Channel) -> None:
+    into = empty()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(server.send, BLOCKS)
+        await client.recv(into)
+    assert [block.data for block in into] == [block.data for block in BLOCKS]
+
+
+def parsed(offer: bytes) -> Address:
+    note = gloo._decode(offer)
+    assert isinstance(note, Address)
+    return note
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+hosts = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).map(str)
+
+
+@given(host=hosts, port=st.integers(0, 65535), pairs=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4))
+def test_an_address_survives_gloos_form(host: str, port: int, pairs: list[int]) -> None:
+    address = Address(host, port, tuple(pairs))
+    assert from_blob(to_blob(address)) == address
+
+
+@given(st.binary(max_size=400))
+@example(b"\xff" * 170)
+@example(to_blob(Address("::1", 1, (0, 1)))[:-3])
+def test_a_strange_form_is_one_clean_error(blob: bytes) -> None:
+    with pytest.raises(TransportError, match="unknown way"):
+        from_blob(blob)
+
+
+def test_hosts_are_compared_in_one_form() -> None:
+    assert plain_host("::ffff:10.0.0.1") == plain_host("10.0.0.1") == "10.0.0.1"
+    assert plain_host("fe80::1%eth0") == plain_host("FE80:0::1")
+    with pytest.raises(TransportError, match="numeric"):
+        plain_host("example.org")
+
+
+@pytest.mark.skipif(not have_ipv6(), reason="no IPv6 here")
+async def test_ipv6() -> None:
+    async with opened(GlooTransport(), host="::1") as (server, client):
+        await carry(server, client)
+
+
+async def test_it_listens_at_the_address_of_the_control_connection_only() -> None:
+    ours, theirs = local_signals()
+    offer, pending = await GlooTransport().offer(setup_for(ours, host="127.0.0.7"))
+    address = parsed(offer)
+    assert address.host == "127.0.0.7"
+    listening = await anyio.to_thread.run_sync(guard.listener, "127.0.0.7", address.port)
+    assert listening is not None
+    listening.close()
+    await pending.aclose()
+    assert await anyio.to_thread.run_sync(guard.listener, "127.0.0.7", address.port) is None
+    ours.close()
+    theirs.close()
+
+
+async def test_nobody_is_dialled_but_the_peer() -> None:
+    """A client that names another host than its own makes the server connect nowhere."""
+    with socket.create_server(("127.0.0.2", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        ours, theirs = local_signals()
+        transport = GlooTransport()
+        _, pending = await transport.offer(setup_for(ours))
+        await theirs.post(gloo._encode(Address("127.0.0.2", elsewhere.getsockname()[1], (2, 3))))
+        with pytest.raises(TransportError, match=r"127\.0\.0\.2.*127\.0\.0\.1"):
+            await transport.accept(pending)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+        # It is told, and a client does the same with what a server says.
+        with pytest.raises(PeerLost, match=r"gave up.*127\.0\.0\.2"):
+            gloo._expect(gloo._Taken, await theirs.fetch())
+        with pytest.raises(TransportError, match=r"127\.0\.0\.2.*127\.0\.0\.1"):
+            await transport.connect(
+                gloo._encode(Address("127.0.0.2", elsewhere.getsockname()[1], (2, 3))), setup_for(theirs)
+            )
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"\x00" * 50,
+        gloo._encode(gloo._Taken()),
+        gloo._encode(Address("127.0.0.1", 0, (2, 3))),
+        gloo._encode(Address("127.0.0.1", 70_000, (2, 3))),
+        gloo._encode(Address("127.0.0.1", 80, (2,))),
+        gloo._encode(Address("localhost", 80, (2, 3))),
+    ],
+)
+async def test_a_note_that_makes_no_sense_ends_the_set_up(note: bytes) -> None:
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    _, pending = await transport.offer(setup_for(ours))
+    await theirs.post(note)
+    with pytest.raises(TransportError):
+        await transport.accept(pending)
+    with pytest.raises(TransportError):
+        await transport.connect(note, setup_for(theirs))
+    ours.close()
+    theirs.close()
+
+
+# --- set-up that comes to nothing -------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_does_not_come() -> None:
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    _, pending = await transport.offer(setup_for(ours, timeout=0.1))
+    with pytest.raises(TransferTimeout):
+        await transport.accept(pending)
+    await pending.aclose()
+    ours.close()
+    theirs.close()
+
+
+async def test_a_client_whose_control_connection_ends() -> None:
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    _, pending = await transport.offer(setup_for(ours))
+    theirs.close()
+    with pytest.raises(PeerLost):
+        await transport.accept(pending)
+    ours.close()
+
+
+async def test_a_peer_that_says_where_it_listens_and_never_connects() -> None:
+    """Gloo can't be interrupted while it connects, so the time for that is short."""
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        offer, pending = await transport.offer(setup_for(ours, timeout=0.3))
+        await theirs.post(gloo._encode(Address("127.0.0.1", silent.getsockname()[1], parsed(offer).pairs)))
+        with pytest.raises(TransportError):
+            await transport.accept(pending)
+    ours.close()
+    theirs.close()
+
+
+async def test_a_set_up_that_waits_for_the_peers_connection_can_be_given_up() -> None:
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    offer, pending = await transport.offer(setup_for(ours))
+    # The side with the lower address waits: 65535 is the highest there is.
+    await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, parsed(offer).pairs)))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(transport.accept, pending)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(gloo._CONNECTING / 2, shield=True):
+            tasks.cancel_scope.cancel()
+            await pending.aclose()
+    ours.close()
+    theirs.close()
+
+
+class Counted:
+    """Signals that cancel a scope when they are used for the n-th time, by whichever end."""
+
+    def __init__(self, inner: LocalSignals, uses: list[int], at: int, scope: anyio.CancelScope) -> None:
+        self._inner, self._uses, self._at, self._scope = inner, uses, at, scope
+
+    def _use(self) -> None:
+        if len(self._uses) == self._at:
+            self._scope.cancel()
+        self._uses.append(self._at)
+
+    async def post(self, data: bytes) -> None:
+        self._use()
+        await self._inner.post(data)
+
+    async def fetch(self) -> bytes:
+        self._use()
+        return await self._inner.fetch()
+
+
+async def set_up_cancelled(at: int) -> bool:
+    ours, theirs = local_signals()
+    uses: list[int] = []
+    transport = GlooTransport()
+    channels: list[Channel] = []
+    with anyio.CancelScope() as scope:
+        offer, pending = await transport.offer(setup_for(Counted(ours, uses, at, scope)))
+        try:
+            async with anyio.create_task_group() as tasks:
+
+                async def accept() -> None:
+                    channels.append(await transport.accept(pending))
+
+                tasks.start_soon(accept)
+                channels.append(await transport.connect(offer, setup_for(Counted(theirs, uses, at, scope))))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await pending.aclose()
+                for channel in channels:
+                    await channel.aclose()
+    ours.close()
+    theirs.close()
+    return scope.cancelled_caught
+
+
+async def test_cancelled_at_any_point_of_the_set_up_nothing_is_left(no_leaked_descriptors: None) -> None:
+    at = 0
+    while await set_up_cancelled(at):
+        at += 1
+    assert at >= 6  # address, two ends compared, the last word: each said and heard
+
+
+async def test_whoever_came_before_the_port_was_known_ends_the_set_up_and_leaves_no_copy(
+    no_leaked_descriptors: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As our own visit does, by which a set-up is given up that is about to listen."""
+    early: list[socket.socket] = []
+    original = guard.guard_listener
+
+    def connect_first(listening: socket.socket, peer: str, number: int) -> None:
+        if early:
+            original(listening, peer, number)
+            return
+        here = listening.getsockname()
+        early.append(socket.create_connection(here[:2], timeout=5))
+        while not (copies := guard.ends(local=here[:2])):  # until gloo has taken it
+            pass
+        for copy, _, _ in copies:
+            copy.close()
+        original(listening, peer, number)
+
+    monkeypatch.setattr(guard, "guard_listener", connect_first)
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, (0, 0))))
+
+    async def set_up() -> None:  # either may be the one that hears of it
+        _, pending = await transport.offer(setup_for(ours))
+        try:
+            await transport.accept(pending)
+        finally:
+            await pending.aclose()
+
+    with anyio.fail_after(30), pytest.raises(TransportError, match="somebody connected to gloo's port"):
+        await set_up()
+    for sock in early:
+        sock.close()
+    ours.close()
+    theirs.close()
+
+
+# --- strangers --------------------------------------------------------------------------------------------------------
+
+OPCODES = range(5)
+
+
+def messages(number: int) -> list[list[bytes]]:
+    """What a stranger may say who knows how gloo talks: the right number first, then operations nobody asked for."""
+    hello = struct.pack("=q", number)
+    return [
+        [],
+        [bytes(range(256)) * 64],
+        [hello],
+        [hello] * 20,
+        *[[hello, struct.pack("=6Q", 48 + 8, opcode, 0, 0, 8, 0) + b"x" * 8] for opcode in OPCODES],
+        *[[hello + struct.pack("=6Q", 48, opcode, 2**63, 2**62, 2**61, 2**60)] for opcode in OPCODES],
+    ]
+
+
+def say(address: Address, message: list[bytes], *, reset: bool) -> socket.socket | None:
+    """As a stranger would, in a thread, each part in a packet of its own; it stays connected unless it resets."""
+    sock = socket.create_connection((address.host, address.port), timeout=5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for part in message:
+        sock.sendall(part)
+    if reset:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        return None
+    return sock
+
+
+def before_the_peer(strangers: list[socket.socket], reset: bool, kind: int) -> Callable[[Address], None]:
+    def visit(address: Address) -> None:
+        for number in address.pairs:
+            sock = say(address, messages(number)[kind], reset=reset)
+            if sock is not None:
+                strangers.append(sock)
+
+    return visit
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["stays", "resets"])
+@pytest.mark.parametrize("kind", range(len(messages(0))))
+async def test_a_stranger_who_comes_first_costs_this_session_at_most(kind: int, reset: bool) -> None:
+    """At both ends' ports, before the peer. Gloo alone would end this process for some of it."""
+    strangers: list[socket.socket] = []
+    visit = before_the_peer(strangers, reset, kind)
+    async with opened(GlooTransport()) as (other_server, other_client):
+        transport = GlooTransport()
+        ours, theirs = local_signals()
+        offer, pending = await transport.offer(setup_for(ours, timeout=2))
+        await anyio.to_thread.run_sync(visit, parsed(offer))
+
+        class Watched:
+            """The client's address is known to a stranger before the server has it."""
+
+            async def post(self, data: bytes) -> None:
+                if isinstance(gloo._decode(data), Address):
+                    await anyio.to_thread.run_sync(visit, parsed(data))
+                await theirs.post(data)
+
+            async def fetch(self) -> bytes:
+                return await theirs.fetch()
+
+        ends: list[Channel] = []
+        errors: list[TransportError] = []
+
+        async def end(opening: Callable[[], Awaitable[Channel]]) -> None:
+            try:
+                ends.append(await opening())
+            except TransportError as error:
+                errors.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(end, lambda: transport.accept(pending))
+            tasks.start_soon(end, lambda: transport.connect(offer, setup_for(Watched(), timeout=2)))
+        assert len(ends) in {0, 2}, f"one side believes in it, the other does not: {errors}"
+        for channel in ends:
+            await channel.aclose()
+        await carry(other_server, other_client)
+    for sock in strangers:
+        sock.close()
+    ours.close()
+    theirs.close()
+
+
+async def test_an_open_channel_takes_no_connection_any_more() -> None:
+    addresses: list[Address] = []
+    ours, theirs = local_signals()
+    transport = GlooTransport()
+    offer, pending = await transport.offer(setup_for(ours))
+
+    class Watched:
+        async def post(self, data: bytes) -> None:
+            note = gloo._decode(data)
+            if isinstance(note, Address):
+                addresses.append(note)
+            await theirs.post(data)
+
+        async def fetch(self) -> bytes:
+            return await theirs.fetch()
+
+    ends: list[Channel] = []
+    async with anyio.create_task_group() as tasks:
+
+        async def accept() -> None:
+            ends.append(await transport.accept(pending))
+
+        tasks.start_soon(accept)
+        client = await transport.connect(offer, setup_for(Watched()))
+    for address in (parsed(offer), *addresses):
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            sock.connect_ex((address.host, address.port))
+            await carry(ends[0], client)
+            # On loopback a connection that is taken stands at once; this one does not get an answer.
+            with pytest.raises(OSError, match="not connected"):
+                sock.getpeername()
+    await ends[0].aclose()
+    await client.aclose()
+    ours.close()
+    theirs.close()
+
+
+async def test_a_stranger_on_another_host_gets_no_answer() -> None:
+    ours, theirs = local_signals()
+    offer, pending = await GlooTransport().offer(setup_for(ours))
+    address = parsed(offer)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.3", 0))  # not the peer's address
+        sock.setblocking(False)
+        sock.connect_ex((address.host, address.port))
+        with pytest.raises(OSError, match="not connected"):
+            sock.getpeername()
+    await pending.aclose()
+    ours.close()
+    theirs.close()
+
+
+async def test_without_filters_it_says_so_and_works(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(sock: socket.socket, program: object) -> None:
+        raise OSError("no filters here")
+
+    monkeypatch.setattr(guard, "_attach", refuse)
+    async with opened(GlooTransport()) as (server, client):
+        await carry(server, client)
+    assert "strangers" in caplog.text
+
+
+# --- what the peer does -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FaultKind.DROP, FaultKind.TRUNCATE, FaultKind.SWAP])
+async def test_blocks_of_other_lengths_than_expected_end_the_session_only(kind: FaultKind) -> None:
+    """Gloo alone ends the process when more arrives than was asked for."""
+    faults = Faults([Fault(kind, 0, byte=1, other=1)])
+    faulty = FaultyTransport(GlooTransport(), faults)
+    sent = [TensorBlockView(0, [b"12"]), TensorBlockView(1, [b"345"]), TensorBlockView(2, [b"6"])]
+    into = [TensorBlockView.zeros(block.number, block.nbytes) for block in sent]
+    async with opened(faulty, GlooTransport(), stall=0.3) as (server, client), anyio.create_task_group() as tasks:
+
+        async def send() -> None:
+            with suppress(TransportError):
+                await server.send(sent)
+
+        tasks.start_soon(send)
+        if kind is FaultKind.SWAP:  # of different sizes: it does not happen
+            await client.recv(into)
+            assert faults.fired == ()
+        else:
+            with pytest.raises(TransferTimeout):
+                await client.recv(into)
+
+
+@asynccontextmanager
+async def other_process() -> AsyncIterator[tuple[anyio.abc.Process, Channel]]:
+    """A server in a process of its own that sends for ever, and our channel to it."""
+    with socket.create_server((peer.HOST, 0)) as listener:
+        listener.setblocking(False)
+        command = [sys.executable, "-m", "tests.transports.peer", str(listener.getsockname()[1])]
+        async with await anyio.open_process(command, cwd=ROOT, stderr=None) as process:
+            await anyio.wait_readable(listener)
+            async with await anyio.abc.SocketStream.from_socket(listener.accept()[0]) as stream:
+                setup = peer.setup_over(stream, stall=1.0)
+                channel = await GlooTransport().connect(await setup.signals.fetch(), setup)
+                try:
+                    yield process, channel
+                finally:
+                    await channel.aclose()
+                    if process.returncode is None:
+                        process.kill()
+
+
+def numbered(number: int) -> TensorBlockView:
+    return TensorBlockView(number, [bytes(MIB)])
+
+
+async def receive_for_ever(channel: Channel, seen: anyio.Event) -> None:
+    for number in range(1, 1 << 20):
+        await channel.recv([numbered(number)])
+        seen.set()
+
+
+async def test_another_process(no_leaked_descriptors: None) -> None:
+    async with other_process() as (process, channel):
+        for start in range(0, 60, 20):
+            into = [numbered(number) for number in range(start, start + 20)]
+            await channel.recv(into)
+            assert all(block.data == bytes([block.number]) * MIB for block in into)
+        await channel.aclose()
+        assert process.stdout is not None
+        assert await process.stdout.receive() == b"PeerLost\n"
+        assert await process.wait() == 0
+
+
+async def test_a_killed_peer_is_noticed() -> None:
+    async with other_process() as (process, channel):
+        await channel.recv([numbered(0)])
+        async with anyio.create_task_group() as tasks:
+            seen = anyio.Event()
+
+            async def receive() -> None:
+                with pytest.raises(PeerLost):
+                    await receive_for_ever(channel, seen)
+
+            tasks.start_soon(receive)
+            await seen.wait()
+            process.send_signal(signal.SIGKILL)
+            with anyio.fail_after(10):
+                await process.wait()
+
+
+async def test_a_stopped_peer_is_given_up() -> None:
+    async with other_process() as (process, channel):
+        await channel.recv([numbered(0)])
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(TransferTimeout, match="1 s"):
+            await receive_for_ever(channel, anyio.Event())
+
+
+async def test_conformance_of_the_ipv6_kind() -> None:
+    if not have_ipv6():
+        pytest.skip("no IPv6 here")
+    await check_transport(pair_maker(GlooTransport(), host="::1"))
+
+
+def test_what_it_needs() -> None:
+    assert GlooTransport().missing("cpu") is None
+    assert "npu:3" in str(GlooTransport().missing("npu:3"))

@@ -1,0 +1,239 @@
+"""How two ends of an HCCL group agree on windows: without HCCL, with notes that cross each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.transports import hccl_windows
+from netloader.transports.hccl_notes import Go, GroupNote, Note, Open, Ready, Take, Withdraw
+from netloader.transports.hccl_windows import Windows
+
+STALL = 0.4
+
+
+@dataclass
+class FakeTurn:
+    """A turn that may be somebody else's."""
+
+    free: bool = True
+    asked: int = 0
+    taken: int = 0
+    held: bool = False
+    pace: TransferTimeout | None = None
+
+    async def take(self) -> None:
+        self.asked += 1
+        while not self.free:  # noqa: ASYNC110 - a fake
+            await anyio.sleep(0.001)
+        self.held = True
+        self.taken += 1
+
+    def give(self) -> None:
+        self.held = False
+
+    def check_pace(self) -> None:
+        if self.pace is not None:
+            raise self.pace
+
+
+@dataclass
+class End:
+    """One end, whose notes are kept back until they are delivered."""
+
+    turn: FakeTurn = field(default_factory=FakeTurn)
+    said: list[Note] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.windows = Windows(0, self._post, self.turn, STALL)
+
+    async def _post(self, note: Note) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.said.append(note)
+
+
+def deliver(from_: End, to: End, count: int = 1) -> None:
+    for _ in range(count):
+        note = from_.said.pop(0)
+        assert isinstance(note, GroupNote)
+        assert to.windows.heard(note)
+
+
+@pytest.fixture
+def ends() -> tuple[End, End]:
+    return End(), End()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hccl_windows, "_PATIENCE", (0.2, 0.2))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with anyio.fail_after(10):
+        while not condition():  # noqa: ASYNC110 - there is nothing that would tell
+            await anyio.sleep(0.001)
+
+
+async def test_who_receives_takes_its_turn_only_when_the_sender_has_its_own(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    counts: list[int] = []
+
+    async def take() -> None:
+        await receiver.windows.want(5)
+        counts.append(await receiver.windows.take(5))
+
+    async def send() -> None:
+        counts.append(await sender.windows.open(3))
+        await sender.windows.go()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        tasks.start_soon(send)
+        await until(lambda: receiver.said)
+        assert sender.turn.asked == 0, "not for a peer that is not there"
+        deliver(receiver, sender)
+        await until(lambda: sender.said)
+        assert (sender.turn.taken, receiver.turn.asked) == (1, 0)
+        deliver(sender, receiver)
+        await until(lambda: receiver.said)
+        assert receiver.turn.taken == 1
+        assert counts == []
+        deliver(receiver, sender)
+        await until(lambda: sender.said)
+        deliver(sender, receiver)
+    assert counts == [3, 3]
+
+
+async def test_a_late_answer_to_what_was_withdrawn_is_none(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    counts: list[int] = []
+
+    async def take() -> None:
+        counts.append(await receiver.windows.take(2))
+
+    async def send() -> None:
+        counts.append(await sender.windows.open(2))
+        await sender.windows.go()
+
+    sender.windows.heard(Ready(0, 2))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        await until(lambda: sender.said)
+        tasks.start_soon(take)
+        deliver(sender, receiver)
+        await until(lambda: receiver.said)  # the answer, which stays on its way
+        await until(lambda: len(sender.said) == 2)
+        assert sender.said == [Withdraw(0, 1), Open(0, 2, 2)]
+        deliver(receiver, sender)
+        deliver(sender, receiver)
+        await until(lambda: not receiver.turn.held)
+        deliver(sender, receiver)
+        await until(lambda: receiver.said)
+        assert receiver.said == [Take(0, 2)]
+        assert counts == []
+        deliver(receiver, sender)
+        await until(lambda: sender.said)
+        assert sender.said == [Go(0, 2)]
+        deliver(sender, receiver)
+    assert counts == [2, 2]
+    assert (sender.turn.taken, receiver.turn.taken) == (2, 2)
+
+
+async def test_a_turn_that_comes_too_late_is_given_back(ends: tuple[End, End]) -> None:
+    _, receiver = ends
+    receiver.turn.free = False
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(receiver.windows.take, 2)
+        assert receiver.windows.heard(Open(0, 1, 2))
+        await until(lambda: receiver.turn.asked)
+        assert receiver.windows.heard(Withdraw(0, 1))
+        receiver.turn.free = True
+        await until(lambda: receiver.turn.taken)
+        await until(lambda: not receiver.turn.held)
+        assert receiver.said == []
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_receiver_that_wants_nothing_costs_no_turn(ends: tuple[End, End]) -> None:
+    sender, _ = ends
+    with pytest.raises(TransferTimeout, match=r"the peer takes no bytes for 0\.4 s"):
+        await sender.windows.open(1)
+    assert sender.turn.taken == 0
+
+
+async def test_a_receiver_that_never_answers_is_left_unless_it_says_that_it_waits(ends: tuple[End, End]) -> None:
+    sender, _ = ends
+    sender.windows.heard(Ready(0, 1))
+    with pytest.raises(TransferTimeout, match=r"the peer takes no bytes for 0\.4 s"):
+        await sender.windows.open(1)
+    assert sender.turn.taken >= 4, "it was held for a part of that each time"
+    assert not sender.turn.held
+    with anyio.move_on_after(3 * STALL) as scope:
+        async with anyio.create_task_group() as tasks:
+
+            async def say() -> None:
+                while True:
+                    sender.windows.alive()
+                    await anyio.sleep(STALL / 10)
+
+            tasks.start_soon(say)
+            await sender.windows.open(1)
+    assert scope.cancelled_caught
+    sender.turn.pace = TransferTimeout("too slow")
+    with pytest.raises(TransferTimeout, match="too slow"):
+        await sender.windows.open(1)
+
+
+async def test_a_sender_that_says_nothing_is_left_and_one_that_waits_is_not(ends: tuple[End, End]) -> None:
+    _, receiver = ends
+    began = anyio.current_time()
+    async with anyio.create_task_group() as tasks:
+
+        async def say() -> None:
+            for _ in range(8):
+                receiver.windows.alive()
+                await anyio.sleep(STALL / 4)
+
+        tasks.start_soon(say)
+        with pytest.raises(TransferTimeout, match=r"the peer sends no bytes for 0\.4 s"):
+            await receiver.windows.take(1)
+    assert anyio.current_time() - began > 2 * STALL
+    assert receiver.turn.taken == 0
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+async def test_a_sender_that_sends_something_else_than_is_wanted(blocks: int, ends: tuple[End, End]) -> None:
+    _, receiver = ends
+    receiver.windows.heard(Open(0, 1, blocks))
+    with pytest.raises(TransportError, match=f"about to send {blocks} blocks where 2 are wanted"):
+        await receiver.windows.take(2)
+
+
+async def test_a_loss_ends_every_wait(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    async with anyio.create_task_group() as tasks:
+
+        async def lost(end: End, open_: bool) -> None:
+            with pytest.raises(PeerLost, match="gone"):
+                await (end.windows.open(1) if open_ else end.windows.take(1))
+
+        tasks.start_soon(lost, sender, True)
+        tasks.start_soon(lost, receiver, False)
+        await anyio.lowlevel.checkpoint()
+        for end in ends:
+            end.windows.lose("gone")
+
+
+def test_nonsense_is_told_from_sense(ends: tuple[End, End]) -> None:
+    windows = ends[0].windows
+    for note in (Ready(0, -1), Open(0, 0, 1), Open(0, 1, -1), Go(0, 1)):
+        assert not windows.heard(note)
+    assert windows.heard(Open(0, 1, 1))
+    assert windows.heard(Go(0, 1))
+    assert not windows.heard(Open(0, 1, 1)), "a number is used once"

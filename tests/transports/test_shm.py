@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
+from netloader.transports import _readv, shm
+from netloader.transports._ring import RING_BYTES
+from netloader.transports.base import Channel
+from netloader.transports.conformance import CHECKS, Check, check_transport, pair_maker
+from netloader.transports.shm import ShmTransport
+from tests.transports.bytesview import BytesView, like
+from tests.transports.pairs import opened
+from tests.transports.test_tcp import grouping, groups, numbered, setup, spans
+
+ROOT = Path(__file__).parents[2]
+ways = pytest.mark.parametrize("reading", [True, False], ids=["read", "ring"])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@ways
+async def test_conformance(reading: bool, check: Check) -> None:
+    await check_transport(pair_maker(ShmTransport(reading=reading)), [check])
+
+
+@given(
+    data=st.lists(spans, max_size=8),
+    sent=grouping,
+    received=grouping,
+    threads=st.integers(1, 4),
+    here=st.booleans(),
+    there=st.booleans(),
+)
+def test_any_blocks_in_any_grouping_arrive_in_order(
+    data: list[list[bytes]], sent: list[int], received: list[int], threads: int, here: bool, there: bool
+) -> None:
+    blocks = [BytesView(number, *parts) for number, parts in enumerate(data)]
+    into = like(blocks)
+    seen: list[int] = []
+    transports = ShmTransport(reading=here, threads=threads), ShmTransport(reading=there, threads=threads)
+
+    async def main() -> None:
+        async with opened(*transports) as (server, client), anyio.create_task_group() as tasks:
+
+            async def send() -> None:
+                for group in groups(blocks, sent):
+                    await server.send(group)
+
+            tasks.start_soon(send)
+            for group in groups(into, received):
+                await client.recv(group, lambda block: seen.append(block.number))
+
+    anyio.run(main)
+    assert [block.data for block in into] == [block.data for block in blocks]
+    assert seen == list(range(len(blocks)))
+
+
+@ways
+async def test_large_blocks_many_spans_and_other_cuts(reading: bool, no_leaked_descriptors: None) -> None:
+    many = BytesView(1, *(bytes([number % 251]) * (number % 7) for number in range(5000)))
+    blocks = [BytesView(0, bytes(range(256)) * 40_000), many, BytesView(2, b"x" * 300_000, b"", b"y" * RING_BYTES)]
+    # What the receiver cuts otherwise is the same bytes all the same.
+    into = [
+        BytesView(0, bytes(1), bytes(256 * 40_000 - 1)),
+        BytesView(1, bytes(many.nbytes - 3000), *(b"\0" for _ in range(3000))),
+        BytesView(2, bytes(blocks[2].nbytes)),
+    ]
+    async with opened(ShmTransport(reading=reading)) as (server, client), anyio.create_task_group() as tasks:
+        tasks.start_soon(server.send, blocks)
+        await client.recv(into)
+    assert [block.data for block in into] == [block.data for block in blocks]
+
+
+async def test_thousands_of_tiny_sends_that_nobody_waits_for() -> None:
+    blocks = numbered(250, 1) * 8
+    into = like(blocks)
+    async with opened(ShmTransport(reading=False)) as (server, client), anyio.create_task_group() as tasks:
+
+        async def send() -> None:
+            for block in blocks:
+                await server.send([block])
+
+        tasks.start_soon(send)
+        for start in range(0, len(into), 500):
+            await client.recv(into[start : start + 500])
+    assert b"".join(block.data for block in into) == b"".join(block.data for block in blocks)
+
+
+async def test_the_sender_waits_until_its_memory_was_read() -> None:
+    async with opened(ShmTransport()) as (server, client), anyio.create_task_group() as tasks:
+        done = anyio.Event()
+
+        async def send() -> None:
+            await server.send(numbered(2, 10))
+            done.set()
+
+        tasks.start_soon(send)
+        into = like(numbered(2, 10))
+        await client.recv(into[:1])
+        await anyio.wait_all_tasks_blocked()
+        assert not done.is_set()
+        await client.recv(into[1:])
+        await done.wait()
+        assert [block.data for block in into] == [block.data for block in numbered(2, 10)]
+
+
+async def test_blocks_of_another_size_are_refused() -> None:
+    async with opened(ShmTransport()) as (server, client), anyio.create_task_group() as tasks:
+
+        async def send() -> None:
+            with pytest.raises(PeerLost):
+                await server.send(numbered(1, 10))
+
+        tasks.start_soon(send)
+        into = BytesView(0, bytes(11))
+        with pytest.raises(TransportError, match=r"shows 10 bytes as block 0, which has 11"):
+            await client.recv([into])
+        assert into.data == bytes(11)
+        await client.aclose()
+
+
+@ways
+async def test_silence_and_deafness_are_found(reading: bool) -> None:
+    async with opened(ShmTransport(reading=reading), stall=0.1) as (server, client):
+        with pytest.raises(TransferTimeout, match="sends nothing"):
+            await client.recv(like(numbered(3, 10)))
+        with pytest.raises(PeerLost):
+            await server.send(numbered(2, 5_000_000))
+    async with opened(ShmTransport(reading=reading), stall=0.1) as (server, client):
+        with pytest.raises(TransferTimeout, match="takes no bytes"):
+            await server.send(numbered(2, 5_000_000))
+        with pytest.raises(ChannelClosed):
+            await server.send([])
+
+
+def sockets_with_our_names() -> list[str]:
+    text = Path("/proc/net/unix").read_text("utf-8")
+    return [line.split()[-1] for line in text.splitlines() if "@netloader-" in line]
+
+
+async def test_nothing_with_a_name_is_left(no_leaked_descriptors: None) -> None:
+    before = set(os.listdir("/dev/shm")), set(sockets_with_our_names())  # noqa: PTH208
+    async with opened(ShmTransport(reading=False)) as (server, client), anyio.create_task_group() as tasks:
+        tasks.start_soon(server.send, numbered(3, 100_000))
+        await client.recv(like(numbered(3, 100_000)))
+        assert set(os.listdir("/dev/shm")) <= before[0]  # noqa: PTH208
+    assert set(sockets_with_our_names()) <= before[1]
+
+
+async def test_strangers_are_not_let_in() -> None:
+    transport = ShmTransport()
+    offer, pending = await transport.offer(setup(0.3))
+    wanted = msgspec.msgpack.decode(offer, type=shm._Offer)
+    wrong = msgspec.msgpack.encode(msgspec.structs.replace(wanted, key=bytes(16)))
+
+    async def accept() -> None:
+        with pytest.raises(TransferTimeout):
+            await transport.accept(pending)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(accept)
+        with pytest.raises(PeerLost, match="data connection"):
+            await transport.connect(wrong, setup())
+
+
+@pytest.mark.parametrize("how", ["given up", "too late", "cancelled"])
+async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors: None) -> None:
+    transport = ShmTransport()
+    offer, pending = await transport.offer(setup(0.05 if how == "too late" else 20))
+    if how == "given up":
+        await pending.aclose()
+        await pending.aclose()
+    elif how == "too late":
+        with pytest.raises(TransferTimeout):
+            await transport.accept(pending)
+    else:
+        with anyio.move_on_after(0.05):
+            await transport.accept(pending)
+    with pytest.raises(TransportUnavailable, match="within this host"):
+        await transport.connect(offer, setup())
+
+
+@pytest.mark.parametrize("offer", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode(["", bytes(16), bytes(16)])])
+async def test_offers_that_make_no_sense_are_refused(offer: bytes) -> None:
+    with pytest.raises(TransportError, match="no sense"):
+        await ShmTransport().connect(offer, setup())
+
+
+SERVER = """
+import asyncio, ctypes, os, signal, sys, anyio, anyio._backends._asyncio
+from netloader.transports.shm import ShmTransport
+from tests.transports.bytesview import BytesView
+from tests.transports.test_tcp import setup
+
+async def main(reading):
+    transport = ShmTransport(reading=reading)
+    offer, pending = await transport.offer(setup())
+    print(offer.hex(), flush=True)
+    channel = await transport.accept(pending)
+    if FORK:
+        if os.fork() == 0:  # holds every descriptor open for as long as somebody reads our output
+            os.write(1, b"%d\\n" % os.getpid())
+            signal.pause()
+    await channel.send([BytesView(0, bytes([7]) * 1000)])
+    print("sent", flush=True)
+    await channel.recv([BytesView(0, bytes(10))])
+
+FORK = False
+SETUP
+anyio.run(main, READING)
+"""
+
+
+@contextmanager
+def server(reading: bool, preparation: str = "") -> Iterator[subprocess.Popen[str]]:
+    program = SERVER.replace("SETUP", preparation).replace("READING", str(reading))
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+async def pulled(channel: Channel) -> None:
+    into = BytesView(0, bytes(1000))
+    await channel.recv([into])
+    assert into.data == bytes([7]) * 1000
+
+
+@pytest.mark.allow_blocking(reason="talks to a process of its own")
+@ways
+async def test_a_killed_server_is_lost_at_once_and_leaves_nothing(reading: bool) -> None:
+    before = set(os.listdir("/dev/shm")), set(sockets_with_our_names())  # noqa: PTH208
+    with server(reading) as process:
+        channel = await ShmTransport(reading=reading).connect(bytes.fromhex(line_of(process)), setup())
+        await pulled(channel)
+        assert line_of(process) == "sent"
+        process.kill()
+        with pytest.raises(PeerLost):
+            await channel.recv([BytesView(1, bytes(10))])
+        await channel.aclose()
+        process.wait()
+    assert set(os.listdir("/dev/shm")) <= before[0]  # noqa: PTH208
+    assert set(sockets_with_our_names()) <= before[1]
+
+
+@pytest.mark.allow_blocking(reason="talks to a process of its own")
+async def test_a_child_of_the_server_does_not_hide_its_death() -> None:
+    with server(True, "FORK = True") as process:
+        channel = await ShmTransport().connect(bytes.fromhex(line_of(process)), setup())
+        child = int(line_of(process))
+        try:
+            await pulled(channel)
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(PeerLost):
+                await channel.recv([BytesView(1, bytes(10))])
+            await channel.aclose()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+NOBODY = 65534
+UNREADABLE = f"os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)"
+CLIENT = """
+import asyncio, os, sys, anyio, anyio._backends._asyncio, logging
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from netloader.transports.shm import ShmTransport
+from tests.transports.test_shm import pulled, setup
+
+async def main(offer):
+    channel = await ShmTransport().connect(bytes.fromhex(offer), setup())
+    await pulled(channel)
+    await channel.aclose()
+    print("pulled", flush=True)
+
+os.setresuid(NOBODY, NOBODY, NOBODY)
+anyio.run(main, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.allow_blocking(reason="talks to processes of its own")
+async def test_where_reading_is_forbidden_bytes_pass_through_shared_memory() -> None:
+    with server(True, UNREADABLE) as process:
+        program = CLIENT.replace("NOBODY", str(NOBODY))
+        arguments = [sys.executable, "-c", program, line_of(process)]
+        done = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)  # noqa: ASYNC221
+        assert "pulled" in done.stdout, done.stdout + done.stderr
+        assert "Operation not permitted" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.allow_blocking(reason="talks to a process of its own")
+async def test_another_user_is_not_met() -> None:
+    with server(True, UNREADABLE) as process:
+        offer = bytes.fromhex(line_of(process))
+        with pytest.raises(TransportUnavailable, match="can't be trusted: it is user 65534"):
+            await ShmTransport().connect(offer, setup())
+
+
+async def test_the_reader_is_allowed_by_name_where_the_system_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(shm, "needs_permission", lambda: True)
+    monkeypatch.setattr(shm, "allow_reader", told.append)
+    transport = ShmTransport()
+    async with opened(transport):
+        assert told == [os.getpid()]
+        assert not transport._permission.give(1)  # another one has to take the other way
+    assert told == [os.getpid(), 0]
+    assert transport._permission.give(1)
+    transport._permission.take_back()
+    assert told[2:] == [1, 0]
+
+
+@given(
+    remote=st.lists(st.integers(0, 5000), min_size=1, max_size=1500),
+    cut=st.integers(1, 3000),
+)
+def test_regions_of_any_shape_are_read(remote: list[int], cut: int) -> None:
+    data = bytearray(os.urandom(max(sum(remote), 1)))
+    there, start = [], 0
+    for nbytes in remote:
+        there.append(memoryview(data)[start : start + nbytes])
+        start += nbytes
+    into = bytearray(start)
+    here = [memoryview(into)[at : at + cut] for at in range(0, start, cut)]
+    _readv.read(os.getpid(), _readv.regions_of(there), _readv.regions_of(here))
+    assert into == data[:start]
+
+
+def test_reading_what_is_not_there_is_an_error() -> None:
+    into = memoryview(bytearray(10))
+    here = _readv.regions_of([into])
+    with pytest.raises(TransportError, match="can't be read"):
+        _readv.read(os.getpid(), _readv.Regions("Q", (8, 10)), here)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+        with pytest.raises(PeerLost):
+            _readv.read(process.pid, here, here)
+
+
+def test_what_it_says_about_itself() -> None:
+    transport = ShmTransport()
+    assert transport.missing("cpu") is None
+    assert "not on npu:0" in (transport.missing("npu:0") or "")
+    assert set(transport.facts("cpu")) == {"host", "network namespace", "user"}
+    assert transport.facts("cpu") == ShmTransport().facts("cpu")

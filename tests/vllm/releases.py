@@ -1,0 +1,55 @@
+"""What the vLLM at hand can do: the tests of tests/vllm run with the oldest release that we support and the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from netloader.vllm.processed import possible
+
+__all__ = ["KNOWS_PROCESSED", "LOOKS_FOR_HEAD", "needs_head_search", "reload_in_place"]
+
+
+def _looks_for_head() -> bool:
+    from vllm.transformers_utils import config
+
+    return hasattr(config, "checkpoint_has_lm_head")
+
+
+KNOWS_PROCESSED = possible()
+"""Whether weights that are processed already can be taken over at all."""
+
+LOOKS_FOR_HEAD = _looks_for_head()
+"""Whether weight files have a say in whether embeddings are tied; an older release takes the word of config.json."""
+
+needs_head_search = pytest.mark.skipif(not LOOKS_FOR_HEAD, reason="this vLLM takes the word of config.json on tying")
+
+
+def reload_in_place(config: Any, model: torch.nn.Module, path: str | None = None) -> None:
+    """What a worker's `reload_weights` does, without a worker."""
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(config), _reload() as reload:
+        reload(config, model, None, path, True)
+
+
+@contextmanager
+def _reload() -> Iterator[Any]:
+    try:
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+    except ImportError:
+        # An older release has it as a method of its model runner, which looks at no more than this.
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        def reload_weights(config: Any, model: torch.nn.Module, *arguments: Any) -> None:
+            runner: Any = SimpleNamespace(
+                get_model=lambda: model, load_config=config.load_config, model_config=config.model_config
+            )
+            GPUModelRunner.reload_weights(runner, *arguments)
+
+    yield reload_weights

@@ -1,0 +1,453 @@
+"""When nothing can be pulled: the default loader's model, exactly, and one line that says why."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from netloader import sync
+from netloader.errors import ConfigError, NetloaderError, PeerLost
+from netloader.transports.faults import Fault
+from netloader.vllm import loading, serving
+from netloader.vllm.loading import NothingPulled
+from netloader.vllm.weights import named_raw_tensors
+from tests.models import ModelStore
+from tests.vllm import harness
+from tests.vllm.pulls import NAME, LogLines, Seeds, extra, load, pull, source_of
+from tests.vllm.releases import needs_head_search
+
+pytestmark = pytest.mark.usefixtures("needs_vllm")
+
+
+def closed_address() -> str:
+    """An address where nobody listens: its port is bound by a socket that does not."""
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", 0))
+    HOLDERS.append(holder)
+    return f"127.0.0.1:{holder.getsockname()[1]}"
+
+
+HOLDERS: list[socket.socket] = []
+
+
+# --- exactly the default loader's model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama-bf16", "llama-w8a8", "qwen3-moe"])
+def test_after_a_pull_that_wrote_garbage_everywhere_the_fallback_is_a_clean_load(
+    kind: str, seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    def dirty(tensors: dict[str, torch.Tensor], *_: Any) -> None:
+        for tensor in tensors.values():
+            memory = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+            memory.fill_(0x5A)
+        raise PeerLost("the source died")
+
+    monkeypatch.setattr(loading, "pull_raw", dirty)
+    assert pull(models.get(kind), closed_address()).raw == seeds.disk(kind)
+    assert "could not pull: the source died" in log_lines.one("default loader", "could not pull")
+
+
+@pytest.mark.parametrize(
+    "fault", ["cut:1:100", "corrupt:0:5000", "corrupt:1:77"], ids=["cut", "corrupt first", "corrupt last"]
+)
+def test_a_source_that_breaks_in_the_middle_costs_nothing_but_time(
+    fault: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    seed = seeds.get("llama-bf16")
+    kind, block, byte = fault.split(":")
+    broken = Fault.parse(fault)
+    again = [Fault(broken.kind, int(block), byte=int(byte), times=None)]
+    with source_of(seed.holding, *again) as source:
+        assert pull(models.get("llama-bf16"), source).raw == seed.disk
+    line = log_lines.one("default loader", "could not pull")
+    assert (f"block {block} (" in line and "arrived with digest" in line) if kind == "corrupt" else "verified" in line
+
+
+def test_a_second_source_takes_over_from_one_that_breaks(seeds: Seeds, models: ModelStore, log_lines: LogLines) -> None:
+    seed = seeds.get("llama-bf16")
+    with source_of(seed.holding, Fault.parse("corrupt:1:9")) as broken, source_of(seed.holding) as whole:
+        assert pull(models.bare("llama-bf16"), closed_address(), broken, whole).raw == seed.disk
+    assert log_lines.one("failed before", "arrived with digest")
+    assert not log_lines.with_part("default loader")
+
+
+# --- the reason -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "SOURCE omitted"),
+        ({"SOURCE": []}, "SOURCE is empty"),
+        ({"SOURCE": [{"device_id": 3, "sources": ["h:1024"]}]}, "SOURCE has no entry for rank 0; it has 3"),
+        ({"SOURCE": [{"device_id": 0, "sources": []}]}, "SOURCE lists no address for rank 0"),
+    ],
+)
+def test_without_a_source_one_line_says_so(
+    settings: dict[str, Any], reason: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    assert load(models.get("draft"), SERVE=False, **settings).raw == seeds.disk("draft")
+    assert log_lines.one("default loader").endswith(f"rank 0: the default loader (auto) loads the target: {reason}")
+
+
+REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another model": ("llama-bf16", {"model": "/models/other"}, "set MODEL to one name on both sides"),
+    "another dtype": ("llama-bf16", {"dtype": "float16"}, "dtype is 'float16' at the server and 'bfloat16'"),
+    "another TP size": ("llama-bf16", {"tp_size": 2}, "tp_size is '2' at the server and '1' at the client"),
+    "another rank": ("llama-bf16", {"tp_size": 2, "tp_rank": 1}, "tp_rank is '1' at the server"),
+    "another quantisation": ("llama-bf16", {"quantization": "awq"}, "quantization is 'awq'"),
+    "another architecture": ("llama-bf16", {"architecture": "X"}, "architecture is 'X'"),
+    "another revision": ("llama-bf16", {"revision": "r2"}, "revision is 'r2' at the server and 'r1' at the client"),
+    "another quantisation config": (
+        "llama-bf16",
+        {"quantization_config": "f0"},
+        "quantization_config is 'f0' at the server and '' at the client",
+    ),
+    "another PP size": ("llama-bf16", {"pp_size": 2}, "pp_size is '2' at the server and '1' at the client"),
+    "another PP rank": ("llama-bf16", {"pp_size": 2, "pp_rank": 1}, "pp_rank is '1' at the server and '0'"),
+    "another EP size": ("qwen3-moe", {"ep_size": 4}, "ep_size is '4' at the server and '1' at the client"),
+    "another EP rank": ("qwen3-moe", {"ep_size": 4, "ep_rank": 3}, "ep_rank is '3' at the server and '0'"),
+    "another placement": (
+        "qwen3-moe",
+        {"expert_placement": "round_robin"},
+        "expert_placement is 'round_robin' at the server and '' at the client",
+    ),
+    "another fine-tune": (
+        "llama-bf16",
+        {"fingerprint": "f0" * 16},
+        f"fingerprint is '{'f0' * 16}' at the server",
+    ),
+}
+ARGUMENTS: dict[str, dict[str, Any]] = {"another revision": {"revision": "r1"}}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_source_with_another_model_is_refused_by_name(
+    case: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    kind, identity, reason = REFUSALS[case]
+    seed = seeds.get(kind)
+    with source_of(seed.holding, **identity) as source:
+        assert load(models.get(kind), source, SERVE=False, arguments=ARGUMENTS.get(case)).raw == seed.disk
+    assert reason in log_lines.one("default loader", "could not pull")
+    assert not log_lines.with_part("TRANSFER"), "before the first byte"
+
+
+# The name of a late tensor of each kind of model; all headers stay the same.
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama-bf16", "model.layers.3.mlp.down_proj.weight"),
+        ("llama-bf16", "lm_head.weight"),
+        ("qwen3-moe", "model.layers.1.mlp.experts.7.up_proj.weight"),
+    ],
+)
+def test_a_fine_tune_of_the_same_model_is_refused_by_name(
+    kind: str, name: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    changed = seeds.changed(kind, name)
+    usual = seeds.get(kind)
+    theirs = changed.holding.announcement.identity.fingerprint
+    ours = usual.holding.announcement.identity.fingerprint
+    assert (len(theirs), len(ours)) == (32, 32)
+    with source_of(changed.holding) as source:
+        assert pull(models.get(kind), source).raw == usual.disk
+        line = log_lines.one("default loader", "could not pull")
+        assert f"fingerprint is {theirs!r} at the server and {ours!r} at the client" in line
+        # Where there is nothing to compare with, the source's word is taken, and said.
+        assert pull(models.bare(kind), source).raw == changed.loaded.raw
+    assert log_lines.one("checkpoint fingerprint").endswith(theirs)
+
+
+@pytest.mark.parametrize("field", ["load", "fingerprint"])
+def test_a_source_whose_digests_are_none_is_no_source(
+    field: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    seed = seeds.get("llama-bf16")
+    files = models.get("llama-bf16") if field == "load" else models.bare("llama-bf16")
+    said: dict[str, Any] = {field: "not a digest"}
+    with source_of(seed.holding, **said) as source:
+        if field == "load":
+            assert pull(files, source).raw == seed.disk
+        else:
+            with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+                pull(files, source)
+    assert f"the source's {field} is no digest: 'not a digest'" in log_lines.one("the default loader (auto) loads")
+
+
+@pytest.mark.parametrize("field", ["load", "model", "engine"])
+def test_a_source_that_says_too_much_costs_nothing_but_itself(
+    field: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    seed = seeds.get("llama-bf16")
+    said: dict[str, Any] = {field: "f" * 5000}
+    with source_of(seed.holding, **said) as long, source_of(seed.holding) as source:
+        assert pull(models.bare("llama-bf16"), long, source).raw == seed.disk
+    assert log_lines.one("failed before", field)
+
+
+def test_the_type_that_only_weight_files_tell_is_a_refusal_without_them(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    """Without dtype in config.json vLLM looks into the files; a folder without them gets another type."""
+    seed = seeds.get("llama-no-dtype")
+    assert seed.holding.announcement.identity.dtype == "float16"
+    with (
+        source_of(seed.holding) as source,
+        pytest.raises(RuntimeError, match="Cannot find any model weights"),
+    ):
+        pull(models.bare("llama-no-dtype"), source)
+    line = log_lines.one("the default loader (auto) loads", "could not pull")
+    assert "dtype is 'float16' at the server and" in line
+    assert "give both sides the same --dtype" in line
+    with source_of(seed.holding) as source:
+        told = load(models.bare("llama-no-dtype"), source, SERVE=False, arguments={"dtype": "float16"})
+    assert told.raw == seed.disk
+
+
+def test_a_model_of_another_shape_is_refused_before_the_first_byte(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    with source_of(seeds.get("llama-bf16").holding, fingerprint="") as source:
+        assert pull(models.get("draft"), source).raw == seeds.disk("draft")
+    assert log_lines.one("default loader", "tensors differ from what the server holds")
+    assert not log_lines.with_part("TRANSFER")
+
+
+def test_a_checkpoint_server_is_refused_with_a_hint(seeds: Seeds, models: ModelStore, log_lines: LogLines) -> None:
+    seed = seeds.get("llama-bf16")
+    with source_of(seed.holding, layout="checkpoint") as source:
+        assert pull(models.get("llama-bf16"), source).raw == seed.disk
+    hint = "a checkpoint server feeds `netloader pull`; an engine needs a source that is an engine"
+    assert hint in log_lines.one("default loader", "could not pull")
+
+
+def test_the_root_that_is_expected_is_the_only_one_that_is_taken(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    wanted, other = seeds.get("llama-bf16"), seeds.get("llama-bf16-other")
+    root = wanted.holding.announcement.root
+    with source_of(other.holding) as wrong, source_of(wanted.holding) as right:
+        assert pull(models.bare("llama-bf16"), wrong, right, EXPECT_ROOT=root).raw == wanted.disk
+        assert log_lines.one("failed before", f"the client is pinned to root {root}")
+    with source_of(other.holding, fingerprint="") as wrong:
+        assert pull(models.get("llama-bf16"), wrong, EXPECT_ROOT=root).raw == wanted.disk
+    assert log_lines.one("default loader", "could not pull", root)
+
+
+def test_a_token_is_asked_for_and_known(seeds: Seeds, models: ModelStore, tmp_path: Path, log_lines: LogLines) -> None:
+    seed = seeds.get("llama-bf16")
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"a secret of many bytes")
+    secret.chmod(0o600)
+    with source_of(seed.holding, token=secret.read_bytes()) as source:
+        assert pull(models.get("llama-bf16"), source).raw == seed.disk
+        assert log_lines.one("default loader", "could not pull", "token")
+        log_lines.lines.clear()
+        assert pull(models.bare("llama-bf16"), source, TOKEN_FILE=str(secret)).raw == seed.disk
+    assert not log_lines.with_part("default loader")
+
+
+# --- what a server does not serve -----------------------------------------------------------------------------------
+
+
+def test_rewritten_weights_that_were_not_kept_are_not_served(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    load(models.get("llama-w8a8"))
+    server = serving.running_server()
+    assert server is not None
+    line = log_lines.one("does not serve its target")
+    assert "qkv_proj.weight" in line
+    assert "set INT8_CACHE to dram or hbm on the server" in line
+    assert pull(models.get("llama-w8a8"), server.address).raw == seeds.disk("llama-w8a8")
+    assert "set INT8_CACHE to dram or hbm on the server" in log_lines.one("default loader", "could not pull")
+
+
+def test_a_name_that_int8_cache_leaves_out_is_named(models: ModelStore, log_lines: LogLines) -> None:
+    load(models.get("llama-w8a8"), INT8_CACHE="dram", INT8_CACHE_NAME=["model.layers.0.mlp.down_proj.weight"])
+    assert "add these names to INT8_CACHE_NAME" in log_lines.one("does not serve its target")
+
+
+def test_without_keep_raw_a_model_is_served_only_if_all_of_it_is_still_there(
+    models: ModelStore, log_lines: LogLines
+) -> None:
+    """Which it is depends on the machine: with AVX-512 or AMX, vLLM packs plain weights, elsewhere it leaves them."""
+    loaded = load(models.get("qwen3-moe"), KEEP_RAW=False)
+    left = harness.raw_digests(loaded.model)
+    if all(left.get(name) == digest for name, digest in loaded.raw.items()):
+        # vLLM 0.23 leaves the experts alone on a CPU that has no matrix extensions.
+        assert log_lines.one("serves target at", "raw layout")
+        return
+    # Later releases rewrite the experts' weights everywhere.
+    assert "set KEEP_RAW to true on the server" in log_lines.one("does not serve its target", "experts")
+
+
+# --- no fallback ----------------------------------------------------------------------------------------------------
+
+
+def test_without_fallback_a_failed_pull_ends_the_load(models: ModelStore) -> None:
+    source = closed_address()
+    with pytest.raises(NothingPulled, match=f"FALLBACK is false: could not pull: .*{source} cannot be reached"):
+        pull(models.get("draft"), source, FALLBACK=False)
+
+
+def test_without_fallback_and_without_a_source_nothing_is_built(models: ModelStore, monkeypatch: Any) -> None:
+    from vllm.model_executor.model_loader import base_loader
+
+    monkeypatch.setattr(base_loader, "initialize_model", _never)
+    with pytest.raises(NothingPulled, match="SOURCE omitted"):
+        load(models.get("draft"), FALLBACK=False)
+
+
+def _never(*_: object, **__: object) -> None:
+    raise AssertionError("the model was built")
+
+
+def test_a_folder_without_weights_and_nothing_to_pull_names_both_reasons(
+    models: ModelStore, log_lines: LogLines
+) -> None:
+    with pytest.raises(RuntimeError, match="Cannot find any model weights") as caught:
+        pull(models.bare("draft"), closed_address())
+    line = log_lines.one("the default loader failed too")
+    assert "Cannot find any model weights" in line
+    assert "cannot be reached" in line
+    assert line in caught.value.__notes__
+
+
+@needs_head_search
+def test_a_folder_without_weights_never_becomes_another_model(models: ModelStore, seeds: Seeds) -> None:
+    """The config says tied; nobody tells the client that the files say otherwise, so it builds what nobody has."""
+    seed = seeds.get("llama-untied-by-file")
+    with (
+        source_of(seed.holding, tied=None) as source,
+        pytest.raises(RuntimeError, match="Cannot find any model weights"),
+    ):
+        pull(models.bare("llama-untied-by-file"), source)
+
+
+def test_the_format_that_takes_over_can_be_chosen(seeds: Seeds, models: ModelStore, log_lines: LogLines) -> None:
+    settings = {
+        "FALLBACK_FORMAT": "safetensors",
+        "FALLBACK_CONFIG": {"enable_multithread_load": True, "num_threads": 2},
+    }
+    assert pull(models.get("llama-bf16"), closed_address(), **settings).raw == seeds.disk("llama-bf16")
+    assert log_lines.one("the default loader (safetensors)")
+
+
+# --- the configuration ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"SOURCE": [{"device_id": 0, "sources": ["nowhere"]}]}, r"SOURCE\[0\].sources\[0\]"),
+        ({"SOURCES": []}, "SOURCES"),
+        ({"TRANSPORT": "pigeon"}, "TRANSPORT"),
+        ({"FALLBACK_FORMAT": "nonsense"}, "FALLBACK_FORMAT"),
+        ({"FALLBACK_CONFIG": {"no_such_key": 1}}, "FALLBACK_FORMAT"),
+        ({"FALLBACK_FORMAT": "ipc_cache"}, "FALLBACK_FORMAT"),
+    ],
+)
+def test_a_wrong_value_ends_the_load_before_the_model_is_built(
+    settings: dict[str, Any], field: str, models: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.model_loader import base_loader
+
+    monkeypatch.setattr(base_loader, "initialize_model", _never)
+    with pytest.raises(ConfigError, match=rf"{field}.* is not valid.*; allowed: "):
+        load(models.get("draft"), **settings)
+
+
+def test_what_the_file_overrides_and_what_has_no_effect_is_logged(
+    models: ModelStore, tmp_path: Path, log_lines: LogLines
+) -> None:
+    file = tmp_path / "netloader.json"
+    file.write_text('{"MODEL": "from-file", "SERVE": true}', encoding="utf-8")
+    load(models.get("draft"), CONFIG_FILE=str(file), MODEL="inline", INT8_CACHE_NAME=["a"])
+    assert log_lines.one("MODEL: 'from-file' from CONFIG_FILE is used instead of 'inline'")
+    assert log_lines.one("INT8_CACHE_NAME has no effect")
+    server = serving.running_server()
+    assert server is not None
+    assert sync.probe(server.address).announcement.identity.model == "from-file"
+
+
+def test_a_port_out_of_range_costs_the_listener_and_nothing_else(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    assert load(models.get("draft"), LISTEN_PORT=1023).raw == seeds.disk("draft")
+    assert serving.running_server() is None
+    assert "opens no listener" in log_lines.one("LISTEN_PORT + RANK = 1023 + 0 = 1023 is outside 1024-65535")
+
+
+def test_a_port_that_is_taken_costs_the_listener_and_nothing_else(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert load(models.get("draft"), LISTEN_PORT=str(port), LISTEN_HOST="0.0.0.0").raw == seeds.disk("draft")
+    assert serving.running_server() is None
+    assert "Address already in use" in log_lines.one("serves nobody")
+
+
+def test_clients_that_come_while_the_model_is_loading_are_told_to_wait(
+    seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[NetloaderError] = []
+    original = named_raw_tensors
+
+    def look(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        server = serving.running_server()
+        if server is not None and not seen:
+            with pytest.raises(NetloaderError) as caught:
+                sync.probe(server.address, layouts=("raw",))
+            seen.append(caught.value)
+        return original(model)
+
+    monkeypatch.setattr(loading, "named_raw_tensors", look)
+    load(models.get("draft"))
+    assert getattr(seen[0], "code", "") == "not-ready"
+    assert "still being loaded" in str(seen[0])
+
+
+def test_a_load_that_fails_tells_clients_that_wait(models: ModelStore) -> None:
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        load(models.bare("draft"))
+    server = serving.running_server()
+    assert server is not None
+    with pytest.raises(NetloaderError, match="could not be loaded"):
+        sync.probe(server.address, layouts=("raw",))
+
+
+def test_building_a_loader_does_nothing_but_read_the_configuration(models: ModelStore, log_lines: LogLines) -> None:
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config = harness.engine_config(models.get("draft"), load_format="netloader", extra=extra([closed_address()]))
+    for _ in range(3):
+        get_model_loader(config.load_config)
+    assert serving.running_server() is None
+    assert log_lines.lines == []
+    get_model_loader(config.load_config).download_model(config.model_config)
+    assert log_lines.one("nothing is downloaded ahead")
+
+
+def test_weights_can_be_loaded_into_a_model_that_is_there_already(seeds: Seeds, models: ModelStore) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    seed = seeds.get("llama-fp16")
+    config = harness.engine_config(models.bare("llama-fp16"), load_format="dummy")
+    model = harness.load(config).model
+    with source_of(seed.holding) as source:
+        changed = harness.engine_config(
+            models.bare("llama-fp16"), load_format="netloader", extra=extra([source], SERVE=False)
+        )
+        with set_current_vllm_config(changed):
+            get_model_loader(changed.load_config).load_weights(model, changed.model_config)
+    assert NAME
+    assert list(named_raw_tensors(model)) == list(seed.disk)

@@ -1,0 +1,95 @@
+"""What is kept of weights that vLLM rewrites, where, at what cost, and what is said about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from netloader.vllm import copies, serving
+from netloader.vllm.offering import Offered
+from tests.models import ModelStore
+from tests.vllm.pulls import LogLines, Seeds, load, pull
+
+pytestmark = pytest.mark.usefixtures("needs_vllm")
+
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def rewritten(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Post-processing that also turns the embeddings upside down, where they lie; the tensor's name."""
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+
+    def and_rewrite(model: torch.nn.Module, *arguments: object) -> None:
+        process(model, *arguments)
+        with torch.no_grad():
+            weight = model.get_parameter(EMBEDDINGS)
+            weight.copy_(weight.flip(0).contiguous())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_loader, "process_weights_after_loading", and_rewrite)
+        yield EMBEDDINGS
+
+
+def _served() -> Offered:
+    server = serving.running_server()
+    assert server is not None
+    (holding,) = server._server.holdings.held()
+    assert isinstance(holding, Offered)
+    return holding
+
+
+@pytest.mark.parametrize("setting", ["dram", "hbm"])
+def test_what_copies_cost_is_logged_in_bytes(setting: str, models: ModelStore, log_lines: LogLines) -> None:
+    load(models.get("llama-w8a8"), INT8_CACHE=setting)
+    made = re.search(r"(\d+) tensors copied, (\d+) bytes on cpu", log_lines.one(f"INT8_CACHE={setting}: ", "copied"))
+    kept = re.search(rf"INT8_CACHE={setting}: (\d+) bytes on cpu", log_lines.one("serves target", "originals kept"))
+    assert made is not None
+    assert kept is not None
+    settled = _served().settled
+    mine = {id(t): t.nbytes for n, t in settled.kept.items() if settled.reasons[n].name.lower() == setting}
+    assert int(kept[1]) == sum(mine.values()) > 1_000_000
+    assert int(made[2]) >= int(kept[1]), "copies of what vLLM left alone were freed"
+    assert not log_lines.with_part("the device is full")
+
+
+def test_a_full_device_costs_a_warning(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = copies._copy
+
+    def full(tensor: torch.Tensor, *, host: bool) -> torch.Tensor:
+        if not host and tensor.nbytes > 4096:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 1 GiB")
+        return copy(tensor, host=host)
+
+    monkeypatch.setattr(copies, "_copy", full)
+    loaded = load(models.get("llama-w8a8"), INT8_CACHE="hbm")  # alive: what vLLM left alone is served from it
+    assert log_lines.one("INT8_CACHE=hbm: the device is full, the copies go to the host's memory (out of memory.")
+    server = serving.running_server()
+    assert server is not None
+    assert pull(models.bare("llama-w8a8"), server.address).raw == seeds.disk("llama-w8a8") == loaded.raw
+
+
+def test_a_rewrite_in_place_is_refused_by_name(
+    rewritten: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    load(models.get("llama-bf16"))
+    line = log_lines.one("does not serve its target")
+    assert f"post-processing left 1 raw tensors behind: {rewritten} (vLLM rewrote it in place)" in line
+    assert "list these names in INT8_CACHE_NAME" in line
+
+
+def test_a_copy_outlives_a_rewrite_in_place(
+    rewritten: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    loaded = load(models.get("llama-bf16"), INT8_CACHE="dram", INT8_CACHE_NAME=[rewritten])
+    assert "INT8_CACHE=dram: " in log_lines.one("serves target", "originals kept")
+    server = serving.running_server()
+    assert server is not None
+    assert pull(models.bare("llama-bf16"), server.address).raw == seeds.disk("llama-bf16") == loaded.raw

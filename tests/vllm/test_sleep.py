@@ -1,0 +1,180 @@
+"""Sleep, wake-up and resets by the methods of vLLM's own worker class, over a model that is served.
+
+No CPU has vLLM's sleep mode: the allocator below it is a stand-in, and so is what the worker asks the accelerator. What
+runs is vLLM's `Worker`, whose methods are wrapped as in an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from netloader.errors import NetloaderError
+from netloader.vllm import hooks, serving
+from tests.models import ModelStore
+from tests.vllm import harness
+from tests.vllm.pulls import LogLines, Seeds, extra, load, pull, source_of
+from tests.vllm.reloads import outputs, reload, same
+
+pytestmark = pytest.mark.usefixtures("needs_vllm")
+
+KIND = "llama-bf16"
+GARBAGE = 0.5
+
+
+@dataclass
+class Allocator:
+    """Stands in for vLLM's backends of sleep: level 1 keeps the weights elsewhere, level 2 nowhere.
+
+    Attributes:
+        model: Whose weights it has.
+        ask: Asks the server for them, as a client does.
+        said: What the server said while the weights were being taken away.
+    """
+
+    model: torch.nn.Module
+    ask: Callable[[], str]
+    said: list[str] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def suspend(self, level: int) -> None:
+        self.said.append(self.ask())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if level == 1:
+                    self.kept[name] = parameter.detach().clone()
+                parameter.fill_(GARBAGE)
+
+    def resume(self, tags: list[str] | None) -> None:
+        if tags is None or "weights" in tags:
+            with torch.no_grad():
+                for name, tensor in self.kept.items():
+                    self.model.get_parameter(name).copy_(tensor)
+            self.kept.clear()
+
+
+@pytest.fixture
+def worker_class() -> Iterator[Any]:
+    """vLLM's worker for accelerators, watched for the time of the test."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    if not hasattr(Worker, "sleep_mode_backend"):
+        pytest.skip("this vLLM's sleep has no place for a stand-in")
+    before = dict(vars(Worker))
+    assert hooks.watch_worker(f"{Worker.__module__}.{Worker.__qualname__}")
+    yield Worker
+    for name, value in dict(vars(Worker)).items():
+        if name not in before:
+            delattr(Worker, name)
+        elif before[name] is not value:
+            setattr(Worker, name, before[name])
+
+
+@dataclass
+class Cast:
+    """A worker and the model that it serves."""
+
+    models: ModelStore
+    worker: Any
+    model: torch.nn.Module
+
+    def __post_init__(self) -> None:
+        self.allocator = Allocator(self.model, self.refusal)
+
+    def refusal(self) -> str:
+        """Why nothing can be pulled from the worker; empty when something can."""
+        server = serving.running_server()
+        assert server is not None
+        try:
+            pull(self.models.bare(KIND), server.address, FALLBACK=False)
+        except NetloaderError as error:
+            return str(error)
+        return ""
+
+    def config(self, source: str) -> Any:
+        """What the worker was started with, or told since: to pull from `source`."""
+        return harness.engine_config(self.models.bare(KIND), load_format="netloader", extra=extra([source]))
+
+
+@pytest.fixture
+def cast(worker_class: Any, seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch) -> Cast:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (1, 2))
+    with source_of(seeds.get(KIND).holding) as source:
+        model = load(models.bare(KIND), source).model
+        config = harness.engine_config(models.bare(KIND), load_format="netloader", extra=extra([source]))
+    worker = worker_class(config, 0, 0, "file:///not-used")
+    assert isinstance(worker, WorkerBase)
+    made = Cast(models, worker, model)
+    worker._sleep_mode_backend = made.allocator
+    worker.model_runner = SimpleNamespace(
+        model=model,
+        get_model=lambda: model,
+        get_draft_model=lambda: None,
+        reload_weights=lambda: reload(model, worker.vllm_config, finish=False),
+    )
+    assert made.refusal() == ""
+    return made
+
+
+def test_weights_that_sleep_are_not_served_and_are_when_they_wake_up(cast: Cast) -> None:
+    before = harness.raw_digests(cast.model)
+    cast.worker.sleep(1)
+    (said,) = cast.allocator.said
+    assert "about to change (sleep)" in said, "clients are told before the memory is gone"
+    assert harness.raw_digests(cast.model) != before
+    assert "about to change (sleep)" in cast.refusal()
+    cast.worker.wake_up(["kv_cache"])
+    assert "about to change (sleep)" in cast.refusal()
+    cast.worker.wake_up(["weights"])
+    assert harness.raw_digests(cast.model) == before
+    assert cast.refusal() == ""
+
+
+def test_weights_that_were_thrown_away_are_not_served_until_they_are_reloaded(
+    cast: Cast, seeds: Seeds, log_lines: LogLines
+) -> None:
+    before, digests = outputs(cast.model), harness.raw_digests(cast.model)
+    cast.worker.sleep(2)
+    cast.worker.wake_up()
+    assert harness.raw_digests(cast.model) != digests
+    assert log_lines.one("what was served before sleep is not served any more", "is not what it was")
+    assert cast.refusal()
+    with source_of(seeds.get(KIND).holding) as source:
+        cast.worker.vllm_config = cast.config(source)
+        cast.worker.reload_weights()
+    assert log_lines.one("reloaded, root")
+    assert same(outputs(cast.model), before)
+    assert harness.raw_digests(cast.model) == digests
+    assert cast.refusal() == ""
+
+
+def test_weights_that_are_reset_are_not_served(cast: Cast) -> None:
+    before = harness.raw_digests(cast.model)
+    cast.worker.reset_weights()
+    assert harness.raw_digests(cast.model) != before
+    assert "about to change (reset_weights)" in cast.refusal()
+
+
+def test_the_worker_for_cpus_sleeps_without_any_of_this(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    before = dict(vars(CPUWorker))
+    try:
+        assert hooks.watch_worker(f"{CPUWorker.__module__}.{CPUWorker.__qualname__}")
+        assert vars(CPUWorker)["sleep"] is before["sleep"]
+        worker = CPUWorker.__new__(CPUWorker)
+        worker.sleep(1)
+        assert cast.refusal() == ""
+        worker.wake_up()
+        assert cast.refusal() == ""
+    finally:
+        for name in set(vars(CPUWorker)) - set(before):
+            delattr(CPUWorker, name)
