@@ -33,8 +33,8 @@ _WINDOW_BYTES = (16 << 20, 512 << 20)
 _WINDOW_SECONDS = 0.5
 """What may be asked for ahead, in seconds at the rate seen: what others may have to wait for when a source is slow."""
 
-_REQUESTS_AHEAD = 4
-"""Requests that a window is cut into: how often a source is given more."""
+_REQUEST_PART = 4
+"""Part of a window that has to be free before more is asked for: how often a source is given more."""
 
 _RECEIVE_BYTES = 256 << 20
 """Bytes after which no further grant is added to a receive: what is granted meanwhile waits for the next."""
@@ -42,9 +42,9 @@ _RECEIVE_BYTES = 256 << 20
 _LATE = 4
 """A block that takes this many times as long as blocks took until now is overdue."""
 
-_COMMIT_SECONDS = 0.01
-"""Seconds for which news of blocks are gathered before they are accounted for: while the loop does that, the threads
-that move bytes wait for the interpreter."""
+_LOOK_SECONDS = 0.02
+"""Seconds between two looks at what landed while something is being received: while the loop accounts for it, and
+while it is woken, the threads that move bytes wait for the interpreter."""
 
 _OPEN_GRANTS = 1 << 16
 """Grants that may wait for their blocks: a server answers a request with one, or a few."""
@@ -133,7 +133,8 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._progressed = progressed
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[tuple[int, bytes]] = deque()
-        self._commit_due = False
+        self._receiving = 0
+        self._next_look: asyncio.TimerHandle | None = None
         self._began = self._moved = time.monotonic()
         self._window = _WINDOW_BYTES[0]
         self._received_bytes = 0
@@ -252,7 +253,6 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     def _fill_window(self, plan: Plan, ahead: int) -> bool:
         """Ask for as many blocks as may be under way, `ahead` bytes being it; whether there were any to ask for."""
-        asked = False
         window = self._window
         sharers = self._ledger.sharers
         if sharers > (1 if ahead else 0):
@@ -260,14 +260,12 @@ class ClientSession(SessionDriver[ServerMessage]):
             fair = self._ledger.pending_bytes // (sharers + (0 if ahead else 1))
             window = min(window, max(fair, 2 * plan.block_bytes))
         # No trickle: a request is worth its messages only when it is a fair part of the window.
-        while ahead <= window - window // _REQUESTS_AHEAD:
-            ranges = self._ledger.assign(self, window // _REQUESTS_AHEAD)
-            if not ranges:
-                break
-            ahead = self._ledger.in_flight_bytes(self)
-            asked = True
+        if ahead > window - window // _REQUEST_PART:
+            return False
+        ranges = self._ledger.assign(self, window - ahead)
+        if ranges:
             self.feed(e.BlocksWanted(ranges))
-        return asked
+        return bool(ranges)
 
     def _others_may_fail(self) -> bool:
         """Whether blocks that other sessions are fetching may come back to us."""
@@ -323,26 +321,24 @@ class ClientSession(SessionDriver[ServerMessage]):
                 names = plan.tensors_of(view.number)
                 raise DigestMismatch(view.number, names, expected.hex(), digest.hex())
             self._arrived.append((view.number, digest))
-            if not self._commit_due:
-                self._commit_due = True
-                self._loop.call_soon_threadsafe(self._commit_soon)
 
+        self._receiving += 1
+        if self._next_look is None:
+            self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
         try:
             await self.channel().recv(views, landed)
             result: e.Event = e.BlocksReceived(to_ranges(numbers))
         except DigestMismatch as error:
             result = e.BlocksRejected(error)
         finally:
+            self._receiving -= 1
             self._verify_seconds += seconds
             self._commit()
         return lambda: self.feed(result)
 
-    def _commit_soon(self) -> None:
-        self._loop.call_later(_COMMIT_SECONDS, self._commit_and_ask)
-
-    def _commit_and_ask(self) -> None:
+    def _look(self) -> None:
         """In the middle of a receive: account for what landed, and keep the source busy."""
-        self._commit_due = False
+        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look) if self._receiving else None
         self._commit()
         plan = self._ledger.plan
         if plan is not None and self.session.state is State.TRANSFER and not self.parked:

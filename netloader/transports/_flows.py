@@ -158,8 +158,9 @@ class MemoryReader:
 
     def _listen(self, operation: Operation) -> bytes:
         """The next message. The sender may wait for our acknowledgements before it says any more."""
-        if self._line.waiting():
-            return self._line.hear(operation)
+        message = self._line.heard()
+        if message is not None:
+            return message
         with self._lock:
             self._listening = True
         try:
@@ -212,18 +213,17 @@ class RingWriter:
             rest: Sequence[memoryview] = buffers
             while rest:
                 # Read what is there in any case: a receiver that can't say more would stop listening.
-                while self._line.waiting():
-                    self._hear(operation)
+                while (message := self._line.heard()) is not None:
+                    self._note_freed(message)
                 while self._written - self._freed > RING_BYTES - PIECE_BYTES:
-                    self._hear(operation)
+                    self._note_freed(self._line.hear(operation))
                 count = self._ring.write(self._written, rest)
                 self._written += count
                 self._line.say(_WRITTEN + _COUNT.pack(self._written), operation)
                 operation.moved()
                 rest = after(rest, count)
 
-    def _hear(self, operation: Operation) -> None:
-        message = self._line.hear(operation)
+    def _note_freed(self, message: bytes) -> None:
         freed = _number(message, _FREED)
         if not self._freed < freed <= self._written:
             raise TransportError(f"the receiver read up to byte {freed} of {self._freed} to {self._written}")

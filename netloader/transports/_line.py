@@ -61,23 +61,25 @@ class Line:
             PeerLost: The peer cut the line or died.
             TransferTimeout: It says nothing.
         """
-        while True:
-            try:
-                message = self._sock.recv(LONGEST_MESSAGE)
-            except BlockingIOError:
-                self._wait(select.POLLIN, operation)
-                continue
-            except OSError as error:
-                raise _lost(error) from error
-            if not message:
-                raise PeerLost("the peer closed its side of the shared memory")
-            return message
+        while (message := self.heard()) is None:
+            self._wait(select.POLLIN, operation)
+        return message
 
-    def waiting(self) -> bool:
-        """Whether there is a message, or the line's end, to be heard at once."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(0))
+    def heard(self) -> bytes | None:
+        """The next message, if there is one.
+
+        Raises:
+            PeerLost: The peer cut the line or died.
+        """
+        try:
+            message = self._sock.recv(LONGEST_MESSAGE)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise _lost(error) from error
+        if not message:
+            raise PeerLost("the peer closed its side of the shared memory")
+        return message
 
     def check(self) -> None:
         """See that the peer is there, and that neither side has cut the line: what was read until now was valid.

@@ -7,7 +7,7 @@ import socket
 
 from netloader.transports._sockets import plain
 
-__all__ = ["tune"]
+__all__ = ["one_host", "tune"]
 
 _NEAR = {4: 24, 6: 64}
 """Bits of two private addresses that are equal on one network, by version of IP."""
@@ -29,15 +29,21 @@ def tune(sock: socket.socket, local: str, peer: str) -> None:
             return  # not allowed here: the system's choice works too, only slower
 
 
+def one_host(local: str, peer: str) -> bool:
+    """Whether both ends of a connection, by their numeric addresses, are on one host."""
+    ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
+    return ours == theirs or theirs.is_loopback
+
+
 def _paced_for_nothing(sock: socket.socket, local: str, peer: str) -> bool:
     """Whether the system's congestion control costs more than it gives on this path.
 
     Within a host nothing is ever lost. On a private network, what keeps its own pace (bbr) is half as fast; what was
     made for such a network (dctcp) is left alone.
     """
-    ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
-    if ours == theirs or theirs.is_loopback:
+    if one_host(local, peer):
         return True
+    ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
     if ours.version != theirs.version or not (ours.is_private and theirs.is_private):
         return False
     bits = ours.max_prefixlen - _NEAR[ours.version]

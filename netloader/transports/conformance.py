@@ -48,6 +48,9 @@ __all__ = [
 Check = Callable[[MakePair], Awaitable[None]]
 
 _MIB = 1 << 20
+_WAYS = 16
+"""More than that no channel is expected to move blocks on at once."""
+
 _STALL = 0.3
 _LATER = 0x5A
 
@@ -303,9 +306,9 @@ async def no_more_calls_than_the_channel_takes(make_pair: MakePair) -> None:
         _same(rest, [*into[1:], *behind])
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         sending = await _blocked_send(tasks, server, client)
-        waiting = [
-            await made(tasks, partial(server.send, [TensorBlockView(9, [b"x"])])) for _ in range(depth_of(server) - 1)
-        ]
+        # As many blocks as a channel may have ways that are still free: none of these calls may be over by itself.
+        behind = [_large()] * _WAYS
+        waiting = [await made(tasks, partial(server.send, behind)) for _ in range(depth_of(server) - 1)]
         with raises(ChannelBusy, "a send too many"):
             await server.send([TensorBlockView(9, [b"x"])])
         demand(not sending.over, "a send too many ended the first")

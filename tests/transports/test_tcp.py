@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -367,6 +368,26 @@ async def test_congestion_control_is_chosen_within_a_host_and_where_bbr_would_pa
         assert _pacing._paced_for_nothing(sock, "10.1.2.3", "10.1.2.9") is paced
         assert not _pacing._paced_for_nothing(sock, "8.8.8.8", "8.8.8.9")
         assert not _pacing._paced_for_nothing(sock, "10.1.2.3", "fd00::1")
+
+
+@pytest.mark.parametrize(
+    ("processors", "peer", "device", "lanes"),
+    [
+        (2, "127.0.0.1", "cpu", 1),
+        (1, "127.0.0.1", "cpu", 1),
+        (4, "127.0.0.1", "cpu", 2),
+        (16, "127.0.0.1", "cpu", 4),
+        (2, "127.0.0.1", "meta", 2),
+        (2, "192.0.2.7", "cpu", 2),
+    ],
+)
+async def test_ends_that_share_two_processors_have_one_lane(
+    processors: int, peer: str, device: str, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
+    offer, pending = await TcpTransport().offer(replace(setup(), device=device, peer_host=peer, local_host="127.0.0.2"))
+    await pending.aclose()
+    assert msgspec.msgpack.decode(offer, type=tcp._Offer).lanes == lanes
 
 
 KILLED = """
