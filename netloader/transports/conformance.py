@@ -492,7 +492,9 @@ def _snapshot(blocks: Sequence[TensorBlockView]) -> list[bytes]:
 
 
 def _threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.is_alive()}
+    """Names of the threads that are alive, but for those that event loops keep for calls that block."""
+    names = {thread.name for thread in threading.enumerate() if thread.is_alive()}
+    return {name for name in names if not name.startswith(("asyncio_", "AnyIO worker"))}
 
 
 def _descriptors() -> int:
