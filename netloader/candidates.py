@@ -103,10 +103,18 @@ class Candidates:
         candidate = self._known[source]
         candidate.running, candidate.resting = False, True
 
-    def again(self, source: Address, now: float) -> None:
-        """Its session broke after it had brought something: worth another try at once, a limited number of times."""
+    def again(self, source: Address, now: float, *, last: bool = False) -> None:
+        """Its session broke after it had brought something: worth another try at once, a limited number of times.
+
+        Args:
+            source: The source.
+            now: The time.
+            last: Try all others before.
+        """
         candidate = self._known[source]
         candidate.running = False
+        if last:
+            candidate.order = self._next()
         candidate.tries -= 1
         candidate.due = now
         if candidate.tries <= 0 or candidate.via is not None:

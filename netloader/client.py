@@ -251,6 +251,8 @@ class _Pull:
                 self._candidates.later(source, now, error.retry_after if isinstance(error, RefusedError) else None)
             case "again":
                 self._candidates.again(source, now)
+            case "last":
+                self._candidates.again(source, now, last=True)
             case _:
                 self._candidates.drop(source)
 
@@ -401,12 +403,15 @@ def _says(error: NetloaderError | None, code: str) -> bool:
     return isinstance(error, RefusedError) and error.code == code
 
 
-def _what_next(error: NetloaderError, *, progressed: bool) -> Literal["again", "later", "drop"]:
-    """Whether a source is worth another try: at once, after a pause (within WAIT), or not at all."""
+def _what_next(error: NetloaderError, *, progressed: bool) -> Literal["again", "last", "later", "drop"]:
+    """Whether a source is worth another try: at once, after all others, after a pause (within WAIT), or not at all."""
     if isinstance(error, RefusedError) and error.code in _SOON_OVER:
         return "later"
     if isinstance(error, TransferTimeout | TransportUnavailable):
         return "drop"
+    # It is there, and gave us up as too slow: this process or its host may have stood still for a while.
+    if _says(error, "timeout"):
+        return "last" if progressed else "drop"
     # Where a channel broke, the other end's farewell may be heard before the channel itself is seen to be broken.
     if isinstance(error, TransportError) or _says(error, "transport"):
         return "again" if progressed else "later"

@@ -11,6 +11,10 @@ from netloader.transports.base import BlockView, Landed
 
 __all__ = ["Operation"]
 
+_LONGEST_LOOK = 1 / 4
+"""Part of the stall time that one look counts for at most, however long ago the look before it was: where the process
+or its host stood still, the peer has not been silent for as long as the clock says."""
+
 
 class Operation:
     """What the threads that move the blocks of one call have in common: progress, the first error, and who landed.
@@ -39,7 +43,8 @@ class Operation:
         self._complete = bytearray(len(blocks))
         self._next = 0
         self._reporting = False
-        self._moved_at = time.monotonic()
+        self._moved_at = self._looked_at = time.monotonic()
+        self._silent = 0.0
 
     def run(self, work: Callable[[], object]) -> None:
         """One thread's share; what it raises ends the operation for all of them, and is kept if it is the first."""
@@ -65,12 +70,20 @@ class Operation:
         self._moved_at = time.monotonic()
 
     def check_stall(self) -> None:
-        """See whether anything moved lately.
+        """See whether anything moved lately. To be called several times within the stall time, while waiting.
 
         Raises:
             TransferTimeout: Nothing did.
         """
-        if not self._reporting and time.monotonic() - self._moved_at > self._stall:
+        now = time.monotonic()
+        with self._lock:
+            if self._moved_at >= self._looked_at:
+                self._silent = 0.0
+            since = max(self._moved_at, self._looked_at)
+            self._silent += min(now - since, self._stall * _LONGEST_LOOK)
+            self._looked_at = now
+            stalled = not self._reporting and self._silent > self._stall
+        if stalled:
             raise TransferTimeout(f"{self._what} for {self._stall:g} s", hint="is the peer still alive?")
 
     def completed(self, place: int) -> None:

@@ -35,6 +35,16 @@ def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over(
     assert candidates.take(1e9, work=True) is None
 
 
+def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
+    candidates = Candidates([ONE, TWO], tries=2, until=0.0)
+    assert candidates.take(0.0, work=True) == ONE
+    candidates.again(ONE, 1.0, last=True)
+    assert candidates.take(1.0, work=True) == TWO
+    assert candidates.take(1.0, work=True) == ONE
+    candidates.again(ONE, 2.0, last=True)
+    assert candidates.take(2.0, work=True) is None
+
+
 def test_a_pause_that_was_asked_for_is_kept() -> None:
     candidates = Candidates([ONE], tries=2, until=100.0)
     candidates.take(0.0, work=True)

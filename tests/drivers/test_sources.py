@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,6 +223,27 @@ async def test_one_that_stalls_in_the_middle_is_left(at: int) -> None:
         error = await fails(kit.blank(SOURCE), sources[:1], hub.transport, timings=kit.QUICK)
         assert isinstance(cause_of(error), TransferTimeout)
         await kit.until(lambda: first.sessions == ())
+
+
+@pytest.mark.usefixtures("no_leaked_descriptors")
+async def test_one_that_gave_us_up_is_asked_again_after_all_others() -> None:
+    hub = lockstep()
+    patient = replace(kit.QUICK, stall=kit.CALM.stall)
+    mute = faulty(hub, Fault(FaultKind.STALL, 20, side=Side.RECV))  # we stand still, once
+    into = kit.blank(SOURCE)
+    async with kit.serving(hub.transport, HOLDING, timings=kit.QUICK) as server:
+        report, shares = await completes(into, [kit.at(server)], mute, timings=patient)
+        assert shares == [BLOCKS]
+        assert report.retries == 1
+        assert "the peer takes no bytes" in report.attempts[0].message
+    mute = faulty(hub, Fault(FaultKind.STALL, 20, side=Side.RECV))
+    into = kit.blank(SOURCE)
+    async with (
+        kit.serving(hub.transport, HOLDING, timings=kit.QUICK) as server,
+        kit.serving(hub.transport, HOLDING) as other,
+    ):
+        _, shares = await completes(into, [kit.at(server), kit.at(other)], mute, timings=patient)
+        assert shares == [20, BLOCKS - 20]
 
 
 @pytest.mark.parametrize(

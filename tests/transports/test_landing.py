@@ -1,0 +1,60 @@
+"""What the threads of one operation have in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from netloader.errors import TransferTimeout
+from netloader.transports import _landing
+from netloader.transports._landing import Operation
+
+STALL = 8.0
+
+
+class Clock:
+    """A clock that is told what time it is."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """The time."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(_landing, "time", clock)
+    return clock
+
+
+def looks(operation: Operation, clock: Clock) -> int:
+    """How many seconds with a look in each pass before the operation is given up."""
+    for second in range(100):
+        clock.now += 1
+        try:
+            operation.check_stall()
+        except TransferTimeout:
+            return second
+    return 100
+
+
+def test_silence_is_found_after_the_stall_time(clock: Clock) -> None:
+    assert looks(Operation("the peer sends nothing", [], None, STALL, lambda: None), clock) == STALL
+
+
+def test_what_moves_begins_the_time_anew(clock: Clock) -> None:
+    operation = Operation("the peer sends nothing", [], None, STALL, lambda: None)
+    for _ in range(50):
+        clock.now += 5
+        operation.check_stall()
+        operation.moved()
+    assert looks(operation, clock) == STALL
+
+
+def test_a_host_that_stood_still_does_not_make_its_peer_silent(clock: Clock) -> None:
+    operation = Operation("the peer sends nothing", [], None, STALL, lambda: None)
+    clock.now += 3600
+    operation.check_stall()
+    assert looks(operation, clock) == STALL - 2
