@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -30,8 +33,10 @@ __all__ = [
     "TensorBlockView",
     "ahead",
     "demand",
+    "living_threads",
     "local_signals",
     "made",
+    "open_descriptors",
     "pair_maker",
     "raises",
     "within",
@@ -288,3 +293,15 @@ def demand(condition: object, what: str) -> None:
     """Fail when `condition` does not hold."""
     if not condition:
         raise Failed(what)
+
+
+def living_threads() -> set[str]:
+    """Names of the threads that are alive, but for those that event loops keep for calls that block."""
+    names = {thread.name for thread in threading.enumerate() if thread.is_alive()}
+    return {name for name in names if not name.startswith(("asyncio_", "AnyIO worker"))}
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))

@@ -6,12 +6,10 @@ within one process. No test framework is needed; what is wrong is raised as :cla
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import anyio
 
@@ -25,8 +23,10 @@ from netloader.transports._pairs import (
     TensorBlockView,
     ahead,
     demand,
+    living_threads,
     local_signals,
     made,
+    open_descriptors,
     pair_maker,
     raises,
     within,
@@ -356,11 +356,11 @@ async def everything_is_freed(make_pair: MakePair) -> None:
             await receiving.cancelled()
 
     await round_trip()  # what is made once per process is made here
-    threads, descriptors = _threads(), _descriptors()
+    threads, descriptors = living_threads(), open_descriptors()
     for _ in range(3):
         await round_trip()
-    demand(not _threads() - threads, f"threads were left: {_threads() - threads}")
-    demand(_descriptors() <= descriptors, f"{_descriptors() - descriptors} descriptors were left")
+    demand(not living_threads() - threads, f"threads were left: {living_threads() - threads}")
+    demand(open_descriptors() <= descriptors, f"{open_descriptors() - descriptors} descriptors were left")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -489,14 +489,3 @@ def _large() -> TensorBlockView:
 
 def _snapshot(blocks: Sequence[TensorBlockView]) -> list[bytes]:
     return [block.data for block in blocks]
-
-
-def _threads() -> set[str]:
-    """Names of the threads that are alive, but for those that event loops keep for calls that block."""
-    names = {thread.name for thread in threading.enumerate() if thread.is_alive()}
-    return {name for name in names if not name.startswith(("asyncio_", "AnyIO worker"))}
-
-
-def _descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
