@@ -85,8 +85,9 @@ def main() -> None:
     parser.add_argument("workload")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--transport", default="gloo")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    tensors = make(args.workload, args.scale, fill=True)
+    tensors = make(args.workload, args.scale, fill=True, device=args.device)
     if args.kind == "plain":
         serve_plain(tensors)
     else:

@@ -145,18 +145,28 @@ def summary(case: str, results: Mapping[str, list[dict[str, Any]]], against: lis
     return line
 
 
-def main() -> None:
-    """Measure, and print JSON lines."""
+def arguments_given() -> argparse.Namespace:
+    """What is to be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="llama")
     parser.add_argument("--case", action="append", help="may be given several times; default: plain, gloo, tcp, shm")
     parser.add_argument("--against", action="append", help="cases to give ratios to; default: plain, if it is there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--device", default="cpu", help="where the tensors of both ends live; an accelerator has `tcp`")
     args = parser.parse_args()
-    cases: list[str] = args.case or ["plain", "gloo", "tcp", "shm"]
+    args.case = args.case or (["plain", "gloo", "tcp", "shm"] if args.device == "cpu" else ["tcp"])
+    if args.device != "cpu" and set(args.case) & {"plain", *RAW_CASES}:
+        parser.error("plain and raw cases move memory of the CPU only")
+    return args
+
+
+def main() -> None:
+    """Measure, and print JSON lines."""
+    args = arguments_given()
+    cases: list[str] = args.case
     against: list[str] = args.against or [case for case in cases if case == "plain"]
-    tensors = make(args.workload, args.scale, fill=False)
+    tensors = make(args.workload, args.scale, fill=False, device=args.device)
     nbytes = sum(t.nbytes for t in tensors.values())
     transports = sorted({case.removesuffix(UNVERIFIED) for case in cases if case not in {"plain", *RAW_CASES}})
     arguments = [args.workload, "--scale", str(args.scale)]
@@ -173,7 +183,15 @@ def main() -> None:
             port = start("benchmarks.peers", "plain", *arguments)["port"]
             works["plain"] = lambda: pull_plain(port, tensors)
         if transports:
-            ready = start("benchmarks.peers", "netloader", *arguments, "--transport", ",".join(transports))
+            ready = start(
+                "benchmarks.peers",
+                "netloader",
+                *arguments,
+                "--device",
+                args.device,
+                "--transport",
+                ",".join(transports),
+            )
             pulls = NetloaderPulls(ready["port"], tensors)
         if set(cases) & set(RAW_CASES):
             raw = RawCases(start("benchmarks.raw", *arguments), tensors)

@@ -52,13 +52,14 @@ WORKLOADS = {"one": _one, "llama": _llama, "small": _small, "tiny": _tiny}
 """Name -> function from a scale to the shapes: 1 GiB in one tensor; a Llama; 20,000 tensors of 4 KiB; two of them."""
 
 
-def make(name: str, scale: float = 1.0, *, fill: bool) -> Mapping[str, torch.Tensor]:
+def make(name: str, scale: float = 1.0, *, fill: bool, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     """Tensors of a workload, every page touched.
 
     Args:
         name: Key of :data:`WORKLOADS`.
         scale: Share of the full size.
         fill: With bytes that depend on name and place, or with zeros.
+        device: Where they live.
     """
     tensors = {}
     generator = torch.Generator().manual_seed(20_000)
@@ -66,5 +67,5 @@ def make(name: str, scale: float = 1.0, *, fill: bool) -> Mapping[str, torch.Ten
         tensor = torch.zeros(shape, dtype=dtype)
         if fill:
             tensor.view(torch.uint8).random_(generator=generator)
-        tensors[key] = tensor
+        tensors[key] = tensor.to(device)
     return tensors

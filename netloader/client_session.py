@@ -304,16 +304,15 @@ class ClientSession(SessionDriver[ServerMessage]):
     async def _receive(
         self, plan: Plan, algorithm: str, numbers: Sequence[int], views: Sequence[BlockView]
     ) -> Callable[[], None]:
-        seconds = 0.0
+        seconds: list[float] = []  # several threads may be told of blocks at once
 
         def landed(view: BlockView) -> None:
-            nonlocal seconds
             began = time.perf_counter()
             digest = self._digest(view, algorithm)
             settle: Callable[[], None] | None = getattr(view, "settle", None)
             if settle is not None:  # its bytes were filled elsewhere than where they belong
                 settle()
-            seconds += time.perf_counter() - began
+            seconds.append(time.perf_counter() - began)
             expected = self._ledger.expected_digest(view.number)
             if digest != expected:
                 # Not accounted for: the block would be pending again, and asked for again, while it is still under way
@@ -332,7 +331,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             result = e.BlocksRejected(error)
         finally:
             self._receiving -= 1
-            self._verify_seconds += seconds
+            self._verify_seconds += sum(seconds)
             self._commit()
         return lambda: self.feed(result)
 

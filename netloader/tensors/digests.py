@@ -13,6 +13,7 @@ import xxhash
 from netloader.errors import ManifestError, TransportUnavailable, shown
 from netloader.manifest import DIGEST_BYTES
 from netloader.plan import Plan
+from netloader.tensors.staging import joined, staging
 
 if TYPE_CHECKING:
     from netloader.tensors.memory import Memory
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ALGORITHMS", "DEFAULT", "digest_of", "digest_plan"]
 
-_STAGING_BYTES = 1 << 20
-"""Bytes of a device span copied at a time: it stays in the cache until it is hashed."""
+_STAGING_BYTES = 4 << 20
+"""Bytes of a device span copied at a time."""
 
 _GROUP = 8
 """Blocks that a thread takes at a time."""
@@ -45,7 +46,7 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
     """Digest of what lies in a block's memory now.
 
     Memory of the CPU is hashed in place (the interpreter is free meanwhile, for large spans); memory of a device is
-    copied, a bounded piece at a time.
+    copied through pinned memory, a bounded piece at a time.
 
     Args:
         view: The block.
@@ -61,8 +62,9 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
     try:
         buffers = view.buffers()
     except TransportUnavailable:
-        for span in view.tensors():
-            _hash_device_span(state, span)
+        with torch.inference_mode():
+            for span in joined(view.tensors()):
+                _hash_device_span(state, span)
     else:
         for buffer in buffers:
             state.update(buffer)
@@ -156,9 +158,9 @@ def _new(algorithm: str) -> _Hash:
 
 
 def _hash_device_span(state: _Hash, span: torch.Tensor) -> None:
-    staging = torch.empty(min(span.numel(), _STAGING_BYTES), dtype=torch.uint8, device="cpu")
+    stage = staging(min(span.numel(), _STAGING_BYTES), span.device)
     for start in range(0, span.numel(), _STAGING_BYTES):
         part = span[start : start + _STAGING_BYTES]
-        copy = staging[: part.numel()]
+        copy = stage[: part.numel()]
         copy.copy_(part)
         state.update(copy.numpy().data)

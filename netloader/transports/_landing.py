@@ -17,15 +17,16 @@ or its host stood still, the peer has not been silent for as long as the clock s
 
 
 class Operation:
-    """What the threads that move the blocks of one call have in common: progress, the first error, and who landed.
+    """What the threads that move the blocks of one call have in common: progress, the first error, and whom to tell.
 
-    Blocks complete in any order and are reported in theirs. Whichever thread completes the block that is next reports
-    it, and those behind it that were waiting, while the other threads go on moving bytes.
+    Blocks complete in any order. Whichever thread completes one reports it at once, beside the others: whoever is told
+    may take a while (blocks are hashed then), and one thread alone would be slower at that than several are at moving
+    bytes.
 
     Args:
         what: The operation, for messages (``the peer sends nothing``).
         blocks: All blocks of the call, in order.
-        landed: Told about each block, in order; or None.
+        landed: Told about each block; or None.
         stall: Seconds without progress after which it has failed.
         cut: Ends the channel, so that the other threads come back; callable from any thread.
     """
@@ -40,9 +41,7 @@ class Operation:
         self._stall = stall
         self._cut = cut
         self._lock = threading.Lock()
-        self._complete = bytearray(len(blocks))
-        self._next = 0
-        self._reporting = False
+        self._reporting = 0
         self._moved_at = self._looked_at = time.monotonic()
         self._silent = 0.0
 
@@ -87,33 +86,18 @@ class Operation:
             raise TransferTimeout(f"{self._what} for {self._stall:g} s", hint="is the peer still alive?")
 
     def completed(self, place: int) -> None:
-        """Note that all bytes of a block are where they belong, and report what can be reported.
+        """Note that all bytes of a block are where they belong, and report it, unless the operation has failed.
 
         Args:
             place: Place of the block in the call.
         """
-        if self._landed is None:
+        if self._landed is None or self._error is not None:
             return
         with self._lock:
-            self._complete[place] = 1
-            if self._reporting:
-                return
-            self._reporting = True
+            self._reporting += 1
         try:
-            while (block := self._take()) is not None:
-                self._landed(block)
-                self.moved()
-        except BaseException:
+            self._landed(self._blocks[place])
+        finally:
             with self._lock:
-                self._next = len(self._blocks)  # nothing is reported after a refusal
-                self._reporting = False
-            raise
-
-    def _take(self) -> BlockView | None:
-        """The next block to report; None, and somebody else's turn later, when it is not complete yet."""
-        with self._lock:
-            if self._next >= len(self._blocks) or not self._complete[self._next] or self._error is not None:
-                self._reporting = False
-                return None
-            self._next += 1
-            return self._blocks[self._next - 1]
+                self._reporting -= 1
+            self.moved()

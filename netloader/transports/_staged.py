@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from netloader.errors import TransportUnavailable
+from netloader.tensors.staging import joined, staging
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import Lane, Placed
 from netloader.transports.base import BlockView
@@ -21,7 +21,7 @@ STAGING_BYTES = 8 << 20
 """Staging memory of one lane: large enough that copying it out of a device is done at full speed."""
 
 _FEW = 4
-"""Pieces up to which each is copied to or from the host by itself; more are joined on the device first."""
+"""Pieces up to which each is copied from the host by itself; more come to the device together."""
 
 
 class StagedLane(Lane):
@@ -92,16 +92,14 @@ class StagedLane(Lane):
         """The staging memory of a direction; makes this thread one of the device's."""
         _use(self._device)
         if direction not in self._stages:
-            self._stages[direction] = _staging(self._room, self._device)
+            self._stages[direction] = staging(self._room, self._device)
         return self._stages[direction]
 
     @staticmethod
     def _gather(pieces: Sequence[torch.Tensor], stage: torch.Tensor) -> int:
         """Copy from the device; returns the number of bytes."""
-        alike = len({piece.device for piece in pieces}) == 1
-        together = [torch.cat(list(pieces))] if len(pieces) > _FEW and alike else pieces
         start = 0
-        for piece in together:
+        for piece in joined(pieces):
             stage[start : start + piece.numel()].copy_(piece)
             start += piece.numel()
         return start
@@ -121,19 +119,6 @@ class StagedLane(Lane):
 
 def _on_host(block: BlockView) -> bool:
     return all(span.device.type == "cpu" for span in block.tensors())
-
-
-def _staging(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Host memory, pinned where the device can use that."""
-    if device.type == "cpu":
-        return torch.empty(nbytes, dtype=torch.uint8)
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        # Pinned memory is a limited good, and not every device has any; copies from plain memory are slower, no more.
-        if "memory" not in str(error).lower():
-            raise TransportUnavailable(f"no staging memory for {device}: {error}") from error
-        return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _use(device: torch.device) -> None:

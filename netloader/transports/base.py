@@ -47,8 +47,9 @@ class BlockView(Protocol):
 
 
 Landed = Callable[[BlockView], None]
-"""Called by ``recv`` once for each block, in order, as soon as all its bytes are in place; may be called in a worker
-thread. It may take a while (blocks are hashed there). When it raises, ``recv`` ends the channel and raises that."""
+"""Called by ``recv`` once for each block, as soon as all its bytes are in place; may be called in worker threads, in
+several at once, and for a later block first. It may take a while (blocks are hashed there). When it raises, ``recv``
+ends the channel and raises that."""
 
 
 class Signals(Protocol):
@@ -116,7 +117,7 @@ class Channel(Protocol):
     Concurrency: one ``send`` and one ``recv`` at a time; a second one in the same direction raises
     :class:`~netloader.errors.ChannelBusy` and harms nothing. A channel may take more: an attribute ``depth`` says how
     many calls of one direction may be open at once. They are carried out in the order in which they were made, so that
-    nothing stands still between two of them; how many ``landed`` run at once is up to the channel then.
+    nothing stands still between two of them.
 
     Failure: one failed, timed-out or cancelled operation ends the channel; every later one raises
     :class:`~netloader.errors.ChannelClosed`, and the peer's raises :class:`~netloader.errors.PeerLost` within its own

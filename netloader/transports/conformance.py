@@ -111,7 +111,7 @@ async def many_small_calls_in_a_row(make_pair: MakePair) -> None:
         _same(sent, into)
 
 
-async def landed_is_called_in_order_with_the_bytes_in_place(make_pair: MakePair) -> None:
+async def landed_is_called_once_for_each_block_with_the_bytes_in_place(make_pair: MakePair) -> None:
     """And while later blocks of the same call may still be on their way."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         sent = _mixed()
@@ -119,7 +119,8 @@ async def landed_is_called_in_order_with_the_bytes_in_place(make_pair: MakePair)
         landed: list[tuple[int, bytes]] = []
         tasks.start_soon(server.send, sent)
         await client.recv(into, lambda view: landed.append((view.number, into[view.number].data)))
-        demand([number for number, _ in landed] == [block.number for block in sent], "landed was not called in order")
+        called = sorted(number for number, _ in landed)
+        demand(called == [block.number for block in sent], "landed was not called once for each block")
         demand(
             all(data == sent[number].data for number, data in landed), "landed was called before the bytes were there"
         )
@@ -149,7 +150,7 @@ async def nothing_to_send_is_fine(make_pair: MakePair) -> None:
         tasks.start_soon(server.send, blocks)
         await client.recv(into, lambda view: seen.append(view.number))
         _same(blocks, into)
-        demand(seen == [0, 1, 2], "landed is called for empty blocks, too")
+        demand(sorted(seen) == [0, 1, 2], "landed is called for empty blocks, too")
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ CHECKS: tuple[Check, ...] = (
     blocks_arrive_whole_and_in_order,
     blocks_travel_both_ways_at_once,
     many_small_calls_in_a_row,
-    landed_is_called_in_order_with_the_bytes_in_place,
+    landed_is_called_once_for_each_block_with_the_bytes_in_place,
     memory_may_be_reused_when_send_returns,
     nothing_to_send_is_fine,
     an_error_of_landed_ends_the_channel,
