@@ -135,7 +135,7 @@ class Candidates:
             return
         pause = candidate.pause * random.uniform(0.5, 1.5)  # noqa: S311 - spreads clients, no secret
         if at_least is not None and candidate.via is None:
-            pause = max(pause, at_least * random.uniform(1.0, 1.25))  # noqa: S311
+            pause = max(pause, at_least * random.uniform(1.0, 1.25))  # noqa: S311 - as above
         candidate.due = min(now + pause, candidate.until)
         candidate.pause = min(candidate.pause * 2, _PAUSE[1])
 

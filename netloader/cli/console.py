@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from netloader.config_files import read_token
 from netloader.errors import (
@@ -138,8 +139,7 @@ def progress_shown(every: float, verb: str) -> Iterator[ProgressCallback]:
         with ProgressBar(sys.stderr) as bar:
             yield bar
     else:
-        emit: Callable[[str], None] = lambda line: say(line, to_stderr=True)  # noqa: E731
-        yield ProgressLog(emit, every=every, verb=verb)
+        yield ProgressLog(partial(say, to_stderr=True), every=every, verb=verb)
 
 
 def token_from(path: str | None) -> bytes | None:

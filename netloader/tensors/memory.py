@@ -94,7 +94,7 @@ class MemoryBlock:
             base = min(self._addresses)
             window = _WINDOW.from_address(base)
             # A byte view keeps its window alive, and the window has to keep the memory.
-            window.storages = self._storages  # type: ignore[attr-defined]
+            window.storages = self._storages  # type: ignore[attr-defined]  # a ctypes array takes any attribute
             whole = memoryview(window).cast("B")
             self._buffers = [
                 whole[address - base : address - base + span.nbytes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import socket
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,8 @@ def closed_address() -> str:
     """An address where nobody listens: its port is bound by a socket that does not."""
     holder = socket.socket()
     holder.bind(("127.0.0.1", 0))
-    HOLDERS.append(holder)
+    atexit.register(holder.close)
     return f"127.0.0.1:{holder.getsockname()[1]}"
-
-
-HOLDERS: list[socket.socket] = []
 
 
 # --- exactly the default loader's model -----------------------------------------------------------------------------
