@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({n: getattr(torch, n) for n
 """The dtypes of :data:`~netloader.manifest.ITEM_BYTES` that this torch has."""
 
 _MAPS = Path("/proc/self/maps")
+_NOT_WRITABLE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
+"""Start and end of a mapping whose second permission is none: ``7f00-7f10 r--p ...``."""
 
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
@@ -253,13 +256,7 @@ def _address_of(tensor: torch.Tensor, kind: _Kind, *, row_major: bool) -> tuple[
 def _locked_ranges() -> list[tuple[int, int]]:
     """Address ranges of this process that are mapped but not writable, ascending; none where the system can't say."""
     try:
-        text = _MAPS.read_text(encoding="utf-8", errors="replace")
+        maps = _MAPS.read_bytes()
     except OSError:
         return []
-    ranges = []
-    for line in text.splitlines():
-        addresses, permissions = line.split(" ", 2)[:2]
-        if "w" not in permissions:
-            start, end = addresses.split("-")
-            ranges.append((int(start, 16), int(end, 16)))
-    return ranges
+    return [(int(start, 16), int(end, 16)) for start, end in _NOT_WRITABLE.findall(maps)]
