@@ -84,7 +84,8 @@ def test_sources_that_cannot_be_used_are_named_with_their_reasons(cast: Cast) ->
 def test_engines_outlive_a_seed_that_is_killed_while_they_pull(cast: Cast) -> None:
     """One has another source and keeps what it verified; one has none, and reads its files."""
     with clients.late_server(cast.weights) as (late, go):
-        two = cast.stage.held("two", cast.address, late.address, WAIT=120)
+        # No relay: the seed would send the other one there.
+        two = cast.stage.held("two", cast.address, late.address, WAIT=120, RELAY=False)
         alone = cast.with_files("alone", cast.address, **HELD)
         cast.stage.wait_held("seed", 2)
         assert not two.lines("target: pulled ")

@@ -164,8 +164,8 @@ def test_a_draft_that_shares_tensors_is_served_raw_or_not_at_all(
         process(model, *arguments)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if name.endswith("down_proj.weight"):
-                    weight.copy_(weight.flip(0).contiguous())
+                if name.endswith("post_attention_layernorm.weight"):  # no processor has kernels that pack it
+                    weight.add_(1)
 
     kind = KINDS["EAGLE"]
     with monkeypatch.context() as patch:
