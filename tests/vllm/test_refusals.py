@@ -174,7 +174,7 @@ def test_a_draft_that_shares_tensors_is_served_raw_or_not_at_all(
         load_pair(models.get(kind.target), kind.speculative(models.get), extra(KEEP_RAW=False))
     line = log_lines.one("does not serve its draft")
     assert "raw tensors behind: " in line
-    assert "); its processed weights are not exact either: " in line
+    assert "; its processed weights are not exact either: " in line
     assert "a draft that shares tensors with its target is served raw only" in line
 
 
