@@ -317,8 +317,10 @@ def _waiting_client(prefix: str, pipe: Pipe) -> None:
     server.refuse("target", "nothing here", "")
     with socket.create_server(("127.0.0.1", 0)) as mute:
 
+        connected: list[socket.socket] = []
+
         def tell() -> None:
-            mute.accept()
+            connected.append(mute.accept()[0])  # kept open: a client whose source hangs up gives it up soon
             pipe.send((server.address, 0))
 
         threading.Thread(target=tell, daemon=True).start()
