@@ -84,9 +84,9 @@ def test_sources_that_cannot_be_used_are_named_with_their_reasons(cast: Cast) ->
 def test_engines_outlive_a_seed_that_is_killed_while_they_pull(cast: Cast) -> None:
     """One has another source and keeps what it verified; one has none, and reads its files."""
     with clients.late_server(cast.weights) as (late, go):
-        # No relay: the seed would send the other one there.
+        # No relays: the seed would send whoever comes second to the first.
         two = cast.stage.held("two", cast.address, late.address, WAIT=120, RELAY=False)
-        alone = cast.with_files("alone", cast.address, **HELD)
+        alone = cast.with_files("alone", cast.address, **HELD, RELAY=False)
         cast.stage.wait_held("seed", 2)
         assert not two.lines("target: pulled ")
         assert not alone.lines("the default loader (auto) loads")
