@@ -316,7 +316,6 @@ def _waiting_client(prefix: str, pipe: Pipe) -> None:
     server = started(OUTPUT_PREFIX=prefix)
     server.refuse("target", "nothing here", "")
     with socket.create_server(("127.0.0.1", 0)) as mute:
-
         connected: list[socket.socket] = []
 
         def tell() -> None:

@@ -256,7 +256,7 @@ def _place(walk: _Walk) -> None:
             if key not in owners or owners[key][1].nbytes < tensor.nbytes:
                 owners[key] = (name, tensor)
     for name, tensor in walk.named.items():
-        if tensor.numel() and tensor.device != home:
+        if home is not None and tensor.device != home:
             _elsewhere(found, name, tensor)
             continue
         owner, whole = (
@@ -276,7 +276,9 @@ def _place(walk: _Walk) -> None:
 def _elsewhere(found: Survey, name: str, tensor: torch.Tensor) -> None:
     from netloader.vllm.weights import digest_of
 
-    if tensor.is_meta or tensor.nbytes > _SMALL:
+    if not tensor.numel():  # a placeholder: nothing to send, and the client's is as good
+        found.facts[name] = f"{tensor.device.type} empty {tensor.dtype} {tuple(tensor.shape)}"
+    elif tensor.is_meta or tensor.nbytes > _SMALL:
         found.problems.append(f"{name}: it is on {tensor.device}, apart from the other tensors")
     else:
         found.facts[name] = f"{tensor.device.type} {digest_of(tensor)}"

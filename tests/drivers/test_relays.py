@@ -18,7 +18,7 @@ from netloader.client import pull_from
 from netloader.contact import ClientOptions
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
 from netloader.protocol import State
-from netloader.relays import seen_from
+from netloader.relays import Supply, seen_from
 from netloader.report import Progress, PullReport
 from netloader.tensors import destination, digest_of
 from netloader.transports.base import Transport
@@ -88,6 +88,13 @@ class Replica:
 
     def complete(self) -> bool:
         return self.report is not None and kit.contents(self.into) == kit.contents(SOURCE)
+
+    def supply(self) -> Supply:
+        """What its server has so far."""
+        (holding,) = self.server.holdings.held()
+        supply = self.server.holdings.supply_of(holding)
+        assert supply is not None
+        return supply
 
     def took_from(self, source: str) -> int:
         assert self.report is not None
@@ -164,6 +171,36 @@ async def test_when_a_relay_dies_its_clients_find_another_source_and_keep_what_t
         assert second.took_from(str(kit.at(seed))) + second.took_from(first.address) == BLOCKS
         assert second.took_from(str(kit.at(seed))) > 0
         assert third.took_from(second.address) > 0
+
+
+async def test_news_of_what_a_source_lives_on_goes_down_the_chain_and_opens_a_circle() -> None:
+    """Whoever hears that its source lives on itself would wait for its own blocks: it leaves."""
+    hub = kit.Hub()
+    async with (
+        held_seed(hub.transport) as (seed, faults),
+        replica(hub.transport) as first,
+        replica(hub.transport) as second,
+        replica(hub.transport) as third,
+        anyio.create_task_group() as tasks,
+    ):
+        first.start(tasks, kit.at(seed))
+        await kit.until(partial(serves, seed, 1), "the seed serves")
+        second.start(tasks, kit.at(seed))
+        await kit.until(first.joined, "the second joins the first")
+        third.start(tasks, kit.at(seed))
+        await kit.until(second.joined, "the third joins the second")
+        one, two, three = (replica.supply() for replica in (first, second, third))
+        assert three.chain == (two.node, one.node)
+        one.feeds("another source", ("ab" * 8,))
+        await kit.until(lambda: "ab" * 8 in three.chain, "the third knows what the first lives on")
+        assert second.joined(), "which is no reason to leave"
+        one.feeds("another source", (three.node,))
+        await kit.until(lambda: not second.joined(), "the third leaves")
+        one.ended("another source")
+        faults.release()
+        await kit.until(lambda: all(replica.complete() for replica in (first, second, third)))
+        assert third.report is not None
+        assert any("gets its blocks from us" in attempt.message for attempt in third.report.attempts)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, indirect=True)

@@ -80,6 +80,8 @@ class Method(LinearMethodBase):
             layer.helper.row_sums = layer.helper.row_sums.double()
         if VARIANT.now == "elsewhere":
             layer.elsewhere = torch.empty(2, 4096, device="meta")
+        if VARIANT.now == "empty elsewhere":
+            layer.elsewhere = torch.empty(0, 7, device="meta")
         if VARIANT.now == "opaque":
             layer.opaque = object()
         if VARIANT.now == "handle":

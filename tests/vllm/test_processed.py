@@ -70,6 +70,19 @@ def test_a_model_pulled_processed_is_the_one_that_a_disk_load_makes(
     assert pulled.get_submodule(layer).largest == disk.get_submodule(layer).largest
 
 
+def test_an_empty_placeholder_on_another_device_costs_nothing(
+    folder: Path, bare: Path, variant: Any, log_lines: LogLines
+) -> None:
+    """Those of an accelerator's methods may be on the host."""
+    variant.now = "empty elsewhere"
+    _loaded, holding = offered(folder, {})
+    assert log_lines.one("serves target at", "processed layout")
+    with source_of(holding) as source:
+        pulled = pull(bare, source).model
+    assert digests(pulled) == digests(harness.load(harness.engine_config(folder)).model)
+    assert pulled.get_submodule("model.layers.0.mlp.down_proj").elsewhere.device.type == "meta"
+
+
 def test_one_other_weight_at_the_seed_turns_the_comparison_red(folder: Path, bare: Path, tmp_path: Path) -> None:
     """The comparison above can turn red: also in tensors that have no place among parameters."""
     expected = digests(harness.load(harness.engine_config(folder)).model)
