@@ -254,8 +254,12 @@ async def test_a_relay_process_that_is_killed_half_way_costs_its_client_a_reconn
         seen = await relay.until(lambda seen: client.verified)
         assert seen["sessions"] == ["TRANSFER"]
         assert not seen["complete"]
+        of_relay = {session.peer for session in seed.sessions}
         relay.send(signal.SIGKILL)
-        await kit.until(partial(serves, seed, 1), "the client is at the seed now")
+        await kit.until(
+            lambda: any(s.state is State.TRANSFER and s.peer not in of_relay for s in seed.sessions),
+            "the client is at the seed now",
+        )
         kept = client.verified
         faults.release()
         await kit.until(client.complete, "the seed gives the rest")

@@ -1,4 +1,4 @@
-"""The HCCL transport on a simulated device: each file of `inside` in a process of its own.
+"""The HCCL transport on a simulated device: the files of `inside` in processes of their own.
 
 A process has one set of devices for good, so what runs on the simulated one can't share a process with other tests.
 """
@@ -15,6 +15,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INSIDE = sorted((HERE / "inside").glob("test_*.py"))
+PROCESSES = 2
+"""It takes a process longer to load torch than most of the files take to run."""
 
 
 def environment() -> dict[str, str]:
@@ -28,12 +30,13 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("file", INSIDE, ids=lambda file: file.stem)
-def test_on_the_simulated_device(file: Path) -> None:
+@pytest.mark.parametrize("files", [INSIDE[n::PROCESSES] for n in range(PROCESSES)], ids=lambda files: files[0].stem)
+def test_on_the_simulated_device(files: list[Path]) -> None:
     # What is experimental about devices in Python is said in warnings of torch's own.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *map(str, files)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=110, cwd=ROOT, env=environment()
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
     assert " passed" in done.stdout
+    assert len(INSIDE) >= PROCESSES
