@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import pytest
 
 from tests.drivers import garbage, peers
 
@@ -17,6 +18,7 @@ PAUSE = 0.2
 """Seconds between two pulls, so that they don't make up most of the traffic themselves."""
 
 
+@pytest.mark.timeout(300)  # twenty thousand frames
 async def test_after_the_second_round_all_is_as_after_the_first() -> None:
     async with peers.peer("serve", rows=2000, log="ERROR", timings={"hello": 1.0, "validate": 1.0}) as server:
         port = (await server.hear())["port"]

@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INSIDE = sorted((HERE / "inside").glob("test_*.py"))
-PROCESSES = 2
+PROCESSES = 3
 """It takes a process longer to load torch than most of the files take to run."""
 
 
