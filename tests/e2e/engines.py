@@ -306,9 +306,11 @@ def _member(pid: int) -> Member | None:
         # The name in brackets may hold anything; the fields after it are state, parent, group and so on.
         fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         title = (folder / "cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").strip()
+        # A process whose first thread has ended keeps its sockets open until the last one has.
+        ended = fields[0] == "X" or (fields[0] == "Z" and len(list((folder / "task").iterdir())) <= 1)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in ("Z", "X") else Member(pid, int(fields[2]), int(fields[19]), title)
+    return None if ended else Member(pid, int(fields[2]), int(fields[19]), title)
 
 
 @contextlib.contextmanager
