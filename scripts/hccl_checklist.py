@@ -49,7 +49,6 @@ class Where:
     mib: int = 256
     peer: str = ""
     block_ports: bool = False
-    rounds: int = 3
     peer_mib: int = 1024
 
     @property
@@ -279,10 +278,11 @@ def rank_table(where: Where) -> str:
 
 def asleep(where: Where) -> str:
     """Weights are retracted and overwritten while receivers pull, and come back: nobody ends with a wrong byte."""
+    rounds = 3
     outcomes = []
     with where.seed(mib=where.mib) as (source, port):
         used = scenarios.at_rest(source)["used"]
-        for number in range(where.rounds):
+        for number in range(rounds):
             with where.receiver(port, number, mib=where.mib, then="tell", after=0.1, wait=60) as one:
                 one.heard()
                 source.ask("sleep")
@@ -292,9 +292,7 @@ def asleep(where: Where) -> str:
                 scenarios.all_right(said)
                 outcomes.append(said["retries"])
         after = scenarios.at_rest(source, used)["used"]
-    return (
-        f"{where.rounds} rounds right, failed tries on the way: {outcomes}; memory in use {used} before, {after} after"
-    )
+    return f"{rounds} rounds right, failed tries on the way: {outcomes}; memory in use {used} before, {after} after"
 
 
 def graph(where: Where) -> str:
@@ -439,15 +437,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of checks, comma separated")
     parser.add_argument("--large-mib", type=int, default=8192)
     parser.add_argument("--mib", type=int, default=256, help="size of what is pulled where a pull has to have a middle")
-    parser.add_argument("--rounds", type=int, default=3, help="how many receivers asleep disturbs, one after the other")
     parser.add_argument("--peer", default="", help="HOST:PORT of a seed on another host, for two_hosts")
     parser.add_argument("--peer-mib", type=int, default=1024, help="what that seed was told as --mib")
     parser.add_argument("--block-ports", action="store_true", help="blocked_ports may change this host's firewall")
     args = parser.parse_args()
     receivers = args.receiver_devices.split(",")
-    where = Where(
-        args.seed_device, receivers, args.large_mib, args.mib, args.peer, args.block_ports, args.rounds, args.peer_mib
-    )
+    where = Where(args.seed_device, receivers, args.large_mib, args.mib, args.peer, args.block_ports, args.peer_mib)
     for device in (where.source, *where.receivers):
         reason = HcclTransport().missing(device)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""What every test runs under: Hypothesis profiles, asyncio (in debug mode in CI), and the guards of `tests.guards`."""
+"""What every test runs under: Hypothesis profiles, asyncio in debug mode, and the guards of `tests.guards`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ settings.register_profile("ci", max_examples=100, deadline=None, derandomize=Tru
 settings.register_profile(
     "deep", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
-settings.load_profile(PROFILE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
 def pytest_report_header() -> list[str]:
-    lines = [f"profile: {PROFILE}"]
+    profile = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+    lines = [f"hypothesis profile: {profile}"]
     if not HAVE_VLLM:
         lines.append("vLLM is not installed: tests/vllm and tests/e2e are left out (make e2e runs them)")
     return lines
@@ -46,8 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, Any]]:
-    # Debug mode makes the tests of everything that waits half as long again: CI has the time for it.
-    return "asyncio", {"debug": PROFILE != "dev"}
+    return "asyncio", {"debug": True}
 
 
 @pytest.fixture(autouse=True)

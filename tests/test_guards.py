@@ -18,7 +18,6 @@ import anyio.to_thread
 import pytest
 
 from tests import guards
-from tests.conftest import PROFILE
 
 
 @pytest.fixture
@@ -123,8 +122,8 @@ def test_outside_a_loop_nothing_is_watched(guard: guards.BlockingGuard) -> None:
     assert guard.calls == []
 
 
-async def test_asyncio_runs_in_debug_mode_where_there_is_time() -> None:
-    assert asyncio.get_running_loop().get_debug() == (PROFILE != "dev")
+async def test_asyncio_runs_in_debug_mode() -> None:
+    assert asyncio.get_running_loop().get_debug()
 
 
 def test_a_thread_of_ours_is_found_until_it_ends() -> None:

@@ -41,7 +41,7 @@ def test_its_checks_run() -> None:
 @pytest.mark.parametrize(
     ("check", "measured"),
     [
-        ("asleep", "2 rounds right, failed tries on the way: [1, 1]"),
+        ("asleep", "3 rounds right, failed tries on the way: [1, 1, 1]"),
         ("graph", "the replay computed with them"),
         ("two_instances", "both ways right"),
         ("all_ranks_at_once", "2 ranks at once"),
@@ -49,7 +49,7 @@ def test_its_checks_run() -> None:
 )
 def test_what_was_done_by_hand_once_is_measured(check: str, measured: str) -> None:
     devices = ("--seed-device", "npu:0", "--receiver-devices", "npu:1,npu:2,npu:3")
-    done = checklist(simulated(), "--only", check, "--mib", "24", "--rounds", "2", *devices)
+    done = checklist(simulated(), "--only", check, "--mib", "24", *devices)
     assert done.stdout.startswith(f"PASS {check}: "), done.stdout
     assert measured in done.stdout
     assert done.returncode == 0
@@ -68,6 +68,10 @@ def test_a_seed_of_another_host_is_pulled_from() -> None:
         done = checklist(simulated(), "--only", "two_hosts", "--peer", f"127.0.0.1:{port}", "--peer-mib", "16")
         assert done.stdout.startswith("PASS two_hosts: 0.02 GB at "), done.stdout
         assert done.returncode == 0
+        done = checklist(simulated(), "--only", "two_hosts", "--peer", f"127.0.0.1:{port}", "--peer-mib", "32")
+        assert "FAIL two_hosts: AssertionError: " in done.stdout, "the sizes of both ends differ"
+        assert "tensors differ" in done.stdout
+        assert done.returncode == 1
 
 
 IPTABLES = """#!/bin/sh
