@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio.constants
+import gc
 import importlib.util
 import os
 import threading
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import guards
+from tests.loops import DebugLoop
 
 HERE = Path(__file__).parent
 NEEDS_VLLM = ("vllm", "e2e")
@@ -44,9 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(folder)
 
 
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: without this, every full collection walks through all of torch.
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"debug": True}
+def anyio_backend() -> Iterator[tuple[str, dict[str, Any]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Debug mode notes where each call was scheduled: ten frames are a tenth of the time, one is enough
+        patch.setattr(asyncio.constants, "DEBUG_STACK_DEPTH", 1)
+        yield "asyncio", {"debug": True, "loop_factory": DebugLoop}
 
 
 @pytest.fixture(autouse=True)

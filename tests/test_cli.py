@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -157,6 +158,21 @@ def _full_disk() -> CheckpointError:
 )
 def test_exit_statuses(error: BaseException, status: int) -> None:
     assert exit_for(error) == status
+
+
+def test_whose_process_it_is_decides_what_becomes_of_its_garbage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    assert main(["transports"]) == 0
+    assert gc.isenabled()
+    assert not calls, "a program that calls the command line goes on"
+    monkeypatch.setattr(sys, "argv", ["netloader", "transports"])
+    assert main() == 0
+    assert calls == ["freeze"], "a process of its own ends here"
+    assert gc.isenabled()
+    capsys.readouterr()
 
 
 def test_transports_says_what_runs_and_what_auto_means(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from netloader.cli.arguments import make_parser
@@ -29,8 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_logging(options.log_level)
     try:
         # Commands are imported when they are needed: most of them bring torch.
-        return int(import_module(f"netloader.cli.{options.command}").run(options))
+        with _without_collector():
+            command = import_module(f"netloader.cli.{options.command}")
+        return int(command.run(options))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever it is, a command ends with one line and a status
         return report_error(error, debug=options.debug)
+    finally:
+        if arguments is None:  # this process ends now; Python would look through all of torch once more (0.5 s)
+            gc.freeze()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """No garbage is looked for: nothing that an import brings is any."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

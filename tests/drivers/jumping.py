@@ -6,7 +6,6 @@ before each jump the loop waits a moment for them, and as long as it takes for t
 
 from __future__ import annotations
 
-import asyncio
 import selectors
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 import pytest
+
+from tests.loops import DebugLoop
 
 R = TypeVar("R")
 
@@ -83,7 +84,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         return []
 
 
-class _JumpingLoop(asyncio.SelectorEventLoop):
+class _JumpingLoop(DebugLoop):
     def __init__(self, clock: Clock) -> None:
         self._jumping_clock = clock
         super().__init__(_JumpingSelector(clock))
