@@ -38,6 +38,9 @@ _log = logging.getLogger("netloader")
 
 _BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
+_STRAY_PAUSE = 0.005
+"""Seconds without a new connection for each one that was no client's, which itself cost some 2 ms: whoever talks
+garbage, however fast, leaves most of the event loop to the clients, and to the engine beside it."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """What `accept` says when this machine, not the client, is at its end: trying again at once would only spin."""
 
@@ -172,6 +175,7 @@ class HoldingServer:
         self._strays = _Nuisance("a connection that was no client's", logging.INFO, 1)
         self._failures = _Nuisance("a session failed", logging.WARNING, 20)
         self._unaccepted = _Nuisance("a connection could not be accepted", logging.WARNING, 1)
+        self._owed = 0.0  # seconds of pause before the next connection
         self._listeners: list[SocketListener] = []
         self._tasks: TaskGroup | None = None
         self._stack: AsyncExitStack | None = None
@@ -309,6 +313,9 @@ class HoldingServer:
         if self._tasks is None:
             raise LocalProtocolError("the server is not running")
         while True:
+            owed, self._owed = self._owed, 0.0
+            if owed:
+                await anyio.sleep(owed)
             try:
                 stream = await listener.accept()
             except anyio.ClosedResourceError:
@@ -332,7 +339,7 @@ class HoldingServer:
             session = self._session(stream, label)
             await session.run()
         except PeerLost as error:
-            self._strays.happened(f"{label}: {error.message}")
+            self._stray(f"{label}: {error.message}")
         except Exception:  # noqa: BLE001 - a bug of ours may cost this session, never the engine's process beside us
             _log.exception("%s: unexpected error, the session is closed", label)
         finally:
@@ -401,9 +408,13 @@ class HoldingServer:
         elif isinstance(error, RefusedError) and error.code in _NOT_NEWS:
             _log.debug("%s: %s", session.label, _one_line(error))
         elif not info.role and not isinstance(error, RefusedError):
-            self._strays.happened(f"{session.label}: {_one_line(error)}")
+            self._stray(f"{session.label}: {_one_line(error)}")
         else:
             self._failures.happened(f"{session.label}, after {info.blocks} blocks: {_one_line(error)}")
+
+    def _stray(self, detail: str) -> None:
+        self._owed += _STRAY_PAUSE
+        self._strays.happened(detail)
 
 
 def _one_line(error: NetloaderError) -> str:

@@ -52,6 +52,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> Iterator[tuple[str, dict[str, Any]]]:
     with pytest.MonkeyPatch.context() as patch:

@@ -82,13 +82,18 @@ def guard_listener(listening: socket.socket, peer: str, number: int) -> None:
     _attach(listening, [*_from(peer), *_saying(number)])
 
 
-def close_listener(listening: socket.socket) -> None:
-    """Take nothing any more.
+def close_listener(listening: socket.socket, taken: End | None) -> None:
+    """Take no connection any more.
+
+    Args:
+        listening: The listener.
+        taken: The far end of the connection that it took, if any. When that connection has died here, the kernel hands
+            what still comes in on it to the listener, whose answer (a reset) is all that tells the far end.
 
     Raises:
         OSError: This kernel has no such filters.
     """
-    _attach(listening, [(0x06, 0, 0, _DROP)])
+    _attach(listening, [(0x06, 0, 0, _DROP)] if taken is None else [*_from(taken[0]), *_under_way(taken[1])])
 
 
 def visit(listening: socket.socket, number: int) -> None:
@@ -137,6 +142,18 @@ def _from(peer: str) -> list[Instruction]:
     for index, word in enumerate(struct.unpack(">4I", ip.packed)):
         program += [(0x20, 0, 0, _NET + 8 + 4 * index), (0x15, 1, 0, word), (0x06, 0, 0, _DROP)]
     return program
+
+
+def _under_way(port: int) -> list[Instruction]:
+    """Pass packets of a connection from this port, but none that would open one."""
+    return [
+        (0x28, 0, 0, 0),  # source port
+        (0x15, 0, 3, port),
+        (0x30, 0, 0, 13),  # flags
+        (0x45, 1, 0, 0x02),  # SYN
+        (0x06, 0, 0, _PASS),
+        (0x06, 0, 0, _DROP),
+    ]
 
 
 def _saying(number: int) -> list[Instruction]:

@@ -133,6 +133,7 @@ class _GlooLink(Link):
         self._lock = threading.Lock()  # abort() may come from any thread
         self._listener: socket.socket | None = None
         self._wire: socket.socket | None = None
+        self._taken: guard.End | None = None  # the far end, when the connection was made to our listener
         self._nothing = torch.empty(0, dtype=torch.uint8)
         self._receipts: deque[Any] = deque(maxlen=2 * WINDOW)  # under way at most as many as blocks
 
@@ -178,6 +179,9 @@ class _GlooLink(Link):
                     self._wire = sock
                 else:
                     sock.close()
+        if taken and not dialled:
+            host, port = taken[0][2]
+            self._taken = plain_host(host), port
         return _Dialled(*dialled[0][1]) if dialled else None, [far for _, _, far in taken]
 
     def settle(self) -> None:
@@ -189,7 +193,7 @@ class _GlooLink(Link):
                     tune(self._wire, self._bind, self._peer)
             if self._listener is not None:
                 with suppress(OSError):  # said when the listener was guarded
-                    guard.close_listener(self._listener)
+                    guard.close_listener(self._listener, self._taken)
                 self._listener.close()
                 self._listener = None
 

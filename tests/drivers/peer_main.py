@@ -5,6 +5,8 @@ Usage: ``python -m tests.drivers.peer_main serve|pull|pulls|relay '{"...": ...}'
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import resource
@@ -142,4 +144,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ending, Python looks for garbage once more, in all of torch: half a second, and tests start many of these.
+    atexit.register(gc.freeze)
     anyio.run(main)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import netloader.server
 from netloader import messages as m
 from netloader import server_session
 from netloader.codecs.frames import encode_frame
@@ -463,6 +464,22 @@ async def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -
     assert len(about) == 1
     assert about[0].levelno == logging.INFO
     assert "no client's" in about[0].getMessage()
+
+
+async def test_a_stranger_is_followed_by_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netloader.server, "_STRAY_PAUSE", 60.0)
+    hub, into = kit.Hub(), kit.blank(SOURCE)
+    async with kit.serving(hub.transport, HOLDING) as server:
+        for _ in range(3):  # those who keep the rules are followed by none
+            await kit.pull(into, [kit.at(server)], hub.transport)
+        async with kit.fake_client(server) as wire:
+            await wire.raw(b"GET / HTTP/1.1\r\n\r\n")
+            await wire.closed()
+        await kit.pull(into, [kit.at(server)], hub.transport)  # was waited for already
+        with anyio.move_on_after(0.5) as scope:
+            await kit.pull(into, [kit.at(server)], hub.transport)
+        assert scope.cancelled_caught, "a new connection was taken at once"
+    assert kit.contents(into) == kit.contents(SOURCE)
 
 
 async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,8 @@ async def test_after_the_second_round_all_is_as_after_the_first() -> None:
             for number in range(2):
                 ratios += [seconds / quiet for seconds in await pulls_during_traffic(client, port, number)]
                 after.append(await server.until(lambda seen: not seen["sessions"]))
-        assert min(ratios) < SLOWER, f"a quiet pull takes {quiet:.3f} s; with garbage as many times that: {ratios}"
+        slower = statistics.median(ratios)
+        assert slower < SLOWER, f"a quiet pull takes {quiet:.3f} s; with garbage {slower:.2f} times that: {ratios}"
         first, second = after
         assert second["fds"] == first["fds"]
         assert second["threads"] == first["threads"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import gc
 import json
 import logging
 import os
@@ -184,4 +186,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ending, Python looks for garbage once more, in all of torch: half a second, and tests start many of these.
+    atexit.register(gc.freeze)
     main()

@@ -109,6 +109,35 @@ async def test_it_listens_at_the_address_of_the_control_connection_only() -> Non
     theirs.close()
 
 
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not have_ipv6(), reason="-"))]
+)
+def test_a_connection_that_died_unheard_is_reset_by_the_closed_listener(host: str) -> None:
+    """The first reset may get lost, or be out of date when it arrives; what the far end sends next needs another."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listening, socket.socket(family) as far:
+        far.settimeout(30.0)
+        far.connect(listening.getsockname()[:2])
+        taken, name = listening.accept()
+        guard.close_listener(listening, (name[0], name[1]))
+        guard._attach(far, [(0x06, 0, 0, guard._DROP)])  # it hears nothing more
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        taken.close()
+        guard.lift(far)
+        far.send(b"still there?")
+        with pytest.raises(ConnectionResetError):
+            far.recv(1)
+        here = far.getsockname()
+        far.close()
+        for port in (here[1], 0):  # nobody gets in, from whichever port
+            with socket.socket(family) as stranger:
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                stranger.bind((host, port))
+                stranger.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    stranger.connect(listening.getsockname()[:2])
+
+
 async def test_nobody_is_dialled_but_the_peer() -> None:
     """A client that names another host than its own makes the server connect nowhere."""
     with socket.create_server(("127.0.0.2", 0)) as elsewhere:
