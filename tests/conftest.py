@@ -59,7 +59,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def anyio_backend() -> Iterator[tuple[str, dict[str, Any]]]:
     with pytest.MonkeyPatch.context() as patch:
-        # Debug mode notes where each call was scheduled: ten frames are a tenth of the time, one is enough
+        # Debug mode notes where each call was scheduled: ten frames are a tenth of the time, one is enough.
         patch.setattr(asyncio.constants, "DEBUG_STACK_DEPTH", 1)
         yield "asyncio", {"debug": True, "loop_factory": DebugLoop}
 
