@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -65,7 +66,7 @@ class Rate:
         return (after - before) / (end - begin) if end > begin else 0.0
 
 
-class _Display:
+class _Display(ABC):
     """What both forms share: the words, and when to say them."""
 
     def __init__(self, every: float) -> None:
@@ -84,8 +85,9 @@ class _Display:
             self._said = progress.seconds
             self.show(progress)
 
+    @abstractmethod
     def show(self, progress: Progress) -> None:
-        raise NotImplementedError
+        """Write it where it belongs."""
 
     def _speed(self, progress: Progress) -> tuple[str, str]:
         """The rate and the time that is left; the latter empty when it can't be known."""

@@ -38,9 +38,9 @@ _log = logging.getLogger("netloader")
 
 _BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
-_STRAY_PAUSE = 0.005
-"""Seconds without a new connection for each one that was no client's, which itself cost some 2 ms: whoever talks
-garbage, however fast, leaves most of the event loop to the clients, and to the engine beside it."""
+_STRAY_PAUSE = 0.002
+"""Seconds without a new connection for each one that was no client's: about what it cost. Whoever talks garbage,
+however fast, leaves half of the event loop to the clients, and to the engine beside it."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """What `accept` says when this machine, not the client, is at its end: trying again at once would only spin."""
 

@@ -53,6 +53,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
+    # Some of vLLM's libraries look at the process's end whether all of theirs was collected.
     gc.unfreeze()
 
 

@@ -110,7 +110,7 @@ async def test_it_listens_at_the_address_of_the_control_connection_only() -> Non
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not have_ipv6(), reason="-"))]
+    "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not have_ipv6(), reason="no IPv6"))]
 )
 def test_a_connection_that_died_unheard_is_reset_by_the_closed_listener(host: str) -> None:
     """The first reset may get lost, or be out of date when it arrives; what the far end sends next needs another."""
