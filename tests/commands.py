@@ -11,18 +11,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.preloaded import PYTHON, PYTHON_THAT_STARTS_OTHERS
+
 PATIENCE = 60.0
 """Seconds: a limit for what is expected to happen, however busy the machine."""
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "netloader", *map(str, arguments)]
+    python = PYTHON_THAT_STARTS_OTHERS if "demo" in arguments else PYTHON
+    return [python, "-m", "netloader", *map(str, arguments)]
 
 
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), check=False, capture_output=True, text=True, timeout=PATIENCE * 1.5, cwd=cwd
-    )
+def run(*arguments: object, cwd: Path | None = None, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command from beginning to end, in a process that has torch loaded, or in a `fresh` one."""
+    whole = command(*arguments)
+    if fresh:
+        whole[0] = sys.executable
+    return subprocess.run(whole, check=False, capture_output=True, text=True, timeout=PATIENCE * 1.5, cwd=cwd)
 
 
 class Serving:

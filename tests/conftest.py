@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import guards
 from tests.loops import DebugLoop
+from tests.preloaded import Keeper
 
 HERE = Path(__file__).parent
 NEEDS_VLLM = ("vllm", "e2e")
@@ -55,6 +56,18 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     # Some of vLLM's libraries look at the process's end whether all of theirs was collected.
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded_processes() -> Iterator[None]:
+    """Forks, for tests that start processes, one that has loaded torch: see `tests.preloaded`."""
+    keeper = Keeper()
+    with pytest.MonkeyPatch.context() as patch:
+        keeper.replace_fork(patch.setattr)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            keeper.start()  # a part of all tests needs it sooner or later
+        yield
+    keeper.close()
 
 
 @pytest.fixture(scope="session")

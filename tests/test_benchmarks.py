@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from benchmarks.goals import GOALS, read, table
 from benchmarks.hosts import why_not
 from benchmarks.suite import PARTS, machine
+from tests.preloaded import PYTHON_THAT_STARTS_OTHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(*arguments: str) -> list[dict[str, Any]]:
     """The JSON lines that a benchmark prints."""
     done = subprocess.run(
-        [sys.executable, *arguments], check=False, capture_output=True, text=True, timeout=110, cwd=ROOT
+        [PYTHON_THAT_STARTS_OTHERS, *arguments], check=False, capture_output=True, text=True, timeout=110, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

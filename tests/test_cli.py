@@ -83,9 +83,9 @@ def same(original: Path, copy: Path) -> bool:
 
 
 def test_version_and_help_need_no_torch() -> None:
-    done = run("--version")
+    done = run("--version", fresh=True)
     assert (done.returncode, done.stdout.split()[0]) == (0, "netloader")
-    done = run("--help")
+    done = run("--help", fresh=True)
     assert done.returncode == 0
     for word in ("demo", "serve", "pull", "probe", "transports", "exit status"):
         assert word in done.stdout
@@ -223,7 +223,7 @@ def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_pull_as_a_process(server: Serving, model: Path, tmp_path: Path) -> None:
-    done = run("pull", server.address, "-o", tmp_path / "copy")
+    done = run("pull", server.address, "-o", tmp_path / "copy", fresh=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "verified: all tensors bit-exact"

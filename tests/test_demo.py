@@ -24,7 +24,7 @@ Stored = tuple[str, list[int], bytes]
 
 
 def test_the_demo_verifies_what_it_pulled(tmp_path: Path) -> None:
-    done = run("demo", "--bytes", "16MB", "--keep", tmp_path / "kept")
+    done = run("demo", "--bytes", "16MB", "--keep", tmp_path / "kept", fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "verified: all tensors bit-exact"

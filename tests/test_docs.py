@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from netloader.config import load_config
+from tests.preloaded import PYTHON
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -87,7 +88,7 @@ def test_blocks_say_what_they_are() -> None:
 def test_python_runs(page: str, tmp_path: Path) -> None:
     blocks = [(block.line, block.text) for block in of("python") if block.page == page]
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, page],
+        [PYTHON, "-c", RUNNER, page],
         input=json.dumps(blocks),
         check=False,
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import os
 import queue
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -122,8 +124,17 @@ def test_outside_a_loop_nothing_is_watched(guard: guards.BlockingGuard) -> None:
     assert guard.calls == []
 
 
-async def test_asyncio_runs_in_debug_mode() -> None:
-    assert asyncio.get_running_loop().get_debug()
+async def test_asyncio_makes_the_checks_of_its_debug_mode(caplog: pytest.LogCaptureFixture) -> None:
+    loop = asyncio.get_running_loop()
+    with pytest.raises(RuntimeError, match="other than the current one"):
+        await anyio.to_thread.run_sync(loop.call_soon, print)
+    with socket.socket() as blocking, pytest.raises(ValueError, match="must be non-blocking"):
+        await loop.sock_connect(blocking, ("127.0.0.1", 1))
+    loop.slow_callback_duration = 0.0
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
+    assert "Executing <" in caplog.text
 
 
 def test_a_thread_of_ours_is_found_until_it_ends() -> None:

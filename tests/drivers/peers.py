@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import anyio
 from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
+
+from tests.preloaded import PYTHON
 
 PATIENCE = 60.0
 HERE = Path(__file__).parents[2]
@@ -81,7 +82,7 @@ class Peer:
 @asynccontextmanager
 async def peer(role: str, **options: Any) -> AsyncIterator[Peer]:
     """A process of the given role; killed in the end if it still runs."""
-    command = [sys.executable, "-m", "tests.drivers.peer_main", role, json.dumps(options)]
+    command = [PYTHON, "-m", "tests.drivers.peer_main", role, json.dumps(options)]
     process = await anyio.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, cwd=HERE)
     try:
         yield Peer(process)

@@ -7,13 +7,14 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from tests.preloaded import PYTHON
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
@@ -31,7 +32,7 @@ class Child:
         self.log: list[str] = []
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.hccl.child", *arguments],
+            [PYTHON, "-W", "ignore", "-m", "tests.hccl.child", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -12,12 +12,13 @@ import pytest
 from netloader.transports.hccl import HcclTransport
 from scripts import hccl_checklist
 from tests.hccl.processes import ROOT, clean_environment, seed
+from tests.preloaded import PYTHON_THAT_STARTS_OTHERS
 
 FAKES = ROOT / "tests" / "npu_sim" / "fakes"
 
 
 def checklist(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "scripts.hccl_checklist", *arguments]
+    command = [PYTHON_THAT_STARTS_OTHERS, "-W", "ignore", "-m", "scripts.hccl_checklist", *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=110, env=environment, cwd=ROOT)
 
 

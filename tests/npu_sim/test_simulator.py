@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import PYTHON
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -33,7 +34,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize("files", [INSIDE[n::PROCESSES] for n in range(PROCESSES)], ids=lambda files: files[0].stem)
 def test_on_the_simulated_device(files: list[Path]) -> None:
     # What is experimental about devices in Python is said in warnings of torch's own.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *map(str, files)]
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *map(str, files)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=110, cwd=ROOT, env=environment()
     )

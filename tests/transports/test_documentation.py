@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.preloaded import PYTHON
 
 PAGE = Path(__file__).parents[2] / "docs" / "transports.md"
 
@@ -14,7 +15,7 @@ def test_the_examples_run() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 3
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
+        [PYTHON, "-W", "error", "-c", "\n".join(blocks)],
         capture_output=True,
         text=True,
         timeout=110,

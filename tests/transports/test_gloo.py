@@ -3,7 +3,6 @@ from __future__ import annotations
 import signal
 import socket
 import struct
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from netloader.transports.conformance import (
 )
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
+from tests.preloaded import PYTHON
 from tests.transports import peer
 from tests.transports.pairs import opened, setup_for
 
@@ -513,7 +513,7 @@ async def other_process() -> AsyncIterator[tuple[anyio.abc.Process, Channel]]:
     """A server in a process of its own that sends for ever, and our channel to it."""
     with socket.create_server((peer.HOST, 0)) as listener:
         listener.setblocking(False)
-        command = [sys.executable, "-m", "tests.transports.peer", str(listener.getsockname()[1])]
+        command = [PYTHON, "-m", "tests.transports.peer", str(listener.getsockname()[1])]
         async with await anyio.open_process(command, cwd=ROOT, stderr=None) as process:
             await anyio.wait_readable(listener)
             async with await anyio.abc.SocketStream.from_socket(listener.accept()[0]) as stream:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from netloader.transports import _pacing, tcp
 from netloader.transports.base import BlockView, Channel, Setup
 from netloader.transports.conformance import CHECKS, Check, check_transport, pair_maker
 from netloader.transports.tcp import TcpTransport
+from tests.preloaded import PYTHON
 from tests.transports.bytesview import BytesView, like
 from tests.transports.pairs import PATIENCE, opened
 
@@ -418,7 +418,7 @@ anyio.run(main)
 async def test_a_killed_server_is_lost_at_once() -> None:
     root = Path(__file__).parents[2]
     with subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, cwd=root
+        [PYTHON, "-c", KILLED], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, cwd=root
     ) as process:
         assert process.stdout is not None
         try:
