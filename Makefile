@@ -33,6 +33,8 @@ ASCEND_VENV := .venv-ascend
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
+# Where it is set, each of the many processes of the tests compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt

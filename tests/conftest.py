@@ -109,7 +109,6 @@ def no_leaked_descriptors() -> Iterator[None]:
     before = guards.descriptors()
     yield
     guards.own_threads(besides=threads)
-    after = guards.descriptors()
-    left = {number: target for number, target in after.items() if before.get(number) != target}
+    left = guards.new_descriptors(before)
     if left:
         pytest.fail(f"descriptors left open: {left}", pytrace=False)

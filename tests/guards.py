@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -127,9 +127,19 @@ def stacks(threads: Iterable[threading.Thread]) -> str:
     return "\n".join(parts)
 
 
+def new_descriptors(before: Mapping[int, str]) -> dict[int, str]:
+    """Open descriptors that were not there `before`, or pointed elsewhere, when all garbage is collected."""
+
+    def new() -> dict[int, str]:
+        return {number: target for number, target in descriptors().items() if before.get(number) != target}
+
+    if new():
+        gc.collect()  # takes longer than most tests: only where it may make a difference
+    return new()
+
+
 def descriptors() -> dict[int, str]:
     """Every open file descriptor of this process and what it points to."""
-    gc.collect()
     found = {}
     for link in Path("/proc/self/fd").iterdir():
         try:

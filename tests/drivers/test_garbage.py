@@ -32,7 +32,7 @@ async def test_after_the_second_round_all_is_as_after_the_first() -> None:
         assert slower < SLOWER, f"a quiet pull takes {quiet:.3f} s; with garbage {slower:.2f} times that: {ratios}"
         first, second = after
         assert second["fds"] == first["fds"]
-        assert second["threads"] == first["threads"]
+        assert second["threads"] <= first["threads"]  # one that has been idle for ten seconds is let go
         assert second["rss"] - first["rss"] < 8 << 20
         assert await server.finish() == 0
 
