@@ -39,18 +39,26 @@ PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help test lint format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend hccl-real coexist bench bench-vllm clean
+.PHONY: help test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend hccl-real coexist bench bench-vllm clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '2,14p' Makefile | cut -c3-
 
-test: lint
+# The types are checked beside the tests: one process, and the tests leave a processor idle now and then.
+test: style
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: setup
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-lint: setup
+lint: style types
+
+style: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 

@@ -11,7 +11,7 @@ import anyio.to_thread
 from tests.drivers import garbage, peers
 
 ROUND = garbage.Amount(frames=10_000, silent=200, resets=200)
-PULLS = 5
+PULLS = 3
 """Of the quiet ones, and in each round of garbage: a gigabyte each, most of what this test costs."""
 SLOWER = 3.0
 
