@@ -77,12 +77,17 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
         with hccl_devices.blocking_wait():
             group = torch_npu._C._distributed_c10d.ProcessGroupHCCL(store, rank, 2, options)
         tensor = torch.full((1 << 20,), rank, dtype=torch.uint8, device=f"npu:{rank}")
+        first = torch.empty(1, dtype=torch.uint8, device=f"npu:{rank}")  # with this one both ends meet
         if rank:
+            group.send([first], 0, 0).wait()
+            looked.wait(30)
             group.send([tensor], 0, 0).wait()
         else:
+            group.recv([first], 1, 0).wait()
             work = group.recv([tensor], 1, 0)
             with npu.stream(npu.Stream()):
                 early.append(bool(tensor.cpu().all()))
+            looked.set()
             work.wait()
             early.append(bool(tensor.cpu().all()))
             group.abort_hccl_comm("done")
@@ -91,7 +96,7 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
         if rank:
             group.abort_hccl_comm("done")
 
-    done = threading.Event()
+    looked, done = threading.Event(), threading.Event()
     threads = [threading.Thread(target=end, args=(rank,), name=f"test-{rank}") for rank in (0, 1)]
     for thread in threads:
         thread.start()
