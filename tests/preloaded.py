@@ -26,7 +26,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,12 @@ LIBRARIES = ("torch", "torch.distributed", "numpy", "anyio._backends._asyncio", 
 _HIGH = 500
 """Where the descriptors of the forking process are kept, out of the way of those that a child is to have."""
 _MESSAGE_BYTES = 1 << 20
+_PATIENCE = 60.0
+"""Seconds: loading the libraries takes three, on a slow machine."""
+_READ_AT_START = ("LD_", "GLIBC_", "MALLOC_", "PYTHON")
+"""How the names of variables begin that the loader of libraries, the C library and the interpreter read once."""
+_READ_LATER = {"PYTHONPATH", "PYTHONUNBUFFERED"}
+"""Those that `Program` reads itself."""
 _SUBREAPER = 36
 """``PR_SET_CHILD_SUBREAPER`` of :manpage:`prctl(2)`: orphans among the descendants become this process's children."""
 
@@ -84,9 +90,11 @@ class Program:
 
     @property
     def possible(self) -> bool:
-        """Whether a forked process can do that; a fresh one has more options."""
+        """Whether a forked process can do that; a fresh one has more options, and reads its environment anew."""
         rest = self._parsed()[1]
-        return len(rest) > 1 and rest[0] in {"-m", "-c"}
+        return (
+            len(rest) > 1 and rest[0] in {"-m", "-c"} and _read_at_start(self.environment) == _read_at_start(os.environ)
+        )
 
     def _parsed(self) -> tuple[list[str], list[str]]:
         at = 0
@@ -178,8 +186,11 @@ class Keeper:
         _adopt_orphans(True)
         try:
             socket.send_fds(connection, [json.dumps(asdict(program)).encode()], streams)
-            select.select([connection], [], [])
-            return int(connection.recv(100))
+            answered, _, _ = select.select([connection], [], [], _PATIENCE)
+            pid = connection.recv(100) if answered else b""
+            if not pid:
+                raise RuntimeError(f"the process that forks {'has ended' if answered else 'does not answer'}")
+            return int(pid)
         finally:
             _adopt_orphans(False)
 
@@ -235,6 +246,7 @@ def _keep(connection: socket.socket) -> None:
         if not message:
             os._exit(0)  # what it has loaded need not be put away
         reading, writing = os.pipe()
+        waiting, over = os.pipe()
         between = os.fork()
         if between == 0:
             # The one in between ends at once, so that its child becomes the child of the process that asked.
@@ -242,16 +254,19 @@ def _keep(connection: socket.socket) -> None:
             if child:
                 os.write(writing, str(child).encode())
                 os._exit(0)
-            for descriptor in (reading, writing):
+            os.close(over)
+            os.read(waiting, 1)  # returns when the last one closed it: by then the parent is who asked
+            for descriptor in (reading, writing, waiting):
                 os.close(descriptor)
             connection.close()
             _become(Program(**json.loads(message)), streams)
             return
-        for descriptor in (writing, *streams):
+        for descriptor in (writing, waiting, *streams):
             os.close(descriptor)
         pid = os.read(reading, 100)
-        os.close(reading)
         os.waitpid(between, 0)
+        for descriptor in (reading, over):
+            os.close(descriptor)
         connection.send(pid)
 
 
@@ -302,6 +317,14 @@ def _apply_thread_limit(limit: str | None) -> None:
     torch: Any = sys.modules.get("torch")
     if limit is not None and torch is not None:
         torch.set_num_threads(int(limit))
+
+
+def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_AT_START) and name not in _READ_LATER
+    }
 
 
 def _parted(variable: bytes) -> tuple[str, str]:
