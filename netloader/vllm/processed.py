@@ -15,6 +15,7 @@ import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,8 +36,11 @@ FACTS = "netloader.plain_state"
 """Name of the tensor that stands for all plain values: one digest per value, in the order of their names."""
 
 _DIGEST_BYTES = 16
-_ADDRESSES = range(1 << 32, 1 << 48)
+_FAR = range(1 << 32, 1 << 48)
 """Whole numbers that may well be addresses; no size or count of one layer gets there."""
+
+_MAPS = Path("/proc/self/maps")
+_HEAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]$", re.MULTILINE)
 
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 _HARMLESS = (type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, re.Pattern, range, slice)
@@ -138,6 +142,7 @@ class _Walk:
         self.hidden: list[tuple[str, torch.Tensor]] = []  # in closures
         self.seen: set[int] = set()
         self.alive: list[object] = []  # an id means something only while its object lives
+        self.addresses = _addresses()
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         start = f"{name}." if name else ""
@@ -168,7 +173,7 @@ class _Walk:
         elif isinstance(value, enum.Enum | torch.dtype | torch.Size | torch.layout | torch.memory_format):
             self.found.facts[name] = f"{type(value).__name__} {value!s}"
         elif isinstance(value, _PLAIN):
-            if type(value) is int and value in _ADDRESSES:
+            if type(value) is int and any(value in addresses for addresses in self.addresses):
                 self.found.problems.append(f"{name}: the number {value} may be the address of something (a handle)")
             self.found.facts[name] = f"{type(value).__name__} {value!r}"
         elif not isinstance(value, (*_HARMLESS, torch.device, torch.nn.Module, weakref.ref)):
@@ -226,6 +231,18 @@ class _Walk:
             return
         for leaf, item in attributes.items():
             self.value(f"{name}.{leaf}", item, closure=closure)
+
+
+def _addresses() -> tuple[range, ...]:
+    """Whole numbers that may be addresses in this process.
+
+    An interpreter that was linked to a fixed address (Debian's, say) has its heap below the others.
+    """
+    try:
+        heaps = _HEAP.findall(_MAPS.read_bytes())
+    except OSError:  # no Linux: nothing more is known
+        heaps = []
+    return _FAR, *(range(int(start, 16), int(end, 16)) for start, end in heaps)
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

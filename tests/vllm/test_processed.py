@@ -12,7 +12,7 @@ import torch
 from netloader import sync
 from netloader.errors import NetloaderError
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm import adopting, serving
+from netloader.vllm import adopting, processed, serving
 from netloader.vllm.processed import FACTS, survey
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
@@ -158,6 +158,23 @@ def test_what_is_no_tensor_with_a_name_is_refused(
     assert reason in line
     assert "set INT8_CACHE to dram or hbm on the server" in line
     assert not log_lines.with_part("serves target")
+
+
+def test_a_low_number_is_an_address_where_the_heap_is_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an interpreter that was linked to a fixed address. The tests around this one have the heap of theirs."""
+    (tmp_path / "maps").write_bytes(
+        b"00400000-0041f000 r--p 00000000 fe:00 26723        /usr/bin/python3.11\n"
+        b"05086000-0a486000 rw-p 00000000 00:00 0            [heap]\n"
+        b"7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /usr/lib/[heap].so\n"
+    )
+    layer: Any = torch.nn.Linear(2, 2)
+    layer.below, layer.inside, layer.past = 0x5085FFF, 0xA3CDD80, 0xA486000
+    layer.yes = True
+    monkeypatch.setattr(processed, "_MAPS", tmp_path / "maps")
+    found = survey(layer, {}).problems
+    assert found == [f"inside: the number {layer.inside} may be the address of something (a handle)"]
+    monkeypatch.setattr(processed, "_MAPS", tmp_path / "none")
+    assert survey(layer, {}).problems == []
 
 
 def test_a_number_that_post_processing_does_not_compute_again_is_refused(
