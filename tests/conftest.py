@@ -6,6 +6,7 @@ import asyncio.constants
 import gc
 import importlib.util
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,17 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def preloaded_processes() -> Iterator[None]:
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A job in the background ignores Ctrl-C, and would hand that on to the processes that tests start."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded_processes(ctrl_c_is_heard: None) -> Iterator[None]:
     """Forks, for tests that start processes, one that has loaded torch: see `tests.preloaded`."""
     keeper = Keeper()
     with pytest.MonkeyPatch.context() as patch:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,10 +68,10 @@ def server(model: Path) -> Iterator[Serving]:
 
 
 @pytest.fixture
-def unused_address() -> str:
+def unused_address() -> Iterator[str]:
     with socket.socket() as bound:  # bound and not listening: nobody else gets the port meanwhile
         bound.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{bound.getsockname()[1]}"
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 def same(original: Path, copy: Path) -> bool:
@@ -259,8 +260,13 @@ def test_ctrl_c_ends_a_pull_and_leaves_nothing(model: Path, tmp_path: Path) -> N
         _pulling(server.address, tmp_path) as pull,
     ):
         _read_until(server, "TRANSFER over gloo")
+        began = time.monotonic()
         pull.send_signal(signal.SIGINT)
-        assert pull.wait(PATIENCE) == 130
+        status = pull.wait(PATIENCE)
+        took = time.monotonic() - began
+        server_status = server.process.poll()
+    said = (tmp_path / "said").read_text()
+    assert status == 130, f"{took:.1f} s after Ctrl-C, the server's status being {server_status}: {said}"
     assert not (tmp_path / "copy").exists()
 
 
@@ -485,7 +491,8 @@ def test_probe_says_that_a_folder_matches(server: Serving, model: Path, capsys: 
 @contextmanager
 def _pulling(address: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     arguments = command("pull", address, "-o", folder / "copy", "--transport", "gloo")
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (folder / "said").open("wb") as said:
+        process = subprocess.Popen(arguments, stdout=said, stderr=said)
     try:
         yield process
     finally:
@@ -518,7 +525,7 @@ def test_a_signal_ends_a_server_whose_client_is_stuck(number: signal.Signals, mo
             assert said.endswith("stopped\n")
             assert no_traceback(said)
             assert not file.exists()
-            assert pull.wait(PATIENCE) == 1
+            assert pull.wait(PATIENCE) == 1, (tmp_path / "said").read_text()
 
 
 def test_a_server_ends_with_its_parent(model: Path) -> None:

@@ -16,12 +16,13 @@ from tests.preloaded import PYTHON, PYTHON_THAT_STARTS_OTHERS
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each process is a fresh one")
 
 ABOUT_ITSELF = """
-import json, os, sys, warnings
+import json, os, signal, sys, warnings
 print(json.dumps({
     "parent": os.getppid(), "group": os.getpgrp(), "session": os.getsid(0), "folder": os.getcwd(),
     "arguments": sys.argv, "environment": dict(os.environ), "name": __name__, "said": sys.stdin.read(),
     "descriptors": sorted(map(int, os.listdir("/proc/self/fd")))[:-1], "path": sys.path[0],
     "actions": [found[0] for found in warnings.filters[:1]], "encoding": sys.stdout.encoding,
+    "hears Ctrl-C": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
 }))
 print("to stderr", file=sys.stderr)
 sys.exit(7)
@@ -46,6 +47,7 @@ def test_it_is_like_a_fresh_one(tmp_path: Path) -> None:
     forked, fresh = asked(PYTHON, tmp_path), asked(sys.executable, tmp_path)
     assert forked == fresh
     assert forked[0]["parent"] == os.getpid()
+    assert forked[0]["hears Ctrl-C"] is True
     assert forked[2] == 7
 
 
