@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -16,16 +14,13 @@ import torch
 from netloader.codecs.npu_formats import PLAIN, format_of
 from netloader.errors import ManifestError
 from netloader.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
+from netloader.tensors.mappings import NOT_WRITABLE, mapped
 from netloader.tensors.memory import Memory
 
 __all__ = ["DTYPES", "describe"]
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({n: getattr(torch, n) for n in ITEM_BYTES if hasattr(torch, n)})
 """The dtypes of :data:`~netloader.manifest.ITEM_BYTES` that this torch has."""
-
-_MAPS = Path("/proc/self/maps")
-_NOT_WRITABLE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
-"""Start and end of a mapping whose second permission is none: ``7f00-7f10 r--p ...``."""
 
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
@@ -60,7 +55,7 @@ def describe(
         survey.sort()
         survey.find_overlaps()
         if writable and survey.device == torch.device("cpu"):
-            survey.find_locked(_locked_ranges())
+            survey.find_locked(mapped(NOT_WRITABLE))
     if len(survey.specs) > MAX_TENSORS:
         survey.problems.append(f"{len(survey.specs)} tensors are too many: at most {MAX_TENSORS} are possible")
     if survey.problems:
@@ -251,12 +246,3 @@ def _address_of(tensor: torch.Tensor, kind: _Kind, *, row_major: bool) -> tuple[
     if not address and kind.nbytes:
         return 0, "it is on the meta device and has no memory" if tensor.is_meta else "it has no memory"
     return address, ""
-
-
-def _locked_ranges() -> list[tuple[int, int]]:
-    """Address ranges of this process that are mapped but not writable, ascending; none where the system can't say."""
-    try:
-        maps = _MAPS.read_bytes()
-    except OSError:
-        return []
-    return [(int(start, 16), int(end, 16)) for start, end in _NOT_WRITABLE.findall(maps)]

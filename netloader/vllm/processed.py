@@ -15,7 +15,6 @@ import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -38,9 +37,6 @@ FACTS = "netloader.plain_state"
 _DIGEST_BYTES = 16
 _FAR = range(1 << 32, 1 << 48)
 """Whole numbers that may well be addresses; no size or count of one layer gets there."""
-
-_MAPS = Path("/proc/self/maps")
-_HEAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]$", re.MULTILINE)
 
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 _HARMLESS = (type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, re.Pattern, range, slice)
@@ -238,11 +234,9 @@ def _addresses() -> tuple[range, ...]:
 
     An interpreter that was linked to a fixed address (Debian's, say) has its heap below the others.
     """
-    try:
-        heaps = _HEAP.findall(_MAPS.read_bytes())
-    except OSError:  # no Linux: nothing more is known
-        heaps = []
-    return _FAR, *(range(int(start, 16), int(end, 16)) for start, end in heaps)
+    from netloader.tensors.mappings import HEAP, mapped
+
+    return _FAR, *(range(start, end) for start, end in mapped(HEAP))
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

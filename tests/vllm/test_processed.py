@@ -11,8 +11,9 @@ import torch
 
 from netloader import sync
 from netloader.errors import NetloaderError
+from netloader.tensors import mappings
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm import adopting, processed, serving
+from netloader.vllm import adopting, serving
 from netloader.vllm.processed import FACTS, survey
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
@@ -170,10 +171,10 @@ def test_a_low_number_is_an_address_where_the_heap_is_low(tmp_path: Path, monkey
     layer: Any = torch.nn.Linear(2, 2)
     layer.below, layer.inside, layer.past = 0x5085FFF, 0xA3CDD80, 0xA486000
     layer.yes = True
-    monkeypatch.setattr(processed, "_MAPS", tmp_path / "maps")
+    monkeypatch.setattr(mappings, "_MAPS", tmp_path / "maps")
     found = survey(layer, {}).problems
     assert found == [f"inside: the number {layer.inside} may be the address of something (a handle)"]
-    monkeypatch.setattr(processed, "_MAPS", tmp_path / "none")
+    monkeypatch.setattr(mappings, "_MAPS", tmp_path / "none")
     assert survey(layer, {}).problems == []
 
 
