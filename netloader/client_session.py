@@ -295,7 +295,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             raise LocalProtocolError("blocks were granted before anything was announced")
         plan = announcement.plan
         numbers = self._granted(plan, ranges)
-        if sum(len(plan.blocks[number].spans) for number in numbers) < MANY_SPANS:
+        if sum(len(plan.blocks[number].tensors) for number in numbers) < MANY_SPANS:
             views = self._destination.views(plan, numbers)
         else:
             views = await anyio.to_thread.run_sync(self._destination.views, plan, numbers)

@@ -320,11 +320,11 @@ async def _pull_into(
     progress: ProgressCallback | None,
     relay: HoldingServer | None = None,
 ) -> PullReport:
-    from netloader.tensors import Toucher, digest_of
+    from netloader.tensors import LEAST_BYTES, Toucher, digest_of
 
     transports, unavailable = _transports(filled.device, transport)
     options, addresses = replace(options, unavailable=unavailable), _addresses(sources)
-    toucher = Toucher(filled.tensors.values())
+    toucher = Toucher(filled.larger(LEAST_BYTES))
     try:
         toucher.start()
         return await pull_from(filled, identity, addresses, transports, digest_of, options, progress, relay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from operator import ne
 from typing import Annotated
 
@@ -105,7 +106,19 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return 0 if self.alias_of else self.nbytes
 
 
-class Manifest(msgspec.Struct, frozen=True, array_like=True):
+class _BytesOf(dict[tuple[int, ...], int]):
+    """Bytes of tensors of one dtype by shape, each worked out once: a model has few shapes."""
+
+    def __init__(self, item_bytes: int) -> None:
+        super().__init__()
+        self._item_bytes = item_bytes
+
+    def __missing__(self, shape: tuple[int, ...]) -> int:
+        nbytes = self[shape] = math.prod(shape) * self._item_bytes
+        return nbytes
+
+
+class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """The ordered list of tensors of one holding.
 
     Attributes:
@@ -114,10 +127,16 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
 
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 
-    @property
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """:attr:`TensorSpec.wire_bytes` of each tensor."""
+        tables = {dtype: _BytesOf(nbytes) for dtype, nbytes in ITEM_BYTES.items()}
+        return tuple([0 if t.alias_of else tables[t.dtype][t.shape] for t in self.tensors])
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that travel for a whole pull."""
-        return sum(t.wire_bytes for t in self.tensors)
+        return sum(self.sizes)
 
     def check(self) -> None:
         """Check what a peer sent for everything that the plan relies on.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from itertools import accumulate, repeat
 
 import msgspec
 
 from netloader.errors import ManifestError
-from netloader.manifest import ITEM_BYTES, Manifest
+from netloader.manifest import Manifest
 
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
@@ -69,13 +71,22 @@ class Block(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         number: Its address; blocks count from 0.
-        spans: What it is made of, in the order of its bytes.
+        tensors: Indices into the manifest of the tensors that it has bytes of, in the order of its bytes.
+        offset: First byte of a cut, counted from the start of its tensor's memory; 0 where whole tensors are packed.
+        sizes: Bytes of each of `tensors`.
         nbytes: Bytes in all.
     """
 
     number: int
-    spans: tuple[Span, ...]
+    tensors: tuple[int, ...]
+    offset: int
+    sizes: tuple[int, ...]
     nbytes: int
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What it is made of, in the order of its bytes."""
+        return tuple(map(Span, self.tensors, repeat(self.offset), self.sizes))
 
 
 @dataclass(frozen=True)
@@ -100,14 +111,15 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """Digest over every span, in hex: equal on both sides only if both derived the same blocks."""
-        text = hashlib.blake2b(digest_size=32, person=b"netloader-plan")
+        digest = hashlib.blake2b(digest_size=32, person=b"netloader-plan")
         for block in self.blocks:
-            text.update(("|" + ",".join([f"{s.tensor}.{s.offset}.{s.nbytes}" for s in block.spans])).encode())
-        return text.hexdigest()
+            numbers = (len(block.tensors), block.offset, *block.tensors, *block.sizes)
+            digest.update(struct.pack(f"<{len(numbers)}Q", *numbers))
+        return digest.hexdigest()
 
     def tensors_of(self, number: int) -> tuple[str, ...]:
         """Names of the tensors that block `number` holds bytes of."""
-        return tuple(self.manifest.tensors[s.tensor].name for s in self.blocks[number].spans)
+        return tuple(self.manifest.tensors[index].name for index in self.blocks[number].tensors)
 
 
 def block_bytes_for(nbytes: int) -> int:
@@ -143,39 +155,53 @@ def make_plan(manifest: Manifest, block_bytes: int) -> Plan:
     """
     if not MIN_BLOCK_BYTES <= block_bytes <= MAX_BLOCK_BYTES:
         raise ManifestError(f"block size {block_bytes} is outside {MIN_BLOCK_BYTES}..{MAX_BLOCK_BYTES}")
-    # As TensorSpec.wire_bytes says it, for all: a client waits for this before it asks for anything.
-    sizes = [0 if spec.alias_of else prod(spec.shape) * ITEM_BYTES[spec.dtype] for spec in manifest.tensors]
+    sizes = manifest.sizes
     blocks: list[Block] = []
-    if sum(sizes) <= MAX_BLOCKS * block_bytes:  # else it is hopeless: spare the work
-        for number, (spans, nbytes) in enumerate(_cuts(sizes, block_bytes)):
+    if manifest.nbytes <= MAX_BLOCKS * block_bytes:  # else it is hopeless: spare the work
+        for number, cut in enumerate(_cuts(sizes, block_bytes)):
             if number == MAX_BLOCKS:
                 break
-            blocks.append(Block(number, spans, nbytes))
+            blocks.append(Block(number, *cut))
         else:
             return Plan(manifest, block_bytes, tuple(blocks))
     raise ManifestError(
-        f"{sum(sizes)} bytes in blocks of {block_bytes} make more than {MAX_BLOCKS} blocks", hint="use larger blocks"
+        f"{manifest.nbytes} bytes in blocks of {block_bytes} make more than {MAX_BLOCKS} blocks",
+        hint="use larger blocks",
     )
 
 
-def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[tuple[tuple[Span, ...], int]]:
-    pack: list[Span] = []
-    packed = 0
-    for index, size in enumerate(sizes):
-        if size >= block_bytes:
-            for offset in range(0, size, block_bytes):
-                length = min(block_bytes, size - offset)
-                yield (Span(index, offset, length),), length
-            continue
-        if size == 0:
-            continue
-        if packed + size > block_bytes or len(pack) == MAX_SPANS:
-            yield tuple(pack), packed
-            pack, packed = [], 0
-        pack.append(Span(index, 0, size))
-        packed += size
-    if pack:
-        yield tuple(pack), packed
+_Cut = tuple[tuple[int, ...], int, tuple[int, ...], int]
+"""Tensors, offset, sizes and bytes of a block."""
+
+
+def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
+    """Blocks in their order: a pack comes where the tensor is that did not fit into it any more."""
+    packs = _packs(sizes, block_bytes)
+    closed_by, pack = next(packs, (len(sizes), None))
+    for index in [index for index, size in enumerate(sizes) if size >= block_bytes]:
+        while pack is not None and closed_by < index:
+            yield pack
+            closed_by, pack = next(packs, (len(sizes), None))
+        for offset in range(0, sizes[index], block_bytes):
+            length = min(block_bytes, sizes[index] - offset)
+            yield (index,), offset, (length,), length
+    while pack is not None:
+        yield pack
+        _, pack = next(packs, (len(sizes), None))
+
+
+def _packs(sizes: Sequence[int], block_bytes: int) -> Iterator[tuple[int, _Cut]]:
+    """Packs of small tensors; each with the index of the tensor that did not fit into it."""
+    # By their sums: a client plans before it asks for anything, and there may be tens of thousands of tensors.
+    small = [index for index, size in enumerate(sizes) if 0 < size < block_bytes]
+    small_sizes = [sizes[index] for index in small]
+    ends = list(accumulate(small_sizes))
+    first = before = 0
+    while first < len(small):
+        past = bisect_right(ends, before + block_bytes, first, min(first + MAX_SPANS, len(small)))
+        closed_by = small[past] if past < len(small) else len(sizes)
+        yield closed_by, (tuple(small[first:past]), 0, tuple(small_sizes[first:past]), ends[past - 1] - before)
+        first, before = past, ends[past - 1]
 
 
 def to_ranges(numbers: Iterable[int]) -> Ranges:

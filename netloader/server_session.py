@@ -379,7 +379,7 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     async def _views(self, holding: Holding, batch: list[int]) -> Sequence[BlockView]:
         plan = holding.announcement.plan
-        if sum(len(plan.blocks[number].spans) for number in batch) < MANY_SPANS:
+        if sum(len(plan.blocks[number].tensors) for number in batch) < MANY_SPANS:
             return holding.memory.views(plan, batch)
         return await anyio.to_thread.run_sync(holding.memory.views, plan, batch)
 

@@ -7,12 +7,13 @@ from netloader.tensors.destination import Destination, destination
 from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_of, digest_plan
 from netloader.tensors.holding import Holding, hold
 from netloader.tensors.memory import Memory, MemoryBlock
-from netloader.tensors.touch import Toucher
+from netloader.tensors.touch import LEAST_BYTES, Toucher
 
 __all__ = [
     "ALGORITHMS",
     "DEFAULT",
     "DTYPES",
+    "LEAST_BYTES",
     "Destination",
     "Holding",
     "Memory",

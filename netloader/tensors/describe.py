@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter, eq, gt
 from types import MappingProxyType
 
 import torch
@@ -44,30 +46,29 @@ def describe(
     Raises:
         ManifestError: Some tensors can't travel; each is named with its reason.
     """
-    survey = _Survey()
+    names, values, problems = list(tensors), list(tensors.values()), []
     # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-        for name, tensor in tensors.items():
-            survey.add(name, tensor)
-        if survey.mixed:
-            survey.find_strangers()
-    if not survey.mixed:
-        survey.sort()
-        survey.find_overlaps()
-        if writable and survey.device == torch.device("cpu"):
-            survey.find_locked(mapped(NOT_WRITABLE))
-    if len(survey.specs) > MAX_TENSORS:
-        survey.problems.append(f"{len(survey.specs)} tensors are too many: at most {MAX_TENSORS} are possible")
-    if survey.problems:
-        count = f"{len(survey.problems)} tensor{'s' if len(survey.problems) > 1 else ''} of {len(tensors)}"
+        survey = _Survey.of(names, values)
+        if survey is None:
+            found = [_problem_of(name, tensor) for name, tensor in tensors.items()]
+            problems = [f"{_shown(name)}: {why}" for name, why in zip(names, found, strict=True) if why]
+            fine = [place for place, why in enumerate(found) if not why]
+            survey = _Survey([names[place] for place in fine], [values[place] for place in fine])
+        problems += survey.problems(writable=writable)
+    if len(values) > MAX_TENSORS:
+        problems.append(f"{len(values)} tensors are too many: at most {MAX_TENSORS} are possible")
+    if problems:
+        count = f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} of {len(tensors)}"
         raise ManifestError(
             f"{count} cannot {'be filled' if writable else 'travel'}",
-            problems=survey.problems,
+            problems=problems,
             hint="leave them out, or use plain dense copies of them",
         )
-    manifest = Manifest(tuple(survey.specs))
-    device = survey.device or torch.device("cpu")
-    return manifest, Memory(manifest, survey.tensors, device, addresses=survey.addresses, weak=weak)
+    manifest = Manifest(tuple(survey.specs()))
+    return manifest, Memory(
+        manifest, values, survey.device, addresses=survey.addresses, weak=weak, keep=not (weak or writable)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,130 +82,222 @@ class _Kind:
     problem: str
 
 
-class _Survey:
-    """What is found out about a set of tensors, one after the other.
+class _Kinds(dict[tuple[int, ...], _Kind]):
+    """Kinds of one dtype by shape."""
 
-    Tens of thousands of them are not rare, and a client describes its own before it asks for the first block: each
-    property is asked of a tensor once.
-    """
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
-    def __init__(self) -> None:
-        self.specs: list[TensorSpec] = []
-        self.tensors: list[torch.Tensor] = []
-        self.addresses: list[int] = []
-        self.problems: list[str] = []
-        self.device: torch.device | None = None
-        self.mixed = False
-        self._private = False  # some device has memory formats of its own
-        self._spans: list[tuple[int, int, int]] = []  # address, end, index
-        self._owners: dict[int, int] = {}  # address -> index of the first tensor there
-        self._types: dict[type, str] = {torch.Tensor: "", torch.nn.Parameter: ""}
-        self._kinds: dict[torch.dtype, dict[tuple[int, ...], _Kind]] = {}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Describe one tensor, or note why not."""
-        problem = self._types.get(type(tensor))
-        if problem is None:
-            problem = self._types[type(tensor)] = _type_problem(type(tensor))
-        problem = _name_problem(name) or problem
-        if not problem and tensor.layout is not torch.strided:
-            problem = f"its layout is {tensor.layout}, only strided memory can travel"
-        if problem:
-            self._cannot(name, problem)
-            return
-        dtype, size = tensor.dtype, tensor.shape
-        try:
-            kind = self._kinds[dtype][size]
-        except KeyError:
-            kind = self._new_kind(dtype, size)
-        row_major = tensor.is_contiguous()
-        address, problem = _address_of(tensor, kind, row_major=row_major)
-        if problem:
-            self._cannot(name, problem)
-            return
-        device = tensor.device
-        if device != self.device:
-            self.mixed |= self.device is not None
-            self.device = self.device or device
-            self._private |= device.type == "npu"
-        stride = () if row_major else _canonical(tensor.stride(), kind.shape)
-        memory_format = format_of(tensor) if self._private else PLAIN
-        if memory_format != PLAIN and tensor.storage_offset() != 0:
-            self.problems.append(f"{name}: it is a part of memory in format {memory_format}, which has no parts")
-            return
-        index, alias_of = len(self.specs), ""
-        if kind.nbytes:
-            first = self._owners.setdefault(address, index)
-            if first != index and _alike(self.specs[first], kind, stride, memory_format):
-                alias_of = self.specs[first].name
-            else:
-                self._spans.append((address, address + kind.nbytes, index))
-        self.specs.append(TensorSpec(name, kind.dtype, kind.shape, stride, memory_format, alias_of))
-        self.tensors.append(tensor)
-        self.addresses.append(address)
-
-    def sort(self) -> None:
-        """All were added: what follows goes through them in the order of their memory."""
-        self._spans.sort()
-
-    def find_overlaps(self) -> None:
-        """Note tensors that share memory without being the same tensor."""
-        past, holder = 0, 0
-        for address, end, index in self._spans:
-            if address < past:
-                self.problems.append(
-                    f"{self.specs[index].name}: its memory overlaps that of {self.specs[holder].name} "
-                    "without being the same tensor"
-                )
-            if end > past:
-                past, holder = end, index
-
-    def find_locked(self, locked: Iterable[tuple[int, int]]) -> None:
-        """Note tensors that reach into these address ranges.
-
-        torch does not know that such memory is read-only: the first write would end the process.
-        """
-        spans = self._spans
-        for start, end in locked:
-            # Tensors don't overlap, so those that begin before the range ends are in the order of their ends, too.
-            at = bisect_left(spans, (end, 0, 0)) - 1
-            while at >= 0 and spans[at][1] > start:
-                self.problems.append(f"{self.specs[spans[at][2]].name}: its memory is read-only")
-                at -= 1
-
-    def find_strangers(self) -> None:
-        """Note tensors that are not on the device where most are."""
-        home, most = Counter(tensor.device for tensor in self.tensors).most_common(1)[0]
-        self.problems += [
-            f"{spec.name}: it is on {tensor.device}, {most} others are on {home}"
-            for spec, tensor in zip(self.specs, self.tensors, strict=True)
-            if tensor.device != home
-        ]
-
-    def _cannot(self, name: object, problem: str) -> None:
-        shown = str(name)[:80].encode(errors="backslashreplace").decode() or "''"
-        self.problems.append(f"{shown}: {problem}")
-
-    def _new_kind(self, dtype: torch.dtype, size: torch.Size) -> _Kind:
-        shape, name = tuple(size), _NAMES.get(dtype)
+    def __missing__(self, size: torch.Size) -> _Kind:
+        shape, name = tuple(size), _NAMES.get(self._dtype)
         if name is None:
-            kind = _Kind("", shape, 0, False, f"its dtype {dtype} cannot travel")
+            kind = _Kind("", shape, 0, False, f"its dtype {self._dtype} cannot travel")
         else:
             many = f"it has {len(shape)} dimensions, at most {MAX_DIMS} are possible" if len(shape) > MAX_DIMS else ""
-            kind = _Kind(name, shape, math.prod(shape) * ITEM_BYTES[name], dtype.is_complex, many)
-        self._kinds.setdefault(dtype, {})[shape] = kind
+            kind = _Kind(name, shape, math.prod(shape) * ITEM_BYTES[name], self._dtype.is_complex, many)
+        self[shape] = kind
         return kind
 
 
-def _alike(owner: TensorSpec, kind: _Kind, stride: tuple[int, ...], memory_format: str) -> bool:
-    """Whether a tensor at the same address is the very same tensor."""
-    theirs = (owner.dtype, owner.shape, owner.stride, owner.format)
-    return theirs == (kind.dtype, kind.shape, stride, memory_format)
+class _Survey:
+    """What is found out about a set of tensors, in a list for each property.
+
+    Tens of thousands of them are not rare, and a client describes its own before it asks for the first block: each
+    property is asked of each tensor once, and no loop of ours goes through them where one of the interpreter's can.
+
+    Args:
+        names: Their names.
+        tensors: In the same order.
+
+    Attributes:
+        device: Where they are, or most of them.
+        addresses: Where the memory of each begins.
+
+    Raises:
+        RuntimeError: Some tensor has no memory that can be named by an address.
+    """
+
+    def __init__(self, names: list[str], tensors: list[torch.Tensor]) -> None:
+        self._names = names
+        self._tensors = tensors
+        self.addresses = list(map(torch.Tensor.data_ptr, tensors))  # first: what has no plain memory fails here
+        dtypes = list(map(attrgetter("dtype"), tensors))
+        tables = {dtype: _Kinds(dtype) for dtype in set(dtypes)}
+        sizes = map(attrgetter("shape"), tensors)
+        self._tables = tables.values()
+        self._kinds = [tables[dtype][size] for dtype, size in zip(dtypes, sizes, strict=True)]
+        self._devices = list(map(attrgetter("device"), tensors))
+        self.device: torch.device = self._devices[0] if tensors else torch.device("cpu")
+        if self._devices.count(self.device) < len(tensors):
+            self.device = Counter(self._devices).most_common(1)[0][0]
+        row_major = map(torch.Tensor.is_contiguous, tensors)
+        self._permuted = [place for place, contiguous in enumerate(row_major) if not contiguous]
+        self._aliases: dict[int, int] = {}
+        # Of those with bytes of their own, in the order of their memory: place, start and end.
+        self._order: list[int] = []
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    @classmethod
+    def of(cls, names: list[str], tensors: list[torch.Tensor]) -> _Survey | None:
+        """A survey of tensors that can all travel; None when some can't."""
+        if any(map(_type_problem, set(map(type, tensors)))) or not _all_usual(names):
+            return None
+        try:
+            survey = cls(names, tensors)
+        except RuntimeError:
+            return None
+        return None if survey._doubtful() else survey
+
+    def specs(self) -> list[TensorSpec]:
+        """What they look like, once :meth:`problems` has found none."""
+        kinds = self._kinds
+        dtypes, shapes = map(attrgetter("dtype"), kinds), map(attrgetter("shape"), kinds)
+        specs = list(map(TensorSpec, self._names, dtypes, shapes))
+        strides, formats = self._strides, self._formats
+        for place in sorted({*strides, *formats, *self._aliases}):
+            owner = self._aliases.get(place)
+            specs[place] = TensorSpec(
+                self._names[place],
+                kinds[place].dtype,
+                kinds[place].shape,
+                strides.get(place, ()),
+                formats.get(place, PLAIN),
+                "" if owner is None else self._names[owner],
+            )
+        return specs
+
+    def problems(self, *, writable: bool) -> list[str]:
+        """What keeps tensors from travelling that each could travel alone."""
+        if self._devices.count(self.device) < len(self._tensors):
+            return self._strangers()
+        found = [
+            f"{self._names[place]}: it is a part of memory in format {memory_format}, which has no parts"
+            for place, memory_format in self._formats.items()
+            if self._tensors[place].storage_offset() != 0
+        ]
+        self._lay_out()
+        found += self._overlaps()
+        if writable and self.device == torch.device("cpu"):
+            found += self._locked(mapped(NOT_WRITABLE))
+        return found
+
+    def _doubtful(self) -> bool:
+        """Whether some tensor can't travel, whichever."""
+        tensors, kinds = self._tensors, self._kinds
+        known = [kind for table in self._tables for kind in table.values()]
+        if any(kind.problem for kind in known) or any(map(torch.Tensor.is_neg, tensors)):
+            return True
+        if any(kind.complex for kind in known) and any(map(torch.Tensor.is_conj, tensors)):
+            return True
+        if 0 in self.addresses and any(
+            kind.nbytes and not address for kind, address in zip(kinds, self.addresses, strict=True)
+        ):
+            return True
+        return not all(is_dense(kinds[place].shape, tensors[place].stride()) for place in self._permuted)
+
+    @cached_property
+    def _strides(self) -> dict[int, tuple[int, ...]]:
+        """Strides of those that do not lie in row-major order, by place."""
+        return {place: _canonical(self._tensors[place].stride(), self._kinds[place].shape) for place in self._permuted}
+
+    @cached_property
+    def _formats(self) -> dict[int, str]:
+        """Memory formats of those that are not in the plain one, by place."""
+        if self.device.type != "npu":
+            return {}
+        formats = map(format_of, self._tensors)
+        return {place: memory_format for place, memory_format in enumerate(formats) if memory_format != PLAIN}
+
+    def _lay_out(self) -> None:
+        """Bring those with bytes of their own into the order of their memory."""
+        addresses, sizes = self.addresses, [kind.nbytes for kind in self._kinds]
+        order = sorted(range(len(addresses)), key=addresses.__getitem__)
+        if 0 in sizes:
+            order = [place for place in order if sizes[place]]
+        starts = [addresses[place] for place in order]
+        if any(map(eq, starts, starts[1:])):
+            self._find_aliases()
+            spans = sorted((addresses[p], addresses[p] + sizes[p], p) for p in order if p not in self._aliases)
+            order, starts = [place for _, _, place in spans], [start for start, _, _ in spans]
+        self._order, self._starts = order, starts
+        self._ends = [start + sizes[place] for start, place in zip(starts, order, strict=True)]
+
+    def _find_aliases(self) -> None:
+        """Find those that are the very same memory, and nothing else, as an earlier one."""
+        strides, formats = self._strides, self._formats
+
+        def layout(place: int) -> tuple[object, ...]:
+            kind = self._kinds[place]
+            return kind.dtype, kind.shape, strides.get(place), formats.get(place)
+
+        owners: dict[int, int] = {}
+        for place, (address, kind) in enumerate(zip(self.addresses, self._kinds, strict=True)):
+            if kind.nbytes:
+                owner = owners.setdefault(address, place)
+                if owner != place and layout(owner) == layout(place):
+                    self._aliases[place] = owner
+
+    def _overlaps(self) -> list[str]:
+        """Name tensors that share memory without being the same tensor."""
+        if not any(map(gt, self._ends, self._starts[1:])):
+            return []
+        found = []
+        past, holder = 0, 0
+        for start, end, place in zip(self._starts, self._ends, self._order, strict=True):
+            if start < past:
+                found.append(
+                    f"{self._names[place]}: its memory overlaps that of {self._names[holder]} "
+                    "without being the same tensor"
+                )
+            if end > past:
+                past, holder = end, place
+        return found
+
+    def _locked(self, locked: Iterable[tuple[int, int]]) -> list[str]:
+        """Name tensors that reach into these address ranges.
+
+        torch does not know that such memory is read-only: the first write would end the process.
+        """
+        found = []
+        for start, end in locked:
+            # Tensors don't overlap, so those that begin before the range ends are in the order of their ends, too.
+            at = bisect_left(self._starts, end) - 1
+            while at >= 0 and self._ends[at] > start:
+                found.append(f"{self._names[self._order[at]]}: its memory is read-only")
+                at -= 1
+        return found
+
+    def _strangers(self) -> list[str]:
+        """Name tensors that are not on the device where most are."""
+        most = self._devices.count(self.device)
+        return [
+            f"{name}: it is on {device}, {most} others are on {self.device}"
+            for name, device in zip(self._names, self._devices, strict=True)
+            if device != self.device
+        ]
 
 
 def _canonical(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
     """`stride` as both sides have to write it: for dimensions of size 1 torch keeps whatever it was."""
     return tuple(step if size != 1 else 1 for step, size in zip(stride, shape, strict=True))
+
+
+def _shown(name: object) -> str:
+    return str(name)[:80].encode(errors="backslashreplace").decode() or "''"
+
+
+def _all_usual(names: list[str]) -> bool:
+    """Whether no name needs a closer look: all are text of a fit length, in ASCII."""
+    if not names:
+        return True
+    return (
+        set(map(type, names)) == {str}
+        and "" not in names
+        and max(map(len, names)) <= MAX_NAME
+        and all(map(str.isascii, names))
+    )
 
 
 def _name_problem(name: object) -> str:
@@ -231,18 +324,24 @@ def _type_problem(kind: type) -> str:
     return ""
 
 
-def _address_of(tensor: torch.Tensor, kind: _Kind, *, row_major: bool) -> tuple[int, str]:
-    """Where the bytes of a strided tensor begin; or why they can't be named by address."""
+def _problem_of(name: object, tensor: torch.Tensor) -> str:
+    """Why a tensor can't travel; empty when it can, as far as that can be seen from it alone."""
+    problem = _name_problem(name) or _type_problem(type(tensor))
+    if problem:
+        return problem
+    if tensor.layout is not torch.strided:
+        return f"its layout is {tensor.layout}, only strided memory can travel"
+    kind = _Kinds(tensor.dtype)[tensor.shape]
     if kind.problem:
-        return 0, kind.problem
+        return kind.problem
     if tensor.is_neg() or (kind.complex and tensor.is_conj()):
-        return 0, "it is a lazy conjugate or negative: its memory holds other values"
-    if not row_major and not is_dense(kind.shape, tensor.stride()):
-        return 0, f"stride {tuple(tensor.stride())} leaves gaps or visits memory twice for shape {kind.shape}"
+        return "it is a lazy conjugate or negative: its memory holds other values"
+    if not tensor.is_contiguous() and not is_dense(kind.shape, tensor.stride()):
+        return f"stride {tuple(tensor.stride())} leaves gaps or visits memory twice for shape {kind.shape}"
     try:
         address = tensor.data_ptr()
     except RuntimeError as error:  # a wrapper without a class of its own (torch.func)
-        return 0, f"its memory cannot be addressed: {error}"
+        return f"its memory cannot be addressed: {error}"
     if not address and kind.nbytes:
-        return 0, "it is on the meta device and has no memory" if tensor.is_meta else "it has no memory"
-    return address, ""
+        return "it is on the meta device and has no memory" if tensor.is_meta else "it has no memory"
+    return ""

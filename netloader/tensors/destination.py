@@ -57,6 +57,11 @@ class Destination:
         """The tensors by name, in the order of the manifest; an alias maps to the same tensor as its owner."""
         return self._tensors
 
+    def larger(self, least: int) -> list[torch.Tensor]:
+        """Those of at least so many bytes; each that is known by several names once."""
+        sizes = () if self._manifest is None else self._manifest.sizes
+        return [tensor for tensor, nbytes in zip(self._tensors.values(), sizes, strict=True) if nbytes >= least]
+
     def adopt(self, manifest: Manifest) -> None:
         """Allocate memory for a manifest that the server announced. Its contents are undefined until they are pulled.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import xxhash
@@ -13,6 +13,7 @@ import xxhash
 from netloader.errors import ManifestError, TransportUnavailable, shown
 from netloader.manifest import DIGEST_BYTES
 from netloader.plan import Plan
+from netloader.tensors.regions import objects, regions_of
 from netloader.tensors.staging import joined, staging
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _GROUP = 8
 
 
 class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
+    def update(self, data: Any, /) -> None: ...  # any object with the buffer protocol
 
     def digest(self) -> bytes: ...
 
@@ -60,14 +61,14 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
     """
     state = _new(algorithm)
     try:
-        buffers = view.buffers()
+        regions = regions_of(view)
     except TransportUnavailable:
         with torch.inference_mode():
             for span in joined(view.tensors()):
                 _hash_device_span(state, span)
     else:
-        for buffer in buffers:
-            state.update(buffer)
+        for piece in objects(regions):
+            state.update(piece)
     return state.digest()
 
 

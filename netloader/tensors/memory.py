@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from operator import add, lt
 
 import torch
 
 from netloader.codecs.npu_formats import is_private
 from netloader.errors import ManifestError, TransportUnavailable
 from netloader.manifest import Manifest
-from netloader.plan import Block, Plan, Span
+from netloader.plan import Block, Plan
 from netloader.tensors.private import PlainCopies, PlainCopy
+from netloader.tensors.regions import Regions, regions_over
 
 __all__ = ["Memory", "MemoryBlock"]
 
@@ -62,13 +64,13 @@ class MemoryBlock:
         """
         if self._tensors is None:
             made = []
-            spans = zip(self._storages, self._addresses, self._block.spans, strict=True)
-            for place, (storage, address, span) in enumerate(spans):
+            offset, spans = self._block.offset, zip(self._storages, self._addresses, self._block.sizes, strict=True)
+            for place, (storage, address, nbytes) in enumerate(spans):
                 if place in self._copies:
-                    made.append(self._copies[place].rows()[span.offset : span.offset + span.nbytes])
+                    made.append(self._copies[place].rows()[offset : offset + nbytes])
                     continue
                 empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
-                made.append(empty.set_(storage, address - storage.data_ptr(), (span.nbytes,), (1,)))
+                made.append(empty.set_(storage, address - storage.data_ptr(), (nbytes,), (1,)))
             self._tensors = made
         return self._tensors
 
@@ -86,10 +88,7 @@ class MemoryBlock:
         Raises:
             TransportUnavailable: Some of the memory is not the CPU's.
         """
-        if self._device.type != "cpu" and not all(storage.device.type == "cpu" for storage in self._storages):
-            raise TransportUnavailable(
-                f"block {self.number} is on {self._device}, byte views exist for the CPU's memory only"
-            )
+        self._check_reachable()
         if self._buffers is None:
             base = min(self._addresses)
             window = _WINDOW.from_address(base)
@@ -97,10 +96,25 @@ class MemoryBlock:
             window.storages = self._storages  # type: ignore[attr-defined]  # a ctypes array takes any attribute
             whole = memoryview(window).cast("B")
             self._buffers = [
-                whole[address - base : address - base + span.nbytes]
-                for address, span in zip(self._addresses, self._block.spans, strict=True)
+                whole[address - base : address - base + nbytes]
+                for address, nbytes in zip(self._addresses, self._block.sizes, strict=True)
             ]
         return self._buffers
+
+    def regions(self) -> Regions[int]:
+        """The spans in order, by address: much cheaper than byte views. Valid as long as this object is there.
+
+        Raises:
+            TransportUnavailable: Some of the memory is not the CPU's.
+        """
+        self._check_reachable()
+        return regions_over(self._addresses, self._block.sizes)
+
+    def _check_reachable(self) -> None:
+        if self._device.type != "cpu" and not all(storage.device.type == "cpu" for storage in self._storages):
+            raise TransportUnavailable(
+                f"block {self.number} is on {self._device}, byte views exist for the CPU's memory only"
+            )
 
 
 class Memory:
@@ -115,6 +129,8 @@ class Memory:
         device: Where they live. A server may have copies of some of them in the CPU's memory.
         addresses: Where each begins, when that is known already.
         weak: Hold them by weak references.
+        keep: Keep what was found out about a block's memory for the next look at it, and the memory with it: for a
+            server, which shows the same blocks to one client after the other. Not together with `weak`.
 
     Attributes:
         device: As torch names it (``cpu``, ``cuda:0``).
@@ -128,6 +144,7 @@ class Memory:
         *,
         addresses: list[int] | None = None,
         weak: bool = False,
+        keep: bool = False,
     ) -> None:
         self.device = str(device)
         self._device = device
@@ -142,6 +159,8 @@ class Memory:
                 self._private = frozenset(i for i, tensor in enumerate(tensors) if is_private(tensor))
         self._tensors: list[torch.Tensor] = [] if weak else list(tensors)
         self._references: list[Callable[[], torch.Tensor | None]] = [weakref.ref(t) for t in tensors] if weak else []
+        self._keep = keep
+        self._kept: tuple[Plan | None, dict[int, tuple[list[torch.UntypedStorage], list[int]]]] = (None, {})
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order.
@@ -160,42 +179,81 @@ class Memory:
 
     def _view(self, plan: Plan, number: int) -> MemoryBlock:
         block = plan.blocks[number]
-        storages, addresses = [], []
-        copies: dict[int, PlainCopy] = {}
-        for place, span in enumerate(block.spans):
-            index = span.tensor
-            tensor = self._references[index]() if self._references else self._tensors[index]
-            if tensor is None or tensor.data_ptr() != self._addresses[index]:
-                raise self._gone(plan, number)
-            address = self._addresses[index] + span.offset
-            storage = tensor.untyped_storage()
-            if address + span.nbytes > storage.data_ptr() + storage.nbytes():
-                raise self._gone(plan, number)
-            storages.append(storage)
-            addresses.append(address)
-            if index in self._private:
-                copies[place] = self._copies.of(index, tensor)
-        return MemoryBlock(block, self._device, storages, addresses, copies)
+        storages = self._holders(plan, block)
+        if storages is None:
+            raise self._gone(plan, number)
+        copies = {
+            place: self._copies.of(index, tensor)
+            for place, index in enumerate(block.tensors if self._private else ())
+            if index in self._private and (tensor := self._tensor(index)) is not None
+        }
+        return MemoryBlock(block, self._device, storages, self._begins(block), copies)
 
     def missing(self, plan: Plan, number: int) -> str | None:
         """Why block `number` can't be read or written any more: the tensor and the reason; None when it can."""
         self._check(plan)
+        block = plan.blocks[number]
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            for span in plan.blocks[number].spans:
-                reason = self._problem(span)
+            if self._holders(plan, block) is not None:
+                return None
+            for index, nbytes in zip(block.tensors, block.sizes, strict=True):
+                reason = self._problem(index, block.offset + nbytes)
                 if reason:
-                    return f"{self._manifest.tensors[span.tensor].name} {reason}"
+                    return f"{self._manifest.tensors[index].name} {reason}"
         return None
 
-    def _problem(self, span: Span) -> str:
-        index = span.tensor
-        tensor = self._references[index]() if self._references else self._tensors[index]
+    def _begins(self, block: Block) -> list[int]:
+        """Addresses of the spans of a block."""
+        addresses = self._addresses_of(block)
+        return [address + block.offset for address in addresses] if block.offset else addresses
+
+    def _addresses_of(self, block: Block) -> list[int]:
+        """Addresses of the tensors that a block has bytes of."""
+        return list(map(self._addresses.__getitem__, block.tensors))
+
+    def _held(self, block: Block) -> list[torch.Tensor] | None:
+        """Those tensors; None when one was dropped."""
+        if not self._references:
+            return list(map(self._tensors.__getitem__, block.tensors))
+        found = [self._references[index]() for index in block.tensors]
+        tensors = [tensor for tensor in found if tensor is not None]
+        return tensors if len(tensors) == len(found) else None
+
+    def _tensor(self, index: int) -> torch.Tensor | None:
+        return self._references[index]() if self._references else self._tensors[index]
+
+    def _holders(self, plan: Plan, block: Block) -> list[torch.UntypedStorage] | None:
+        """What holds the memory of each span of a block; None when some of it is not there any more.
+
+        Looks at each tensor: their number, not their bytes, is what this costs. No loop of ours goes through them.
+        """
+        tensors = self._held(block)
+        if tensors is None or list(map(torch.Tensor.data_ptr, tensors)) != self._addresses_of(block):
+            return None
+        kept_for, kept = self._kept
+        if kept_for is not plan:
+            kept_for, kept = self._kept = (plan, {})
+        storages, sizes = kept.get(block.number, (None, None))
+        # A storage that was kept is alive: what lies at its address is no other one, unless it was emptied since.
+        if storages is not None and list(map(torch.UntypedStorage.nbytes, storages)) == sizes:
+            return storages
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        sizes = list(map(torch.UntypedStorage.nbytes, storages))
+        ends = map(add, map(torch.UntypedStorage.data_ptr, storages), sizes)
+        if any(map(lt, ends, map(add, self._begins(block), block.sizes))):
+            return None
+        if self._keep:
+            kept[block.number] = storages, sizes
+        return storages
+
+    def _problem(self, index: int, nbytes: int) -> str:
+        tensor = self._tensor(index)
         if tensor is None:
             return "was dropped by its owner"
         if tensor.data_ptr() != self._addresses[index]:
             return "was given other memory"
         storage = tensor.untyped_storage()
-        if self._addresses[index] + span.offset + span.nbytes > storage.data_ptr() + storage.nbytes():
+        if self._addresses[index] + nbytes > storage.data_ptr() + storage.nbytes():
             return "has less memory than it had"
         return ""
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["Toucher"]
+__all__ = ["LEAST_BYTES", "Toucher"]
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _STEP = 32 << 20
 """Bytes asked for at a time: between two calls it is seen whether to go on."""
 
-_LEAST = 1 << 20
-"""Smaller tensors come out of memory that was used before, most of the time."""
+LEAST_BYTES = 1 << 20
+"""Smaller tensors come out of memory that was used before, most of the time: they are left alone."""
 
 
 class Toucher:
@@ -37,8 +37,8 @@ class Toucher:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._over = threading.Event()
-        # Kept alive until the thread has ended; small ones are left out first, since there may be tens of thousands.
-        self._tensors = [tensor for tensor in tensors if tensor.nbytes >= _LEAST]
+        # Kept alive until the thread has ended.
+        self._tensors = [tensor for tensor in tensors if tensor.nbytes >= LEAST_BYTES]
         self._ranges = [found for tensor in self._tensors if (found := _pages(tensor)) is not None]
         self._thread: threading.Thread | None = None
 

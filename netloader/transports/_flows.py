@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from netloader.errors import TransportError
+from netloader.tensors.regions import Regions, left_of, regions_of, total
 from netloader.transports._landing import Operation
-from netloader.transports._lanes import after, calls
+from netloader.transports._lanes import calls
 from netloader.transports._line import Line
-from netloader.transports._readv import MOST_SPANS, read, regions_of, total
+from netloader.transports._readv import read
 from netloader.transports._ring import PIECE_BYTES, RING_BYTES, Ring
+from netloader.transports._vectored import MOST_REGIONS
 from netloader.transports.base import BlockView
 
 __all__ = ["Flow", "MemoryReader", "MemoryShower", "RingReader", "RingWriter"]
@@ -71,14 +73,12 @@ class MemoryShower:
         self._line.close()
 
     def _show(self, blocks: Sequence[BlockView], operation: Operation) -> None:
-        shown: list[Sequence[memoryview]] = []  # kept alive until they were read
         unread = 0
         for block in blocks:
             while unread >= _MOST_SHOWN:
                 unread -= self._read(operation, unread)
-            shown.append(block.buffers())
-            words = regions_of(shown[-1])
-            most = 2 * MOST_SPANS
+            words = regions_of(block)  # which the caller keeps alive until all were read
+            most = 2 * MOST_REGIONS
             for start in range(0, max(len(words), 1), most):
                 kind = _MORE if start + most < len(words) else _WHOLE
                 self._line.say(kind + words[start : start + most].tobytes(), operation)
@@ -134,8 +134,7 @@ class MemoryReader:
                 if block is None:
                     break
                 remote = self._shown(operation)
-            buffers = block.buffers()
-            local = regions_of(buffers)
+            local = regions_of(block)
             if total(remote) != total(local):
                 raise TransportError(
                     f"the sender shows {total(remote)} bytes as block {block.number}, which has {total(local)}"
@@ -170,7 +169,7 @@ class MemoryReader:
             with self._lock:
                 self._listening = False
 
-    def _shown(self, operation: Operation) -> array[int]:
+    def _shown(self, operation: Operation) -> Regions[int]:
         regions = array("Q")
         while True:
             message = self._listen(operation)
@@ -209,8 +208,8 @@ class RingWriter:
         self._ring.close()
 
     def _send(self, blocks: Sequence[BlockView], operation: Operation) -> None:
-        for buffers, _ in calls(list(enumerate(blocks)), PIECE_BYTES):
-            rest: Sequence[memoryview] = buffers
+        for regions, _ in calls(list(enumerate(blocks)), PIECE_BYTES):
+            rest = regions
             while rest:
                 # Read what is there in any case: a receiver that can't say more would stop listening.
                 while (message := self._line.heard()) is not None:
@@ -221,7 +220,7 @@ class RingWriter:
                 self._written += count
                 self._line.say(_WRITTEN + _COUNT.pack(self._written), operation)
                 operation.moved()
-                rest = after(rest, count)
+                rest = left_of(rest, count)
 
     def _note_freed(self, message: bytes) -> None:
         freed = _number(message, _FREED)
@@ -259,16 +258,16 @@ class RingReader:
 
     def _receive(self, blocks: Sequence[BlockView], operation: Operation) -> None:
         for place, block in enumerate(blocks):
-            for buffers, _ in calls([(0, block)], PIECE_BYTES):
-                rest: Sequence[memoryview] = buffers
+            for regions, _ in calls([(0, block)], PIECE_BYTES):
+                rest = regions
                 while rest:
-                    rest = after(rest, self._fill(rest, operation))
+                    rest = left_of(rest, self._fill(rest, operation))
             operation.completed(place)
 
-    def _fill(self, buffers: Sequence[memoryview], operation: Operation) -> int:
+    def _fill(self, regions: Regions[int], operation: Operation) -> int:
         if self._read == self._written:
             self._hear(operation)
-        count = self._ring.read(self._read, self._written - self._read, buffers)
+        count = self._ring.read(self._read, self._written - self._read, regions)
         self._read += count
         self._line.say(_FREED + _COUNT.pack(self._read), operation)
         operation.moved()

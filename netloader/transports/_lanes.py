@@ -8,19 +8,19 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.tensors.regions import Regions, left_of, regions_of
 from netloader.transports._landing import Operation
+from netloader.transports._vectored import MOST_REGIONS, recvmsg, sendmsg
 from netloader.transports.base import BlockView
 
-__all__ = ["CALL_BYTES", "LONGEST_CALL", "Lane", "Placed", "after", "calls", "share"]
+__all__ = ["CALL_BYTES", "LONGEST_CALL", "Lane", "Placed", "calls", "share"]
 
 CALL_BYTES = 1 << 20
 """Small blocks are moved together until a system call has this much to do; a block of more is one call's work."""
-
-_CALL_SPANS = 1024
-"""Pieces of memory that one system call takes (IOV_MAX)."""
 
 LONGEST_CALL = 32 << 20
 """Bytes that one system call may be asked for: a stall is looked for between calls."""
@@ -49,49 +49,38 @@ def share(blocks: Sequence[BlockView], first: int, lanes: int) -> list[list[Plac
     return shares
 
 
-def calls(blocks: Sequence[Placed], longest: int = LONGEST_CALL) -> Iterator[tuple[list[memoryview], list[End]]]:
+def calls(blocks: Sequence[Placed], longest: int = LONGEST_CALL) -> Iterator[tuple[Regions[int], list[End]]]:
     """What one system call moves at most, and which blocks end in it.
 
     Args:
         blocks: Blocks in order.
         longest: Bytes of one call, at most.
     """
-    buffers: list[memoryview] = []
-    ends: list[End] = []
-    size = 0
+    regions, ends, size = array("Q"), list[End](), 0
     for place, block in blocks:
-        spans = block.buffers()
+        spans = regions_of(block)
         # Most blocks fit as they are; with tens of thousands of small tensors a look at each piece is what takes time.
-        fits = block.nbytes <= longest and len(spans) <= _CALL_SPANS and all(spans)
-        if fits and buffers and (len(buffers) + len(spans) > _CALL_SPANS or size + block.nbytes > longest):
-            yield buffers, ends
-            buffers, ends, size = [], [], 0
+        fits = block.nbytes <= longest and len(spans) <= 2 * MOST_REGIONS
+        if fits and regions and (len(regions) + len(spans) > 2 * MOST_REGIONS or size + block.nbytes > longest):
+            yield regions, ends
+            regions, ends, size = array("Q"), [], 0
         if fits:
-            buffers += spans
+            regions += spans
             size += block.nbytes
-        for span in () if fits else spans:
-            for start in range(0, len(span), longest):
-                piece = span[start : start + longest] if len(span) > longest else span
-                if len(buffers) == _CALL_SPANS or (buffers and size + len(piece) > longest):
-                    yield buffers, ends
-                    buffers, ends, size = [], [], 0
-                buffers.append(piece)
-                size += len(piece)
+        for start, nbytes in () if fits else zip(spans[::2], spans[1::2], strict=True):
+            for offset in range(0, nbytes, longest):
+                piece = min(nbytes - offset, longest)
+                if len(regions) == 2 * MOST_REGIONS or (regions and size + piece > longest):
+                    yield regions, ends
+                    regions, ends, size = array("Q"), [], 0
+                regions.extend((start + offset, piece))
+                size += piece
         ends.append((size, place))
         if size >= min(CALL_BYTES, longest):
-            yield buffers, ends
-            buffers, ends, size = [], [], 0
+            yield regions, ends
+            regions, ends, size = array("Q"), [], 0
     if ends:
-        yield buffers, ends
-
-
-def after(buffers: Sequence[memoryview], moved: int) -> Sequence[memoryview]:
-    """What is left of `buffers` when the first `moved` bytes are done."""
-    for place, buffer in enumerate(buffers):
-        if moved < len(buffer):
-            return [buffer[moved:], *buffers[place + 1 :]]
-        moved -= len(buffer)
-    return ()
+        yield regions, ends
 
 
 class Lane:
@@ -118,8 +107,8 @@ class Lane:
         Raises:
             TransportError: See :meth:`netloader.transports.base.Channel.send`.
         """
-        for buffers, _ in calls(blocks):
-            self.put(buffers, operation)
+        for regions, _ in calls(blocks):
+            self.put(regions, operation)
 
     def receive(self, blocks: Sequence[Placed], operation: Operation) -> None:
         """Fill blocks in order.
@@ -127,38 +116,39 @@ class Lane:
         Raises:
             TransportError: See :meth:`netloader.transports.base.Channel.recv`; what reporting a block raises.
         """
-        for buffers, ends in calls(blocks):
+        for regions, ends in calls(blocks):
             if len(ends) < 2:  # noqa: PLR2004 - one block, or a part of one: nothing to report before it is whole
-                self.fill(buffers, operation)
+                self.fill(regions, operation)
                 for _, place in ends:
                     operation.completed(place)
             else:
-                self._fill_blocks(buffers, ends, operation)
+                self._fill_blocks(regions, ends, operation)
 
-    def put(self, buffers: Sequence[memoryview], operation: Operation) -> None:
-        """Send the bytes of at most 1024 pieces of memory."""
-        while buffers:
-            buffers = after(buffers, self._move(self._sock.sendmsg, buffers, operation))
+    def put(self, regions: Regions[int], operation: Operation) -> None:
+        """Send the bytes of at most 1024 regions, which the caller keeps alive."""
+        fd = self._sock.fileno()
+        while regions:
+            regions = left_of(regions, self._move(lambda rest: sendmsg(fd, rest), regions, operation))
 
-    def fill(self, buffers: Sequence[memoryview], operation: Operation) -> None:
-        """Receive into at most 1024 pieces of memory."""
-        receive = self._sock.recvmsg_into
-        while buffers:
-            moved = self._move(lambda rest: receive(rest, 0, socket.MSG_WAITALL)[0], buffers, operation)
-            buffers = after(buffers, moved)
+    def fill(self, regions: Regions[int], operation: Operation) -> None:
+        """Receive into at most 1024 regions, which the caller keeps alive."""
+        fd = self._sock.fileno()
+        while regions:
+            moved = self._move(lambda rest: recvmsg(fd, rest, socket.MSG_WAITALL), regions, operation)
+            regions = left_of(regions, moved)
 
-    def _fill_blocks(self, buffers: Sequence[memoryview], ends: Sequence[End], operation: Operation) -> None:
+    def _fill_blocks(self, regions: Regions[int], ends: Sequence[End], operation: Operation) -> None:
         """Receive several small blocks, and report each when it is whole: the next may take its time."""
-        receive = self._sock.recvmsg_into
+        fd = self._sock.fileno()
         done = reported = 0
         while True:
             while reported < len(ends) and ends[reported][0] <= done:
                 operation.completed(ends[reported][1])
                 reported += 1
-            if not buffers:
+            if not regions:
                 return
-            moved = self._move(lambda rest: receive(rest)[0], buffers, operation)
-            buffers = after(buffers, moved)
+            moved = self._move(lambda rest: recvmsg(fd, rest), regions, operation)
+            regions = left_of(regions, moved)
             done += moved
 
     def cut(self) -> None:
@@ -181,11 +171,11 @@ class Lane:
         self._sock.close()
 
     @staticmethod
-    def _move(move: Callable[[Sequence[memoryview]], int], buffers: Sequence[memoryview], operation: Operation) -> int:
+    def _move(move: Callable[[Regions[int]], int], regions: Regions[int], operation: Operation) -> int:
         """Call `move` until it moves something; how many bytes that were."""
         while True:
             try:
-                moved = move(buffers)
+                moved = move(regions)
             except BlockingIOError:
                 operation.check_stall()
                 continue

@@ -7,25 +7,20 @@ import errno
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from netloader.errors import PeerLost, TransportError, TransportUnavailable
+from netloader.tensors.regions import Regions, total
+from netloader.transports._vectored import MOST_REGIONS
 
-__all__ = ["MOST_SPANS", "Regions", "allow_reader", "needs_permission", "read", "regions_of", "total"]
-
-MOST_SPANS = 1024
-"""Pieces of memory that one call takes on each side (IOV_MAX)."""
-
-Regions = array  # of 64-bit numbers
-"""Pieces of memory: address, bytes, address, bytes, ... as the kernel reads them."""
+__all__ = ["allow_reader", "needs_permission", "read"]
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _BY_PERMISSION = "1"
 _PR_SET_PTRACER = 0x59616D61
-_WORD = 8
 
 
 @lru_cache(maxsize=1)
@@ -44,23 +39,7 @@ def _libc() -> Any:
     return libc
 
 
-def regions_of(buffers: Sequence[memoryview]) -> array[int]:
-    """Where these byte views lie; empty ones are left out. They have to stay alive while this is used."""
-    numbers: list[int] = []
-    byte, address_of = ctypes.c_char, ctypes.addressof
-    for buffer in buffers:
-        nbytes = len(buffer)
-        if nbytes:
-            numbers += (address_of(byte.from_buffer(buffer)), nbytes)
-    return array("Q", numbers)
-
-
-def total(regions: array[int]) -> int:
-    """Bytes in all."""
-    return sum(regions[1::2])
-
-
-def read(pid: int, remote: array[int], local: array[int]) -> None:
+def read(pid: int, remote: Regions[int], local: Regions[int]) -> None:
     """Read `remote` regions of process `pid` into `local` ones of this process, of as many bytes in all.
 
     Returns when all bytes are there; the interpreter is free meanwhile.
@@ -70,14 +49,14 @@ def read(pid: int, remote: array[int], local: array[int]) -> None:
         PeerLost: There is no such process.
         TransportError: Some of the memory is not there (any more).
     """
-    if len(remote) <= 2 * MOST_SPANS and len(local) <= 2 * MOST_SPANS:
+    if len(remote) <= 2 * MOST_REGIONS and len(local) <= 2 * MOST_REGIONS:
         _read(pid, remote, local)
         return
     for there, here in _in_step(remote, local):
         _read(pid, there, here)
 
 
-def _read(pid: int, remote: array[int], local: array[int]) -> None:
+def _read(pid: int, remote: Regions[int], local: Regions[int]) -> None:
     wanted = total(local)
     if not wanted:
         return
@@ -96,7 +75,7 @@ def _read(pid: int, remote: array[int], local: array[int]) -> None:
     raise TransportError(f"{wanted} bytes of process {pid} can't be read: {os.strerror(code)}")
 
 
-def _in_step(remote: array[int], local: array[int]) -> Iterator[tuple[array[int], array[int]]]:
+def _in_step(remote: Regions[int], local: Regions[int]) -> Iterator[tuple[Regions[int], Regions[int]]]:
     """Both sides cut into pieces of equal size, as many at a time as one call takes."""
     there, here = array("Q"), array("Q")
     rest = iter(zip(remote[::2], remote[1::2], strict=True))
@@ -107,7 +86,7 @@ def _in_step(remote: array[int], local: array[int]) -> Iterator[tuple[array[int]
             step = min(near_bytes, far_bytes)
             there.extend((far, step))
             here.extend((near, step))
-            if len(here) == 2 * MOST_SPANS:
+            if len(here) == 2 * MOST_REGIONS:
                 yield there, here
                 there, here = array("Q"), array("Q")
             near, near_bytes = near + step, near_bytes - step

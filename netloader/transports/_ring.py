@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
 
 from netloader.errors import TransportError
+from netloader.tensors.regions import Regions, first_of
+from netloader.transports._vectored import preadv, pwritev
 
 __all__ = ["PIECE_BYTES", "RING_BYTES", "Ring"]
 
@@ -53,26 +54,26 @@ class Ring:
         """The file's descriptor."""
         return self._fd
 
-    def write(self, position: int, buffers: Sequence[memoryview]) -> int:
-        """Write from the start of `buffers`; how many bytes were written before the ring's end came.
+    def write(self, position: int, regions: Regions[int]) -> int:
+        """Write from the start of `regions`; how many bytes were written before the ring's end came.
 
         Raises:
             TransportError: There is no memory.
         """
         try:
-            return os.pwritev(self._fd, _cut(buffers, RING_BYTES - position % RING_BYTES), position % RING_BYTES)
+            return pwritev(self._fd, first_of(regions, RING_BYTES - position % RING_BYTES), position % RING_BYTES)
         except OSError as error:
             raise TransportError(f"the shared memory can't be written: {error}") from error
 
-    def read(self, position: int, nbytes: int, buffers: Sequence[memoryview]) -> int:
-        """Read at most `nbytes` bytes into the start of `buffers`; how many bytes were read.
+    def read(self, position: int, nbytes: int, regions: Regions[int]) -> int:
+        """Read at most `nbytes` bytes into the start of `regions`; how many bytes were read.
 
         Raises:
             TransportError: It can't be read, or has become shorter.
         """
         place = position % RING_BYTES
         try:
-            count = os.preadv(self._fd, _cut(buffers, min(nbytes, RING_BYTES - place)), place)
+            count = preadv(self._fd, first_of(regions, min(nbytes, RING_BYTES - place)), place)
         except OSError as error:
             raise TransportError(f"the shared memory can't be read: {error}") from error
         if count == 0:
@@ -84,14 +85,3 @@ class Ring:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-def _cut(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
-    """The first `nbytes` bytes of `buffers`, or all of them."""
-    cut: list[memoryview] = []
-    for buffer in buffers:
-        if nbytes <= 0:
-            break
-        cut.append(buffer if len(buffer) <= nbytes else buffer[:nbytes])
-        nbytes -= len(buffer)
-    return cut

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from netloader.tensors.regions import Regions, regions_over
 from netloader.tensors.staging import joined, staging
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import Lane, Placed
@@ -43,7 +44,6 @@ class StagedLane(Lane):
     def send(self, blocks: Sequence[Placed], operation: Operation) -> None:
         """Send blocks in order; see :class:`Lane`."""
         stage = self._stage("send")
-        memory = stage.numpy().data
         with torch.inference_mode():
             for place, block in blocks:
                 if self._device.type != "cpu" and _on_host(
@@ -54,16 +54,15 @@ class StagedLane(Lane):
                 for pieces, _ in self._portions([(place, block)]):
                     nbytes = self._gather(pieces, stage)
                     if nbytes:
-                        self.put([memory[:nbytes]], operation)
+                        self.put(_start_of(stage, nbytes), operation)
 
     def receive(self, blocks: Sequence[Placed], operation: Operation) -> None:
         """Fill blocks in order; see :class:`Lane`."""
         stage = self._stage("receive")
-        memory = stage.numpy().data
         for pieces, places in self._portions(blocks):
             nbytes = sum(piece.numel() for piece in pieces)
             if nbytes:
-                self.fill([memory[:nbytes]], operation)
+                self.fill(_start_of(stage, nbytes), operation)
             with torch.inference_mode():
                 self._scatter(pieces, stage[:nbytes])
             for place in places:
@@ -115,6 +114,10 @@ class StagedLane(Lane):
             start += piece.numel()
         if len(pieces) > _FEW:
             _wait_for(self._device)
+
+
+def _start_of(stage: torch.Tensor, nbytes: int) -> Regions[int]:
+    return regions_over([stage.data_ptr()], [nbytes])
 
 
 def _on_host(block: BlockView) -> bool:

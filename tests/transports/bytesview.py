@@ -33,6 +33,17 @@ class BytesView:
         return [memoryview(span) for span in self.spans]
 
 
+class Pieces(BytesView):
+    """A block over parts of other objects' memory."""
+
+    def __init__(self, *pieces: memoryview) -> None:
+        super().__init__(0)
+        self.pieces = pieces
+
+    def buffers(self) -> Sequence[memoryview]:
+        return self.pieces
+
+
 def like(blocks: Sequence[BytesView]) -> list[BytesView]:
     """Empty blocks to receive these into."""
     return [BytesView(block.number, *(bytes(len(span)) for span in block.spans)) for block in blocks]

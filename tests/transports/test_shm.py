@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
+from netloader.tensors.regions import regions_of, regions_over
 from netloader.transports import _readv, shm
 from netloader.transports._ring import RING_BYTES
 from netloader.transports.base import Channel
 from netloader.transports.conformance import CHECKS, Check, check_transport, pair_maker
 from netloader.transports.shm import ShmTransport
-from tests.transports.bytesview import BytesView, like
+from tests.transports.bytesview import BytesView, Pieces, like
 from tests.transports.pairs import opened
 from tests.transports.test_tcp import grouping, groups, numbered, setup, spans
 
@@ -352,15 +353,15 @@ def test_regions_of_any_shape_are_read(remote: list[int], cut: int) -> None:
         start += nbytes
     into = bytearray(start)
     here = [memoryview(into)[at : at + cut] for at in range(0, start, cut)]
-    _readv.read(os.getpid(), _readv.regions_of(there), _readv.regions_of(here))
+    _readv.read(os.getpid(), regions_of(Pieces(*there)), regions_of(Pieces(*here)))
     assert into == data[:start]
 
 
 def test_reading_what_is_not_there_is_an_error() -> None:
     into = memoryview(bytearray(10))
-    here = _readv.regions_of([into])
+    here = regions_of(Pieces(into))
     with pytest.raises(TransportError, match="can't be read"):
-        _readv.read(os.getpid(), _readv.Regions("Q", (8, 10)), here)
+        _readv.read(os.getpid(), regions_over([8], [10]), here)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
         with pytest.raises(PeerLost):

@@ -1,0 +1,155 @@
+"""Pieces of memory by address, and the system calls that take them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netloader.plan import make_plan
+from netloader.tensors import describe
+from netloader.tensors.regions import Regions, first_of, left_of, objects, regions_of, regions_over, total
+from netloader.transports._vectored import MOST_REGIONS, preadv, pwritev, recvmsg, sendmsg
+from tests.tensor_sets import Sketch, build, sketches
+from tests.transports.bytesview import BytesView
+
+sizes = st.lists(st.integers(0, 40), max_size=30)
+
+
+def block(data: bytes, cuts: list[int]) -> BytesView:
+    """`data` in spans of these sizes."""
+    starts = [sum(cuts[:place]) for place in range(len(cuts))]
+    return BytesView(0, *(data[start : start + size] for start, size in zip(starts, cuts, strict=True)))
+
+
+def bytes_at(regions: Regions[int]) -> bytes:
+    return b"".join(bytes(piece) for piece in objects(regions))
+
+
+@given(cuts=sizes)
+def test_the_regions_of_a_block_are_its_bytes(cuts: list[int]) -> None:
+    whole = block(os.urandom(sum(cuts)), cuts)
+    regions = regions_of(whole)
+    assert (regions.typecode, regions.itemsize) == ("Q", 8)
+    assert 0 not in regions[1::2]
+    assert total(regions) == whole.nbytes
+    assert bytes_at(regions) == whole.data
+
+
+@given(sketch=sketches(), block_bytes=st.sampled_from([1024, 4096, 1 << 20]))
+def test_blocks_of_tensors_say_the_same_by_address_as_by_byte_views(sketch: list[Sketch], block_bytes: int) -> None:
+    tensors = build(sketch, seed=1)
+    manifest, memory = describe(tensors)
+    plan = make_plan(manifest, block_bytes)
+    for view in memory.views(plan, range(len(plan.blocks))):
+        assert bytes_at(view.regions()) == b"".join(view.buffers())
+        assert total(regions_of(view)) == view.nbytes
+
+
+@given(cuts=sizes, data=st.data())
+def test_a_part_that_is_done_leaves_the_rest(cuts: list[int], data: st.DataObject) -> None:
+    whole = block(os.urandom(sum(cuts)), cuts)
+    done = data.draw(st.integers(0, whole.nbytes))
+    regions = regions_of(whole)
+    kept = regions[:]
+    assert bytes_at(left_of(regions, done)) == whole.data[done:]
+    assert bytes_at(first_of(regions, done)) == whole.data[:done] if done else total(first_of(regions, done)) == 0
+    assert regions == kept, "what was given stays as it was"
+    assert not left_of(regions, whole.nbytes)
+    assert first_of(regions, whole.nbytes + 1) == regions
+
+
+@given(cuts=st.lists(st.integers(1, 2000), min_size=1, max_size=40), data=st.data())
+def test_what_is_sent_by_address_arrives(cuts: list[int], data: st.DataObject) -> None:
+    sent = block(os.urandom(sum(cuts)), cuts)
+    split = data.draw(st.integers(1, sent.nbytes))
+    received = block(bytes(sent.nbytes), [part for part in (split, sent.nbytes - split) if part])
+    left, right = socket.socketpair()
+    with left, right:
+        assert sendmsg(left.fileno(), regions_of(sent)) == sent.nbytes
+        assert recvmsg(right.fileno(), regions_of(received), socket.MSG_WAITALL) == sent.nbytes
+        left.shutdown(socket.SHUT_WR)
+        assert recvmsg(right.fileno(), regions_of(received)) == 0
+    assert received.data == sent.data
+
+
+@given(cuts=st.lists(st.integers(1, 2000), min_size=1, max_size=40), offset=st.integers(0, 5000))
+def test_files_are_written_and_read_by_address(cuts: list[int], offset: int) -> None:
+    written = block(os.urandom(sum(cuts)), cuts)
+    read = BytesView(0, bytes(written.nbytes))
+    fd = os.memfd_create("netloader-test", os.MFD_CLOEXEC)
+    try:
+        assert pwritev(fd, regions_of(written), offset) == written.nbytes
+        assert preadv(fd, regions_of(read), offset) == written.nbytes
+        assert os.pread(fd, offset + 1, 0) == bytes(offset) + written.data[:1]
+    finally:
+        os.close(fd)
+    assert read.data == written.data
+
+
+def test_as_many_regions_as_a_call_takes_and_no_more() -> None:
+    data = BytesView(0, *[b"x"] * (MOST_REGIONS + 1))
+    left, right = socket.socketpair()
+    with left, right:
+        regions = regions_of(data)
+        assert sendmsg(left.fileno(), regions[:-2]) == MOST_REGIONS
+        with pytest.raises(OSError) as caught:
+            sendmsg(left.fileno(), regions)
+    assert caught.value.errno == errno.EMSGSIZE
+
+
+def test_errors_of_the_system_are_raised_as_such() -> None:
+    into = BytesView(0, bytes(10))
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            recvmsg(left.fileno(), regions_of(into))
+        right.send(b"0123456789")
+        with pytest.raises(OSError) as caught:
+            recvmsg(left.fileno(), regions_over([8], [10]))
+        assert caught.value.errno == errno.EFAULT
+    with pytest.raises(OSError) as caught:
+        preadv(-1, regions_of(into), 0)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_a_signal_in_between_ends_no_call() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    main = threading.get_ident()
+    left, right = socket.socketpair()
+
+    def disturb() -> None:
+        for _ in range(3):
+            time.sleep(0.02)
+            signal.pthread_kill(main, signal.SIGUSR1)
+        left.send(b"0123456789")
+
+    helper = threading.Thread(target=disturb, name="netloader-test")
+    try:
+        with left, right:
+            helper.start()
+            into = BytesView(0, bytes(10))
+            assert recvmsg(right.fileno(), regions_of(into), socket.MSG_WAITALL) == 10
+            helper.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert into.data == b"0123456789"
+    assert heard
+
+
+def test_objects_do_not_hold_on_to_the_memory() -> None:
+    data = bytearray(b"0123456789")
+    (piece,) = objects(regions_of(BytesView(0, data)))
+    data += b"x" * 5  # a byte view of it would forbid that
+    assert len(piece) == 10
+    assert list(objects(array("Q"))) == []
