@@ -11,13 +11,14 @@ from typing import Protocol
 
 import anyio
 
+from netloader.backlog import Backlog
 from netloader.control import ControlConnection
-from netloader.driver import MANY_SPANS, Move, SessionDriver
-from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError, RemoteProtocolError
+from netloader.driver import Move, SessionDriver, few_spans
+from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError
 from netloader.ledger import Ledger
 from netloader.manifest import Manifest
 from netloader.messages import Outcome, ServerMessage
-from netloader.plan import Plan, Ranges, expand, to_ranges
+from netloader.plan import Plan, to_ranges
 from netloader.protocol import Session, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
@@ -37,7 +38,7 @@ _REQUEST_PART = 4
 """Part of a window that has to be free before more is asked for: how often a source is given more."""
 
 _RECEIVE_BYTES = 256 << 20
-"""Bytes after which no further grant is added to a receive: what is granted meanwhile waits for the next."""
+"""Bytes after which no further block is added to a receive: what is granted beyond waits for the next."""
 
 _LATE = 4
 """A block that takes this many times as long as blocks took until now is overdue."""
@@ -140,7 +141,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._received_bytes = 0
         self._seconds_per_byte = 0.0
         self.parked = False
-        self._receives, self._to_receive = anyio.create_memory_object_stream[Ranges](_OPEN_GRANTS)
+        self._granted = Backlog(_OPEN_GRANTS, f"the source sent more than {_OPEN_GRANTS} grants ahead")
         self._verify_seconds = 0.0
         self.share = share
         self.denied = ""
@@ -151,8 +152,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         try:
             await super().run()
         finally:
-            self._receives.close()
-            self._to_receive.close()
+            self._granted.close()
             self._commit()
             self._ledger.lose(self)
             self._supply.ended(self)
@@ -178,10 +178,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             case f.AskForWork():
                 self._ask_for_work()
             case f.ReceiveBlocks(ranges):
-                try:
-                    self._receives.send_nowait(ranges)
-                except anyio.WouldBlock:
-                    raise RemoteProtocolError(f"the source sent more than {_OPEN_GRANTS} grants ahead") from None
+                self._granted.put(ranges)
             case f.ReturnBlocks(ranges, reason, sources):
                 self.denied = reason or "it did not say why"
                 self.elsewhere = sources
@@ -271,31 +268,16 @@ class ClientSession(SessionDriver[ServerMessage]):
         """Whether blocks that other sessions are fetching may come back to us."""
         return not self._ledger.idle
 
-    def _granted(self, plan: Plan, ranges: Ranges) -> list[int]:
-        """Blocks to receive at once: `ranges`, and what was granted behind it meanwhile."""
-        numbers = list(expand(ranges))
-        nbytes = sum(plan.blocks[number].nbytes for number in numbers)
-        while nbytes < _RECEIVE_BYTES:
-            try:
-                more = expand(self._to_receive.receive_nowait())
-            except (anyio.WouldBlock, anyio.EndOfStream):
-                break
-            numbers += more
-            nbytes += sum(plan.blocks[number].nbytes for number in more)
-        return numbers
-
     async def _next_receive(self) -> Move | None:
         """The next call that receives, of what the source has granted; waits for it."""
-        try:
-            ranges = await self._to_receive.receive()
-        except anyio.EndOfStream:
+        if not await self._granted.wait():
             return None
         announcement = self.session.announcement
         if announcement is None:
             raise LocalProtocolError("blocks were granted before anything was announced")
         plan = announcement.plan
-        numbers = self._granted(plan, ranges)
-        if sum(len(plan.blocks[number].tensors) for number in numbers) < MANY_SPANS:
+        numbers = self._granted.take(plan, _RECEIVE_BYTES)
+        if few_spans(plan, numbers):
             views = self._destination.views(plan, numbers)
         else:
             views = await anyio.to_thread.run_sync(self._destination.views, plan, numbers)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Generic, NoReturn, TypeVar
 
@@ -22,13 +22,14 @@ from anyio.abc import TaskGroup
 from netloader.control import ControlConnection
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
 from netloader.messages import ClientMessage, ServerMessage
+from netloader.plan import Plan
 from netloader.protocol import FINAL, Session, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
 from netloader.signals import SignalBox
 from netloader.transports.base import Channel, Setup, depth_of
 
-__all__ = ["MANY_SPANS", "Move", "PhaseClock", "SessionDriver"]
+__all__ = ["MANY_SPANS", "Move", "PhaseClock", "SessionDriver", "few_spans"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -415,6 +416,11 @@ class SessionDriver(Generic[M]):
                 continue
             with anyio.move_on_after(left):
                 await self._deadline_moved.wait()
+
+
+def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
+    """Whether blocks are made of so few pieces that looking them up need not be done beside the event loop."""
+    return sum(len(plan.blocks[number].tensors) for number in numbers) < MANY_SPANS
 
 
 async def _raise(error: Exception) -> NoReturn:

@@ -127,6 +127,13 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 
+    @classmethod
+    def of(cls, tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> Manifest:
+        """A manifest of which :attr:`sizes` are known already."""
+        manifest = cls(tuple(tensors))
+        vars(manifest)["sizes"] = tuple(sizes)
+        return manifest
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """:attr:`TensorSpec.wire_bytes` of each tensor."""

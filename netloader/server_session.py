@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import anyio
 import anyio.to_thread
 
+from netloader.backlog import Backlog, groups
 from netloader.control import ControlConnection
-from netloader.driver import MANY_SPANS, Move, SessionDriver
+from netloader.driver import Move, SessionDriver, few_spans
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
     RefusedError,
-    RemoteProtocolError,
     TransportUnavailable,
 )
 from netloader.holdings import Holding, Holdings
 from netloader.messages import ClientMessage
-from netloader.plan import Plan, Ranges, expand, to_ranges
+from netloader.plan import Ranges, expand, to_ranges
 from netloader.protocol import Session, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
@@ -130,7 +129,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._absent: set[int] = set()
         self._chain: tuple[str, ...] = ()
         self._holding: Holding | None = None
-        self._sends, self._to_send = anyio.create_memory_object_stream[Ranges](_OPEN_REQUESTS)
+        self._asked = Backlog(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
         self._sent_at = 0.0
         self._send_bytes = _SEND_BYTES[0]
@@ -144,8 +143,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             await super().run()
         finally:
             self._sending = 0
-            self._sends.close()
-            self._to_send.close()
+            self._asked.close()
             self._relays.leave(self)
             self._turns.leave(self)
             self._looks.leave(self)
@@ -199,10 +197,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             case f.CheckBlocks(ranges):
                 self._check(ranges)
             case f.SendBlocks(ranges):
-                try:
-                    self._sends.send_nowait(ranges)
-                except anyio.WouldBlock:
-                    raise RemoteProtocolError(f"the client has more than {_OPEN_REQUESTS} requests open") from None
+                self._asked.put(ranges)
             case _:
                 super().perform(effect)
 
@@ -214,8 +209,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         """Start the task that sends, once there is a channel."""
         if after is State.TRANSFER:
             _log.info("%s: TRANSFER over %s", self.label, self.session.transport)
-            asked: deque[int] = deque()
-            self.spawn(lambda: self.move_blocks(lambda: self._next_send(asked)), lambda _: None)
+            self.spawn(lambda: self.move_blocks(self._next_send), lambda _: None)
 
     def _take_turn(self, turns: Turns) -> None:
         elsewhere = self._elsewhere()
@@ -324,31 +318,38 @@ class ServerSession(SessionDriver[ClientMessage]):
         """Grant blocks that are there, and say which ones are not any more."""
         holding = self._serving()
         plan = holding.announcement.plan
-        gone = {number: why for number in sorted(numbers) if (why := holding.memory.missing(plan, number)) is not None}
-        ready = to_ranges(numbers - set(gone))
+        if few_spans(plan, numbers):
+            self._answer(numbers, _lost(holding, numbers))
+            return
+        self.spawn(lambda: self._offer_in_parts(holding, numbers), lambda _: None)
+
+    async def _offer_in_parts(self, holding: Holding, numbers: set[int]) -> None:
+        """The same beside the event loop, for blocks of many pieces; the first ones are granted while others wait."""
+        for part in groups(holding.announcement.plan, sorted(numbers)):
+            self._answer(set(part), await anyio.to_thread.run_sync(_lost, holding, part))
+
+    def _answer(self, numbers: set[int], lost: dict[int, str]) -> None:
+        ready = to_ranges(numbers - set(lost))
         if ready:
             self.feed(e.BlocksReady(ready))
-        if gone:
-            self.feed(e.BlocksGone(to_ranges(gone), next(iter(gone.values()))))
+        if lost:
+            self.feed(e.BlocksGone(to_ranges(lost), next(iter(lost.values()))))
 
-    async def _next_send(self, asked: deque[int]) -> Move | None:
-        """The next call that sends, of the blocks in `asked` and what the client asks for meanwhile; waits for it."""
+    async def _next_send(self) -> Move | None:
+        """The next call that sends, of what was granted to the client; waits for it."""
         holding = self._serving()
-        if not asked:
-            try:
-                asked.extend(expand(await self._to_send.receive()))
-            except anyio.EndOfStream:
-                return None
+        if not await self._asked.wait():
+            return None
         if not self._holdings.holds(holding):
-            asked.clear()
+            self._asked.drop()
             return partial(self._say_gone, *self._holdings.why_gone(holding))
-        batch = self._batch(holding.announcement.plan, asked)
+        batch = self._asked.take(holding.announcement.plan, self._send_bytes)
         self._sending += 1
         try:
             views = await self._views(holding, batch)
         except ManifestError as error:  # granted, and dropped by their owner since
             self._sending -= 1
-            asked.clear()
+            self._asked.drop()
             return partial(self._say_gone, error.message)
         except BaseException:
             self._sending -= 1
@@ -379,25 +380,17 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     async def _views(self, holding: Holding, batch: list[int]) -> Sequence[BlockView]:
         plan = holding.announcement.plan
-        if sum(len(plan.blocks[number].tensors) for number in batch) < MANY_SPANS:
+        if few_spans(plan, batch):
             return holding.memory.views(plan, batch)
         return await anyio.to_thread.run_sync(holding.memory.views, plan, batch)
-
-    def _batch(self, plan: Plan, asked: deque[int]) -> list[int]:
-        """Blocks to send at once: the first of `asked`, with what was asked for behind them meanwhile."""
-        batch: list[int] = []
-        nbytes = 0
-        while nbytes < self._send_bytes:
-            if not asked:
-                try:
-                    asked.extend(expand(self._to_send.receive_nowait()))
-                except (anyio.WouldBlock, anyio.EndOfStream):
-                    break
-            batch.append(asked.popleft())
-            nbytes += plan.blocks[batch[-1]].nbytes
-        return batch
 
     def _serving(self) -> Holding:
         if self._holding is None:
             raise LocalProtocolError("blocks were asked for before anything was found")
         return self._holding
+
+
+def _lost(holding: Holding, numbers: Iterable[int]) -> dict[int, str]:
+    """Those of these blocks that can't be read any more, with the reason."""
+    plan, missing = holding.announcement.plan, holding.memory.missing
+    return {number: why for number in sorted(numbers) if (why := missing(plan, number)) is not None}

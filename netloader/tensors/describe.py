@@ -65,7 +65,7 @@ def describe(
             problems=problems,
             hint="leave them out, or use plain dense copies of them",
         )
-    manifest = Manifest(tuple(survey.specs()))
+    manifest = Manifest.of(survey.specs(), survey.wire_bytes())
     return manifest, Memory(
         manifest, values, survey.device, addresses=survey.addresses, weak=weak, keep=not (weak or writable)
     )
@@ -167,6 +167,13 @@ class _Survey:
                 "" if owner is None else self._names[owner],
             )
         return specs
+
+    def wire_bytes(self) -> list[int]:
+        """Bytes of each that travel, once :meth:`problems` has found none."""
+        sizes = [kind.nbytes for kind in self._kinds]
+        for place in self._aliases:
+            sizes[place] = 0
+        return sizes
 
     def problems(self, *, writable: bool) -> list[str]:
         """What keeps tensors from travelling that each could travel alone."""
