@@ -16,7 +16,7 @@ import torch
 from netloader.codecs.npu_formats import PLAIN, format_of
 from netloader.errors import ManifestError
 from netloader.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
-from netloader.tensors.mappings import NOT_WRITABLE, mapped
+from netloader.tensors.mappings import not_writable
 from netloader.tensors.memory import Memory
 
 __all__ = ["DTYPES", "describe"]
@@ -131,8 +131,8 @@ class _Survey:
         self.device: torch.device = self._devices[0] if tensors else torch.device("cpu")
         if self._devices.count(self.device) < len(tensors):
             self.device = Counter(self._devices).most_common(1)[0][0]
-        row_major = map(torch.Tensor.is_contiguous, tensors)
-        self._permuted = [place for place, contiguous in enumerate(row_major) if not contiguous]
+        row_major = list(map(torch.Tensor.is_contiguous, tensors))
+        self._permuted = [place for place, plain in enumerate(row_major) if not plain] if False in row_major else []
         self._aliases: dict[int, int] = {}
         # Of those with bytes of their own, in the order of their memory: place, start and end.
         self._order: list[int] = []
@@ -187,7 +187,7 @@ class _Survey:
         self._lay_out()
         found += self._overlaps()
         if writable and self.device == torch.device("cpu"):
-            found += self._locked(mapped(NOT_WRITABLE))
+            found += self._locked(not_writable(self._starts, self._ends))
         return found
 
     def _doubtful(self) -> bool:
