@@ -43,9 +43,10 @@ _RECEIVE_BYTES = 256 << 20
 _LATE = 4
 """A block that takes this many times as long as blocks took until now is overdue."""
 
-_LOOK_SECONDS = 0.02
-"""Seconds between two looks at what landed while something is being received: while the loop accounts for it, and
-while it is woken, the threads that move bytes wait for the interpreter."""
+_LOOK_SECONDS = (0.0025, 0.02)
+"""Seconds between two looks at what landed while something is being received. Soon at first, so that a fast source is
+asked for more before it has sent what it was asked for; then twice as long each time, up to the second figure: while
+the loop accounts for blocks, and while it is woken, the threads that move bytes wait for the interpreter."""
 
 _OPEN_GRANTS = 1 << 16
 """Grants that may wait for their blocks: a server answers a request with one, or a few."""
@@ -136,6 +137,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._arrived: deque[tuple[int, bytes]] = deque()
         self._receiving = 0
         self._next_look: asyncio.TimerHandle | None = None
+        self._look_seconds = _LOOK_SECONDS[0]
         self._began = self._moved = time.monotonic()
         self._window = _WINDOW_BYTES[0]
         self._received_bytes = 0
@@ -305,7 +307,7 @@ class ClientSession(SessionDriver[ServerMessage]):
 
         self._receiving += 1
         if self._next_look is None:
-            self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
+            self._next_look = self._loop.call_later(self._look_seconds, self._look)
         try:
             await self.channel().recv(views, landed)
             result: e.Event = e.BlocksReceived(to_ranges(numbers))
@@ -319,7 +321,8 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     def _look(self) -> None:
         """In the middle of a receive: account for what landed, and keep the source busy."""
-        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look) if self._receiving else None
+        self._look_seconds = min(2 * self._look_seconds, _LOOK_SECONDS[1])
+        self._next_look = self._loop.call_later(self._look_seconds, self._look) if self._receiving else None
         self._commit()
         plan = self._ledger.plan
         if plan is not None and self.session.state is State.TRANSFER and not self.parked:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from netloader.errors import ChannelClosed
 from netloader.transports._state import LoopEvent
@@ -18,8 +19,11 @@ __all__ = ["Job", "Worker"]
 
 T = TypeVar("T")
 
+_TURNS = 8
+"""Turns of the event loop that a thread gets which has said its last word: it mostly needs one or two to be gone."""
+
 _JOIN_EVERY = 0.0005
-"""Seconds between looks at a thread that has said its last word: it is about to be gone."""
+"""Seconds between looks at it after those."""
 
 _PATIENCE = 30.0
 """Seconds that a call which was told to return may still take before we say so and go on without it."""
@@ -137,6 +141,9 @@ class Worker:
             self._jobs.put(None)
         with anyio.CancelScope(shield=True), anyio.move_on_after(within):
             await self._gone.wait()
+            for _ in range(_TURNS):
+                if self._thread.is_alive():
+                    await anyio.lowlevel.checkpoint()
             while self._thread.is_alive():  # noqa: ASYNC110 - a thread's end sets no event
                 await anyio.sleep(_JOIN_EVERY)
         return not self._thread.is_alive()
