@@ -65,6 +65,8 @@ def left_of(regions: Regions[int], done: int) -> Regions[int]:
 
 def first_of(regions: Regions[int], nbytes: int) -> Regions[int]:
     """The first `nbytes` bytes of `regions`, or all of them."""
+    if nbytes <= 0:
+        return array("Q")
     ends = list(accumulate(regions[1::2]))
     if not ends or ends[-1] <= nbytes:
         return regions

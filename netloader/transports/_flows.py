@@ -23,17 +23,22 @@ from netloader.transports.base import BlockView
 
 __all__ = ["Flow", "MemoryReader", "MemoryShower", "RingReader", "RingWriter"]
 
-_MORE, _WHOLE, _READ, _WRITTEN, _FREED = b"M", b"B", b"R", b"W", b"F"
-"""What a message says: some regions of a block; its last ones; blocks were read; bytes were written; they were read."""
+_SHOWN, _READ, _WRITTEN, _FREED = b"S", b"R", b"W", b"F"
+"""What a message says: where blocks lie; blocks were read; bytes were written; they were read. Of each block it is said
+how many pieces it has and how many bytes in all, and then where each piece lies and how many bytes it has."""
 
 _MOST_SHOWN = 64
 """Blocks that may be shown and not yet read: their acknowledgements always fit into the socket."""
+
+_SHOWN_TOGETHER = 8
+"""Blocks that one message shows: each message costs both sides a system call."""
 
 _READ_TOGETHER = 16
 """Blocks that are acknowledged together: each acknowledgement wakes the sender, which takes a processor for it."""
 
 _COUNT = struct.Struct("=Q")
 _WORD = 8
+_MOST_WORDS = 2 * MOST_REGIONS
 
 Work = Callable[[], None]
 
@@ -74,15 +79,18 @@ class MemoryShower:
 
     def _show(self, blocks: Sequence[BlockView], operation: Operation) -> None:
         unread = 0
-        for block in blocks:
-            while unread >= _MOST_SHOWN:
-                unread -= self._read(operation, unread)
-            words = regions_of(block)  # which the caller keeps alive until all were read
-            most = 2 * MOST_REGIONS
-            for start in range(0, max(len(words), 1), most):
-                kind = _MORE if start + most < len(words) else _WHOLE
-                self._line.say(kind + words[start : start + most].tobytes(), operation)
+        words = array("Q")
+        for place, block in enumerate(blocks, 1):
+            regions = regions_of(block)  # which the caller keeps alive until all were read
+            words.extend((len(regions) // 2, block.nbytes))
+            words += regions
             unread += 1
+            if place % _SHOWN_TOGETHER == 0 or len(words) >= _MOST_WORDS or place == len(blocks):
+                for start in range(0, len(words), _MOST_WORDS):
+                    self._line.say(_SHOWN + words[start : start + _MOST_WORDS].tobytes(), operation)
+                words = array("Q")
+                while unread > _MOST_SHOWN:
+                    unread -= self._read(operation, unread)
         while unread:
             unread -= self._read(operation, unread)
 
@@ -110,6 +118,7 @@ class MemoryReader:
         self._threads = threads
         self._turn = threading.Lock()  # whoever has it listens; one for all calls, so that they hear in their order
         self._lock = threading.Lock()
+        self._shown: Regions[int] = array("Q")  # what was heard and is not being read yet; whose turn it is has it
         self._read = 0  # blocks read and not yet acknowledged
         self._listening = False
 
@@ -133,13 +142,8 @@ class MemoryReader:
                 place, block = next(rest, (-1, None))
                 if block is None:
                     break
-                remote = self._shown(operation)
-            local = regions_of(block)
-            if total(remote) != total(local):
-                raise TransportError(
-                    f"the sender shows {total(remote)} bytes as block {block.number}, which has {total(local)}"
-                )
-            read(self._pid, remote, local)
+                remote = self._next(block, operation)
+            read(self._pid, remote, regions_of(block))
             # Only now is it certain that the sender, and no other process, was there and left its memory alone.
             self._line.check()
             self._acknowledge(1, operation, at_once=False)
@@ -169,15 +173,25 @@ class MemoryReader:
             with self._lock:
                 self._listening = False
 
-    def _shown(self, operation: Operation) -> Regions[int]:
-        regions = array("Q")
-        while True:
+    def _next(self, block: BlockView, operation: Operation) -> Regions[int]:
+        """Where the bytes of the next block lie in the sender's memory."""
+        count, nbytes = self._heard(2, operation)
+        if nbytes != block.nbytes or count > nbytes:
+            raise TransportError(f"the sender shows {nbytes} bytes as block {block.number}, which has {block.nbytes}")
+        remote = self._heard(2 * count, operation)
+        if total(remote) != nbytes:
+            raise TransportError(f"the sender shows {total(remote)} bytes where it announced {nbytes}")
+        return remote
+
+    def _heard(self, count: int, operation: Operation) -> Regions[int]:
+        """The next `count` words of what is shown."""
+        while len(self._shown) < count:
             message = self._listen(operation)
-            if message[:1] not in (_MORE, _WHOLE) or len(message) % (2 * _WORD) != 1:
+            if message[:1] != _SHOWN or len(message) % (2 * _WORD) != 1:
                 raise TransportError(f"the sender said {message[:16]!r} where a block was to be shown")
-            regions.frombytes(message[1:])
-            if message[:1] == _WHOLE:
-                return regions
+            self._shown.frombytes(message[1:])
+        words, self._shown = self._shown[:count], self._shown[count:]
+        return words
 
 
 class RingWriter:
