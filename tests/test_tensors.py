@@ -65,6 +65,40 @@ def test_blocks_cover_every_byte_exactly_once(sketch: list[Sketch], block_bytes:
     assert seen == owned
 
 
+@given(sketch=sketches())
+def test_a_set_is_described_as_its_tensors_are_alone(sketch: list[Sketch]) -> None:
+    tensors = build(sketch, seed=1)
+    manifest, memory = describe(tensors)
+    assert manifest.sizes == tuple(spec.wire_bytes for spec in manifest.tensors)
+    assert Manifest(manifest.tensors).sizes == manifest.sizes
+    for spec, (name, tensor) in zip(manifest.tensors, tensors.items(), strict=True):
+        (alone,) = describe({name: tensor})[0].tensors
+        assert alone == TensorSpec(spec.name, spec.dtype, spec.shape, spec.stride, spec.format)
+        assert DTYPES[spec.dtype] == tensor.dtype
+        assert spec.shape == tuple(tensor.shape)
+        if spec.alias_of:
+            assert tensors[spec.alias_of].data_ptr() == tensor.data_ptr()
+    assert memory.device == "cpu"
+
+
+@given(sketch=sketches(), odd=st.integers(0, 6))
+def test_one_odd_tensor_hides_no_other(sketch: list[Sketch], odd: int) -> None:
+    tensors: dict[str, Any] = dict(build(sketch, seed=1))
+    whole = torch.zeros(8)
+    strange: dict[str, Any] = {
+        "sparse": torch.ones(3).to_sparse(),
+        "meta": torch.empty(3, device="meta"),
+        "conj": torch.ones(3, dtype=torch.complex64).conj(),
+        "negative": torch.ones(3, dtype=torch.complex64).conj().imag,
+        "rows": torch.ones(4, 4)[:, :2],
+        "none": None,
+        "bits": torch.empty(3, dtype=torch.bits8),
+    }
+    name = list(strange)[odd]
+    found = problems_of({"odd": strange[name], **tensors, "whole": whole, "part": whole[2:4]})
+    assert [line.split(":")[0] for line in found] == ["odd", "part"]
+
+
 @given(sketch=sketches(), block_bytes=BLOCK_SIZES, seed=st.integers(0, 5))
 def test_copying_every_block_makes_two_sets_bit_equal(sketch: list[Sketch], block_bytes: int, seed: int) -> None:
     source, target = build(sketch, seed=seed), build(sketch, seed=None)
@@ -332,6 +366,40 @@ def test_replaced_memory_is_never_used_by_its_old_address() -> None:
     gc.collect()
     buffers[0][:] = bytes(4000)  # the old memory lives as long as its views
     assert parameter.sum().item() == 1000
+
+
+def test_a_second_look_sees_what_changed_since_the_first() -> None:
+    """A server keeps what it found out about a block's memory; none of that is trusted blindly."""
+    tensor = torch.zeros(1000)
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    manifest, memory = describe({"w": tensor, "p": parameter})
+    plan = make_plan(manifest, 4096)
+    first = memory.views(plan, [0, 1])
+    assert [view.regions() for view in memory.views(plan, [0, 1])] == [view.regions() for view in first]
+    assert memory.missing(plan, 0) is None
+    storage = tensor.untyped_storage()
+    storage.resize_(0)
+    assert memory.missing(plan, 0) is not None
+    with pytest.raises(ManifestError, match="block 0 is gone"):
+        memory.views(plan, [0])
+    parameter.data = torch.ones(1000)
+    assert memory.missing(plan, 1) == "p was given other memory"
+    other = make_plan(manifest, 8192)
+    assert memory.missing(other, 0) is not None
+
+
+def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it_did() -> None:
+    tensor = torch.zeros(1000)
+    manifest, memory = describe({"w": tensor})
+    plan = make_plan(manifest, 4096)
+    memory.views(plan, [0])
+    kept = memory._kept[1][0]
+    memory._kept[1][0] = kept[0], [size + 1 for size in kept[1]]  # as if it had been larger
+    assert memory.missing(plan, 0) is None, "looked at again, and large enough"
+    short = torch.zeros(100)
+    memory._addresses[0], memory._tensors[0] = short.data_ptr(), short
+    memory._kept[1][0] = [short.untyped_storage()], [4000]
+    assert memory.missing(plan, 0) == "w has less memory than it had"
 
 
 def test_memory_that_shrank_is_never_read_past_its_end() -> None:

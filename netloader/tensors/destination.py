@@ -60,6 +60,8 @@ class Destination:
     def larger(self, least: int) -> list[torch.Tensor]:
         """Those of at least so many bytes; each that is known by several names once."""
         sizes = () if self._manifest is None else self._manifest.sizes
+        if max(sizes, default=0) < least:
+            return []
         return [tensor for tensor, nbytes in zip(self._tensors.values(), sizes, strict=True) if nbytes >= least]
 
     def adopt(self, manifest: Manifest) -> None:

@@ -1,0 +1,101 @@
+"""Blocks between the message that lets them move and the call that moves them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netloader import backlog as module
+from netloader.backlog import Backlog, groups
+from netloader.errors import RemoteProtocolError
+from netloader.manifest import Manifest, TensorSpec
+from netloader.plan import Plan, make_plan, to_ranges
+
+SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
+
+
+def plan_of(sizes: list[int]) -> Plan:
+    return make_plan(Manifest(tuple(TensorSpec(f"t{i}", "uint8", (n,)) for i, n in enumerate(sizes))), 2048)
+
+
+async def all_taken(plan: Plan, cuts: list[int], nbytes: int, spans: int) -> list[list[int]]:
+    """Everything that is taken after all blocks were put in, in messages of so many."""
+    waiting = Backlog(1 << 10, "too many")
+    put = 0
+    for count in [*cuts, len(plan.blocks)]:
+        numbers = range(put, min(put + count, len(plan.blocks)))
+        if numbers:
+            waiting.put(to_ranges(numbers))
+        put = numbers.stop
+    found: list[list[int]] = []
+    while sum(map(len, found)) < len(plan.blocks) and await waiting.wait():
+        found.append(waiting.take(plan, nbytes))
+        assert found[-1]
+        assert len(found[-1]) == 1 or sum(len(plan.blocks[n].tensors) for n in found[-1]) <= spans
+        assert sum(plan.blocks[n].nbytes for n in found[-1][:-1]) < nbytes
+    assert waiting.take(plan, nbytes) == []
+    waiting.close()
+    return found
+
+
+@given(
+    sizes=SIZES, cuts=st.lists(st.integers(1, 20), max_size=20), nbytes=st.integers(1, 9000), spans=st.integers(1, 9)
+)
+def test_every_block_is_taken_once_and_in_order(sizes: list[int], cuts: list[int], nbytes: int, spans: int) -> None:
+    plan = plan_of(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CALL_SPANS", spans)
+        found = anyio.run(all_taken, plan, cuts, nbytes, spans)
+    assert [number for taken in found for number in taken] == list(range(len(plan.blocks)))
+
+
+@given(sizes=SIZES, spans=st.integers(1, 9))
+def test_groups_hold_all_blocks_in_order(sizes: list[int], spans: int) -> None:
+    plan = plan_of(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CALL_SPANS", spans)
+        found = list(groups(plan, range(len(plan.blocks))))
+    assert [number for group in found for number in group] == list(range(len(plan.blocks)))
+    for group in found:
+        assert len(group) == 1 or sum(len(plan.blocks[number].tensors) for number in group) <= spans
+    for group, after in pairwise(found):
+        assert sum(len(plan.blocks[number].tensors) for number in [*group, after[0]]) > spans
+
+
+async def test_a_peer_that_brings_too_much_is_told_so() -> None:
+    waiting = Backlog(2, "the peer has more than 2 open")
+    waiting.put(((0, 1),))
+    waiting.put(((1, 2),))
+    with pytest.raises(RemoteProtocolError, match="more than 2 open"):
+        waiting.put(((2, 3),))
+    waiting.close()
+
+
+async def test_who_waits_is_told_of_the_end() -> None:
+    waiting = Backlog(4, "too many")
+    told: list[bool] = []
+
+    async def wait() -> None:
+        told.append(await waiting.wait())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        waiting.close()
+    assert told == [False]
+
+
+async def test_what_was_dropped_is_not_taken() -> None:
+    plan = plan_of([100, 2048, 2048])
+    waiting = Backlog(4, "too many")
+    waiting.put(((0, 2),))
+    assert await waiting.wait()
+    waiting.drop()
+    waiting.put(((2, 3),))
+    assert await waiting.wait()
+    assert waiting.take(plan, 1) == [2]
+    waiting.close()
