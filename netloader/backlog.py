@@ -45,7 +45,7 @@ class Backlog:
         if not self._taken:
             try:
                 self._taken.extend(expand(await self._outlet.receive()))
-            except anyio.EndOfStream:
+            except (anyio.EndOfStream, anyio.ClosedResourceError):
                 return False
         return True
 

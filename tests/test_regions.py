@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloader.codecs.regions import Regions, first_of, left_of, objects, regions_of, regions_over, total
 from netloader.plan import make_plan
 from netloader.tensors import describe
-from netloader.tensors.regions import Regions, first_of, left_of, objects, regions_of, regions_over, total
 from netloader.transports._vectored import MOST_REGIONS, preadv, pwritev, recvmsg, sendmsg
 from tests.tensor_sets import Sketch, build, sketches
 from tests.transports.bytesview import BytesView

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import xxhash
 
+from netloader.codecs.regions import objects, regions_of
 from netloader.errors import ManifestError, TransportUnavailable, shown
 from netloader.manifest import DIGEST_BYTES
 from netloader.plan import Plan
-from netloader.tensors.regions import objects, regions_of
 from netloader.tensors.staging import joined, staging
 
 if TYPE_CHECKING:

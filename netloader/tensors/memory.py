@@ -10,11 +10,11 @@ from operator import add, lt
 import torch
 
 from netloader.codecs.npu_formats import is_private
+from netloader.codecs.regions import Regions, regions_over
 from netloader.errors import ManifestError, TransportUnavailable
 from netloader.manifest import Manifest
 from netloader.plan import Block, Plan
 from netloader.tensors.private import PlainCopies, PlainCopy
-from netloader.tensors.regions import Regions, regions_over
 
 __all__ = ["Memory", "MemoryBlock"]
 

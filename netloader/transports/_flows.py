@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from netloader.codecs.regions import Regions, left_of, regions_of, total
 from netloader.errors import TransportError
-from netloader.tensors.regions import Regions, left_of, regions_of, total
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import calls
 from netloader.transports._line import Line

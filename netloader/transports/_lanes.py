@@ -11,8 +11,8 @@ import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 
+from netloader.codecs.regions import Regions, left_of, regions_of
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.tensors.regions import Regions, left_of, regions_of
 from netloader.transports._landing import Operation
 from netloader.transports._vectored import MOST_REGIONS, recvmsg, sendmsg
 from netloader.transports.base import BlockView

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from netloader.codecs.regions import Regions, total
 from netloader.errors import PeerLost, TransportError, TransportUnavailable
-from netloader.tensors.regions import Regions, total
 from netloader.transports._vectored import MOST_REGIONS
 
 __all__ = ["allow_reader", "needs_permission", "read"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 
+from netloader.codecs.regions import Regions, first_of
 from netloader.errors import TransportError
-from netloader.tensors.regions import Regions, first_of
 from netloader.transports._vectored import preadv, pwritev
 
 __all__ = ["PIECE_BYTES", "RING_BYTES", "Ring"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from netloader.tensors.regions import Regions, regions_over
+from netloader.codecs.regions import Regions, regions_over
 from netloader.tensors.staging import joined, staging
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import Lane, Placed

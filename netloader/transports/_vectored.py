@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from netloader.tensors.regions import Regions
+from netloader.codecs.regions import Regions
 
 __all__ = ["MOST_REGIONS", "preadv", "pwritev", "recvmsg", "sendmsg"]
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloader.codecs.regions import regions_of, regions_over
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
-from netloader.tensors.regions import regions_of, regions_over
 from netloader.transports import _readv, shm
 from netloader.transports._ring import RING_BYTES
 from netloader.transports.base import Channel
