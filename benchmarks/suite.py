@@ -1,6 +1,6 @@
 """Every benchmark, one after the other: JSON lines into a file, then the table of goals.
 
-Usage: ``python -m benchmarks.suite [--out build/benchmarks.jsonl] [--only NAME ...] [--rounds 5] [--list]``
+Usage: ``python -m benchmarks.suite [--out build/benchmarks.jsonl] [--only NAME ...] [--rounds 5] [--table]``
 
 Run it on a machine that does nothing else. The fan-out and the striping part need root and iproute2 (they make hosts
 with shaped links), the part about vLLM needs vLLM in the environment; what cannot run is said and left out. Lines are

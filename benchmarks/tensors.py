@@ -112,6 +112,7 @@ def edge(count: int, rounds: int) -> None:
         ("plan", lambda: make_plan(manifest, DEFAULT_BLOCK_BYTES)),
         ("views", lambda: memory.views(plan, numbers)),
         ("views and buffers", lambda: [view.buffers() for view in memory.views(plan, numbers)]),
+        ("views and regions", lambda: [view.regions() for view in memory.views(plan, numbers)]),
         ("views and tensors", lambda: [view.tensors() for view in memory.views(plan, numbers)]),
         ("digest", lambda: [digest_of(view, "xxh3-128") for view in ready]),
         ("pack and unpack", through_staging),

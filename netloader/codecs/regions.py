@@ -9,6 +9,7 @@ import ctypes
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,12 @@ def first_of(regions: Regions[int], nbytes: int) -> Regions[int]:
 def objects(regions: Regions[int]) -> Iterator[Any]:
     """Each region as an object with the buffer protocol, without holding on to the memory."""
     sizes = regions[1::2]
-    makers = {nbytes: (ctypes.c_char * nbytes).from_address for nbytes in set(sizes)}
-    if len(makers) == 1:
-        return map(makers[sizes[0]], regions[::2])
-    return (makers[nbytes](address) for address, nbytes in zip(regions[::2], sizes, strict=True))
+    if len(set(sizes)) == 1:
+        return map(_maker(sizes[0]), regions[::2])
+    return (_maker(nbytes)(address) for address, nbytes in zip(regions[::2], sizes, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _maker(nbytes: int) -> Callable[[int], Any]:
+    """What makes such an object. Kept, since each size takes a class of its own; a model has few sizes."""
+    return (ctypes.c_char * nbytes).from_address
