@@ -194,7 +194,10 @@ def test_a_plain_subclass_is_a_tensor_like_any_other() -> None:
 
 
 def test_hooks_of_tensor_classes_are_not_asked() -> None:
-    manifest, memory = describe({"w": Hooked(torch.ones(3))})
+    turned = Hooked(torch.ones(4, 5).t())
+    manifest, memory = describe({"w": Hooked(torch.ones(3)), "t": turned, "tied": turned})
+    assert [(spec.stride, spec.alias_of) for spec in manifest.tensors] == [((), ""), ((1, 5), ""), ((1, 5), "t")]
+    assert describe({"t": turned})[0].tensors[0].stride == (1, 5)
     plan = make_plan(manifest, 4096)
     assert memory.missing(plan, 0) is None
     assert memory.views(plan, [0])[0].buffers()[0].tobytes() == torch.ones(3).numpy().tobytes()
@@ -382,8 +385,12 @@ def test_a_second_look_sees_what_changed_since_the_first() -> None:
     assert memory.missing(plan, 0) is not None
     with pytest.raises(ManifestError, match="block 0 is gone"):
         memory.views(plan, [0])
+    kept = weakref.ref(parameter.untyped_storage())
     parameter.data = torch.ones(1000)
+    del first
     assert memory.missing(plan, 1) == "p was given other memory"
+    gc.collect()
+    assert kept() is None, "the server lets go of what was replaced"
     other = make_plan(manifest, 8192)
     assert memory.missing(other, 0) is not None
 

@@ -56,6 +56,7 @@ def describe(
             fine = [place for place, why in enumerate(found) if not why]
             survey = _Survey([names[place] for place in fine], [values[place] for place in fine])
         problems += survey.problems(writable=writable)
+        specs = [] if problems else survey.specs()
     if len(values) > MAX_TENSORS:
         problems.append(f"{len(values)} tensors are too many: at most {MAX_TENSORS} are possible")
     if problems:
@@ -65,7 +66,7 @@ def describe(
             problems=problems,
             hint="leave them out, or use plain dense copies of them",
         )
-    manifest = Manifest.of(survey.specs(), survey.wire_bytes())
+    manifest = Manifest.of(specs, survey.wire_bytes())
     return manifest, Memory(
         manifest, values, survey.device, addresses=survey.addresses, weak=weak, keep=not (weak or writable)
     )

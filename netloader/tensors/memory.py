@@ -228,11 +228,12 @@ class Memory:
         Looks at each tensor: their number, not their bytes, is what this costs. No loop of ours goes through them.
         """
         tensors = self._held(block)
-        if tensors is None or list(map(torch.Tensor.data_ptr, tensors)) != self._addresses_of(block):
-            return None
         kept_for, kept = self._kept
         if kept_for is not plan:
             kept_for, kept = self._kept = (plan, {})
+        if tensors is None or list(map(torch.Tensor.data_ptr, tensors)) != self._addresses_of(block):
+            kept.pop(block.number, None)  # nobody is to wait for us with freeing what was replaced
+            return None
         storages, sizes = kept.get(block.number, (None, None))
         # A storage that was kept is alive: what lies at its address is no other one, unless it was emptied since.
         if storages is not None and list(map(torch.UntypedStorage.nbytes, storages)) == sizes:
