@@ -9,11 +9,12 @@ from typing import Any
 from benchmarks.goals import Measured, read
 from benchmarks.suite import OUT
 
-_PULLS = ("plain", "gloo", "tcp", "shm", "raw_tcp_1", "raw_tcp_2", "read_memory_2", "memcpy_2")
+_PULLS = ("plain", "gloo", "tcp", "shm", "raw_tcp_1", "raw_tcp_2", "raw_tcp_bounded_2", "read_memory_2", "memcpy_2")
 _NAMES = {
     "plain": "one send and wait\nfor each tensor (gloo)",
     "raw_tcp_1": "raw TCP loop",
     "raw_tcp_2": "raw TCP loop, 2 streams",
+    "raw_tcp_bounded_2": "the same with little room",
     "read_memory_2": "reading the memory, 2 threads",
     "memcpy_2": "copying in memory, 2 threads",
 }

@@ -1,6 +1,7 @@
 """What the machine can do: the same tensors moved by the barest means, without protocol, checks or names.
 
-Reference cases: a TCP loop over 1 or 2 streams (reno, scatter-gather), reading the server's memory with 1 or 2 threads
+Reference cases: a TCP loop over 1 or 2 streams (reno, scatter-gather), the same with little room for bytes on their way
+(``raw_tcp_bounded``, what netloader's `tcp` does within a host), reading the server's memory with 1 or 2 threads
 (process_vm_readv), and copying within this process with 1 or 2 threads. Both sides know all sizes beforehand.
 
 A server process prints one JSON line when it is ready and serves until its standard input closes.
@@ -26,6 +27,7 @@ __all__ = ["RAW_CASES", "RawCases", "addresses_of", "groups_of", "memcpy", "read
 
 GROUP_BYTES = 4 << 20
 GROUP_SPANS = 1024
+BOUNDED_BYTES = 512 << 10
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -86,13 +88,13 @@ def _in_threads(work: Callable[[int], None], count: int) -> None:
         raise errors[0]
 
 
-def tcp_pull(port: int, groups: list[list[memoryview]], streams: int) -> None:
-    """Receive all groups over `streams` connections, which take turns."""
+def tcp_pull(port: int, groups: list[list[memoryview]], streams: int, *, bounded: bool = False) -> None:
+    """Receive all groups over `streams` connections, which take turns; `bounded`: with little room at the sender."""
 
     def receive(index: int) -> None:
         with socket.create_connection(("127.0.0.1", port)) as stream:
             _tune(stream)
-            stream.sendall(bytes([index, streams]))
+            stream.sendall(bytes([index, streams, bounded]))
             for group in groups[index::streams]:
                 _whole(lambda rest: stream.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0], group)
 
@@ -148,7 +150,9 @@ def serve(tensors: Mapping[str, torch.Tensor]) -> None:
     def send(stream: socket.socket) -> None:
         with stream:
             _tune(stream)
-            index, streams = stream.recv(2, socket.MSG_WAITALL)
+            index, streams, bounded = stream.recv(3, socket.MSG_WAITALL)
+            if bounded:
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BOUNDED_BYTES)
             for group in groups[index::streams]:
                 _whole(stream.sendmsg, group)
 
@@ -180,8 +184,8 @@ class RawCases:
     def run(self, case: str) -> None:
         """Move all bytes once, by one of :data:`RAW_CASES`."""
         kind, _, count = case.rpartition("_")
-        if kind == "raw_tcp":
-            tcp_pull(self._ready["port"], self._groups, int(count))
+        if kind.startswith("raw_tcp"):
+            tcp_pull(self._ready["port"], self._groups, int(count), bounded=kind == "raw_tcp_bounded")
         elif kind == "read_memory":
             read_memory(self._ready["pid"], self._remote, self._local, int(count))
         else:
@@ -190,7 +194,9 @@ class RawCases:
             memcpy(self._copy, self._tensors, int(count))
 
 
-RAW_CASES = tuple(f"{kind}_{count}" for kind in ("raw_tcp", "read_memory", "memcpy") for count in (1, 2))
+RAW_CASES = tuple(
+    f"{kind}_{count}" for kind in ("raw_tcp", "raw_tcp_bounded", "read_memory", "memcpy") for count in (1, 2)
+)
 """How it is done, and by how many streams or threads."""
 
 

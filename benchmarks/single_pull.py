@@ -4,8 +4,8 @@ Usage: ``python -m benchmarks.single_pull [--workload llama] [--case tcp --case 
 
 Cases: ``plain`` (the baseline: one send and wait for each tensor over gloo, no checks), a transport's name (a verified
 pull over it), a name with ``-unverified`` (the same without hashing what arrived: how much that costs), and the raw
-ones of ``benchmarks.raw`` (``raw_tcp_1``, ``raw_tcp_2``, ``read_memory_1``, ``read_memory_2``, ``memcpy_1``,
-``memcpy_2``).
+ones of ``benchmarks.raw`` (``raw_tcp_1``, ``raw_tcp_2``, ``raw_tcp_bounded_1``, ``raw_tcp_bounded_2``,
+``read_memory_1``, ``read_memory_2``, ``memcpy_1``, ``memcpy_2``).
 
 Prints one JSON line for each pull (seconds, processor seconds of both sides, seconds by phase, and seconds before the
 first block was asked for) and one for each case with medians and, against every case named by ``--against``, the median

@@ -30,6 +30,7 @@ OUT = Path("build/benchmarks.jsonl")
 _SINGLE = ("-m", "benchmarks.single_pull", "--workload")
 _FAN_OUT = ("-m", "benchmarks.fan_out", "--clients")
 _UNDISTURBED = ("--mode", "serial", "--mode", "concurrent", "--mode", "relays")
+_RAW = ("raw_tcp_1", "raw_tcp_2", "raw_tcp_bounded_1", "raw_tcp_bounded_2", "read_memory_2")
 
 
 def _cases(*names: str, against: tuple[str, ...]) -> list[str]:
@@ -43,8 +44,8 @@ PARTS: dict[str, list[str]] = {
         "llama",
         *_cases(
             *("plain", "gloo", "tcp", "tcp-unverified", "shm", "shm-unverified"),
-            *("raw_tcp_1", "raw_tcp_2", "read_memory_2", "memcpy_1", "memcpy_2"),
-            against=("plain", "raw_tcp_1", "raw_tcp_2", "read_memory_2", "tcp-unverified", "shm-unverified"),
+            *(*_RAW, "memcpy_1", "memcpy_2"),
+            against=("plain", *_RAW, "tcp-unverified", "shm-unverified"),
         ),
     ],
     "one": [
@@ -52,8 +53,8 @@ PARTS: dict[str, list[str]] = {
         "one",
         *_cases(
             *("plain", "gloo", "tcp", "tcp-unverified", "shm", "shm-unverified"),
-            *("raw_tcp_1", "raw_tcp_2", "read_memory_2", "memcpy_2"),
-            against=("plain", "raw_tcp_1", "raw_tcp_2", "read_memory_2"),
+            *(*_RAW, "memcpy_2"),
+            against=("plain", *_RAW),
         ),
     ],
     "small": [

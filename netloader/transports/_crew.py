@@ -28,7 +28,7 @@ class Crew:
     def __init__(self, name: str, cut: Callable[[], None]) -> None:
         self._name = name
         self._cut = cut
-        self._workers: dict[str, list[Worker]] = {}
+        self._workers: dict[str, dict[int, Worker]] = {}
 
     async def carry_out(
         self, direction: str, operation: Operation, works: Sequence[Callable[[], object] | None]
@@ -40,14 +40,14 @@ class Crew:
         Raises:
             BaseException: The first thing that one of them raised.
         """
-        workers = self._workers.setdefault(direction, [])
-        while len(workers) < len(works):
-            workers.append(Worker(f"netloader-{self._name}-{direction}-{len(workers)}", self._cut))
-        jobs = [
-            worker.start(partial(operation.run, work))
-            for worker, work in zip(workers, works, strict=False)  # a small call needs fewer
-            if work is not None
-        ]
+        workers = self._workers.setdefault(direction, {})
+        jobs = []
+        for place, work in enumerate(works):
+            if work is None:
+                continue
+            if place not in workers:  # a small call needs fewer, and each costs a start and an end
+                workers[place] = Worker(f"netloader-{self._name}-{direction}-{place}", self._cut)
+            jobs.append(workers[place].start(partial(operation.run, work)))
         try:
             for job in jobs:
                 await job.over.wait()
@@ -63,5 +63,5 @@ class Crew:
     async def aclose(self) -> None:
         """Let the threads end, and join them. Idempotent."""
         for workers in self._workers.values():
-            for worker in workers:
+            for worker in workers.values():
                 await worker.aclose(_CLOSE_SECONDS)

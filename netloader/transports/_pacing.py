@@ -9,12 +9,17 @@ from netloader.transports._sockets import plain
 
 __all__ = ["one_host", "tune"]
 
+_HOST_SEND_BYTES = 512 << 10
+"""Room for bytes on their way within a host. With what the system would give (megabytes) they leave the processors'
+own memory before they are read, and cost up to half as much processor time again (docs/decisions/0034-little-room.md).
+"""
+
 _NEAR = {4: 24, 6: 64}
 """Bits of two private addresses that are equal on one network, by version of IP."""
 
 
 def tune(sock: socket.socket, local: str, peer: str) -> None:
-    """Set up a connection for bulk data: no waiting for more, and no pacing where that only costs.
+    """Set up a connection for bulk data: no waiting for more, no pacing where that only costs, little on its way.
 
     Args:
         sock: Connected.
@@ -22,6 +27,8 @@ def tune(sock: socket.socket, local: str, peer: str) -> None:
         peer: The peer's.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if one_host(local, peer):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HOST_SEND_BYTES)
     if hasattr(socket, "TCP_CONGESTION") and _paced_for_nothing(sock, local, peer):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")

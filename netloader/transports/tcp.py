@@ -23,7 +23,7 @@ from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports._crew import Crew
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import Lane, Placed, share
-from netloader.transports._pacing import one_host, tune
+from netloader.transports._pacing import tune
 from netloader.transports._sockets import KEY_BYTES, Door, dial, knock, plain, socket_address
 from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
@@ -32,7 +32,6 @@ __all__ = ["TcpTransport"]
 
 _MOST_LANES = 16
 _MANY_PROCESSORS = 16
-_FEW_PROCESSORS = 2
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
@@ -123,8 +122,8 @@ class TcpTransport:
 
     Args:
         lanes: Connections of one channel, as the server chooses them; by default 2, or 4 where there are many
-            processors: one connection keeps one processor busy at either end. 1 for memory of the CPU where both ends
-            share two processors.
+            processors: one connection keeps one processor busy at either end, and while what one brought is hashed,
+            the other goes on.
         staged: Move blocks through staging memory although they are on the CPU (for tests); of so many bytes a lane.
     """
 
@@ -148,7 +147,7 @@ class TcpTransport:
     async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
         """See :class:`netloader.transports.base.Transport`."""
         await anyio.lowlevel.checkpoint()
-        lanes = _lanes_for(setup) if self._lanes is None else self._lanes
+        lanes = _lanes_for() if self._lanes is None else self._lanes
         family, address = socket_address(setup.local_host, 0)
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -215,13 +214,8 @@ def _lane(sock: socket.socket, setup: Setup, staged: int | None) -> Lane:
     return StagedLane(sock, setup.stall, setup.device, staged)
 
 
-def _lanes_for(setup: Setup) -> int:
-    processors = len(os.sched_getaffinity(0))
-    if processors >= _MANY_PROCESSORS:
-        return 4
-    # Two ends of one lane keep two processors busy; more threads only take them from each other.
-    share = processors <= _FEW_PROCESSORS and one_host(setup.local_host, setup.peer_host)
-    return 1 if share and setup.device.partition(":")[0] == "cpu" else 2
+def _lanes_for() -> int:
+    return 4 if len(os.sched_getaffinity(0)) >= _MANY_PROCESSORS else 2
 
 
 async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setup) -> None:

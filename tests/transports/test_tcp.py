@@ -377,24 +377,40 @@ async def test_congestion_control_is_chosen_within_a_host_and_where_bbr_would_pa
         assert not _pacing._paced_for_nothing(sock, "10.1.2.3", "fd00::1")
 
 
-@pytest.mark.parametrize(
-    ("processors", "peer", "device", "lanes"),
-    [
-        (2, "127.0.0.1", "cpu", 1),
-        (1, "127.0.0.1", "cpu", 1),
-        (4, "127.0.0.1", "cpu", 2),
-        (16, "127.0.0.1", "cpu", 4),
-        (2, "127.0.0.1", "meta", 2),
-        (2, "192.0.2.7", "cpu", 2),
-    ],
-)
-async def test_ends_that_share_two_processors_have_one_lane(
-    processors: int, peer: str, device: str, lanes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("processors", "lanes"), [(1, 2), (2, 2), (15, 2), (16, 4)])
+async def test_many_processors_have_more_lanes(processors: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
-    offer, pending = await TcpTransport().offer(replace(setup(), device=device, peer_host=peer, local_host="127.0.0.2"))
+    offer, pending = await TcpTransport().offer(setup())
     await pending.aclose()
     assert msgspec.msgpack.decode(offer, type=tcp._Offer).lanes == lanes
+
+
+async def test_a_lane_that_has_nothing_to_do_has_no_thread() -> None:
+    blocks = numbered(3, 1000)
+    into = like(blocks)
+    async with opened(TcpTransport(4)) as (server, client), anyio.create_task_group() as tasks:
+        tasks.start_soon(server.send, blocks[:1])
+        await client.recv(into[:1])
+        names = {thread.name for thread in threading.enumerate() if thread.name.startswith("netloader-tcp-recv")}
+        assert names == {"netloader-tcp-recv-0"}
+        tasks.start_soon(server.send, blocks[1:])  # the next in turn
+        await client.recv(into[1:])
+    assert [block.data for block in into] == [block.data for block in blocks]
+
+
+def send_room(sock: socket.socket) -> int:
+    """Bytes of a socket's send buffer, as the kernel counts them (twice what was asked for)."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+
+
+def test_little_is_on_its_way_within_a_host_and_as_much_as_the_system_likes_elsewhere() -> None:
+    asked = min(_pacing._HOST_SEND_BYTES, int(Path("/proc/sys/net/core/wmem_max").read_text("ascii")))
+    with closing(socket.socket()) as near, closing(socket.socket()) as far:
+        usual = send_room(near)
+        _pacing.tune(near, "10.1.2.3", "10.1.2.3")
+        _pacing.tune(far, "10.1.2.3", "10.1.2.9")
+        assert send_room(near) == asked != usual
+        assert send_room(far) == usual
 
 
 KILLED = """
