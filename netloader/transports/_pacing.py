@@ -7,7 +7,7 @@ import socket
 
 from netloader.transports._sockets import plain
 
-__all__ = ["one_host", "tune"]
+__all__ = ["tune"]
 
 _HOST_SEND_BYTES = 512 << 10
 """Room for bytes on their way within a host. With what the system would give (megabytes) they leave the processors'
@@ -27,7 +27,7 @@ def tune(sock: socket.socket, local: str, peer: str) -> None:
         peer: The peer's.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if one_host(local, peer):
+    if _one_host(local, peer):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HOST_SEND_BYTES)
     if hasattr(socket, "TCP_CONGESTION") and _paced_for_nothing(sock, local, peer):
         try:
@@ -36,7 +36,7 @@ def tune(sock: socket.socket, local: str, peer: str) -> None:
             return  # not allowed here: the system's choice works too, only slower
 
 
-def one_host(local: str, peer: str) -> bool:
+def _one_host(local: str, peer: str) -> bool:
     """Whether both ends of a connection, by their numeric addresses, are on one host."""
     ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
     return ours == theirs or theirs.is_loopback
@@ -48,7 +48,7 @@ def _paced_for_nothing(sock: socket.socket, local: str, peer: str) -> bool:
     Within a host nothing is ever lost. On a private network, what keeps its own pace (bbr) is half as fast; what was
     made for such a network (dctcp) is left alone.
     """
-    if one_host(local, peer):
+    if _one_host(local, peer):
         return True
     ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
     if ours.version != theirs.version or not (ours.is_private and theirs.is_private):
