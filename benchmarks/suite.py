@@ -44,7 +44,8 @@ PARTS: dict[str, list[str]] = {
         "llama",
         *_cases(
             *("plain", "gloo", "tcp", "tcp-unverified", "shm", "shm-unverified"),
-            *(*_RAW, "memcpy_1", "memcpy_2"),
+            *_RAW,
+            *("memcpy_1", "memcpy_2"),
             against=("plain", *_RAW, "tcp-unverified", "shm-unverified"),
         ),
     ],
@@ -53,7 +54,8 @@ PARTS: dict[str, list[str]] = {
         "one",
         *_cases(
             *("plain", "gloo", "tcp", "tcp-unverified", "shm", "shm-unverified"),
-            *(*_RAW, "memcpy_2"),
+            *_RAW,
+            "memcpy_2",
             against=("plain", *_RAW),
         ),
     ],

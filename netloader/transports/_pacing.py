@@ -10,8 +10,8 @@ from netloader.transports._sockets import plain
 __all__ = ["tune"]
 
 _HOST_SEND_BYTES = 512 << 10
-"""Room for bytes on their way within a host. With what the system would give (megabytes) they leave the processors'
-own memory before they are read, and cost up to half as much processor time again (docs/decisions/0034-little-room.md).
+"""Room for bytes on their way within a host. With what the system would give (megabytes) the same bytes cost up to half
+as much processor time again: they seem to leave the caches before they are read (docs/decisions/0034-little-room.md).
 """
 
 _NEAR = {4: 24, 6: 64}
