@@ -85,8 +85,8 @@ class _RelayMemory:
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         return self.destination.views(plan, numbers)
 
-    def missing(self, plan: Plan, number: int) -> str | None:  # noqa: ARG002 - part of the contract
-        return None  # the supply knows what is there
+    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:  # noqa: ARG002 - part of the contract
+        return {}  # the supply knows what is there
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ class Memory(Protocol):
         """
         ...
 
-    def missing(self, plan: Plan, number: int) -> str | None:
-        """Why block `number` can't be served any more; None when it can."""
+    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
+        """Those of these blocks that can't be served any more, with the reason."""
         ...
 
 

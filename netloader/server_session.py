@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -319,14 +319,15 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding = self._serving()
         plan = holding.announcement.plan
         if few_spans(plan, numbers):
-            self._answer(numbers, _lost(holding, numbers))
+            self._answer(numbers, holding.memory.missing(plan, sorted(numbers)))
             return
         self.spawn(lambda: self._offer_in_parts(holding, numbers), lambda _: None)
 
     async def _offer_in_parts(self, holding: Holding, numbers: set[int]) -> None:
         """The same beside the event loop, for blocks of many pieces; the first ones are granted while others wait."""
-        for part in groups(holding.announcement.plan, sorted(numbers)):
-            self._answer(set(part), await anyio.to_thread.run_sync(_lost, holding, part))
+        plan, memory = holding.announcement.plan, holding.memory
+        for part in groups(plan, sorted(numbers)):
+            self._answer(set(part), await anyio.to_thread.run_sync(memory.missing, plan, part))
 
     def _answer(self, numbers: set[int], lost: dict[int, str]) -> None:
         ready = to_ranges(numbers - set(lost))
@@ -388,9 +389,3 @@ class ServerSession(SessionDriver[ClientMessage]):
         if self._holding is None:
             raise LocalProtocolError("blocks were asked for before anything was found")
         return self._holding
-
-
-def _lost(holding: Holding, numbers: Iterable[int]) -> dict[int, str]:
-    """Those of these blocks that can't be read any more, with the reason."""
-    plan, missing = holding.announcement.plan, holding.memory.missing
-    return {number: why for number in sorted(numbers) if (why := missing(plan, number)) is not None}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from netloader.codecs.regions import Regions, first_of, left_of, objects, regions_of, regions_over, total
 from netloader.plan import make_plan
 from netloader.tensors import describe
-from netloader.transports._vectored import MOST_REGIONS, preadv, pwritev, recvmsg, sendmsg
+from netloader.transports._vectored import MOST_REGIONS, Message, preadv, pwritev, recvmsg, sendmsg
 from tests.tensor_sets import Sketch, build, sketches
 from tests.transports.bytesview import BytesView
 
@@ -74,10 +74,10 @@ def test_what_is_sent_by_address_arrives(cuts: list[int], data: st.DataObject) -
     received = block(bytes(sent.nbytes), [part for part in (split, sent.nbytes - split) if part])
     left, right = socket.socketpair()
     with left, right:
-        assert sendmsg(left.fileno(), regions_of(sent)) == sent.nbytes
-        assert recvmsg(right.fileno(), regions_of(received), socket.MSG_WAITALL) == sent.nbytes
+        assert sendmsg(left.fileno(), Message(regions_of(sent))) == sent.nbytes
+        assert recvmsg(right.fileno(), Message(regions_of(received)), socket.MSG_WAITALL) == sent.nbytes
         left.shutdown(socket.SHUT_WR)
-        assert recvmsg(right.fileno(), regions_of(received)) == 0
+        assert recvmsg(right.fileno(), Message(regions_of(received))) == 0
     assert received.data == sent.data
 
 
@@ -100,9 +100,9 @@ def test_as_many_regions_as_a_call_takes_and_no_more() -> None:
     left, right = socket.socketpair()
     with left, right:
         regions = regions_of(data)
-        assert sendmsg(left.fileno(), regions[:-2]) == MOST_REGIONS
+        assert sendmsg(left.fileno(), Message(regions[:-2])) == MOST_REGIONS
         with pytest.raises(OSError) as caught:
-            sendmsg(left.fileno(), regions)
+            sendmsg(left.fileno(), Message(regions))
     assert caught.value.errno == errno.EMSGSIZE
 
 
@@ -112,10 +112,10 @@ def test_errors_of_the_system_are_raised_as_such() -> None:
     with left, right:
         left.setblocking(False)
         with pytest.raises(BlockingIOError):
-            recvmsg(left.fileno(), regions_of(into))
+            recvmsg(left.fileno(), Message(regions_of(into)))
         right.send(b"0123456789")
         with pytest.raises(OSError) as caught:
-            recvmsg(left.fileno(), regions_over([8], [10]))
+            recvmsg(left.fileno(), Message(regions_over([8], [10])))
         assert caught.value.errno == errno.EFAULT
     with pytest.raises(OSError) as caught:
         preadv(-1, regions_of(into), 0)
@@ -139,7 +139,7 @@ def test_a_signal_in_between_ends_no_call() -> None:
         with left, right:
             helper.start()
             into = BytesView(0, bytes(10))
-            assert recvmsg(right.fileno(), regions_of(into), socket.MSG_WAITALL) == 10
+            assert recvmsg(right.fileno(), Message(regions_of(into)), socket.MSG_WAITALL) == 10
             helper.join()
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -199,7 +199,7 @@ def test_hooks_of_tensor_classes_are_not_asked() -> None:
     assert [(spec.stride, spec.alias_of) for spec in manifest.tensors] == [((), ""), ((1, 5), ""), ((1, 5), "t")]
     assert describe({"t": turned})[0].tensors[0].stride == (1, 5)
     plan = make_plan(manifest, 4096)
-    assert memory.missing(plan, 0) is None
+    assert memory.missing(plan, [0]) == {}
     assert memory.views(plan, [0])[0].buffers()[0].tobytes() == torch.ones(3).numpy().tobytes()
 
 
@@ -342,13 +342,13 @@ def weak_pair() -> tuple[torch.nn.Parameter, Memory, Manifest]:
 def test_a_dropped_tensor_is_missing_by_name() -> None:
     parameter, memory, manifest = weak_pair()
     plan = make_plan(manifest, 2000)
-    assert [memory.missing(plan, n) for n in range(3)] == [None, None, "norm was dropped by its owner"]
+    assert memory.missing(plan, range(3)) == {2: "norm was dropped by its owner"}
     (view,) = memory.views(plan, [1])
     reference = weakref.ref(parameter)
     del parameter
     gc.collect()
     assert reference() is None
-    assert memory.missing(plan, 1) == "w was dropped by its owner"
+    assert memory.missing(plan, [1]) == {1: "w was dropped by its owner"}
     with pytest.raises(ManifestError, match="block 1 is gone: w was dropped by its owner"):
         memory.views(plan, [1])
     # What was handed out before stays readable.
@@ -361,7 +361,7 @@ def test_replaced_memory_is_never_used_by_its_old_address() -> None:
     plan = make_plan(manifest, 4096)
     (view,) = memory.views(plan, [0])
     parameter.data = torch.ones(1000)
-    assert memory.missing(plan, 0) == "w was given other memory"
+    assert memory.missing(plan, [0]) == {0: "w was given other memory"}
     with pytest.raises(ManifestError, match="w was given other memory"):
         memory.views(plan, [0])
     buffers = view.buffers()
@@ -379,20 +379,20 @@ def test_a_second_look_sees_what_changed_since_the_first() -> None:
     plan = make_plan(manifest, 4096)
     first = memory.views(plan, [0, 1])
     assert [view.regions() for view in memory.views(plan, [0, 1])] == [view.regions() for view in first]
-    assert memory.missing(plan, 0) is None
+    assert memory.missing(plan, [0]) == {}
     storage = tensor.untyped_storage()
     storage.resize_(0)
-    assert memory.missing(plan, 0) is not None
+    assert [*memory.missing(plan, [0])] == [0]
     with pytest.raises(ManifestError, match="block 0 is gone"):
         memory.views(plan, [0])
     kept = weakref.ref(parameter.untyped_storage())
     parameter.data = torch.ones(1000)
     del first
-    assert memory.missing(plan, 1) == "p was given other memory"
+    assert memory.missing(plan, [1]) == {1: "p was given other memory"}
     gc.collect()
     assert kept() is None, "the server lets go of what was replaced"
     other = make_plan(manifest, 8192)
-    assert memory.missing(other, 0) is not None
+    assert [*memory.missing(other, [0])] == [0]
 
 
 def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it_did() -> None:
@@ -401,12 +401,12 @@ def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it
     plan = make_plan(manifest, 4096)
     memory.views(plan, [0])
     kept = memory._kept[1][0]
-    memory._kept[1][0] = kept[0], [size + 1 for size in kept[1]]  # as if it had been larger
-    assert memory.missing(plan, 0) is None, "looked at again, and large enough"
+    memory._kept[1][0] = kept[0], [size + 1 for size in kept[1]], kept[2]  # as if it had been larger
+    assert memory.missing(plan, [0]) == {}, "looked at again, and large enough"
     short = torch.zeros(100)
     memory._addresses[0], memory._tensors[0] = short.data_ptr(), short
-    memory._kept[1][0] = [short.untyped_storage()], [4000]
-    assert memory.missing(plan, 0) == "w has less memory than it had"
+    memory._kept[1][0] = [short.untyped_storage()], [4000], [short.data_ptr()]
+    assert memory.missing(plan, [0]) == {0: "w has less memory than it had"}
 
 
 def test_memory_that_shrank_is_never_read_past_its_end() -> None:
@@ -414,12 +414,12 @@ def test_memory_that_shrank_is_never_read_past_its_end() -> None:
     manifest, described = describe({"first": memory[:10], "last": memory[500:]})
     plan = make_plan(manifest, 1024)
     last = next(n for n, block in enumerate(plan.blocks) if block.spans[0].tensor == 1)
-    assert described.missing(plan, last) is None
+    assert described.missing(plan, [last]) == {}
     held = Memory(manifest, [memory[:10], memory[500:600]], torch.device("cpu"))
-    assert held.missing(plan, last) is None  # the storage is what counts, and it is all there
+    assert held.missing(plan, [last]) == {}  # the storage is what counts, and it is all there
     short = torch.zeros(600)
     held = Memory(manifest, [short[:10], short[500:]], torch.device("cpu"))
-    assert held.missing(plan, last) == "last has less memory than it had"
+    assert held.missing(plan, [last]) == {last: "last has less memory than it had"}
     with pytest.raises(ManifestError, match=f"block {last} is gone: last has less memory than it had"):
         held.views(plan, [last])
 
@@ -430,7 +430,7 @@ def test_a_plan_for_other_tensors_is_refused() -> None:
     with pytest.raises(ManifestError, match="other tensors"):
         memory.views(make_plan(other, 4096), [0])
     with pytest.raises(ManifestError, match="other tensors"):
-        memory.missing(make_plan(other, 4096), 0)
+        memory.missing(make_plan(other, 4096), [0])
     equal, _ = describe({"w": torch.ones(1000)})
     assert memory.views(make_plan(equal, 4096), [0])[0].nbytes == 4000
     assert manifest == equal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import add, lt
 
 import torch
@@ -23,6 +24,10 @@ _WINDOW = ctypes.c_uint8 * (1 << 62)
 of them would make five, and with tens of thousands of spans the garbage collector would stop the process to look."""
 
 
+_Kept = tuple[list[torch.UntypedStorage], list[int], list[int]]
+"""What holds each span of a block, of how many bytes that is, and where the spans begin."""
+
+
 class MemoryBlock:
     """One block where it lives; see :class:`~netloader.transports.base.BlockView`.
 
@@ -33,7 +38,10 @@ class MemoryBlock:
         nbytes: Bytes in all.
     """
 
-    __slots__ = ("_addresses", "_block", "_buffers", "_copies", "_device", "_storages", "_tensors", "nbytes", "number")
+    __slots__ = (
+        *("_addresses", "_block", "_buffers", "_copies", "_device", "_regions", "_storages", "_tensors"),
+        *("nbytes", "number"),
+    )
 
     def __init__(
         self,
@@ -52,6 +60,7 @@ class MemoryBlock:
         self._copies = copies  # of tensors in a private format, by place of the span
         self._tensors: list[torch.Tensor] | None = None
         self._buffers: list[memoryview] | None = None
+        self._regions: Regions[int] | None = None
 
     def __repr__(self) -> str:
         return f"<block {self.number}: {self.nbytes} bytes in {len(self._addresses)} spans on {self._device}>"
@@ -79,6 +88,8 @@ class MemoryBlock:
 
         For tensors in a device's private format. Waits for the device: not for the event loop's thread.
         """
+        if not self._copies:
+            return
         for copy in {id(copy): copy for copy in self._copies.values()}.values():
             copy.write_back()
 
@@ -102,13 +113,17 @@ class MemoryBlock:
         return self._buffers
 
     def regions(self) -> Regions[int]:
-        """The spans in order, by address: much cheaper than byte views. Valid as long as this object is there.
+        """The spans in order, by address: much cheaper than byte views.
+
+        Valid as long as this object is there; not to be changed.
 
         Raises:
             TransportUnavailable: Some of the memory is not the CPU's.
         """
-        self._check_reachable()
-        return regions_over(self._addresses, self._block.sizes)
+        if self._regions is None:
+            self._check_reachable()
+            self._regions = regions_over(self._addresses, self._block.sizes)
+        return self._regions
 
     def _check_reachable(self) -> None:
         if self._device.type != "cpu" and not all(storage.device.type == "cpu" for storage in self._storages):
@@ -160,7 +175,7 @@ class Memory:
         self._tensors: list[torch.Tensor] = [] if weak else list(tensors)
         self._references: list[Callable[[], torch.Tensor | None]] = [weakref.ref(t) for t in tensors] if weak else []
         self._keep = keep
-        self._kept: tuple[Plan | None, dict[int, tuple[list[torch.UntypedStorage], list[int]]]] = (None, {})
+        self._kept: tuple[Plan | None, dict[int, _Kept]] = (None, {})
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order.
@@ -175,77 +190,108 @@ class Memory:
         self._check(plan)
         # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            return [self._view(plan, number) for number in numbers]
+            kept = self._all_kept(plan, numbers)
+            if kept is None:
+                return [self._view(plan, number) for number in numbers]
+            return [
+                MemoryBlock(plan.blocks[number], self._device, storages, begins, {})
+                for number, (storages, _, begins) in zip(numbers, kept, strict=True)
+            ]
 
     def _view(self, plan: Plan, number: int) -> MemoryBlock:
         block = plan.blocks[number]
-        storages = self._holders(plan, block)
-        if storages is None:
+        found = self._holders(plan, block)
+        if found is None:
             raise self._gone(plan, number)
         copies = {
             place: self._copies.of(index, tensor)
             for place, index in enumerate(block.tensors if self._private else ())
             if index in self._private and (tensor := self._tensor(index)) is not None
         }
-        return MemoryBlock(block, self._device, storages, self._begins(block), copies)
+        return MemoryBlock(block, self._device, found[0], found[2], copies)
 
-    def missing(self, plan: Plan, number: int) -> str | None:
-        """Why block `number` can't be read or written any more: the tensor and the reason; None when it can."""
+    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
+        """Those of these blocks that can't be read or written any more, each with the tensor and the reason."""
         self._check(plan)
-        block = plan.blocks[number]
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            if self._holders(plan, block) is not None:
-                return None
-            for index, nbytes in zip(block.tensors, block.sizes, strict=True):
-                reason = self._problem(index, block.offset + nbytes)
-                if reason:
-                    return f"{self._manifest.tensors[index].name} {reason}"
-        return None
+            if self._all_kept(plan, numbers) is not None:
+                return {}
+            return {number: why for number in numbers if (why := self._why_missing(plan, number))}
 
-    def _begins(self, block: Block) -> list[int]:
-        """Addresses of the spans of a block."""
-        addresses = self._addresses_of(block)
-        return [address + block.offset for address in addresses] if block.offset else addresses
+    def _why_missing(self, plan: Plan, number: int) -> str:
+        """Why a block can't be read or written any more; empty when it can."""
+        block = plan.blocks[number]
+        if self._holders(plan, block) is not None:
+            return ""
+        for index, nbytes in zip(block.tensors, block.sizes, strict=True):
+            reason = self._problem(index, block.offset + nbytes)
+            if reason:
+                return f"{self._manifest.tensors[index].name} {reason}"
+        return ""
 
-    def _addresses_of(self, block: Block) -> list[int]:
-        """Addresses of the tensors that a block has bytes of."""
-        return list(map(self._addresses.__getitem__, block.tensors))
+    def _all_kept(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
+        """What is kept about these blocks, compared with how it is now; None when not all of it is kept and true.
 
-    def _held(self, block: Block) -> list[torch.Tensor] | None:
-        """Those tensors; None when one was dropped."""
+        All of them at once: a server does this twice for each block that it sends.
+        """
+        if self._kept[0] is not plan or self._private:
+            return None
+        found = list(map(self._kept[1].get, numbers))
+        kept = [one for one in found if one is not None]
+        if len(kept) < len(found):
+            return None
+        places = list(chain.from_iterable(plan.blocks[number].tensors for number in numbers))
+        if not self._in_place(self._held(places), places):
+            return None
+        holders = chain.from_iterable(storages for storages, _, _ in kept)
+        sizes = list(chain.from_iterable(sizes for _, sizes, _ in kept))
+        return kept if list(map(torch.UntypedStorage.nbytes, holders)) == sizes else None
+
+    def _in_place(self, tensors: list[torch.Tensor] | None, places: Sequence[int]) -> bool:
+        """Whether these tensors begin where they did. No loop of ours goes through them: there may be many."""
+        if tensors is None:
+            return False
+        return list(map(torch.Tensor.data_ptr, tensors)) == list(map(self._addresses.__getitem__, places))
+
+    def _held(self, places: Sequence[int]) -> list[torch.Tensor] | None:
+        """The tensors at these places of the manifest; None when one was dropped."""
         if not self._references:
-            return list(map(self._tensors.__getitem__, block.tensors))
-        found = [self._references[index]() for index in block.tensors]
+            return list(map(self._tensors.__getitem__, places))
+        found = [self._references[index]() for index in places]
         tensors = [tensor for tensor in found if tensor is not None]
         return tensors if len(tensors) == len(found) else None
 
     def _tensor(self, index: int) -> torch.Tensor | None:
         return self._references[index]() if self._references else self._tensors[index]
 
-    def _holders(self, plan: Plan, block: Block) -> list[torch.UntypedStorage] | None:
+    def _holders(self, plan: Plan, block: Block) -> _Kept | None:
         """What holds the memory of each span of a block; None when some of it is not there any more.
 
-        Looks at each tensor: their number, not their bytes, is what this costs. No loop of ours goes through them.
+        Looks at each tensor: their number, not their bytes, is what this costs.
         """
-        tensors = self._held(block)
+        tensors = self._held(block.tensors)
         kept_for, kept = self._kept
         if kept_for is not plan:
             kept_for, kept = self._kept = (plan, {})
-        if tensors is None or list(map(torch.Tensor.data_ptr, tensors)) != self._addresses_of(block):
+        if tensors is None or not self._in_place(tensors, block.tensors):
             kept.pop(block.number, None)  # nobody is to wait for us with freeing what was replaced
             return None
-        storages, sizes = kept.get(block.number, (None, None))
+        found = kept.get(block.number)
         # A storage that was kept is alive: what lies at its address is no other one, unless it was emptied since.
-        if storages is not None and list(map(torch.UntypedStorage.nbytes, storages)) == sizes:
-            return storages
+        if found is not None and list(map(torch.UntypedStorage.nbytes, found[0])) == found[1]:
+            return found
         storages = list(map(torch.Tensor.untyped_storage, tensors))
         sizes = list(map(torch.UntypedStorage.nbytes, storages))
+        begins = list(map(self._addresses.__getitem__, block.tensors))
+        if block.offset:
+            begins = [begin + block.offset for begin in begins]
         ends = map(add, map(torch.UntypedStorage.data_ptr, storages), sizes)
-        if any(map(lt, ends, map(add, self._begins(block), block.sizes))):
+        if any(map(lt, ends, map(add, begins, block.sizes))):
             return None
+        found = (storages, sizes, begins)
         if self._keep:
-            kept[block.number] = storages, sizes
-        return storages
+            kept[block.number] = found
+        return found
 
     def _problem(self, index: int, nbytes: int) -> str:
         tensor = self._tensor(index)
@@ -259,7 +305,7 @@ class Memory:
         return ""
 
     def _gone(self, plan: Plan, number: int) -> ManifestError:
-        reason = self.missing(plan, number) or "it changed this very moment"
+        reason = self.missing(plan, [number]).get(number, "it changed this very moment")
         return ManifestError(
             f"block {number} is gone: {reason}", hint="describe the tensors again after they were replaced"
         )

@@ -41,7 +41,7 @@ class Operation:
         self._stall = stall
         self._cut = cut
         self._lock = threading.Lock()
-        self._reporting = 0
+        self._reporting: list[int] = []  # places; adding to it and taking from it need no lock
         self._moved_at = self._looked_at = time.monotonic()
         self._silent = 0.0
 
@@ -93,11 +93,9 @@ class Operation:
         """
         if self._landed is None or self._error is not None:
             return
-        with self._lock:
-            self._reporting += 1
+        self._reporting.append(place)
         try:
             self._landed(self._blocks[place])
         finally:
-            with self._lock:
-                self._reporting -= 1
+            self._reporting.pop()
             self.moved()

@@ -11,16 +11,19 @@ import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 
-from netloader.codecs.regions import Regions, left_of, regions_of
+from netloader.codecs.regions import Regions, regions_of
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports._landing import Operation
-from netloader.transports._vectored import MOST_REGIONS, recvmsg, sendmsg
+from netloader.transports._vectored import MOST_REGIONS, Message, recvmsg, sendmsg
 from netloader.transports.base import BlockView
 
 __all__ = ["CALL_BYTES", "LONGEST_CALL", "Lane", "Placed", "calls", "share"]
 
 CALL_BYTES = 1 << 20
 """Small blocks are moved together until a system call has this much to do; a block of more is one call's work."""
+
+SEND_BYTES = 16 << 20
+"""The same for a sender, who has nothing to do between two blocks."""
 
 LONGEST_CALL = 32 << 20
 """Bytes that one system call may be asked for: a stall is looked for between calls."""
@@ -33,6 +36,9 @@ Placed = tuple[int, BlockView]
 
 End = tuple[int, int]
 """After how many bytes a block ends, and its place in the call."""
+
+_Call = Callable[[int, Message, int], int]
+"""A system call with its socket, what it moves, and its flags."""
 
 
 def share(blocks: Sequence[BlockView], first: int, lanes: int) -> list[list[Placed]]:
@@ -49,12 +55,15 @@ def share(blocks: Sequence[BlockView], first: int, lanes: int) -> list[list[Plac
     return shares
 
 
-def calls(blocks: Sequence[Placed], longest: int = LONGEST_CALL) -> Iterator[tuple[Regions[int], list[End]]]:
+def calls(
+    blocks: Sequence[Placed], longest: int = LONGEST_CALL, *, least: int = CALL_BYTES
+) -> Iterator[tuple[Regions[int], list[End]]]:
     """What one system call moves at most, and which blocks end in it.
 
     Args:
         blocks: Blocks in order.
         longest: Bytes of one call, at most.
+        least: Bytes from which on no further block is added to a call.
     """
     regions, ends, size = array("Q"), list[End](), 0
     for place, block in blocks:
@@ -76,7 +85,7 @@ def calls(blocks: Sequence[Placed], longest: int = LONGEST_CALL) -> Iterator[tup
                 regions.extend((start + offset, piece))
                 size += piece
         ends.append((size, place))
-        if size >= min(CALL_BYTES, longest):
+        if size >= min(least, longest):
             yield regions, ends
             regions, ends, size = array("Q"), [], 0
     if ends:
@@ -107,8 +116,8 @@ class Lane:
         Raises:
             TransportError: See :meth:`netloader.transports.base.Channel.send`.
         """
-        for regions, _ in calls(blocks):
-            self.put(regions, operation)
+        for message in [Message(regions) for regions, _ in calls(blocks, least=SEND_BYTES)]:
+            self._move_all(sendmsg, message, 0, operation)
 
     def receive(self, blocks: Sequence[Placed], operation: Operation) -> None:
         """Fill blocks in order.
@@ -116,39 +125,33 @@ class Lane:
         Raises:
             TransportError: See :meth:`netloader.transports.base.Channel.recv`; what reporting a block raises.
         """
-        for regions, ends in calls(blocks):
+        for message, ends in [(Message(regions), ends) for regions, ends in calls(blocks)]:
             if len(ends) < 2:  # noqa: PLR2004 - one block, or a part of one: nothing to report before it is whole
-                self.fill(regions, operation)
+                self._move_all(recvmsg, message, socket.MSG_WAITALL, operation)
                 for _, place in ends:
                     operation.completed(place)
             else:
-                self._fill_blocks(regions, ends, operation)
+                self._fill_blocks(message, ends, operation)
 
     def put(self, regions: Regions[int], operation: Operation) -> None:
         """Send the bytes of at most 1024 regions, which the caller keeps alive."""
-        fd = self._sock.fileno()
-        while regions:
-            regions = left_of(regions, self._move(lambda rest: sendmsg(fd, rest), regions, operation))
+        self._move_all(sendmsg, Message(regions), 0, operation)
 
     def fill(self, regions: Regions[int], operation: Operation) -> None:
         """Receive into at most 1024 regions, which the caller keeps alive."""
-        fd = self._sock.fileno()
-        while regions:
-            moved = self._move(lambda rest: recvmsg(fd, rest, socket.MSG_WAITALL), regions, operation)
-            regions = left_of(regions, moved)
+        self._move_all(recvmsg, Message(regions), socket.MSG_WAITALL, operation)
 
-    def _fill_blocks(self, regions: Regions[int], ends: Sequence[End], operation: Operation) -> None:
+    def _fill_blocks(self, message: Message, ends: Sequence[End], operation: Operation) -> None:
         """Receive several small blocks, and report each when it is whole: the next may take its time."""
-        fd = self._sock.fileno()
         done = reported = 0
         while True:
             while reported < len(ends) and ends[reported][0] <= done:
                 operation.completed(ends[reported][1])
                 reported += 1
-            if not regions:
+            if not message.nbytes:
                 return
-            moved = self._move(lambda rest: recvmsg(fd, rest), regions, operation)
-            regions = left_of(regions, moved)
+            moved = self._move(recvmsg, message, 0, operation)
+            message = message.after(moved)
             done += moved
 
     def cut(self) -> None:
@@ -170,12 +173,19 @@ class Lane:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
         self._sock.close()
 
-    @staticmethod
-    def _move(move: Callable[[Regions[int]], int], regions: Regions[int], operation: Operation) -> int:
+    def _move_all(self, move: _Call, message: Message, flags: int, operation: Operation) -> None:
+        """Send or fill all of `message`."""
+        while message.nbytes:
+            moved = self._move(move, message, flags, operation)
+            if moved == message.nbytes:
+                return
+            message = message.after(moved)
+
+    def _move(self, move: _Call, message: Message, flags: int, operation: Operation) -> int:
         """Call `move` until it moves something; how many bytes that were."""
         while True:
             try:
-                moved = move(regions)
+                moved = move(self._sock.fileno(), message, flags)
             except BlockingIOError:
                 operation.check_stall()
                 continue

@@ -84,10 +84,10 @@ class OfferedMemory:
                 raise
             return self._memory.views(plan, numbers)
 
-    def missing(self, plan: Plan, number: int) -> str | None:
-        """Why block `number` can't be read any more; None when it can."""
-        reason = self._memory.missing(plan, number)
-        return self._memory.missing(plan, number) if reason and self._replace_dropped() else reason
+    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
+        """Those of these blocks that can't be read any more, with the reason."""
+        missing = self._memory.missing(plan, numbers)
+        return self._memory.missing(plan, numbers) if missing and self._replace_dropped() else missing
 
     def _replace_dropped(self) -> bool:
         with self._lock:
