@@ -28,25 +28,24 @@ from netloader.transports.base import BlockView, Channel, Transport
 
 __all__ = ["ClientSession", "Destination"]
 
-_WINDOW_BYTES = (16 << 20, 512 << 20)
+_WINDOW_BYTES = (32 << 20, 2 << 30)
 """Bytes asked for ahead, at first and at most: enough to keep a fast link busy while requests travel."""
 
 _WINDOW_SECONDS = 0.5
 """What may be asked for ahead, in seconds at the rate seen: what others may have to wait for when a source is slow."""
 
-_REQUEST_PART = 4
+_REQUEST_PART = 2
 """Part of a window that has to be free before more is asked for: how often a source is given more."""
 
-_RECEIVE_BYTES = 256 << 20
+_RECEIVE_BYTES = 512 << 20
 """Bytes after which no further block is added to a receive: what is granted beyond waits for the next."""
 
 _LATE = 4
 """A block that takes this many times as long as blocks took until now is overdue."""
 
-_LOOK_SECONDS = (0.0025, 0.02)
-"""Seconds between two looks at what landed while something is being received. Soon at first, so that a fast source is
-asked for more before it has sent what it was asked for; then twice as long each time, up to the second figure: while
-the loop accounts for blocks, and while it is woken, the threads that move bytes wait for the interpreter."""
+_LOOK_SECONDS = 0.02
+"""Seconds between two looks at what landed while something is being received; at the first block it is looked at once.
+While the loop accounts for blocks, and while it is woken, the threads that move bytes wait for the interpreter."""
 
 _OPEN_GRANTS = 1 << 16
 """Grants that may wait for their blocks: a server answers a request with one, or a few."""
@@ -135,9 +134,9 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._progressed = progressed
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[tuple[int, bytes]] = deque()
+        self._landed = False
         self._receiving = 0
         self._next_look: asyncio.TimerHandle | None = None
-        self._look_seconds = _LOOK_SECONDS[0]
         self._began = self._moved = time.monotonic()
         self._window = _WINDOW_BYTES[0]
         self._received_bytes = 0
@@ -304,10 +303,13 @@ class ClientSession(SessionDriver[ServerMessage]):
                 names = plan.tensors_of(view.number)
                 raise DigestMismatch(view.number, names, expected.hex(), digest.hex())
             self._arrived.append((view.number, digest))
+            if not self._landed:  # now its speed is known: a fast source is asked for more before it has nothing to do
+                self._landed = True
+                self._loop.call_soon_threadsafe(self._look)
 
         self._receiving += 1
         if self._next_look is None:
-            self._next_look = self._loop.call_later(self._look_seconds, self._look)
+            self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
         try:
             await self.channel().recv(views, landed)
             result: e.Event = e.BlocksReceived(to_ranges(numbers))
@@ -321,8 +323,9 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     def _look(self) -> None:
         """In the middle of a receive: account for what landed, and keep the source busy."""
-        self._look_seconds = min(2 * self._look_seconds, _LOOK_SECONDS[1])
-        self._next_look = self._loop.call_later(self._look_seconds, self._look) if self._receiving else None
+        if self._next_look is not None:
+            self._next_look.cancel()
+        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look) if self._receiving else None
         self._commit()
         plan = self._ledger.plan
         if plan is not None and self.session.state is State.TRANSFER and not self.parked:

@@ -54,7 +54,7 @@ _OPEN_REQUESTS = 4096
 
 _ELSEWHERE = "pull from another source"
 
-_SEND_BYTES = (64 << 20, 256 << 20)
+_SEND_BYTES = (64 << 20, 1 << 30)
 """Bytes handed to the channel at once, at first and at most: between two calls nothing moves, so they should be few."""
 
 _SEND_SECONDS = 0.25

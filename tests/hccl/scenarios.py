@@ -69,8 +69,9 @@ def receivers_that_die_cost_the_seed_nothing(environment: Environment) -> None:
 
 def a_lost_seed_is_an_error(environment: Environment) -> None:
     """The receiver gets an error, soon, and its process goes on."""
-    with seed(environment, mib=24) as (source, port):
-        with receiver(environment, port, then="tell", after=0.1, mib=24, stall=30) as one:
+    # More than is asked for at once, so that something is left to be asked for when the seed is gone.
+    with seed(environment, mib=48) as (source, port):
+        with receiver(environment, port, then="tell", after=0.1, mib=48, stall=30) as one:
             assert one.heard()["verified"] > 0
             source.kill()
             said = one.ask("go on")
