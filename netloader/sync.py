@@ -5,11 +5,15 @@ Each call, and each server, has an event loop of its own in a named background t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from netloader import library
@@ -21,23 +25,22 @@ if TYPE_CHECKING:
 
 __all__ = ["SyncServer", "probe", "pull", "pull_new", "serve"]
 
+R = TypeVar("R")
+
 
 def pull(tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> PullReport:
     """:func:`netloader.pull`, waiting for its result. Same arguments, result and errors."""
-    with start_blocking_portal(name="netloader-pull") as portal:
-        return portal.call(partial(library.pull, tensors, *args, **kwargs))
+    return _wait_for(partial(library.pull, tensors, *args, **kwargs), "netloader-pull")
 
 
 def pull_new(**kwargs: Any) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors."""
-    with start_blocking_portal(name="netloader-pull") as portal:
-        return portal.call(partial(library.pull_new, **kwargs))
+    return _wait_for(partial(library.pull_new, **kwargs), "netloader-pull")
 
 
 def probe(*args: Any, **kwargs: Any) -> Probe:
     """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors."""
-    with start_blocking_portal(name="netloader-probe") as portal:
-        return portal.call(partial(library.probe, *args, **kwargs))
+    return _wait_for(partial(library.probe, *args, **kwargs), "netloader-probe")
 
 
 class SyncServer:
@@ -74,3 +77,37 @@ def serve(*args: Any, **kwargs: Any) -> Iterator[SyncServer]:
         portal.wrap_async_context_manager(library.Server(*args, **kwargs)) as server,
     ):
         yield SyncServer(server, portal)
+
+
+def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
+    """Make `call` in an event loop and a thread of its own, and wait for both to end; an interrupt cancels it.
+
+    A portal does the same for a loop that stays; what it says to that loop and hears from it takes a millisecond.
+    """
+    outcome: Future[R] = Future()
+    running: Future[Callable[[], object]] = Future()
+
+    async def cancellable() -> R:
+        loop = asyncio.get_running_loop()
+        with anyio.CancelScope() as scope:
+            running.set_result(lambda: loop.call_soon_threadsafe(scope.cancel))
+            return await call()
+        raise KeyboardInterrupt  # nobody else cancels it, and who did raises the interrupt itself
+
+    def run() -> None:
+        try:
+            outcome.set_result(anyio.run(cancellable))
+        except BaseException as error:  # noqa: BLE001 - raised by who waits
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        return outcome.result()
+    except BaseException:
+        if not outcome.done():  # not its error, but one of this thread
+            with suppress(RuntimeError):  # it ended this very moment
+                running.result()()
+        raise
+    finally:
+        thread.join()

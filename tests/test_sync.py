@@ -1,0 +1,60 @@
+"""The synchronous face: how a call that waits ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+
+import pytest
+import torch
+
+from netloader import NetloaderError, sync
+
+WAIT = 30.0
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("netloader")]
+
+
+def test_an_interrupt_ends_the_pull_and_its_thread() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        met = threading.Event()
+        left: list[bytes] = []
+
+        def interrupt() -> None:
+            client, _ = mute.accept()
+            with client:
+                client.settimeout(WAIT)
+                assert client.recv(1), "the client says hello"
+                met.set()
+                os.kill(os.getpid(), signal.SIGINT)
+                while said := client.recv(4096):
+                    left.append(said)
+                left.append(b"")
+
+        helper = threading.Thread(target=interrupt)
+        helper.start()
+        source = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(KeyboardInterrupt):
+            sync.pull({"w": torch.zeros(4)}, sources=[source], transport="memory", timeout=WAIT)
+        assert threads() == [], "nothing is left when the call has ended"
+        helper.join(WAIT)
+    assert met.is_set()
+    assert left[-1] == b"", "the connection was closed"
+
+
+def test_an_error_is_the_callers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        source = f"127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(NetloaderError, match=source):
+        sync.pull({"w": torch.zeros(4)}, sources=[source], transport="memory")
+    assert threads() == []
+
+
+def test_what_is_wrong_with_the_arguments_is_said_by_the_call() -> None:
+    with pytest.raises(TypeError):
+        sync.pull({"w": torch.zeros(4)}, surces=["127.0.0.1:1"])
+    assert threads() == []
