@@ -27,13 +27,13 @@ _SHOWN, _READ, _WRITTEN, _FREED = b"S", b"R", b"W", b"F"
 """What a message says: where blocks lie; blocks were read; bytes were written; they were read. Of each block it is said
 how many pieces it has and how many bytes in all, and then where each piece lies and how many bytes it has."""
 
-_MOST_SHOWN = 64
+_MOST_SHOWN = 128
 """Blocks that may be shown and not yet read: their acknowledgements always fit into the socket."""
 
-_SHOWN_TOGETHER = 8
+_SHOWN_TOGETHER = 16
 """Blocks that one message shows: each message costs both sides a system call."""
 
-_READ_TOGETHER = 16
+_READ_TOGETHER = 32
 """Blocks that are acknowledged together: each acknowledgement wakes the sender, which takes a processor for it."""
 
 _COUNT = struct.Struct("=Q")
@@ -118,7 +118,9 @@ class MemoryReader:
         self._threads = threads
         self._turn = threading.Lock()  # whoever has it listens; one for all calls, so that they hear in their order
         self._lock = threading.Lock()
-        self._shown: Regions[int] = array("Q")  # what was heard and is not being read yet; whose turn it is has it
+        # What was heard, and up to where it is being read; for whoever has the turn.
+        self._shown: Regions[int] = array("Q")
+        self._taken = 0
         self._read = 0  # blocks read and not yet acknowledged
         self._listening = False
 
@@ -137,6 +139,7 @@ class MemoryReader:
         self._line.close()
 
     def _receive(self, rest: Iterator[tuple[int, BlockView]], operation: Operation) -> None:
+        check = self._line.checker()
         while True:
             with self._turn:
                 place, block = next(rest, (-1, None))
@@ -145,7 +148,7 @@ class MemoryReader:
                 remote = self._next(block, operation)
             read(self._pid, remote, regions_of(block))
             # Only now is it certain that the sender, and no other process, was there and left its memory alone.
-            self._line.check()
+            check()
             self._acknowledge(1, operation, at_once=False)
             operation.moved()
             operation.completed(place)
@@ -185,13 +188,14 @@ class MemoryReader:
 
     def _heard(self, count: int, operation: Operation) -> Regions[int]:
         """The next `count` words of what is shown."""
-        while len(self._shown) < count:
+        while len(self._shown) - self._taken < count:
             message = self._listen(operation)
             if message[:1] != _SHOWN or len(message) % (2 * _WORD) != 1:
                 raise TransportError(f"the sender said {message[:16]!r} where a block was to be shown")
+            self._shown, self._taken = self._shown[self._taken :], 0
             self._shown.frombytes(message[1:])
-        words, self._shown = self._shown[:count], self._shown[count:]
-        return words
+        self._taken += count
+        return self._shown[self._taken - count : self._taken]
 
 
 class RingWriter:
@@ -222,7 +226,7 @@ class RingWriter:
         self._ring.close()
 
     def _send(self, blocks: Sequence[BlockView], operation: Operation) -> None:
-        for regions, _ in calls(list(enumerate(blocks)), PIECE_BYTES):
+        for regions, _ in calls(list(enumerate(blocks)), PIECE_BYTES, PIECE_BYTES):
             rest = regions
             while rest:
                 # Read what is there in any case: a receiver that can't say more would stop listening.
@@ -272,7 +276,7 @@ class RingReader:
 
     def _receive(self, blocks: Sequence[BlockView], operation: Operation) -> None:
         for place, block in enumerate(blocks):
-            for regions, _ in calls([(0, block)], PIECE_BYTES):
+            for regions, _ in calls([(0, block)], PIECE_BYTES, PIECE_BYTES):
                 rest = regions
                 while rest:
                     rest = left_of(rest, self._fill(rest, operation))

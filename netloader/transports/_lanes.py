@@ -19,11 +19,9 @@ from netloader.transports.base import BlockView
 
 __all__ = ["CALL_BYTES", "LONGEST_CALL", "Lane", "Placed", "calls", "share"]
 
-CALL_BYTES = 1 << 20
-"""Small blocks are moved together until a system call has this much to do; a block of more is one call's work."""
-
-SEND_BYTES = 16 << 20
-"""The same for a sender, who has nothing to do between two blocks."""
+CALL_BYTES = 16 << 20
+"""What one call sends at least, of several blocks when they are smaller. One that receives ends with its block, since
+that is looked at then."""
 
 LONGEST_CALL = 32 << 20
 """Bytes that one system call may be asked for: a stall is looked for between calls."""
@@ -33,9 +31,6 @@ _TICKS = 8
 
 Placed = tuple[int, BlockView]
 """A block and its place in the call."""
-
-End = tuple[int, int]
-"""After how many bytes a block ends, and its place in the call."""
 
 _Call = Callable[[int, Message, int], int]
 """A system call with its socket, what it moves, and its flags."""
@@ -56,23 +51,23 @@ def share(blocks: Sequence[BlockView], first: int, lanes: int) -> list[list[Plac
 
 
 def calls(
-    blocks: Sequence[Placed], longest: int = LONGEST_CALL, *, least: int = CALL_BYTES
-) -> Iterator[tuple[Regions[int], list[End]]]:
-    """What one system call moves at most, and which blocks end in it.
+    blocks: Sequence[Placed], least: int, longest: int = LONGEST_CALL
+) -> Iterator[tuple[Regions[int], list[int]]]:
+    """What one system call moves, and the places of the blocks that end in it.
 
     Args:
         blocks: Blocks in order.
-        longest: Bytes of one call, at most.
         least: Bytes from which on no further block is added to a call.
+        longest: Bytes of one call, at most.
     """
-    regions, ends, size = array("Q"), list[End](), 0
+    regions, places, size = array("Q"), list[int](), 0
     for place, block in blocks:
         spans = regions_of(block)
         # Most blocks fit as they are; with tens of thousands of small tensors a look at each piece is what takes time.
         fits = block.nbytes <= longest and len(spans) <= 2 * MOST_REGIONS
         if fits and regions and (len(regions) + len(spans) > 2 * MOST_REGIONS or size + block.nbytes > longest):
-            yield regions, ends
-            regions, ends, size = array("Q"), [], 0
+            yield regions, places
+            regions, places, size = array("Q"), [], 0
         if fits:
             regions += spans
             size += block.nbytes
@@ -80,16 +75,16 @@ def calls(
             for offset in range(0, nbytes, longest):
                 piece = min(nbytes - offset, longest)
                 if len(regions) == 2 * MOST_REGIONS or (regions and size + piece > longest):
-                    yield regions, ends
-                    regions, ends, size = array("Q"), [], 0
+                    yield regions, places
+                    regions, places, size = array("Q"), [], 0
                 regions.extend((start + offset, piece))
                 size += piece
-        ends.append((size, place))
-        if size >= min(least, longest):
-            yield regions, ends
-            regions, ends, size = array("Q"), [], 0
-    if ends:
-        yield regions, ends
+        places.append(place)
+        if size >= least:
+            yield regions, places
+            regions, places, size = array("Q"), [], 0
+    if places:
+        yield regions, places
 
 
 class Lane:
@@ -116,7 +111,7 @@ class Lane:
         Raises:
             TransportError: See :meth:`netloader.transports.base.Channel.send`.
         """
-        for message in [Message(regions) for regions, _ in calls(blocks, least=SEND_BYTES)]:
+        for message in [Message(regions) for regions, _ in calls(blocks, CALL_BYTES)]:
             self._move_all(sendmsg, message, 0, operation)
 
     def receive(self, blocks: Sequence[Placed], operation: Operation) -> None:
@@ -125,13 +120,10 @@ class Lane:
         Raises:
             TransportError: See :meth:`netloader.transports.base.Channel.recv`; what reporting a block raises.
         """
-        for message, ends in [(Message(regions), ends) for regions, ends in calls(blocks)]:
-            if len(ends) < 2:  # noqa: PLR2004 - one block, or a part of one: nothing to report before it is whole
-                self._move_all(recvmsg, message, socket.MSG_WAITALL, operation)
-                for _, place in ends:
-                    operation.completed(place)
-            else:
-                self._fill_blocks(message, ends, operation)
+        for message, places in [(Message(regions), places) for regions, places in calls(blocks, 1)]:
+            self._move_all(recvmsg, message, socket.MSG_WAITALL, operation)
+            for place in places:
+                operation.completed(place)
 
     def put(self, regions: Regions[int], operation: Operation) -> None:
         """Send the bytes of at most 1024 regions, which the caller keeps alive."""
@@ -140,19 +132,6 @@ class Lane:
     def fill(self, regions: Regions[int], operation: Operation) -> None:
         """Receive into at most 1024 regions, which the caller keeps alive."""
         self._move_all(recvmsg, Message(regions), socket.MSG_WAITALL, operation)
-
-    def _fill_blocks(self, message: Message, ends: Sequence[End], operation: Operation) -> None:
-        """Receive several small blocks, and report each when it is whole: the next may take its time."""
-        done = reported = 0
-        while True:
-            while reported < len(ends) and ends[reported][0] <= done:
-                operation.completed(ends[reported][1])
-                reported += 1
-            if not message.nbytes:
-                return
-            moved = self._move(recvmsg, message, 0, operation)
-            message = message.after(moved)
-            done += moved
 
     def cut(self) -> None:
         """End the connection for both sides; whoever waits in it comes back. From any thread."""

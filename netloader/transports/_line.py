@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 
 from netloader.errors import PeerLost
 from netloader.transports._landing import Operation
@@ -81,18 +82,21 @@ class Line:
             raise PeerLost("the peer closed its side of the shared memory")
         return message
 
-    def check(self) -> None:
-        """See that the peer is there, and that neither side has cut the line: what was read until now was valid.
+    def checker(self) -> Callable[[], None]:
+        """For one thread: what sees that the peer is there, and that neither side has cut the line.
 
-        Raises:
-            PeerLost: It isn't.
+        It is called after something was read, and raises :class:`PeerLost` when that can't be relied on.
         """
         poll = select.poll()
         poll.register(self._sock, select.POLLRDHUP)
         if self._process is not None:
             poll.register(self._process, select.POLLIN)
-        if poll.poll(0):
-            raise PeerLost("the peer ended while its memory was being read")
+
+        def check() -> None:
+            if poll.poll(0):
+                raise PeerLost("the peer ended while its memory was being read")
+
+        return check
 
     def cut(self) -> None:
         """End the line for both sides; whoever waits on it comes back. From any thread."""
