@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
-from netloader.codecs.frames import FrameDecoder, encode_frame
+from netloader.codecs.frames import FrameDecoder
 from netloader.errors import PeerLost
 from netloader.messages import ClientMessage, ServerMessage
 
@@ -74,6 +74,9 @@ class ControlConnection(Generic[M]):
             raise PeerLost(
                 f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"
             ) from error
+        # A descriptor of our own: the stream's may be closed, and mean something else, before we hear of it.
+        self._direct = socket.fromfd(raw.fileno(), raw.family, raw.type)
+        self._direct.setblocking(False)
         self.local_host = plain_host(str(local[0]))
         self.peer_host, self.peer_port = plain_host(str(peer[0])), int(peer[1])
 
@@ -97,14 +100,22 @@ class ControlConnection(Generic[M]):
             if messages:
                 return messages
 
-    async def send(self, message: ClientMessage | ServerMessage) -> None:
-        """Send one message.
+    def send_now(self, frame: bytes) -> bytes:
+        """Send as much of a frame as goes without waiting, and return the rest. Not while :meth:`send` is under way.
+
+        A task that waits for a message takes its turns of the event loop first, at both ends of each question.
+        """
+        try:
+            return frame[self._direct.send(frame) :]
+        except OSError:  # no room, or broken: `send` finds out which
+            return frame
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame, or the rest of one.
 
         Raises:
             PeerLost: The connection ended.
-            LocalProtocolError: The message cannot be said; nothing was sent.
         """
-        frame = encode_frame(message)
         try:
             await self._stream.send(frame)
         except _BROKEN as error:
@@ -127,4 +138,5 @@ class ControlConnection(Generic[M]):
 
     async def aclose(self) -> None:
         """Close the connection. Idempotent; does not wait for the peer, and drops what it has not taken yet."""
+        self._direct.close()
         await anyio.aclose_forcefully(self._stream)

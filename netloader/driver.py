@@ -19,6 +19,7 @@ from typing import Generic, NoReturn, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
+from netloader.codecs.frames import encode_frame
 from netloader.control import ControlConnection
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
 from netloader.messages import ClientMessage, ServerMessage
@@ -97,8 +98,9 @@ class SessionDriver(Generic[M]):
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
         self._feeding = False
-        self._outbox: deque[ClientMessage | ServerMessage] = deque()
+        self._outbox: deque[bytes] = deque()  # frames that did not leave at once
         self._outbox_changed = anyio.Event()
+        self._writing = False
         self._deadline: float | None = None
         self._deadline_moved = anyio.Event()
         self._watch_until = math.inf
@@ -153,6 +155,7 @@ class SessionDriver(Generic[M]):
         """Send what is left, and see the peer close: closing with unread bytes would destroy what we said."""
         with self._last_words:
             self._last_words.deadline = anyio.current_time() + self._linger
+            self._writing = True
             try:
                 while self._outbox and not self._connection_lost:
                     await self._connection.send(self._outbox.popleft())
@@ -192,8 +195,7 @@ class SessionDriver(Generic[M]):
     def _perform(self, effect: f.Effect) -> None:
         match effect:
             case f.Send(message):
-                self._outbox.append(message)
-                self._wake_outbox()
+                self._say(encode_frame(message))
             case f.SetTimer(seconds):
                 self._set_timer(seconds)
             case f.Note(text):
@@ -209,6 +211,14 @@ class SessionDriver(Generic[M]):
                 self._closing.set()
             case _:
                 self.perform(effect)
+
+    def _say(self, frame: bytes) -> None:
+        """Send a frame: at once, or else after those before it."""
+        if not (self._outbox or self._writing or self._connection_lost):
+            frame = self._connection.send_now(frame)
+        if frame:
+            self._outbox.append(frame)
+            self._wake_outbox()
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of this side only.
@@ -373,21 +383,21 @@ class SessionDriver(Generic[M]):
         while True:
             while not self._outbox:
                 await self._outbox_changed.wait()
-            message = self._outbox.popleft()
+            frame = self._outbox.popleft()
+            self._writing = True
             # Shielded: what is being said when the session closes is said to its end, or the peer could not make
             # sense of the last words after it. Closing moves the deadline nearer.
             deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
             with anyio.CancelScope(shield=True, deadline=deadline) as self._send_scope:
                 try:
-                    await self._connection.send(message)
+                    await self._connection.send(frame)
                 except PeerLost as error:
                     self._lose(error.message)
                     return
-                except NetloaderError as error:  # it can't be said at all
-                    self.feed(_as_event(error))
             if self._send_scope.cancelled_caught:
                 self._lose("the peer does not read")
                 return
+            self._writing = False
             self._wake_outbox()
 
     def _wake_outbox(self) -> None:

@@ -107,7 +107,7 @@ async def test_a_server_stopped_at_every_step_tells_its_client() -> None:
             assert attempt.hint
             assert "unexpected" not in attempt.message
         stopped += 1
-        steps += 4
+        steps += 2
     assert stopped > 10
 
 
