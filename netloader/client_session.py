@@ -303,7 +303,7 @@ class ClientSession(SessionDriver[ServerMessage]):
                 names = plan.tensors_of(view.number)
                 raise DigestMismatch(view.number, names, expected.hex(), digest.hex())
             self._arrived.append((view.number, digest))
-            if not self._landed:  # now its speed is known: a fast source is asked for more before it has nothing to do
+            if not self._landed and len(numbers) > 1:  # a fast source is asked for more before it has nothing to do
                 self._landed = True
                 self._loop.call_soon_threadsafe(self._look)
 

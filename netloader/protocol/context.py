@@ -140,7 +140,7 @@ class Context:
         early_wants: Requests that came before this end of the channel was open (server).
         probing: The session only looks.
         queued: The server said that others come first (client).
-        released: The server said goodbye after the verdict: its end is free, and the connection may end (client).
+        released: The server said goodbye after the verdict: both free their ends, and the connection may end.
         deadline: Seconds that the running timer was set to, or None.
         error: Why the session failed.
         story: The last moves.

@@ -23,15 +23,14 @@ __all__ = [
     "channel_failed",
     "client_finished",
     "client_goodbye",
-    "client_lost_late",
     "closed",
     "connection_lost",
     "garbled",
     "gave_up",
     "late",
+    "lost_late",
     "left",
     "refused",
-    "server_channel_down",
     "server_verdict",
     "timed_out",
 ]
@@ -44,25 +43,21 @@ def client_finished(ctx: Context, event: Finished) -> Sequence[f.Effect]:
 
 
 def server_verdict(ctx: Context, event: m.Verdict) -> Sequence[f.Effect]:
-    """The client needs nothing more."""
+    """The client needs nothing more: say goodbye, and free our end while it frees its own."""
     ctx.early_wants.clear()
+    ctx.released = True
     note = f.Note(f"the client reports {event.outcome}: {event.blocks} blocks, {event.nbytes} bytes from here")
-    return [note, f.CloseChannel(), f.SetTimer(ctx.server.timings.finalize)]
-
-
-def server_channel_down(ctx: Context, event: ChannelDown) -> Sequence[f.Effect]:
-    """All is freed: say goodbye."""
-    return [f.Send(m.Goodbye(code="done")), f.Close()]
+    return [note, f.Send(m.Goodbye(code="done")), f.CloseChannel(), f.SetTimer(ctx.server.timings.finalize)]
 
 
 def client_goodbye(ctx: Context, event: m.Goodbye) -> Sequence[f.Effect]:
-    """The server has freed its end: free ours."""
+    """The server frees its end: free ours."""
     ctx.released = True
     return [f.CloseChannel()]
 
 
 def closed(ctx: Context, event: ChannelDown) -> Sequence[f.Effect]:
-    """All is freed here too."""
+    """All is freed here."""
     return [f.Close()]
 
 
@@ -87,7 +82,7 @@ def connection_lost(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
     raise PeerLost(f"the control connection ended: {event.reason}")
 
 
-def client_lost_late(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
+def lost_late(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
     """The control connection ended after the verdict: as it should, once the server has said goodbye."""
     return late(ctx, event) if ctx.released else connection_lost(ctx, event)
 

@@ -63,7 +63,8 @@ _SPECIAL: Mapping[tuple[Side, State, type], Handler] = {
     (Side.SERVER, _P, e.UpstreamChanged): planning.server_upstream,
     (Side.SERVER, _T, e.UpstreamChanged): planning.server_upstream,
     (Side.SERVER, _T, m.Verdict): finalize.server_verdict,
-    (Side.SERVER, _F, e.ChannelDown): finalize.server_channel_down,
+    (Side.SERVER, _F, e.ConnectionLost): finalize.lost_late,
+    (Side.SERVER, _F, e.ChannelDown): finalize.closed,
     (Side.CLIENT, _L, e.Connected): listen.client_connected,
     (Side.CLIENT, _L, m.Welcome): listen.client_welcome,
     (Side.CLIENT, _V, m.Waiting): validate.client_waiting,
@@ -83,7 +84,7 @@ _SPECIAL: Mapping[tuple[Side, State, type], Handler] = {
     (Side.CLIENT, _T, e.BlocksRejected): transfer.client_rejected,
     (Side.CLIENT, _T, e.Finished): finalize.client_finished,
     (Side.CLIENT, _F, m.Goodbye): finalize.client_goodbye,
-    (Side.CLIENT, _F, e.ConnectionLost): finalize.client_lost_late,
+    (Side.CLIENT, _F, e.ConnectionLost): finalize.lost_late,
     (Side.CLIENT, _F, e.ChannelDown): finalize.closed,
 }
 
@@ -276,7 +277,7 @@ class Session:
             error.hint = next(hint for kind, hint in _HINTS if isinstance(error, kind))
         self._ctx.error = error
         self._ctx.forget_blocks()
-        if isinstance(event, m.Refusal | m.Goodbye | e.ConnectionLost):
+        if self._ctx.released or isinstance(event, m.Refusal | m.Goodbye | e.ConnectionLost):
             return (f.Close(),)
         code, message = _code(error, event), m.wire_text(error.message)
         if self.side is Side.SERVER and isinstance(error, Refuse):

@@ -130,7 +130,9 @@ for _state in _WORKING:
     _CLIENT[_state, m.Refusal] = State.FAILED
     if _state is not _F:
         _CLIENT[_state, m.Goodbye] = State.FAILED
-_CLIENT[_F, e.ConnectionLost] = _F  # expected once the server has said goodbye; FAILED before that
+# Expected once the server has said goodbye; FAILED before that.
+_CLIENT[_F, e.ConnectionLost] = _F
+_SERVER[_F, e.ConnectionLost] = _F
 for _state in (_P, _T):
     _SERVER[_state, e.ChannelFailed] = State.FAILED
     _CLIENT[_state, e.ChannelFailed] = State.FAILED
