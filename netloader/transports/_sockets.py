@@ -14,7 +14,18 @@ import anyio
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 
-__all__ = ["KEY_BYTES", "Door", "dial", "knock", "plain", "receive_exactly", "send_all", "socket_address"]
+__all__ = [
+    "KEY_BYTES",
+    "Door",
+    "begin_dialling",
+    "connected",
+    "dial",
+    "knock",
+    "plain",
+    "receive_exactly",
+    "send_all",
+    "socket_address",
+]
 
 KEY_BYTES = 16
 
@@ -86,18 +97,37 @@ async def receive_exactly(sock: socket.socket, nbytes: int) -> bytes:
     return data
 
 
+def begin_dialling(sock: socket.socket, address: object) -> None:
+    """Begin to connect a socket that does not block; :func:`connected` waits for it.
+
+    Raises:
+        OSError: It can't be connected.
+    """
+    code = sock.connect_ex(address)  # type: ignore[arg-type]  # whatever the family calls an address
+    if code not in (0, errno.EINPROGRESS, errno.EAGAIN):
+        raise OSError(code, errno.errorcode.get(code, "error"))
+
+
+async def connected(sock: socket.socket) -> None:
+    """Wait until a socket is connected.
+
+    Raises:
+        OSError: It can't be connected.
+    """
+    await anyio.wait_writable(sock)
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, errno.errorcode.get(code, "error"))
+
+
 async def dial(sock: socket.socket, address: object) -> None:
     """Connect a socket that does not block.
 
     Raises:
         OSError: It can't be connected.
     """
-    code = sock.connect_ex(address)  # type: ignore[arg-type]  # whatever the family calls an address
-    if code in (errno.EINPROGRESS, errno.EAGAIN):
-        await anyio.wait_writable(sock)
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code:
-        raise OSError(code, errno.errorcode.get(code, "error"))
+    begin_dialling(sock, address)
+    await connected(sock)
 
 
 async def knock(connections: Sequence[socket.socket], key: bytes, answer: bytes) -> None:

@@ -24,7 +24,7 @@ from netloader.transports._crew import Crew
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import Lane, Placed, share
 from netloader.transports._pacing import tune
-from netloader.transports._sockets import KEY_BYTES, Door, dial, knock, plain, socket_address
+from netloader.transports._sockets import KEY_BYTES, Door, begin_dialling, connected, knock, plain, socket_address
 from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 
@@ -222,18 +222,20 @@ async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setu
     """Open the connections that the offer asks for, adding each to `connections` before it is used."""
     family, address = socket_address(setup.peer_host, offer.port)
     _, own = socket_address(setup.local_host, 0)
-    for _ in range(offer.lanes):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        connections.append(sock)
-        sock.setblocking(False)
-        try:
+    try:
+        for _ in range(offer.lanes):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            connections.append(sock)
+            sock.setblocking(False)
             sock.bind(own)  # the server lets in the address that it knows us by
-            await dial(sock, address)
-        except OSError as error:
-            raise PeerLost(
-                f"the server's data port {offer.port} at {setup.peer_host} can't be reached: {error}",
-                hint="a firewall between both hosts has to let the client reach the server's data ports",
-            ) from error
+            begin_dialling(sock, address)
+        for sock in connections:
+            await connected(sock)
+    except OSError as error:
+        raise PeerLost(
+            f"the server's data port {offer.port} at {setup.peer_host} can't be reached: {error}",
+            hint="a firewall between both hosts has to let the client reach the server's data ports",
+        ) from error
 
 
 def _from_elsewhere(visitor: socket.socket, expected: str) -> str | None:
