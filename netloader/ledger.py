@@ -30,7 +30,7 @@ class BlockState(enum.IntEnum):
     VERIFIED = 3
 
 
-# A member of an enumeration is looked up ten times as slowly, and each block takes a dozen of these.
+# A member of an enumeration takes several times as long to look up, and each block takes a dozen of these.
 _PENDING, _IN_FLIGHT, _RECEIVED, _VERIFIED = map(int, BlockState)
 
 

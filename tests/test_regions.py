@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from netloader.codecs.regions import Regions, first_of, left_of, objects, regions_of, regions_over, total
 from netloader.plan import make_plan
 from netloader.tensors import describe
+from netloader.transports._lanes import calls
 from netloader.transports._vectored import MOST_REGIONS, Message, preadv, pwritev, recvmsg, sendmsg
 from tests.tensor_sets import Sketch, build, sketches
 from tests.transports.bytesview import BytesView
@@ -65,6 +66,27 @@ def test_a_part_that_is_done_leaves_the_rest(cuts: list[int], data: st.DataObjec
     assert regions == kept, "what was given stays as it was"
     assert not left_of(regions, whole.nbytes)
     assert first_of(regions, whole.nbytes + 1) == regions
+
+
+@given(
+    cuts=st.lists(sizes, max_size=8), least=st.sampled_from([1, 30, 100]), longest=st.sampled_from([100, 130, 10_000])
+)
+def test_calls_have_every_byte_in_order_and_say_where_blocks_end(
+    cuts: list[list[int]], least: int, longest: int
+) -> None:
+    blocks = [block(os.urandom(sum(one)), one) for one in cuts]
+    moved, ended, ends = b"", list[int](), list[int]()
+    for regions, places in calls(list(enumerate(blocks)), least, longest):
+        assert total(regions) <= longest
+        assert len(regions) <= 2 * MOST_REGIONS
+        moved += bytes_at(regions)
+        ended += places
+        ends += [len(moved)] * len(places)
+        assert sum(blocks[place].nbytes for place in places[1:-1]) < least, "none is added to what is enough"
+    assert moved == b"".join(one.data for one in blocks)
+    assert ended == list(range(len(blocks)))
+    for place, end in enumerate(ends):
+        assert end >= sum(one.nbytes for one in blocks[: place + 1]), "said only once its bytes are through"
 
 
 @given(cuts=st.lists(st.integers(1, 2000), min_size=1, max_size=40), data=st.data())

@@ -388,11 +388,26 @@ def test_a_second_look_sees_what_changed_since_the_first() -> None:
     kept = weakref.ref(parameter.untyped_storage())
     parameter.data = torch.ones(1000)
     del first
+    assert [*memory.missing(plan, [0, 1])] == [0, 1]
     assert memory.missing(plan, [1]) == {1: "p was given other memory"}
     gc.collect()
     assert kept() is None, "the server lets go of what was replaced"
     other = make_plan(manifest, 8192)
     assert [*memory.missing(other, [0])] == [0]
+
+
+def test_a_second_look_at_many_blocks_names_the_one_that_changed() -> None:
+    parameters = {f"p{n}": torch.nn.Parameter(torch.zeros(1024)) for n in range(5)}
+    manifest, memory = describe(parameters)
+    plan = make_plan(manifest, 4096)
+    numbers = range(len(plan.blocks))
+    memory.views(plan, numbers)
+    assert memory.missing(plan, numbers) == {}
+    parameters["p3"].data = torch.ones(1024)
+    assert memory.missing(plan, numbers) == {3: "p3 was given other memory"}
+    with pytest.raises(ManifestError, match="block 3 is gone: p3 was given other memory"):
+        memory.views(plan, numbers)
+    assert len(memory.views(plan, [0, 1, 2, 4])) == 4
 
 
 def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it_did() -> None:

@@ -16,6 +16,7 @@ from netloader.errors import (
     PeerLost,
     RemoteProtocolError,
     RootMismatch,
+    TransferTimeout,
     TransportUnavailable,
 )
 from netloader.manifest import Manifest, TensorSpec, manifest_digest
@@ -73,6 +74,25 @@ def test_a_connection_that_ends_after_the_goodbye_is_no_failure() -> None:
     assert pair.client.lost
     pair.end()
     assert pair.states() == (State.DONE, State.DONE)
+
+
+def test_a_client_that_is_gone_before_the_server_has_freed_its_end_is_no_failure() -> None:
+    pair = Pair(client_terms(SAME), server_terms())
+    go_on_until(pair, in_state(pair.server, State.FINALIZE))
+    assert [said for said in pair.server.said if isinstance(said, m.Goodbye)] == [m.Goodbye(code="done")]
+    pair.server.feed(e.ConnectionLost("the client has closed"))
+    assert pair.states()[1] == State.FINALIZE
+    pair.server.feed(e.ChannelDown())
+    assert pair.states()[1] == State.DONE
+
+
+def test_a_server_that_said_goodbye_says_nothing_more() -> None:
+    pair = Pair(client_terms(SAME), server_terms())
+    go_on_until(pair, in_state(pair.server, State.FINALIZE))
+    before = len(pair.server.said)
+    pair.server.feed(e.TimedOut())
+    assert isinstance(pair.server.session.error, TransferTimeout)
+    assert len(pair.server.said) == before
 
 
 def test_a_connection_that_ends_before_the_goodbye_is_one() -> None:

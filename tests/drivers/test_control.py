@@ -1,0 +1,74 @@
+"""What is said on a control connection leaves at once, or in order when it can't."""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+import anyio
+import pytest
+import torch
+from anyio.abc import SocketAttribute, SocketListener, SocketStream
+
+from netloader.codecs.frames import client_messages
+from netloader.control import ControlConnection
+from netloader.errors import PeerLost
+from netloader.messages import Accepted, Announce, ChannelOffer, ClientMessage, Identify, Welcome
+from tests.drivers import kit
+
+MUCH = 16 << 20
+
+
+async def connected() -> tuple[ControlConnection[ClientMessage], SocketStream]:
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+        far = await anyio.connect_tcp("127.0.0.1", listener.extra(SocketAttribute.local_port))
+        near = await cast("SocketListener", listener.listeners[0]).accept()
+    return ControlConnection(near, client_messages()), far
+
+
+async def receive(stream: SocketStream, nbytes: int) -> bytes:
+    data = bytearray()
+    with anyio.fail_after(kit.PATIENCE):
+        while len(data) < nbytes:
+            data += await stream.receive(1 << 20)
+    return bytes(data)
+
+
+async def test_what_does_not_fit_is_left_to_be_sent() -> None:
+    connection, far = await connected()
+    async with far:
+        small, large = b"hello", os.urandom(MUCH)
+        assert connection.send_now(small) == b""
+        rest = connection.send_now(large)
+        assert 0 < len(rest) < MUCH
+        assert large.endswith(rest)
+        assert connection.send_now(b"no room") == b"no room"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.send, rest)
+            assert await receive(far, len(small) + MUCH) == small + large
+        assert connection.send_now(b"room again") == b""
+        assert await receive(far, 10) == b"room again"
+        await connection.aclose()
+
+
+async def test_a_connection_that_broke_takes_nothing_and_says_so_when_it_is_waited_for() -> None:
+    connection, far = await connected()
+    await kit.Wire(far, client_messages()).reset()
+    with pytest.raises(PeerLost):
+        await connection.receive()
+    assert connection.send_now(b"hello") == b"hello"
+    with pytest.raises(PeerLost):
+        await connection.send(b"hello")
+    await connection.aclose()
+
+
+async def test_messages_keep_their_order_when_the_peer_reads_late() -> None:
+    """A long announcement does not fit into the connection; what is said after it comes after it."""
+    holding = kit.held({f"{n:05}-{'x' * 900}": torch.zeros(1) for n in range(9_000)})
+    hub = kit.Hub()
+    async with kit.serving(hub.transport, holding) as server, kit.fake_client(server) as wire:
+        await wire.say(kit.hello(hub.transport), Identify(identity=kit.IDENTITY), kit.agree(holding, hub.transport))
+        await kit.until(lambda: any(len(session._outbox) for session in server._sessions), "something has to wait")
+        heard = [await wire.hear() for _ in range(4)]
+        assert [type(message) for message in heard] == [Welcome, Accepted, Announce, ChannelOffer]
+        assert heard[2] == kit.announce(holding)
