@@ -81,9 +81,9 @@ def test_a_client_that_is_gone_before_the_server_has_freed_its_end_is_no_failure
     go_on_until(pair, in_state(pair.server, State.FINALIZE))
     assert [said for said in pair.server.said if isinstance(said, m.Goodbye)] == [m.Goodbye(code="done")]
     pair.server.feed(e.ConnectionLost("the client has closed"))
-    assert pair.states()[1] == State.FINALIZE
+    assert pair.states()[0] == State.FINALIZE
     pair.server.feed(e.ChannelDown())
-    assert pair.states()[1] == State.DONE
+    assert pair.states()[0] == State.DONE
 
 
 def test_a_server_that_said_goodbye_says_nothing_more() -> None:
