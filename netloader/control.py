@@ -60,7 +60,7 @@ class ControlConnection(Generic[M]):
         decoder: Decoder for what the peer may send.
 
     Raises:
-        PeerLost: The peer is gone already.
+        PeerLost: The peer is gone already, or this process has no descriptor left.
     """
 
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
@@ -74,8 +74,13 @@ class ControlConnection(Generic[M]):
             raise PeerLost(
                 f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"
             ) from error
-        # A descriptor of our own: the stream's may be closed, and mean something else, before we hear of it.
-        self._direct = socket.fromfd(raw.fileno(), raw.family, raw.type)
+        try:
+            # A descriptor of our own: the stream's may be closed, and mean something else, before we hear of it.
+            self._direct = socket.fromfd(raw.fileno(), raw.family, raw.type)
+        except OSError as error:
+            raise PeerLost(
+                f"there is no descriptor for the control connection: {error}", hint="raise the limit of open files"
+            ) from error
         self._direct.setblocking(False)
         self.local_host = plain_host(str(local[0]))
         self.peer_host, self.peer_port = plain_host(str(peer[0])), int(peer[1])

@@ -99,6 +99,9 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
             outcome.set_result(anyio.run(cancellable))
         except BaseException as error:  # noqa: BLE001 - raised by who waits
             outcome.set_exception(error)
+        finally:
+            if not running.done():  # no loop could be made: there is nothing to cancel
+                running.set_result(lambda: None)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()

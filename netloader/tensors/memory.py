@@ -234,9 +234,10 @@ class Memory:
 
         All of them at once: a server does this twice for each block that it sends.
         """
-        if self._kept[0] is not plan or self._private:
+        kept_for, by_number = self._kept  # together: another thread may look with another plan
+        if kept_for is not plan or self._private:
             return None
-        found = list(map(self._kept[1].get, numbers))
+        found = list(map(by_number.get, numbers))
         kept = [one for one in found if one is not None]
         if len(kept) < len(found):
             return None

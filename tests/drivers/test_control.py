@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import cast
 
 import anyio
@@ -60,6 +61,27 @@ async def test_a_connection_that_broke_takes_nothing_and_says_so_when_it_is_wait
     with pytest.raises(PeerLost):
         await connection.send(b"hello")
     await connection.aclose()
+
+
+async def test_a_process_without_descriptors_says_so() -> None:
+    connection, far = await connected()
+    taken: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with far:
+        try:
+            taken.append(os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 10, limits[1]))
+            with pytest.raises(OSError, match="Too many"):  # noqa: PT012 - some of them go well
+                while True:
+                    taken.append(os.dup(0))
+            with pytest.raises(PeerLost, match="no descriptor") as caught:
+                ControlConnection(far, client_messages())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for descriptor in taken:
+                os.close(descriptor)
+        await connection.aclose()
+    assert caught.value.hint == "raise the limit of open files"
 
 
 async def test_messages_keep_their_order_when_the_peer_reads_late() -> None:
