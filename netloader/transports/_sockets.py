@@ -97,15 +97,18 @@ async def receive_exactly(sock: socket.socket, nbytes: int) -> bytes:
     return data
 
 
-def begin_dialling(sock: socket.socket, address: object) -> None:
-    """Begin to connect a socket that does not block; :func:`connected` waits for it.
+def begin_dialling(sock: socket.socket, address: object) -> bool:
+    """Begin to connect a socket that does not block; whether :func:`connected` has to wait for it.
 
     Raises:
         OSError: It can't be connected.
     """
     code = sock.connect_ex(address)  # type: ignore[arg-type]  # whatever the family calls an address
-    if code not in (0, errno.EINPROGRESS, errno.EAGAIN):
+    if code in (errno.EINPROGRESS, errno.EAGAIN):
+        return True
+    if code:
         raise OSError(code, errno.errorcode.get(code, "error"))
+    return False
 
 
 async def connected(sock: socket.socket) -> None:
@@ -126,8 +129,8 @@ async def dial(sock: socket.socket, address: object) -> None:
     Raises:
         OSError: It can't be connected.
     """
-    begin_dialling(sock, address)
-    await connected(sock)
+    if begin_dialling(sock, address):
+        await connected(sock)
 
 
 async def knock(connections: Sequence[socket.socket], key: bytes, answer: bytes) -> None:

@@ -56,8 +56,8 @@ def _libc() -> Any:
 class Message:
     """What one call sends or fills: at most :data:`MOST_REGIONS` regions, made ready beforehand.
 
-    Between two large calls the processor has forgotten nearly everything but the bytes: each step of Python there costs
-    several times what it does elsewhere.
+    What is done between two large calls costs most: the bytes have most likely pushed everything else out of the
+    processor's memory.
 
     Args:
         regions: The pieces; whoever made them keeps their memory alive.
