@@ -13,7 +13,7 @@ import anyio
 
 from netloader.backlog import Backlog
 from netloader.control import ControlConnection
-from netloader.driver import Move, SessionDriver, few_spans
+from netloader.driver import Move, SessionDriver, looked_up
 from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError
 from netloader.ledger import Ledger
 from netloader.manifest import Manifest
@@ -278,10 +278,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             raise LocalProtocolError("blocks were granted before anything was announced")
         plan = announcement.plan
         numbers = self._granted.take(plan, _RECEIVE_BYTES)
-        if few_spans(plan, numbers):
-            views = self._destination.views(plan, numbers)
-        else:
-            views = await anyio.to_thread.run_sync(self._destination.views, plan, numbers)
+        views = await looked_up(self._destination.views, plan, numbers)
         return partial(self._receive, plan, announcement.algorithm, numbers, views)
 
     async def _receive(

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Generic, NoReturn, TypeVar
 
@@ -30,7 +30,7 @@ from netloader.protocol import events as e
 from netloader.signals import SignalBox
 from netloader.transports.base import Channel, Setup, depth_of
 
-__all__ = ["MANY_SPANS", "Move", "PhaseClock", "SessionDriver", "few_spans"]
+__all__ = ["FEW_SPANS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -40,9 +40,9 @@ R = TypeVar("R")
 
 _log = logging.getLogger("netloader")
 
-MANY_SPANS = 512
-"""Pieces of memory from which looking them up is done beside the event loop: as many take 0.3 to 2.6 ms there, and a
-request for a model of large tensors has fewer."""
+FEW_SPANS = 512
+"""Pieces of memory that are looked up in the event loop, more of them beside it: as many take 0.3 to 2.6 ms there, and
+a request for a model of large tensors has no more."""
 
 _LINGER = 0.5
 """Seconds that the last messages of a session may take to leave."""
@@ -431,7 +431,14 @@ class SessionDriver(Generic[M]):
 
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
     """Whether blocks are made of so few pieces that looking them up need not be done beside the event loop."""
-    return sum(len(plan.blocks[number].tensors) for number in numbers) < MANY_SPANS
+    return sum(len(plan.blocks[number].tensors) for number in numbers) <= FEW_SPANS
+
+
+async def looked_up(look: Callable[[Plan, Sequence[int]], R], plan: Plan, numbers: Sequence[int]) -> R:
+    """What `look` finds about blocks: at once where they have few pieces, else beside the event loop."""
+    if few_spans(plan, numbers):
+        return look(plan, numbers)
+    return await anyio.to_thread.run_sync(look, plan, numbers)
 
 
 async def _raise(error: Exception) -> NoReturn:

@@ -18,7 +18,7 @@ import anyio.to_thread
 from netloader.addresses import Address, is_wildcard, parse_address
 from netloader.client import pull_from
 from netloader.contact import ClientOptions
-from netloader.driver import MANY_SPANS
+from netloader.driver import FEW_SPANS
 from netloader.errors import ConfigError
 from netloader.identity import Layout, ModelIdentity, Role
 from netloader.probing import Probe, probe_source
@@ -260,7 +260,7 @@ async def pull(
     role: Role = "target" if identity is None else identity.role
     layouts: tuple[Layout, ...] = ("raw", "processed", "checkpoint") if identity is None else (identity.layout,)
     options = _options(timeout, wait, stall_timeout, token, expect_root, role, layouts)
-    few = len(tensors) < MANY_SPANS  # looked at faster than a thread is started
+    few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
     options = replace(options, stripe=stripe, follow=follow)
     return await _pull_into(filled, identity, sources, transport, options, progress, relay)

@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from netloader.backlog import Backlog, groups
 from netloader.control import ControlConnection
-from netloader.driver import Move, SessionDriver, few_spans
+from netloader.driver import Move, SessionDriver, few_spans, looked_up
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
@@ -327,7 +327,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         """The same beside the event loop, for blocks of many pieces; the first ones are granted while others wait."""
         plan, memory = holding.announcement.plan, holding.memory
         for part in groups(plan, sorted(numbers)):
-            self._answer(set(part), await anyio.to_thread.run_sync(memory.missing, plan, part))
+            self._answer(set(part), await looked_up(memory.missing, plan, part))
 
     def _answer(self, numbers: set[int], lost: dict[int, str]) -> None:
         ready = to_ranges(numbers - set(lost))
@@ -347,7 +347,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         batch = self._asked.take(holding.announcement.plan, self._send_bytes)
         self._sending += 1
         try:
-            views = await self._views(holding, batch)
+            views = await looked_up(holding.memory.views, holding.announcement.plan, batch)
         except ManifestError as error:  # granted, and dropped by their owner since
             self._sending -= 1
             self._asked.drop()
@@ -378,12 +378,6 @@ class ServerSession(SessionDriver[ClientMessage]):
             self.feed(e.BlocksSent(to_ranges(batch)))
 
         return account
-
-    async def _views(self, holding: Holding, batch: list[int]) -> Sequence[BlockView]:
-        plan = holding.announcement.plan
-        if few_spans(plan, batch):
-            return holding.memory.views(plan, batch)
-        return await anyio.to_thread.run_sync(holding.memory.views, plan, batch)
 
     def _serving(self) -> Holding:
         if self._holding is None:

@@ -282,9 +282,10 @@ def test_neighbours_in_one_storage_are_fine() -> None:
 
 
 def test_one_device_per_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No second device here: the property of a tensor class stands in for one.
+    # No second device here: the properties of a tensor class stand in for one.
     class Elsewhere(torch.nn.Parameter):
         device = torch.device("cuda:1")
+        is_cpu = False
 
     found = problems_of({"a": torch.ones(1), "b": torch.ones(1), "c": Elsewhere(torch.ones(1))})
     assert found == ("c: it is on cuda:1, 2 others are on cpu",)
@@ -416,12 +417,41 @@ def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it
     plan = make_plan(manifest, 4096)
     memory.views(plan, [0])
     kept = memory._kept[1][0]
-    memory._kept[1][0] = kept[0], [size + 1 for size in kept[1]], kept[2]  # as if it had been larger
+    memory._kept[1][0] = kept._replace(sizes=[size + 1 for size in kept.sizes])  # as if it had been larger
     assert memory.missing(plan, [0]) == {}, "looked at again, and large enough"
     short = torch.zeros(100)
     memory._addresses[0], memory._tensors[0] = short.data_ptr(), short
-    memory._kept[1][0] = [short.untyped_storage()], [4000], [short.data_ptr()]
+    memory._kept[1][0] = kept._replace(storages=[short.untyped_storage()], sizes=[4000], begins=[short.data_ptr()])
     assert memory.missing(plan, [0]) == {0: "w has less memory than it had"}
+
+
+def test_what_was_seen_in_its_place_a_moment_ago_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.nn.Parameter(torch.arange(2048.0))
+    manifest, memory = describe({"w": parameter})
+    plan = make_plan(manifest, 4096)
+    memory.views(plan, [0, 1])
+    monkeypatch.setattr("netloader.tensors.memory._FRESH", 60.0)
+    assert memory.missing(plan, [0]) == {}
+    parameter.data = torch.zeros(2048)
+    (view,) = memory.views(plan, [0])
+    assert view.buffers()[0] == torch.arange(1024.0).numpy().data.cast("B"), "as it was announced"
+    with pytest.raises(ManifestError, match="block 1 is gone: w was given other memory"):
+        memory.views(plan, [1])  # which was not seen lately
+    monkeypatch.setattr("netloader.tensors.memory._FRESH", 0.0)
+    with pytest.raises(ManifestError, match="block 0 is gone: w was given other memory"):
+        memory.views(plan, [0])
+
+
+def test_memory_that_was_given_back_is_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1000)
+    manifest, memory = describe({"w": tensor})
+    plan = make_plan(manifest, 4096)
+    memory.views(plan, [0])
+    monkeypatch.setattr("netloader.tensors.memory._FRESH", 60.0)
+    assert memory.missing(plan, [0]) == {}
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ManifestError, match="block 0 is gone: w was given other memory"):
+        memory.views(plan, [0])
 
 
 def test_memory_that_shrank_is_never_read_past_its_end() -> None:

@@ -83,21 +83,18 @@ class _Kind:
     problem: str
 
 
-class _Kinds(dict[tuple[int, ...], _Kind]):
-    """Kinds of one dtype by shape."""
+class _Kinds(dict[tuple[torch.dtype, torch.Size], _Kind]):
+    """Kinds by dtype and shape."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def __missing__(self, size: torch.Size) -> _Kind:
-        shape, name = tuple(size), _NAMES.get(self._dtype)
+    def __missing__(self, key: tuple[torch.dtype, torch.Size]) -> _Kind:
+        dtype, size = key
+        shape, name = tuple(size), _NAMES.get(dtype)
         if name is None:
-            kind = _Kind("", shape, 0, False, f"its dtype {self._dtype} cannot travel")
+            kind = _Kind("", shape, 0, False, f"its dtype {dtype} cannot travel")
         else:
             many = f"it has {len(shape)} dimensions, at most {MAX_DIMS} are possible" if len(shape) > MAX_DIMS else ""
-            kind = _Kind(name, shape, math.prod(shape) * ITEM_BYTES[name], self._dtype.is_complex, many)
-        self[shape] = kind
+            kind = _Kind(name, shape, math.prod(shape) * ITEM_BYTES[name], dtype.is_complex, many)
+        self[key] = kind
         return kind
 
 
@@ -123,15 +120,13 @@ class _Survey:
         self._names = names
         self._tensors = tensors
         self.addresses = list(map(torch.Tensor.data_ptr, tensors))  # first: what has no plain memory fails here
-        dtypes = list(map(attrgetter("dtype"), tensors))
-        tables = {dtype: _Kinds(dtype) for dtype in set(dtypes)}
-        sizes = map(attrgetter("shape"), tensors)
-        self._tables = tables.values()
-        self._kinds = [tables[dtype][size] for dtype, size in zip(dtypes, sizes, strict=True)]
-        self._devices = list(map(attrgetter("device"), tensors))
-        self.device: torch.device = self._devices[0] if tensors else torch.device("cpu")
-        if self._devices.count(self.device) < len(tensors):
-            self.device = Counter(self._devices).most_common(1)[0][0]
+        self._known = _Kinds()
+        dtypes, sizes = map(attrgetter("dtype"), tensors), map(torch.Tensor.size, tensors)
+        self._kinds = list(map(self._known.__getitem__, zip(dtypes, sizes, strict=True)))
+        # Not where each one is, unless it matters: an object for each answer, and comparing them, takes several ms.
+        self._devices = [] if all(map(attrgetter("is_cpu"), tensors)) else list(map(attrgetter("device"), tensors))
+        self.device = Counter(self._devices).most_common(1)[0][0] if self._devices else torch.device("cpu")
+        self._scattered = self._devices.count(self.device) < len(self._devices)
         row_major = list(map(torch.Tensor.is_contiguous, tensors))
         self._permuted = [place for place, plain in enumerate(row_major) if not plain] if False in row_major else []
         self._aliases: dict[int, int] = {}
@@ -178,7 +173,7 @@ class _Survey:
 
     def problems(self, *, writable: bool) -> list[str]:
         """What keeps tensors from travelling that each could travel alone."""
-        if self._devices.count(self.device) < len(self._tensors):
+        if self._scattered:
             return self._strangers()
         found = [
             f"{self._names[place]}: it is a part of memory in format {memory_format}, which has no parts"
@@ -194,7 +189,7 @@ class _Survey:
     def _doubtful(self) -> bool:
         """Whether some tensor can't travel, whichever."""
         tensors, kinds = self._tensors, self._kinds
-        known = [kind for table in self._tables for kind in table.values()]
+        known = self._known.values()
         if any(kind.problem for kind in known) or any(map(torch.Tensor.is_neg, tensors)):
             return True
         if any(kind.complex for kind in known) and any(map(torch.Tensor.is_conj, tensors)):
@@ -339,7 +334,7 @@ def _problem_of(name: object, tensor: torch.Tensor) -> str:
         return problem
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}, only strided memory can travel"
-    kind = _Kinds(tensor.dtype)[tensor.shape]
+    kind = _Kinds()[tensor.dtype, tensor.shape]
     if kind.problem:
         return kind.problem
     if tensor.is_neg() or (kind.complex and tensor.is_conj()):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import add, lt
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +26,26 @@ _WINDOW = ctypes.c_uint8 * (1 << 62)
 of them would make five, and with tens of thousands of spans the garbage collector would stop the process to look."""
 
 
-_Kept = tuple[list[torch.UntypedStorage], list[int], list[int]]
-"""What holds each span of a block, of how many bytes that is, and where the spans begin."""
+_FRESH = 0.02
+"""Seconds for which :meth:`Memory.views` takes a look's word that tensors are where they were: a server looks before it
+grants blocks, and mostly sends them right after that. What was replaced in between is kept, and holds what was
+announced; whether the memory itself is still there is always asked."""
+
+
+class _Kept(NamedTuple):
+    """What a look at a block finds out.
+
+    Attributes:
+        storages: What holds each span.
+        sizes: Bytes of each of those.
+        begins: Where each span begins.
+        regions: The spans by address, where the memory is the CPU's and the block may be shown again.
+    """
+
+    storages: list[torch.UntypedStorage]
+    sizes: list[int]
+    begins: list[int]
+    regions: Regions[int] | None
 
 
 class MemoryBlock:
@@ -50,6 +70,7 @@ class MemoryBlock:
         storages: list[torch.UntypedStorage],
         addresses: list[int],
         copies: dict[int, PlainCopy],
+        regions: Regions[int] | None,
     ) -> None:
         self.number = block.number
         self.nbytes = block.nbytes
@@ -60,7 +81,7 @@ class MemoryBlock:
         self._copies = copies  # of tensors in a private format, by place of the span
         self._tensors: list[torch.Tensor] | None = None
         self._buffers: list[memoryview] | None = None
-        self._regions: Regions[int] | None = None
+        self._regions = regions
 
     def __repr__(self) -> str:
         return f"<block {self.number}: {self.nbytes} bytes in {len(self._addresses)} spans on {self._device}>"
@@ -175,7 +196,8 @@ class Memory:
         self._tensors: list[torch.Tensor] = [] if weak else list(tensors)
         self._references: list[Callable[[], torch.Tensor | None]] = [weakref.ref(t) for t in tensors] if weak else []
         self._keep = keep
-        self._kept: tuple[Plan | None, dict[int, _Kept]] = (None, {})
+        # For one plan: what is kept of each block, and when the tensors of each were last seen in their places.
+        self._kept: tuple[Plan | None, dict[int, _Kept], dict[int, float]] = (None, {}, {})
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order.
@@ -190,12 +212,12 @@ class Memory:
         self._check(plan)
         # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            kept = self._all_kept(plan, numbers)
+            kept = self._all_kept(plan, numbers, fresh=True)
             if kept is None:
                 return [self._view(plan, number) for number in numbers]
             return [
-                MemoryBlock(plan.blocks[number], self._device, storages, begins, {})
-                for number, (storages, _, begins) in zip(numbers, kept, strict=True)
+                MemoryBlock(plan.blocks[number], self._device, one.storages, one.begins, {}, one.regions)
+                for number, one in zip(numbers, kept, strict=True)
             ]
 
     def _view(self, plan: Plan, number: int) -> MemoryBlock:
@@ -208,7 +230,7 @@ class Memory:
             for place, index in enumerate(block.tensors if self._private else ())
             if index in self._private and (tensor := self._tensor(index)) is not None
         }
-        return MemoryBlock(block, self._device, found[0], found[2], copies)
+        return MemoryBlock(block, self._device, found.storages, found.begins, copies, found.regions)
 
     def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
         """Those of these blocks that can't be read or written any more, each with the tensor and the reason."""
@@ -229,23 +251,31 @@ class Memory:
                 return f"{self._manifest.tensors[index].name} {reason}"
         return ""
 
-    def _all_kept(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
+    def _all_kept(self, plan: Plan, numbers: Sequence[int], *, fresh: bool = False) -> list[_Kept] | None:
         """What is kept about these blocks, compared with how it is now; None when not all of it is kept and true.
 
         All of them at once: a server does this twice for each block that it sends.
+
+        Args:
+            plan: Their plan.
+            numbers: The blocks.
+            fresh: Do not look again at tensors that were in their places a moment ago.
         """
-        kept_for, by_number = self._kept  # together: another thread may look with another plan
+        kept_for, by_number, seen = self._kept  # together: another thread may look with another plan
         if kept_for is not plan or self._private:
             return None
         found = list(map(by_number.get, numbers))
         kept = [one for one in found if one is not None]
         if len(kept) < len(found):
             return None
-        places = list(chain.from_iterable(plan.blocks[number].tensors for number in numbers))
-        if not self._in_place(self._held(places), places):
-            return None
-        holders = chain.from_iterable(storages for storages, _, _ in kept)
-        sizes = list(chain.from_iterable(sizes for _, sizes, _ in kept))
+        now = time.monotonic()
+        if not (fresh and all(now - seen.get(number, 0.0) < _FRESH for number in numbers)):
+            places = list(chain.from_iterable(plan.blocks[number].tensors for number in numbers))
+            if not self._in_place(self._held(places), places):
+                return None
+            seen.update(dict.fromkeys(numbers, now))
+        holders = chain.from_iterable(one.storages for one in kept)
+        sizes = list(chain.from_iterable(one.sizes for one in kept))
         return kept if list(map(torch.UntypedStorage.nbytes, holders)) == sizes else None
 
     def _in_place(self, tensors: list[torch.Tensor] | None, places: Sequence[int]) -> bool:
@@ -271,15 +301,15 @@ class Memory:
         Looks at each tensor: their number, not their bytes, is what this costs.
         """
         tensors = self._held(block.tensors)
-        kept_for, kept = self._kept
+        kept_for, kept, _ = self._kept
         if kept_for is not plan:
-            kept_for, kept = self._kept = (plan, {})
+            _, kept, _ = self._kept = (plan, {}, {})
         if tensors is None or not self._in_place(tensors, block.tensors):
             kept.pop(block.number, None)  # nobody is to wait for us with freeing what was replaced
             return None
         found = kept.get(block.number)
         # A storage that was kept is alive: what lies at its address is no other one, unless it was emptied since.
-        if found is not None and list(map(torch.UntypedStorage.nbytes, found[0])) == found[1]:
+        if found is not None and list(map(torch.UntypedStorage.nbytes, found.storages)) == found.sizes:
             return found
         storages = list(map(torch.Tensor.untyped_storage, tensors))
         sizes = list(map(torch.UntypedStorage.nbytes, storages))
@@ -289,9 +319,11 @@ class Memory:
         ends = map(add, map(torch.UntypedStorage.data_ptr, storages), sizes)
         if any(map(lt, ends, map(add, begins, block.sizes))):
             return None
-        found = (storages, sizes, begins)
-        if self._keep:
-            kept[block.number] = found
+        if not self._keep:
+            return _Kept(storages, sizes, begins, None)
+        reachable = self._device.type == "cpu" and not self._private
+        regions = regions_over(begins, block.sizes) if reachable else None
+        found = kept[block.number] = _Kept(storages, sizes, begins, regions)
         return found
 
     def _problem(self, index: int, nbytes: int) -> str:
