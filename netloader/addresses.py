@@ -9,7 +9,16 @@ import msgspec
 
 from netloader.errors import ConfigError
 
-__all__ = ["ALLOWED_ADDRESS", "ALLOWED_HOST", "Address", "is_loopback", "is_wildcard", "parse_address", "parse_host"]
+__all__ = [
+    "ALLOWED_ADDRESS",
+    "ALLOWED_HOST",
+    "Address",
+    "is_loopback",
+    "is_wildcard",
+    "parse_address",
+    "parse_host",
+    "unmapped",
+]
 
 ALLOWED_HOST = "an IPv4 address, an IPv6 address or a host name"
 ALLOWED_ADDRESS = "IPv4:port, hostname:port or [IPv6]:port, with a port from 1 to 65535"
@@ -113,6 +122,11 @@ def parse_host(text: object, *, field: str = "host") -> str:
     if reason:
         raise ConfigError(field=field, value=text, allowed=ALLOWED_HOST, reason=reason)
     return str(ipaddress.IPv6Address(host)) if ":" in host else host.lower()
+
+
+def unmapped(host: str) -> str:
+    """A numeric address without the prefix that a dual-stack socket puts before IPv4 ones."""
+    return host.removeprefix("::ffff:") if "." in host else host
 
 
 def is_wildcard(host: str) -> bool:

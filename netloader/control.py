@@ -8,11 +8,12 @@ from typing import Generic, TypeVar
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
+from netloader.addresses import unmapped
 from netloader.codecs.frames import FrameDecoder
 from netloader.errors import PeerLost
 from netloader.messages import ClientMessage, ServerMessage
 
-__all__ = ["ControlConnection", "plain_host"]
+__all__ = ["ControlConnection"]
 
 M = TypeVar("M", bound=ClientMessage | ServerMessage)
 
@@ -25,11 +26,6 @@ _KEEPALIVE = (10, 5, 3)
 """Seconds of silence before the first probe, seconds between probes, and probes: a vanished host is found in 25 s."""
 
 _READ_BYTES = 1 << 18
-
-
-def plain_host(host: str) -> str:
-    """A numeric address without the prefix that a dual-stack socket puts before IPv4 ones."""
-    return host.removeprefix("::ffff:") if "." in host else host
 
 
 def _tune(raw: socket.socket) -> None:
@@ -82,8 +78,8 @@ class ControlConnection(Generic[M]):
                 f"there is no descriptor for the control connection: {error}", hint="raise the limit of open files"
             ) from error
         self._direct.setblocking(False)
-        self.local_host = plain_host(str(local[0]))
-        self.peer_host, self.peer_port = plain_host(str(peer[0])), int(peer[1])
+        self.local_host = unmapped(str(local[0]))
+        self.peer_host, self.peer_port = unmapped(str(peer[0])), int(peer[1])
 
     async def receive(self) -> list[M]:
         """The next messages; waits for at least one.

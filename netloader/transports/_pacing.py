@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from netloader.transports._sockets import plain
+from netloader.addresses import unmapped
 
 __all__ = ["tune"]
 
@@ -17,6 +17,8 @@ as much processor time again: they seem to leave the caches before they are read
 _NEAR = {4: 24, 6: 64}
 """Bits of two private addresses that are equal on one network, by version of IP."""
 
+_Numeric = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 def tune(sock: socket.socket, local: str, peer: str) -> None:
     """Set up a connection for bulk data: no waiting for more, no pacing where that only costs, little on its way.
@@ -27,30 +29,24 @@ def tune(sock: socket.socket, local: str, peer: str) -> None:
         peer: The peer's.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if _one_host(local, peer):
+    ours, theirs = ipaddress.ip_address(unmapped(local)), ipaddress.ip_address(unmapped(peer))
+    one_host = ours == theirs or theirs.is_loopback
+    if one_host:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HOST_SEND_BYTES)
-    if hasattr(socket, "TCP_CONGESTION") and _paced_for_nothing(sock, local, peer):
+    # Within a host nothing is ever lost.
+    if hasattr(socket, "TCP_CONGESTION") and (one_host or _paced_for_nothing(sock, ours, theirs)):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         except OSError:
             return  # not allowed here: the system's choice works too, only slower
 
 
-def _one_host(local: str, peer: str) -> bool:
-    """Whether both ends of a connection, by their numeric addresses, are on one host."""
-    ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
-    return ours == theirs or theirs.is_loopback
+def _paced_for_nothing(sock: socket.socket, ours: _Numeric, theirs: _Numeric) -> bool:
+    """Whether the system's congestion control costs more than it gives between these two hosts.
 
-
-def _paced_for_nothing(sock: socket.socket, local: str, peer: str) -> bool:
-    """Whether the system's congestion control costs more than it gives on this path.
-
-    Within a host nothing is ever lost. On a private network, what keeps its own pace (bbr) is half as fast; what was
-    made for such a network (dctcp) is left alone.
+    On a private network, what keeps its own pace (bbr) is half as fast; what was made for such a network (dctcp) is
+    left alone.
     """
-    if _one_host(local, peer):
-        return True
-    ours, theirs = ipaddress.ip_address(plain(local)), ipaddress.ip_address(plain(peer))
     if ours.version != theirs.version or not (ours.is_private and theirs.is_private):
         return False
     bits = ours.max_prefixlen - _NEAR[ours.version]

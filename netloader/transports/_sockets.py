@@ -21,7 +21,6 @@ __all__ = [
     "connected",
     "dial",
     "knock",
-    "plain",
     "receive_exactly",
     "send_all",
     "socket_address",
@@ -37,11 +36,6 @@ _VISITORS = 16
 
 _PASSING = (errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ENETDOWN, errno.EHOSTUNREACH)
 """What ``accept`` says about a connection that was gone before it was accepted."""
-
-
-def plain(host: str) -> str:
-    """A numeric address without the prefix that a dual-stack socket puts before IPv4 ones."""
-    return host.removeprefix("::ffff:") if "." in host else host
 
 
 def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:

@@ -19,12 +19,13 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
+from netloader.addresses import unmapped
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports._crew import Crew
 from netloader.transports._landing import Operation
 from netloader.transports._lanes import Lane, Placed, share
 from netloader.transports._pacing import tune
-from netloader.transports._sockets import KEY_BYTES, Door, begin_dialling, connected, knock, plain, socket_address
+from netloader.transports._sockets import KEY_BYTES, Door, begin_dialling, connected, knock, socket_address
 from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 
@@ -240,7 +241,7 @@ async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setu
 
 def _from_elsewhere(visitor: socket.socket, expected: str) -> str | None:
     try:
-        host = plain(str(visitor.getpeername()[0]))
+        host = unmapped(str(visitor.getpeername()[0]))
     except OSError as error:
         return f"it is gone: {error}"
-    return None if host == plain(expected) else f"it comes from {host}"
+    return None if host == unmapped(expected) else f"it comes from {host}"
