@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import anyio
-import anyio.to_thread
 
 from netloader.backlog import Backlog, groups
 from netloader.control import ControlConnection
