@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import anyio
 
 from netloader.errors import RemoteProtocolError
-from netloader.plan import Plan, Ranges, expand
+from netloader.plan import Plan, Ranges, expand, in_groups
 
 __all__ = ["Backlog", "groups"]
 
@@ -87,14 +87,4 @@ class Backlog:
 
 def groups(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:
     """Blocks in groups of as many pieces of memory as one call has."""
-    group: list[int] = []
-    spans = 0
-    for number in numbers:
-        more = len(plan.blocks[number].tensors)
-        if group and spans + more > _CALL_SPANS:
-            yield group
-            group, spans = [], 0
-        group.append(number)
-        spans += more
-    if group:
-        yield group
+    return in_groups(plan, numbers, _CALL_SPANS)

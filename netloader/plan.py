@@ -28,6 +28,7 @@ __all__ = [
     "Span",
     "block_bytes_for",
     "expand",
+    "in_groups",
     "make_plan",
     "to_ranges",
 ]
@@ -202,6 +203,21 @@ def _packs(sizes: Sequence[int], block_bytes: int) -> Iterator[tuple[int, _Cut]]
         closed_by = small[past] if past < len(small) else len(sizes)
         yield closed_by, (tuple(small[first:past]), 0, tuple(small_sizes[first:past]), ends[past - 1] - before)
         first, before = past, ends[past - 1]
+
+
+def in_groups(plan: Plan, numbers: Iterable[int], most: int) -> Iterator[list[int]]:
+    """Blocks in order, in groups of at most `most` spans, or of one block that has more."""
+    group: list[int] = []
+    spans = 0
+    for number in numbers:
+        more = len(plan.blocks[number].tensors)
+        if group and spans + more > most:
+            yield group
+            group, spans = [], 0
+        group.append(number)
+        spans += more
+    if group:
+        yield group
 
 
 def to_ranges(numbers: Iterable[int]) -> Ranges:

@@ -17,7 +17,7 @@ from netloader.codecs.npu_formats import PLAIN, format_of
 from netloader.errors import ManifestError
 from netloader.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
 from netloader.tensors.mappings import not_writable
-from netloader.tensors.memory import Memory
+from netloader.tensors.memory import TOGETHER, Memory
 
 __all__ = ["DTYPES", "describe"]
 
@@ -102,7 +102,8 @@ class _Survey:
     """What is found out about a set of tensors, in a list for each property.
 
     Tens of thousands of them are not rare, and a client describes its own before it asks for the first block: each
-    property is asked of each tensor once, and no loop of ours goes through them where one of the interpreter's can.
+    property is asked of each tensor once, no loop of ours goes through them where one of the interpreter's can, and all
+    is asked of some of them before any of the others: what they are made of is then still in the processor's memory.
 
     Args:
         names: Their names.
@@ -119,16 +120,28 @@ class _Survey:
     def __init__(self, names: list[str], tensors: list[torch.Tensor]) -> None:
         self._names = names
         self._tensors = tensors
-        self.addresses = list(map(torch.Tensor.data_ptr, tensors))  # first: what has no plain memory fails here
+        self.addresses: list[int] = []
         self._known = _Kinds()
-        dtypes, sizes = map(attrgetter("dtype"), tensors), map(torch.Tensor.size, tensors)
-        self._kinds = list(map(self._known.__getitem__, zip(dtypes, sizes, strict=True)))
-        # Not where each one is, unless it matters: an object for each answer, and comparing them, takes several ms.
-        self._devices = [] if all(map(attrgetter("is_cpu"), tensors)) else list(map(attrgetter("device"), tensors))
-        self.device = Counter(self._devices).most_common(1)[0][0] if self._devices else torch.device("cpu")
-        self._scattered = self._devices.count(self.device) < len(self._devices)
-        row_major = list(map(torch.Tensor.is_contiguous, tensors))
-        self._permuted = [place for place, plain in enumerate(row_major) if not plain] if False in row_major else []
+        self._kinds: list[_Kind] = []
+        self._devices: list[torch.device] = []
+        self._permuted: list[int] = []
+        self._negative = False
+        cpu = torch.device("cpu")
+        for first in range(0, len(tensors), TOGETHER):
+            part = tensors[first : first + TOGETHER]
+            self.addresses += map(torch.Tensor.data_ptr, part)  # first: what has no plain memory fails here
+            dtypes, sizes = map(attrgetter("dtype"), part), map(torch.Tensor.size, part)
+            self._kinds += map(self._known.__getitem__, zip(dtypes, sizes, strict=True))
+            # Not where each one is, unless it matters: an object for each answer, and comparing them, takes longer.
+            here = all(map(attrgetter("is_cpu"), part))
+            self._devices += [cpu] * len(part) if here else map(attrgetter("device"), part)
+            row_major = list(map(torch.Tensor.is_contiguous, part))
+            if False in row_major:
+                self._permuted += [place for place, plain in enumerate(row_major, first) if not plain]
+            self._negative = self._negative or any(map(torch.Tensor.is_neg, part))
+        self.device = self._devices[0] if tensors else cpu
+        if self._devices.count(self.device) < len(tensors):
+            self.device = Counter(self._devices).most_common(1)[0][0]
         self._aliases: dict[int, int] = {}
         # Of those with bytes of their own, in the order of their memory: place, start and end.
         self._order: list[int] = []
@@ -173,7 +186,7 @@ class _Survey:
 
     def problems(self, *, writable: bool) -> list[str]:
         """What keeps tensors from travelling that each could travel alone."""
-        if self._scattered:
+        if self._devices.count(self.device) < len(self._tensors):
             return self._strangers()
         found = [
             f"{self._names[place]}: it is a part of memory in format {memory_format}, which has no parts"
@@ -190,7 +203,7 @@ class _Survey:
         """Whether some tensor can't travel, whichever."""
         tensors, kinds = self._tensors, self._kinds
         known = self._known.values()
-        if any(kind.problem for kind in known) or any(map(torch.Tensor.is_neg, tensors)):
+        if any(kind.problem for kind in known) or self._negative:
             return True
         if any(kind.complex for kind in known) and any(map(torch.Tensor.is_conj, tensors)):
             return True

@@ -6,7 +6,7 @@ import ctypes
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import add, lt
 from typing import NamedTuple
 
@@ -16,10 +16,14 @@ from netloader.codecs.npu_formats import is_private
 from netloader.codecs.regions import Regions, regions_over
 from netloader.errors import ManifestError, TransportUnavailable
 from netloader.manifest import Manifest
-from netloader.plan import Block, Plan
+from netloader.plan import Block, Plan, in_groups
 from netloader.tensors.private import PlainCopies, PlainCopy
 
-__all__ = ["Memory", "MemoryBlock"]
+__all__ = ["TOGETHER", "Memory", "MemoryBlock"]
+
+TOGETHER = 512
+"""Tensors of which everything is asked before the next ones are: each is three objects, and of tens of thousands none
+is still in the processor's memory when the next question comes (docs/decisions/0037-one-look.md)."""
 
 _WINDOW = ctypes.c_uint8 * (1 << 62)
 """As much as can be addressed. Cutting a block's spans out of one window makes one object per span; an array for each
@@ -212,39 +216,43 @@ class Memory:
         self._check(plan)
         # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            kept = self._all_kept(plan, numbers, fresh=True)
-            if kept is None:
-                return [self._view(plan, number) for number in numbers]
+            found = self._all_kept(plan, numbers, fresh=True) or self._look(plan, numbers)
+            if found is None:
+                raise self._gone(plan, numbers)
             return [
-                MemoryBlock(plan.blocks[number], self._device, one.storages, one.begins, {}, one.regions)
-                for number, one in zip(numbers, kept, strict=True)
+                MemoryBlock(
+                    plan.blocks[number],
+                    self._device,
+                    one.storages,
+                    one.begins,
+                    self._copies_of(plan.blocks[number]) if self._private else {},
+                    one.regions,
+                )
+                for number, one in zip(numbers, found, strict=True)
             ]
 
-    def _view(self, plan: Plan, number: int) -> MemoryBlock:
-        block = plan.blocks[number]
-        found = self._holders(plan, block)
-        if found is None:
-            raise self._gone(plan, number)
-        copies = {
+    def _copies_of(self, block: Block) -> dict[int, PlainCopy]:
+        """Plain copies of those of its tensors that lie in a private format, by place of the span."""
+        return {
             place: self._copies.of(index, tensor)
-            for place, index in enumerate(block.tensors if self._private else ())
+            for place, index in enumerate(block.tensors)
             if index in self._private and (tensor := self._tensor(index)) is not None
         }
-        return MemoryBlock(block, self._device, found.storages, found.begins, copies, found.regions)
 
     def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
         """Those of these blocks that can't be read or written any more, each with the tensor and the reason."""
         self._check(plan)
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            if self._all_kept(plan, numbers) is not None:
+            if self._all_kept(plan, numbers) is not None or self._look(plan, numbers) is not None:
                 return {}
             return {number: why for number in numbers if (why := self._why_missing(plan, number))}
 
     def _why_missing(self, plan: Plan, number: int) -> str:
         """Why a block can't be read or written any more; empty when it can."""
         block = plan.blocks[number]
-        if self._holders(plan, block) is not None:
+        if self._look(plan, [number]) is not None:
             return ""
+        self._kept[1].pop(number, None)  # nobody is to wait for us with freeing what was replaced
         for index, nbytes in zip(block.tensors, block.sizes, strict=True):
             reason = self._problem(index, block.offset + nbytes)
             if reason:
@@ -264,19 +272,22 @@ class Memory:
         kept_for, by_number, seen = self._kept  # together: another thread may look with another plan
         if kept_for is not plan or self._private:
             return None
-        found = list(map(by_number.get, numbers))
-        kept = [one for one in found if one is not None]
-        if len(kept) < len(found):
+        kept = {number: one for number in numbers if (one := by_number.get(number)) is not None}
+        if len(kept) < len(numbers):
             return None
         now = time.monotonic()
-        if not (fresh and all(now - seen.get(number, 0.0) < _FRESH for number in numbers)):
-            places = list(chain.from_iterable(plan.blocks[number].tensors for number in numbers))
-            if not self._in_place(self._held(places), places):
+        known = fresh and all(now - seen.get(number, 0.0) < _FRESH for number in numbers)
+        for part in in_groups(plan, numbers, TOGETHER):
+            places = list(chain.from_iterable(plan.blocks[number].tensors for number in part))
+            if not (known or self._in_place(self._held(places), places)):
                 return None
+            holders = chain.from_iterable(kept[number].storages for number in part)
+            sizes = list(chain.from_iterable(kept[number].sizes for number in part))
+            if list(map(torch.UntypedStorage.nbytes, holders)) != sizes:
+                return None
+        if not known:
             seen.update(dict.fromkeys(numbers, now))
-        holders = chain.from_iterable(one.storages for one in kept)
-        sizes = list(chain.from_iterable(one.sizes for one in kept))
-        return kept if list(map(torch.UntypedStorage.nbytes, holders)) == sizes else None
+        return list(kept.values())
 
     def _in_place(self, tensors: list[torch.Tensor] | None, places: Sequence[int]) -> bool:
         """Whether these tensors begin where they did. No loop of ours goes through them: there may be many."""
@@ -295,35 +306,47 @@ class Memory:
     def _tensor(self, index: int) -> torch.Tensor | None:
         return self._references[index]() if self._references else self._tensors[index]
 
-    def _holders(self, plan: Plan, block: Block) -> _Kept | None:
-        """What holds the memory of each span of a block; None when some of it is not there any more.
+    def _look(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
+        """What holds the memory of each span of these blocks; None when some of it is not there any more.
 
         Looks at each tensor: their number, not their bytes, is what this costs.
         """
-        tensors = self._held(block.tensors)
-        kept_for, kept, _ = self._kept
-        if kept_for is not plan:
-            _, kept, _ = self._kept = (plan, {}, {})
-        if tensors is None or not self._in_place(tensors, block.tensors):
-            kept.pop(block.number, None)  # nobody is to wait for us with freeing what was replaced
+        found: list[_Kept] = []
+        for part in in_groups(plan, numbers, TOGETHER):
+            some = self._look_at(plan, part)
+            if some is None:
+                return None
+            found += some
+        return found
+
+    def _look_at(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
+        """The same for as many as are looked at together."""
+        blocks = [plan.blocks[number] for number in numbers]
+        places = list(chain.from_iterable(block.tensors for block in blocks))
+        tensors = self._held(places)
+        if tensors is None or not self._in_place(tensors, places):
             return None
-        found = kept.get(block.number)
-        # A storage that was kept is alive: what lies at its address is no other one, unless it was emptied since.
-        if found is not None and list(map(torch.UntypedStorage.nbytes, found.storages)) == found.sizes:
-            return found
         storages = list(map(torch.Tensor.untyped_storage, tensors))
         sizes = list(map(torch.UntypedStorage.nbytes, storages))
-        begins = list(map(self._addresses.__getitem__, block.tensors))
-        if block.offset:
-            begins = [begin + block.offset for begin in begins]
+        begins = list(map(self._addresses.__getitem__, places))
+        pasts = list(accumulate(len(block.tensors) for block in blocks))
+        for past, block in zip(pasts, blocks, strict=True):
+            if block.offset:  # a cut, of one tensor
+                begins[past - 1] += block.offset
         ends = map(add, map(torch.UntypedStorage.data_ptr, storages), sizes)
-        if any(map(lt, ends, map(add, begins, block.sizes))):
+        needed = map(add, begins, chain.from_iterable(block.sizes for block in blocks))
+        if any(map(lt, ends, needed)):
             return None
-        if not self._keep:
-            return _Kept(storages, sizes, begins, None)
-        reachable = self._device.type == "cpu" and not self._private
-        regions = regions_over(begins, block.sizes) if reachable else None
-        found = kept[block.number] = _Kept(storages, sizes, begins, regions)
+        parts = [slice(past - len(block.tensors), past) for past, block in zip(pasts, blocks, strict=True)]
+        again = self._keep and self._device.type == "cpu" and not self._private
+        found = [
+            _Kept(storages[part], sizes[part], begins[part], regions_over(begins[part], block.sizes) if again else None)
+            for part, block in zip(parts, blocks, strict=True)
+        ]
+        if self._keep:
+            if self._kept[0] is not plan:
+                self._kept = (plan, {}, {})
+            self._kept[1].update(zip(numbers, found, strict=True))
         return found
 
     def _problem(self, index: int, nbytes: int) -> str:
@@ -337,8 +360,9 @@ class Memory:
             return "has less memory than it had"
         return ""
 
-    def _gone(self, plan: Plan, number: int) -> ManifestError:
-        reason = self.missing(plan, [number]).get(number, "it changed this very moment")
+    def _gone(self, plan: Plan, numbers: Sequence[int]) -> ManifestError:
+        missing = self.missing(plan, numbers) or {numbers[0]: "it changed this very moment"}
+        number, reason = next(iter(missing.items()))
         return ManifestError(
             f"block {number} is gone: {reason}", hint="describe the tensors again after they were replaced"
         )
