@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import sys
 import threading
 import warnings
 import weakref
@@ -97,6 +98,34 @@ def test_one_odd_tensor_hides_no_other(sketch: list[Sketch], odd: int) -> None:
     name = list(strange)[odd]
     found = problems_of({"odd": strange[name], **tensors, "whole": whole, "part": whole[2:4]})
     assert [line.split(":")[0] for line in found] == ["odd", "part"]
+
+
+@given(sketch=sketches(), block_bytes=BLOCK_SIZES, together=st.integers(1, 4), data=st.data())
+def test_how_many_are_looked_at_together_makes_no_difference(
+    sketch: list[Sketch], block_bytes: int, together: int, data: st.DataObject
+) -> None:
+    tensors = build(sketch, seed=1)
+    manifest, memory = describe(tensors)
+    plan = make_plan(manifest, block_bytes)
+    numbers = range(len(plan.blocks))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("describe", "memory"):
+            patch.setattr(sys.modules[f"netloader.tensors.{module}"], "TOGETHER", together)
+        again, looked = describe(tensors)
+        assert again == manifest
+        for _ in range(2):  # the second time by what the first one kept
+            views = looked.views(plan, numbers)
+            assert [view.number for view in views] == list(numbers)
+            assert [view.regions() for view in views] == [view.regions() for view in memory.views(plan, numbers)]
+            assert looked.missing(plan, numbers) == {}
+        fillable = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.is_inference()]
+        if fillable:
+            replaced = tensors[data.draw(st.sampled_from(fillable))]
+            replaced.data = replaced.detach().clone()
+            lost = looked.missing(plan, numbers)
+            assert set(lost) == {n for n in numbers if any(replaced is tensors[t] for t in plan.tensors_of(n))}
+            kept = [number for number in numbers if number not in lost]
+            assert len(looked.views(plan, kept)) == len(kept)
 
 
 @given(sketch=sketches(), block_bytes=BLOCK_SIZES, seed=st.integers(0, 5))
