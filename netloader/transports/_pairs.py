@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -301,7 +301,11 @@ def living_threads() -> set[str]:
     return {name for name in names if not name.startswith(("asyncio_", "AnyIO worker"))}
 
 
-def open_descriptors() -> int:
-    """How many descriptors this process has open."""
+def open_descriptors() -> dict[int, str]:
+    """What each descriptor that this process has open leads to."""
     gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
+    found = {}
+    for path in list(Path("/proc/self/fd").iterdir()):
+        with suppress(FileNotFoundError):  # the one that the folder itself was read by
+            found[int(path.name)] = str(path.readlink())
+    return found

@@ -361,7 +361,9 @@ async def everything_is_freed(make_pair: MakePair) -> None:
     for _ in range(3):
         await round_trip()
     demand(not living_threads() - threads, f"threads were left: {living_threads() - threads}")
-    demand(open_descriptors() <= descriptors, f"{open_descriptors() - descriptors} descriptors were left")
+    now = open_descriptors()
+    new = [what for number, what in now.items() if descriptors.get(number) != what]
+    demand(len(now) <= len(descriptors), f"{len(now) - len(descriptors)} descriptors were left, of {new}")
 
 
 CHECKS: tuple[Check, ...] = (
