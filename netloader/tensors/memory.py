@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -262,7 +263,7 @@ class Memory:
     def _all_kept(self, plan: Plan, numbers: Sequence[int], *, fresh: bool = False) -> list[_Kept] | None:
         """What is kept about these blocks, compared with how it is now; None when not all of it is kept and true.
 
-        All of them at once: a server does this twice for each block that it sends.
+        All of them at once: a server does this for each block that it grants, and for each that it sends.
 
         Args:
             plan: Their plan.
@@ -276,11 +277,12 @@ class Memory:
         if len(kept) < len(numbers):
             return None
         now = time.monotonic()
-        known = fresh and all(now - seen.get(number, 0.0) < _FRESH for number in numbers)
+        known = fresh and all(now - seen.get(number, -math.inf) < _FRESH for number in numbers)
         for part in in_groups(plan, numbers, TOGETHER):
-            places = list(chain.from_iterable(plan.blocks[number].tensors for number in part))
-            if not (known or self._in_place(self._held(places), places)):
-                return None
+            if not known:
+                places = list(chain.from_iterable(plan.blocks[number].tensors for number in part))
+                if not self._in_place(self._held(places), places):
+                    return None
             holders = chain.from_iterable(kept[number].storages for number in part)
             sizes = list(chain.from_iterable(kept[number].sizes for number in part))
             if list(map(torch.UntypedStorage.nbytes, holders)) != sizes:
@@ -344,9 +346,10 @@ class Memory:
             for part, block in zip(parts, blocks, strict=True)
         ]
         if self._keep:
-            if self._kept[0] is not plan:
-                self._kept = (plan, {}, {})
-            self._kept[1].update(zip(numbers, found, strict=True))
+            kept_for, kept, _ = self._kept  # together, as above: what is kept for one plan never gets among another's
+            if kept_for is not plan:
+                _, kept, _ = self._kept = (plan, {}, {})
+            kept.update(zip(numbers, found, strict=True))
         return found
 
     def _problem(self, index: int, nbytes: int) -> str:
