@@ -14,7 +14,7 @@ import anyio
 from netloader.backlog import Backlog
 from netloader.control import ControlConnection
 from netloader.driver import Move, SessionDriver, looked_up
-from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError
+from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError, TransportError
 from netloader.ledger import Ledger
 from netloader.manifest import Manifest
 from netloader.messages import Outcome, ServerMessage
@@ -135,6 +135,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[tuple[int, bytes]] = deque()
         self._landed = False
+        self._rejected: DigestMismatch | None = None
         self._receiving = 0
         self._next_look: asyncio.TimerHandle | None = None
         self._began = self._moved = time.monotonic()
@@ -298,7 +299,8 @@ class ClientSession(SessionDriver[ServerMessage]):
                 # Not accounted for: the block would be pending again, and asked for again, while it is still under way
                 # here. It is given back with the rest when the session ends.
                 names = plan.tensors_of(view.number)
-                raise DigestMismatch(view.number, names, expected.hex(), digest.hex())
+                self._rejected = DigestMismatch(view.number, names, expected.hex(), digest.hex())
+                raise self._rejected
             self._arrived.append((view.number, digest))
             if not self._landed and len(numbers) > 1:  # a fast source is asked for more before it has nothing to do
                 self._landed = True
@@ -312,6 +314,11 @@ class ClientSession(SessionDriver[ServerMessage]):
             result: e.Event = e.BlocksReceived(to_ranges(numbers))
         except DigestMismatch as error:
             result = e.BlocksRejected(error)
+        except TransportError:
+            # Wrong bytes cut the channel for all its calls, and an earlier one is heard first.
+            if self._rejected is None:
+                raise
+            result = e.BlocksRejected(self._rejected)
         finally:
             self._receiving -= 1
             self._verify_seconds += sum(seconds)
