@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from netloader.transports.base import BlockView
 
-__all__ = ["Regions", "first_of", "left_of", "objects", "regions_of", "regions_over", "total"]
+__all__ = ["Regions", "left_of", "objects", "regions_of", "regions_over", "total"]
 
 Regions = array
 """Address, bytes, address, bytes, ... as unsigned 64-bit numbers: an array of ``iovec`` as it lies in memory.
@@ -62,19 +62,6 @@ def left_of(regions: Regions[int], done: int) -> Regions[int]:
     rest[0] += inside
     rest[1] -= inside
     return rest
-
-
-def first_of(regions: Regions[int], nbytes: int) -> Regions[int]:
-    """The first `nbytes` bytes of `regions`, or all of them."""
-    if nbytes <= 0:
-        return array("Q")
-    ends = list(accumulate(regions[1::2]))
-    if not ends or ends[-1] <= nbytes:
-        return regions
-    place = bisect_left(ends, nbytes)
-    first = regions[: 2 * place + 2]
-    first[-1] -= ends[place] - nbytes
-    return first
 
 
 def objects(regions: Regions[int]) -> Iterator[Any]:

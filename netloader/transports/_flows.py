@@ -1,31 +1,33 @@
-"""One direction of a channel within a host: bytes read straight out of the sender's memory, or passed through a ring.
+"""One direction of a channel within a host: read out of the sender's memory, or out of pipes of its pages.
 
 A flow moves the blocks of one call at a time; everything blocks and runs in worker threads.
 """
 
 from __future__ import annotations
 
+import select
 import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from netloader.codecs.regions import Regions, left_of, regions_of, total
-from netloader.errors import TransportError
+from netloader.errors import PeerLost, TransportError
 from netloader.transports._landing import Operation
-from netloader.transports._lanes import calls
+from netloader.transports._lanes import CALL_BYTES, Placed, calls, share
 from netloader.transports._line import Line
+from netloader.transports._pipe import PipeEnd
 from netloader.transports._readv import read
-from netloader.transports._ring import PIECE_BYTES, RING_BYTES, Ring
 from netloader.transports._vectored import MOST_REGIONS
 from netloader.transports.base import BlockView
 
-__all__ = ["Flow", "MemoryReader", "MemoryShower", "RingReader", "RingWriter"]
+__all__ = ["Flow", "MemoryReader", "MemoryShower", "Pipe", "PipeReader", "PipeWriter", "Shared"]
 
-_SHOWN, _READ, _WRITTEN, _FREED = b"S", b"R", b"W", b"F"
-"""What a message says: where blocks lie; blocks were read; bytes were written; they were read. Of each block it is said
-how many pieces it has and how many bytes in all, and then where each piece lies and how many bytes it has."""
+_SHOWN, _READ = b"S", b"R"
+"""What a message says: where blocks lie; blocks were read. Of each block it is said how many pieces it has and how many
+bytes in all, and then where each piece lies and how many bytes it has."""
 
 _MOST_SHOWN = 128
 """Blocks that may be shown and not yet read: their acknowledgements always fit into the socket."""
@@ -40,14 +42,17 @@ _COUNT = struct.Struct("=Q")
 _WORD = 8
 _MOST_WORDS = 2 * MOST_REGIONS
 
+_MOST_PIPED = 128
+"""Pieces that are put into a pipe, or taken out of it, by one call: as many as fill one when each lies in two pages."""
+
 Work = Callable[[], None]
 
 
 class Flow(Protocol):
     """One direction, at one of its ends."""
 
-    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
-        """What is to be done for these blocks; each in a thread of its own, at once."""
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> Sequence[Work | None]:
+        """What is to be done for these blocks, each in the thread of its place, at once; None: nothing."""
         ...
 
     def cut(self) -> None:
@@ -198,72 +203,59 @@ class MemoryReader:
         return self._shown[self._taken - count : self._taken]
 
 
-class RingWriter:
-    """The sender's end of a ring.
+class Pipe(Protocol):
+    """One end of one pipe."""
 
-    Args:
-        line: To the receiver.
-        ring: Shared with it.
-    """
-
-    def __init__(self, line: Line, ring: Ring) -> None:
-        self._line = line
-        self._ring = ring
-        self._written = 0
-        self._freed = 0
-
-    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
-        """See :class:`Flow`."""
-        return [lambda: self._send(blocks, operation)] if blocks else []
+    def move(self, blocks: Sequence[Placed], operation: Operation) -> None:
+        """Move these blocks, in order."""
+        ...
 
     def cut(self) -> None:
         """See :class:`Flow`."""
-        self._line.cut()
+        ...
 
     def close(self) -> None:
         """See :class:`Flow`."""
-        self._line.close()
-        self._ring.close()
+        ...
 
-    def _send(self, blocks: Sequence[BlockView], operation: Operation) -> None:
-        for regions, _ in calls(list(enumerate(blocks)), PIECE_BYTES, PIECE_BYTES):
+
+class PipeWriter:
+    """The sender's end of a pipe of its own pages.
+
+    Args:
+        line: To the receiver, for this pipe alone.
+        pipe: To write to.
+        other: The end that the receiver has, too: a pipe that nobody can read from would raise a signal here.
+    """
+
+    def __init__(self, line: Line, pipe: PipeEnd, other: PipeEnd) -> None:
+        self._line = line
+        self._pipe = pipe
+        self._other = other
+
+    @property
+    def far(self) -> int:
+        """Descriptor of the receiver's end."""
+        return self._other.fileno()
+
+    def move(self, blocks: Sequence[Placed], operation: Operation) -> None:
+        """Have these blocks read, in order."""
+        # An empty one takes nothing from the pipe: its receiver may be done with it before it is sent.
+        unread = sum(block.nbytes > 0 for _, block in blocks)
+        for regions in _few(blocks, CALL_BYTES):
             rest = regions
             while rest:
-                # Read what is there in any case: a receiver that can't say more would stop listening.
+                count = self._pipe.write(rest)
+                # Heard in any case: a receiver that can't say more would stop reading.
                 while (message := self._line.heard()) is not None:
-                    self._note_freed(message)
-                while self._written - self._freed > RING_BYTES - PIECE_BYTES:
-                    self._note_freed(self._line.hear(operation))
-                count = self._ring.write(self._written, rest)
-                self._written += count
-                self._line.say(_WRITTEN + _COUNT.pack(self._written), operation)
-                operation.moved()
-                rest = left_of(rest, count)
-
-    def _note_freed(self, message: bytes) -> None:
-        freed = _number(message, _FREED)
-        if not self._freed < freed <= self._written:
-            raise TransportError(f"the receiver read up to byte {freed} of {self._freed} to {self._written}")
-        self._freed = freed
-
-
-class RingReader:
-    """The receiver's end of a ring.
-
-    Args:
-        line: To the sender.
-        ring: Shared with it.
-    """
-
-    def __init__(self, line: Line, ring: Ring) -> None:
-        self._line = line
-        self._ring = ring
-        self._written = 0
-        self._read = 0
-
-    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
-        """See :class:`Flow`."""
-        return [lambda: self._receive(blocks, operation)] if blocks else []
+                    unread -= self._counted(message, unread, operation)
+                if count is None:
+                    self._line.wait_for(self._pipe.fileno(), select.POLLOUT, operation)
+                else:
+                    operation.moved()
+                    rest = left_of(rest, count)
+        while unread:  # the pipe has our pages, not their bytes
+            unread -= self._counted(self._line.hear(operation), unread, operation)
 
     def cut(self) -> None:
         """See :class:`Flow`."""
@@ -272,30 +264,97 @@ class RingReader:
     def close(self) -> None:
         """See :class:`Flow`."""
         self._line.close()
-        self._ring.close()
+        self._pipe.close()
+        self._other.close()
 
-    def _receive(self, blocks: Sequence[BlockView], operation: Operation) -> None:
-        for place, block in enumerate(blocks):
-            for regions, _ in calls([(0, block)], PIECE_BYTES, PIECE_BYTES):
-                rest = regions
-                while rest:
-                    rest = left_of(rest, self._fill(rest, operation))
-            operation.completed(place)
-
-    def _fill(self, regions: Regions[int], operation: Operation) -> int:
-        if self._read == self._written:
-            self._hear(operation)
-        count = self._ring.read(self._read, self._written - self._read, regions)
-        self._read += count
-        self._line.say(_FREED + _COUNT.pack(self._read), operation)
+    def _counted(self, message: bytes, unread: int, operation: Operation) -> int:
+        count = _number(message, _READ)
+        if not 0 < count <= unread:
+            raise TransportError(f"the receiver read {count} blocks, {unread} were on their way")
         operation.moved()
         return count
 
-    def _hear(self, operation: Operation) -> None:
-        written = _number(self._line.hear(operation), _WRITTEN)
-        if not self._written < written <= self._read + RING_BYTES:
-            raise TransportError(f"the sender wrote up to byte {written}, read are {self._read}")
-        self._written = written
+
+class PipeReader:
+    """The receiver's end of a pipe of the sender's pages.
+
+    Args:
+        line: To the sender, for this pipe alone.
+        pipe: To read from.
+    """
+
+    def __init__(self, line: Line, pipe: PipeEnd) -> None:
+        self._line = line
+        self._pipe = pipe
+
+    def move(self, blocks: Sequence[Placed], operation: Operation) -> None:
+        """Fill these blocks, in order."""
+        for placed in blocks:
+            for regions in _few([placed], 1):
+                rest = regions
+                while rest:
+                    rest = left_of(rest, self._fill(rest, operation))
+            if placed[1].nbytes:
+                self._line.say(_READ + _COUNT.pack(1), operation)
+            operation.completed(placed[0])
+
+    def cut(self) -> None:
+        """See :class:`Flow`."""
+        self._line.cut()
+
+    def close(self) -> None:
+        """See :class:`Flow`."""
+        self._line.close()
+        self._pipe.close()
+
+    def _fill(self, regions: Regions[int], operation: Operation) -> int:
+        while (count := self._pipe.read(regions)) is None:
+            message = self._line.heard()
+            if message is not None:
+                raise TransportError(f"the sender said {message[:16]!r} where it has nothing to say")
+            self._line.wait_for(self._pipe.fileno(), select.POLLIN, operation)
+        if not count:
+            raise PeerLost("the peer closed its side of the pipe")
+        operation.moved()
+        return count
+
+
+class Shared:
+    """Several pipes of one direction: blocks take turns on them.
+
+    Args:
+        pipes: At one end, in the order that both ends know.
+    """
+
+    def __init__(self, pipes: Sequence[Pipe]) -> None:
+        self._pipes = pipes
+        self._moved = 0
+
+    def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work | None]:
+        """See :class:`Flow`."""
+        shares = share(blocks, self._moved, len(self._pipes))
+        self._moved += len(blocks)
+        return [
+            partial(pipe.move, mine, operation) if mine else None
+            for pipe, mine in zip(self._pipes, shares, strict=True)
+        ]
+
+    def cut(self) -> None:
+        """See :class:`Flow`."""
+        for pipe in self._pipes:
+            pipe.cut()
+
+    def close(self) -> None:
+        """See :class:`Flow`."""
+        for pipe in self._pipes:
+            pipe.close()
+
+
+def _few(blocks: Sequence[Placed], least: int) -> Iterator[Regions[int]]:
+    """The pieces of blocks, no more at a time than fill a pipe: what did not fit is looked through again."""
+    for regions, _ in calls(blocks, least):
+        for start in range(0, len(regions), 2 * _MOST_PIPED):
+            yield regions[start : start + 2 * _MOST_PIPED]
 
 
 def _number(message: bytes, kind: bytes) -> int:

@@ -79,7 +79,7 @@ class Line:
         except OSError as error:
             raise _lost(error) from error
         if not message:
-            raise PeerLost("the peer closed its side of the shared memory")
+            raise PeerLost("the peer closed its side of the channel")
         return message
 
     def checker(self) -> Callable[[], None]:
@@ -113,9 +113,20 @@ class Line:
         if process is not None:
             os.close(process)
 
-    def _wait(self, event: int, operation: Operation) -> None:
+    def wait_for(self, fd: int, event: int, operation: Operation) -> None:
+        """Wait until `fd` is ready, or there is something to hear.
+
+        Raises:
+            PeerLost: The peer died.
+            TransferTimeout: Nothing moves.
+        """
+        self._wait(select.POLLIN, operation, (fd, event))
+
+    def _wait(self, event: int, operation: Operation, other: tuple[int, int] | None = None) -> None:
         poll = select.poll()
         poll.register(self._sock, event)
+        if other is not None:
+            poll.register(*other)
         if self._process is not None:
             poll.register(self._process, select.POLLIN)
         ready = poll.poll(self._tick)

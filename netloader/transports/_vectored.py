@@ -15,10 +15,12 @@ from typing import Any
 
 from netloader.codecs.regions import Regions, left_of, total
 
-__all__ = ["MOST_REGIONS", "Message", "preadv", "pwritev", "recvmsg", "sendmsg"]
+__all__ = ["MOST_REGIONS", "Message", "readv", "recvmsg", "sendmsg", "vmsplice"]
 
 MOST_REGIONS = 1024
 """Pieces of memory that one system call takes (IOV_MAX)."""
+
+_SPLICE_F_NONBLOCK = 2
 
 # Linux counts in words, against POSIX, which others follow.
 _Count = ctypes.c_size_t if sys.platform == "linux" else ctypes.c_int
@@ -46,10 +48,11 @@ def _libc() -> Any:
         call = getattr(libc, name)
         call.restype = ctypes.c_ssize_t
         call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-    for name in ("preadv", "pwritev"):
-        call = getattr(libc, name)
-        call.restype = ctypes.c_ssize_t
-        call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+    libc.readv.restype = ctypes.c_ssize_t
+    libc.readv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+    if hasattr(libc, "vmsplice"):  # Linux
+        libc.vmsplice.restype = ctypes.c_ssize_t
+        libc.vmsplice.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_uint)
     return libc
 
 
@@ -98,22 +101,24 @@ def recvmsg(fd: int, message: Message, flags: int = 0) -> int:
     return _tried(_libc().recvmsg, fd, message.address, flags)
 
 
-def pwritev(fd: int, regions: Regions[int], offset: int) -> int:
-    """Write the bytes of at most :data:`MOST_REGIONS` regions into a file; how many were written.
+def vmsplice(fd: int, regions: Regions[int]) -> int:
+    """Put the pages of at most :data:`MOST_REGIONS` regions into a pipe, uncopied; how many bytes it took.
+
+    They have to stay as they are until they were read. Never waits.
+
+    Raises:
+        OSError: The system says no. :class:`BlockingIOError` when the pipe is full.
+    """
+    return _tried(_libc().vmsplice, fd, regions.buffer_info()[0], len(regions) // 2, _SPLICE_F_NONBLOCK)
+
+
+def readv(fd: int, regions: Regions[int]) -> int:
+    """Read into at most :data:`MOST_REGIONS` regions; how many bytes came, 0 at the end.
 
     Raises:
         OSError: The system says no.
     """
-    return _tried(_libc().pwritev, fd, regions.buffer_info()[0], len(regions) // 2, offset)
-
-
-def preadv(fd: int, regions: Regions[int], offset: int) -> int:
-    """Read a file into at most :data:`MOST_REGIONS` regions; how many bytes were read.
-
-    Raises:
-        OSError: The system says no.
-    """
-    return _tried(_libc().preadv, fd, regions.buffer_info()[0], len(regions) // 2, offset)
+    return _tried(_libc().readv, fd, regions.buffer_info()[0], len(regions) // 2)
 
 
 def _tried(call: Any, *args: int) -> int:

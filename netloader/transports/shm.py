@@ -3,7 +3,7 @@
 Both ends meet at an abstract Unix socket, which has no file and is gone with its process, prove themselves by a key
 that only the control connection carried, and have the kernel's word on who the other is. Then each tries to read a few
 bytes of the other's memory. Where that works, the sender of blocks only says where they lie and waits until they were
-read. Where it is forbidden, blocks pass through a small ring of shared memory that has no name either.
+read. Where it is forbidden, the sender puts its pages into pipes, which it hands over through that socket.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -30,11 +31,11 @@ import msgspec
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError, TransportUnavailable
 from netloader.transports._crew import Crew
-from netloader.transports._flows import Flow, MemoryReader, MemoryShower, RingReader, RingWriter
+from netloader.transports._flows import Flow, MemoryReader, MemoryShower, Pipe, PipeReader, PipeWriter, Shared
 from netloader.transports._landing import Operation
 from netloader.transports._line import LONGEST_MESSAGE, Line
+from netloader.transports._pipe import PipeEnd
 from netloader.transports._readv import allow_reader, needs_permission, read
-from netloader.transports._ring import Ring
 from netloader.transports._sockets import KEY_BYTES, Door, dial, knock
 from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
@@ -46,6 +47,8 @@ _NETWORK = Path("/proc/self/ns/net")
 
 _PROBE_BYTES = 32
 _MANY_PROCESSORS = 16
+_PIPES = b"pipes"
+_MOST_PIPES = 16
 _PEER = struct.Struct("=iII")
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -162,8 +165,8 @@ class ShmTransport:
     """Moves blocks between two processes of one host and one user; for tensors in the CPU's memory.
 
     Args:
-        reading: Whether this side may read the other's memory; False passes everything through shared memory.
-        threads: Threads that read; by default 2, or 4 where there are many processors.
+        reading: Whether this side may read the other's memory; False: everything comes through pipes.
+        threads: Threads that read, and pipes that a server makes; by default 2, or 4 where there are many processors.
     """
 
     name = "shm"
@@ -234,11 +237,13 @@ class ShmTransport:
 
     async def _meet(self, outgoing: socket.socket, incoming: socket.socket, setup: Setup, *, serving: bool) -> Channel:
         """Find out how bytes can go each way, and make the channel. Owns the sockets."""
-        meeting = _Meeting(outgoing, incoming, self._permission if serving else None)
+        # A client sends nothing, as a rule: it needs no more than one pipe.
+        pipes = self._threads_here() if serving else 1
+        meeting = _Meeting(outgoing, incoming, self._permission if serving else None, pipes, setup.stall)
         try:
             with anyio.fail_after(setup.timeout):
                 await meeting.hold(reading=self._reading)
-            return meeting.channel(setup.stall, self._threads_here())
+            return meeting.channel(self._threads_here())
         except BaseException as error:
             meeting.give_up()
             if isinstance(error, TimeoutError):
@@ -252,17 +257,34 @@ class ShmTransport:
 
 
 class _Meeting:
-    """Both ends find out which of them may read the other's memory."""
+    """Both ends find out which of them may read the other's memory, and make pipes where one may not.
 
-    def __init__(self, outgoing: socket.socket, incoming: socket.socket, permission: _Permission | None) -> None:
+    Args:
+        outgoing: Leads to the other end's `incoming`; owned from here on.
+        incoming: Leads to the other end's `outgoing`; owned from here on.
+        permission: To be read, where that is this end's to give.
+        pipes: How many to make where the other end may not read.
+        stall: For the channel.
+    """
+
+    def __init__(
+        self,
+        outgoing: socket.socket,
+        incoming: socket.socket,
+        permission: _Permission | None,
+        pipes: int,
+        stall: float,
+    ) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
         self._permission = permission
+        self._pipes = pipes
+        self._stall = stall
         self._given = False
         self._pid = 0
-        self._process: list[int | None] = [None, None]
-        self._rings: list[Ring | None] = [None, None]  # outgoing, incoming
-        self._reads = False
+        self._process: int | None = None
+        self._writers: list[PipeWriter] = []
+        self._readers: list[PipeReader] = []
 
     async def hold(self, *, reading: bool) -> None:
         """Say and hear what there is to be known.
@@ -272,8 +294,7 @@ class _Meeting:
             PeerLost: It went away.
         """
         self._pid = _credentials(self._outgoing)[0]
-        for place in range(2):
-            self._process[place] = _descriptor(self._pid)
+        self._process = _descriptor(self._pid)
         if self._permission is not None and self._pid and needs_permission():
             self._given = self._permission.give(self._pid)
         content = secrets.token_bytes(_PROBE_BYTES)
@@ -283,45 +304,95 @@ class _Meeting:
         reason = self._try_to_read(hello) if reading else "it is switched off"
         await _say(self._incoming, _Verdict(reason))
         if (await _hear(self._outgoing, _Verdict)).reason:
-            ring = self._rings[0] = Ring.create()
-            socket.send_fds(self._outgoing, [b"ring"], [ring.fileno()])
-        self._reads = not reason
+            self._hand_over_pipes()
         if reason:
-            self._rings[1] = Ring(await _hear_descriptor(self._incoming))
-            _log.info("shm: the peer's memory is not read (%s): bytes pass through shared memory", reason)
+            await self._take_pipes()
+            _log.info("shm: the peer's memory is not read (%s): bytes come through pipes", reason)
         del memory
 
-    def channel(self, stall: float, threads: int) -> Channel:
+    def channel(self, threads: int) -> Channel:
         """The channel; takes over everything."""
-        processes, self._process = self._process, [None, None]
-        there = Line(self._outgoing, processes[0], stall)
-        back = Line(self._incoming, processes[1], stall)
-        outgoing: Flow = MemoryShower(there) if self._rings[0] is None else RingWriter(there, self._rings[0])
+        outgoing: Flow
         incoming: Flow
-        if self._rings[1] is not None:
-            incoming = RingReader(back, self._rings[1])
+        if self._writers:
+            outgoing = Shared(self._writers)
+            self._outgoing.close()
         else:
-            incoming = MemoryReader(back, self._pid, threads)
-        return _ShmChannel(outgoing, incoming, stall, self._permission if self._given else None)
+            outgoing = MemoryShower(self._line(self._outgoing))
+        if self._readers:
+            incoming = Shared(self._readers)
+            self._incoming.close()
+        else:
+            incoming = MemoryReader(self._line(self._incoming), self._pid, threads)
+        self._forget_process()
+        return _ShmChannel(outgoing, incoming, self._stall, self._permission if self._given else None)
 
     def give_up(self) -> None:
         """Free everything."""
         self._outgoing.close()
         self._incoming.close()
-        for fd in self._process:
-            if fd is not None:
-                os.close(fd)
-        for ring in self._rings:
-            if ring is not None:
-                ring.close()
+        self._forget_process()
+        pipes: list[Pipe] = [*self._writers, *self._readers]
+        for pipe in pipes:
+            pipe.close()
         if self._given and self._permission is not None:
             self._permission.take_back()
+
+    def _line(self, sock: socket.socket) -> Line:
+        """A line to the peer, which knows its process by a descriptor of its own."""
+        return Line(sock, None if self._process is None else os.dup(self._process), self._stall)
+
+    def _forget_process(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            os.close(process)
+
+    def _hand_over_pipes(self) -> None:
+        """Make pipes, each with a line of its own, and give the other end its ends of them."""
+        theirs: list[socket.socket] = []
+        try:
+            for _ in range(self._pipes):
+                reading, writing = PipeEnd.pair()
+                try:
+                    ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                except OSError:
+                    reading.close()
+                    writing.close()
+                    raise
+                theirs.append(other)
+                self._writers.append(PipeWriter(self._line(ours), writing, reading))
+            numbers = [
+                fd for writer, sock in zip(self._writers, theirs, strict=True) for fd in (writer.far, sock.fileno())
+            ]
+            socket.send_fds(self._outgoing, [_PIPES], numbers)
+        except OSError as error:
+            raise TransportError(f"no pipes can be given to the peer: {error}") from error
+        finally:
+            for sock in theirs:
+                sock.close()
+
+    async def _take_pipes(self) -> None:
+        """Take our ends of the pipes that the other end made."""
+        numbers = await _hear_descriptors(self._incoming)
+        taken = [
+            (PipeEnd(pipe), socket.socket(fileno=sock)) for pipe, sock in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
+        while taken:
+            pipe, sock = taken[0]
+            try:
+                self._readers.append(PipeReader(self._line(sock), pipe))
+            except OSError as error:
+                for pipe, sock in taken:
+                    pipe.close()
+                    sock.close()
+                raise TransportError(f"the peer's pipes can't be used: {error}") from error
+            del taken[0]
 
     def _try_to_read(self, hello: _Hello) -> str:
         """Why the peer's memory can't be read; empty when it can."""
         if not self._pid:
             return "the peer's process can't be seen from here: it is in another container"
-        if self._process[1] is None:
+        if self._process is None:
             return "this kernel has no process descriptors"
         found = ctypes.create_string_buffer(_PROBE_BYTES)
         try:
@@ -400,18 +471,27 @@ async def _hear(sock: socket.socket, kind: type[M]) -> M:
             raise TransportError(f"the peer said what makes no sense: {error}") from error
 
 
-async def _hear_descriptor(sock: socket.socket) -> int:
+async def _hear_descriptors(sock: socket.socket) -> list[int]:
+    """Pairs of a pipe to read from and a socket."""
     while True:
         try:
-            data, descriptors, _, _ = socket.recv_fds(sock, 16, 1)
+            data, numbers, _, _ = socket.recv_fds(sock, 16, 2 * _MOST_PIPES)
         except BlockingIOError:
             await anyio.wait_readable(sock)
             continue
         except OSError as error:
             raise PeerLost(f"the peer left while a channel was being set up: {error}") from error
+        kinds = [stat.S_IFMT(os.fstat(number).st_mode) for number in numbers]
+        if data == _PIPES and kinds and kinds == [stat.S_IFIFO, stat.S_IFSOCK] * (len(kinds) // 2):
+            for number in numbers:
+                os.set_inheritable(number, False)
+                os.set_blocking(number, False)
+            return list(numbers)
+        for number in numbers:
+            os.close(number)
         if not data:
             raise PeerLost("the peer left while a channel was being set up")
-        if len(descriptors) != 1:
-            raise TransportError("the peer passed no shared memory where some was to come")
-        os.set_inheritable(descriptors[0], False)
-        return descriptors[0]
+        # Such as another release, of which this one's tcp may know.
+        raise TransportUnavailable(
+            "the peer passed no pipes where some were to come", hint="run the same netloader release on both sides"
+        )

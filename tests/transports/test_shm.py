@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,10 @@ from hypothesis import strategies as st
 from netloader.codecs.regions import regions_of, regions_over
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
 from netloader.transports import _readv, shm
-from netloader.transports._ring import RING_BYTES
+from netloader.transports._flows import PipeReader, PipeWriter
+from netloader.transports._landing import Operation
+from netloader.transports._line import Line
+from netloader.transports._pipe import PIPE_BYTES, PipeEnd
 from netloader.transports.base import Channel
 from netloader.transports.conformance import CHECKS, Check, check_transport, pair_maker
 from netloader.transports.shm import ShmTransport
@@ -27,7 +32,7 @@ from tests.transports.pairs import opened
 from tests.transports.test_tcp import grouping, groups, numbered, setup, spans
 
 ROOT = Path(__file__).parents[2]
-ways = pytest.mark.parametrize("reading", [True, False], ids=["read", "ring"])
+ways = pytest.mark.parametrize("reading", [True, False], ids=["read", "pipes"])
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -71,7 +76,11 @@ def test_any_blocks_in_any_grouping_arrive_in_order(
 @ways
 async def test_large_blocks_many_spans_and_other_cuts(reading: bool, no_leaked_descriptors: None) -> None:
     many = BytesView(1, *(bytes([number % 251]) * (number % 7) for number in range(5000)))
-    blocks = [BytesView(0, bytes(range(256)) * 40_000), many, BytesView(2, b"x" * 300_000, b"", b"y" * RING_BYTES)]
+    blocks = [
+        BytesView(0, bytes(range(256)) * 40_000),
+        many,
+        BytesView(2, b"x" * 300_000, b"", b"y" * (4 * PIPE_BYTES)),
+    ]
     # What the receiver cuts otherwise is the same bytes all the same.
     into = [
         BytesView(0, bytes(1), bytes(256 * 40_000 - 1)),
@@ -288,6 +297,124 @@ async def test_a_child_of_the_server_does_not_hide_its_death() -> None:
             os.kill(child, signal.SIGKILL)
 
 
+async def test_a_user_with_many_pipes_gets_small_ones_which_do_as_well(
+    monkeypatch: pytest.MonkeyPatch, no_leaked_descriptors: None
+) -> None:
+    def refused(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETPIPE_SZ:
+            return set_flag(fd, command, 4096)
+        return set_flag(fd, command, argument)
+
+    set_flag = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    blocks = [BytesView(0, os.urandom(1_000_001)), BytesView(1), *(BytesView(n, b"x" * n) for n in range(2, 40))]
+    into = like(blocks)
+    async with opened(ShmTransport(reading=False)) as (server, client), anyio.create_task_group() as tasks:
+        tasks.start_soon(server.send, blocks)
+        await client.recv(into)
+    assert [block.data for block in into] == [block.data for block in blocks]
+
+
+@pytest.mark.parametrize("given", ["no pipe", "one without its line", "none", "nothing"])
+async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: None) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reading, writing = PipeEnd.pair()
+    file = os.memfd_create("netloader-test")
+    try:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        if given == "nothing":
+            ours.close()
+            with pytest.raises(PeerLost, match="left while a channel"):
+                await shm._hear_descriptors(theirs)
+            return
+        descriptors = {"no pipe": [file, ours.fileno()], "one without its line": [reading.fileno()], "none": []}[given]
+        socket.send_fds(ours, [b"pipes"], descriptors)
+        with pytest.raises(TransportUnavailable, match="passed no pipes"):
+            await shm._hear_descriptors(theirs)
+    finally:
+        ours.close()
+        theirs.close()
+        reading.close()
+        writing.close()
+        os.close(file)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[PipeWriter, PipeReader, socket.socket, socket.socket]]:
+    """Both ends of a pipe, each with a line to the test."""
+    reading, writing = PipeEnd.pair()
+    sent, to_writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    received, to_reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    spare = PipeEnd(os.dup(reading.fileno()))
+    writer = PipeWriter(Line(sent, None, 0.2), writing, spare)
+    reader = PipeReader(Line(received, None, 0.2), reading)
+    yield writer, reader, to_writer, to_reader
+    for end in (writer, reader):
+        end.close()
+        end.close()
+    for sock in (to_writer, to_reader):
+        sock.close()
+
+
+def carried_out(blocks: list[BytesView]) -> Operation:
+    return Operation("nothing comes", blocks, None, 0.2, lambda: None)
+
+
+def test_an_empty_block_is_not_spoken_of(
+    ends: tuple[PipeWriter, PipeReader, socket.socket, socket.socket],
+) -> None:
+    """Its receiver may be done with it while its sender is still at the call before."""
+    writer, reader, to_writer, to_reader = ends
+    blocks = [BytesView(0), BytesView(1, b"", b"")]
+    reader.move(list(enumerate(blocks)), carried_out(blocks))
+    to_reader.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        to_reader.recv(100)
+    writer.move(list(enumerate(blocks)), carried_out(blocks))
+    to_writer.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        to_writer.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (b"R" + (2).to_bytes(8, "little"), "read 2 blocks, 1 were on their way"),
+        (b"R" + bytes(8), "read 0 blocks"),
+        (b"R123", "a number were to come"),
+        (b"S" + bytes(8), "a number were to come"),
+    ],
+)
+def test_a_receiver_that_says_nonsense_is_found_out(
+    ends: tuple[PipeWriter, PipeReader, socket.socket, socket.socket], word: bytes, message: str
+) -> None:
+    writer, _, to_writer, _ = ends
+    to_writer.send(word)
+    blocks = [BytesView(0, bytes(10))]
+    with pytest.raises(TransportError, match=message):
+        writer.move([(0, blocks[0])], carried_out(blocks))
+
+
+def test_a_pipe_that_ends_or_a_sender_that_talks_is_an_error(
+    ends: tuple[PipeWriter, PipeReader, socket.socket, socket.socket],
+) -> None:
+    writer, reader, to_writer, to_reader = ends
+    into = [BytesView(0, bytes(10)), BytesView(1, bytes(10)), BytesView(2, bytes(10))]
+    sent = BytesView(0, b"0123456789")  # stays here: what is said below is not true yet
+    to_writer.send(b"R" + (1).to_bytes(8, "little"))
+    writer.move([(0, sent)], carried_out(into))
+    reader.move([(0, into[0])], carried_out(into))
+    assert into[0].data == b"0123456789"
+    assert to_reader.recv(100) == b"R" + (1).to_bytes(8, "little")
+    to_reader.send(b"hello")
+    with pytest.raises(TransportError, match="has nothing to say"):
+        reader.move([(1, into[1])], carried_out(into))
+    writer.close()
+    with pytest.raises(PeerLost, match="its side of the pipe"):
+        reader.move([(2, into[2])], carried_out(into))
+
+
 NOBODY = 65534
 UNREADABLE = f"os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)"
 CLIENT = """
@@ -309,7 +436,7 @@ anyio.run(main, sys.argv[1])
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.allow_blocking(reason="talks to processes of its own")
-async def test_where_reading_is_forbidden_bytes_pass_through_shared_memory() -> None:
+async def test_where_reading_is_forbidden_bytes_come_through_pipes() -> None:
     with server(True, UNREADABLE) as process:
         program = CLIENT.replace("NOBODY", str(NOBODY))
         arguments = [sys.executable, "-c", program, line_of(process)]
