@@ -11,6 +11,7 @@ import json
 import logging
 import resource
 import sys
+import threading
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,13 @@ def transport_of(options: dict[str, Any], side: Side) -> Any:
 
 
 def footprint() -> dict[str, int]:
-    """Descriptors, threads and resident bytes of this process."""
+    """Descriptors, threads and resident bytes of this process; of the threads, those that wait in the pool for work."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    pooled = sum(thread.name == "AnyIO worker thread" for thread in threading.enumerate())
     return {
         "fds": sum(1 for _ in Path("/proc/self/fd").iterdir()),
-        "threads": sum(1 for _ in Path("/proc/self/task").iterdir()),  # also those that Python does not know
+        "threads": sum(1 for _ in Path("/proc/self/task").iterdir()) - pooled,  # also those that Python does not know
+        "pooled": pooled,
         "rss": pages * resource.getpagesize(),
     }
 

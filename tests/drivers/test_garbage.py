@@ -14,6 +14,8 @@ ROUND = garbage.Amount(frames=10_000, silent=200, resets=200)
 PULLS = 3
 """Of the quiet ones, and in each round of garbage: a gigabyte each, most of what this test costs."""
 SLOWER = 3.0
+POOLED = 3
+"""Threads of the pool: of thousands of connections, one at a time is a client that has blocks looked up."""
 
 
 async def test_after_the_second_round_all_is_as_after_the_first() -> None:
@@ -32,7 +34,9 @@ async def test_after_the_second_round_all_is_as_after_the_first() -> None:
         assert slower < SLOWER, f"a quiet pull takes {quiet:.3f} s; with garbage {slower:.2f} times that: {ratios}"
         first, second = after
         assert second["fds"] == first["fds"]
-        assert second["threads"] <= first["threads"]  # one that has been idle for ten seconds is let go
+        assert second["threads"] <= first["threads"]
+        # How many of these there are is a matter of how often two calls met; one that is idle for long is let go.
+        assert second["pooled"] <= POOLED
         assert second["rss"] - first["rss"] < 8 << 20
         assert await server.finish() == 0
 
