@@ -445,6 +445,19 @@ async def test_where_reading_is_forbidden_bytes_come_through_pipes() -> None:
         assert "Operation not permitted" in done.stdout
 
 
+@pytest.mark.allow_blocking(reason="talks to processes of its own")
+async def test_from_another_pid_namespace_bytes_come_through_pipes() -> None:
+    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*elsewhere, "true"], check=False, capture_output=True, timeout=60).returncode:  # noqa: ASYNC221
+        pytest.skip("this user may not make a pid namespace")
+    with server(True) as process:
+        program = CLIENT.replace("os.setresuid(NOBODY, NOBODY, NOBODY)", "")
+        arguments = [*elsewhere, sys.executable, "-c", program, line_of(process)]
+        done = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)  # noqa: ASYNC221
+        assert "pulled" in done.stdout, done.stdout + done.stderr
+        assert "can't be seen from here" in done.stdout
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.allow_blocking(reason="talks to a process of its own")
 async def test_another_user_is_not_met() -> None:
