@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from netloader.codecs.regions import regions_of, regions_over
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
-from netloader.transports import _readv, shm
+from netloader.transports import _meeting, _readv, shm
 from netloader.transports._flows import PipeReader, PipeWriter
 from netloader.transports._landing import Operation
 from netloader.transports._line import Line
@@ -326,12 +327,12 @@ async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: N
         if given == "nothing":
             ours.close()
             with pytest.raises(PeerLost, match="left while a channel"):
-                await shm._hear_descriptors(theirs)
+                await _meeting._hear_descriptors(theirs)
             return
         descriptors = {"no pipe": [file, ours.fileno()], "one without its line": [reading.fileno()], "none": []}[given]
         socket.send_fds(ours, [b"pipes"], descriptors)
         with pytest.raises(TransportUnavailable, match="passed no pipes"):
-            await shm._hear_descriptors(theirs)
+            await _meeting._hear_descriptors(theirs)
     finally:
         ours.close()
         theirs.close()
@@ -448,7 +449,8 @@ async def test_where_reading_is_forbidden_bytes_come_through_pipes() -> None:
 @pytest.mark.allow_blocking(reason="talks to processes of its own")
 async def test_from_another_pid_namespace_bytes_come_through_pipes() -> None:
     elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
-    if subprocess.run([*elsewhere, "true"], check=False, capture_output=True, timeout=60).returncode:  # noqa: ASYNC221
+    works = [*elsewhere, "true"]
+    if not shutil.which("unshare") or subprocess.run(works, check=False, capture_output=True, timeout=60).returncode:  # noqa: ASYNC221
         pytest.skip("this user may not make a pid namespace")
     with server(True) as process:
         program = CLIENT.replace("os.setresuid(NOBODY, NOBODY, NOBODY)", "")
@@ -469,8 +471,8 @@ async def test_another_user_is_not_met() -> None:
 
 async def test_the_reader_is_allowed_by_name_where_the_system_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    monkeypatch.setattr(shm, "needs_permission", lambda: True)
-    monkeypatch.setattr(shm, "allow_reader", told.append)
+    monkeypatch.setattr(_meeting, "needs_permission", lambda: True)
+    monkeypatch.setattr(_meeting, "allow_reader", told.append)
     transport = ShmTransport()
     async with opened(transport):
         assert told == [os.getpid()]
