@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -8,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -314,6 +315,41 @@ async def test_a_user_with_many_pipes_gets_small_ones_which_do_as_well(
         tasks.start_soon(server.send, blocks)
         await client.recv(into)
     assert [block.data for block in into] == [block.data for block in blocks]
+
+
+# Two pipes of the server's and one of the client's; each end of each has a line, which knows its peer's process.
+@pytest.mark.parametrize(
+    ("call", "which", "enough"),
+    [*(("pipe2", which, which > 3) for which in range(1, 5)), *(("dup", which, which > 6) for which in range(1, 8))],
+)
+async def test_without_descriptors_there_is_no_channel_and_nothing_is_left(
+    call: str, which: int, enough: bool, monkeypatch: pytest.MonkeyPatch, no_leaked_descriptors: None
+) -> None:
+    made = 0
+    make = getattr(os, call)
+
+    def exhausted(argument: int) -> object:
+        nonlocal made
+        made += 1
+        if made == which:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return make(argument)
+
+    monkeypatch.setattr(os, call, exhausted)
+    transport, errors = ShmTransport(reading=False), list[TransportError]()
+    offer, pending = await transport.offer(setup())
+
+    async def open_and_close(opening: Awaitable[Channel]) -> None:
+        try:
+            await (await opening).aclose()
+        except TransportError as error:
+            errors.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(open_and_close, transport.accept(pending))
+        tasks.start_soon(open_and_close, transport.connect(offer, setup()))
+    assert bool(errors) is not enough
+    assert enough or any("Too many open files" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("given", ["no pipe", "one without its line", "none", "nothing"])
