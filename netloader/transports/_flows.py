@@ -101,11 +101,7 @@ class MemoryShower:
 
     def _read(self, operation: Operation, unread: int) -> int:
         """How many blocks more were read; waits until there are any."""
-        count = _number(self._line.hear(operation), _READ)
-        if not 0 < count <= unread:
-            raise TransportError(f"the receiver read {count} blocks, {unread} were shown")
-        operation.moved()
-        return count
+        return _were_read(self._line.hear(operation), unread, operation)
 
 
 class MemoryReader:
@@ -248,14 +244,14 @@ class PipeWriter:
                 count = self._pipe.write(rest)
                 # Heard in any case: a receiver that can't say more would stop reading.
                 while (message := self._line.heard()) is not None:
-                    unread -= self._counted(message, unread, operation)
+                    unread -= _were_read(message, unread, operation)
                 if count is None:
                     self._line.wait_for(self._pipe.fileno(), select.POLLOUT, operation)
                 else:
                     operation.moved()
                     rest = left_of(rest, count)
         while unread:  # the pipe has our pages, not their bytes
-            unread -= self._counted(self._line.hear(operation), unread, operation)
+            unread -= _were_read(self._line.hear(operation), unread, operation)
 
     def cut(self) -> None:
         """See :class:`Flow`."""
@@ -266,13 +262,6 @@ class PipeWriter:
         self._line.close()
         self._pipe.close()
         self._other.close()
-
-    def _counted(self, message: bytes, unread: int, operation: Operation) -> int:
-        count = _number(message, _READ)
-        if not 0 < count <= unread:
-            raise TransportError(f"the receiver read {count} blocks, {unread} were on their way")
-        operation.moved()
-        return count
 
 
 class PipeReader:
@@ -355,6 +344,15 @@ def _few(blocks: Sequence[Placed], least: int) -> Iterator[Regions[int]]:
     for regions, _ in calls(blocks, least):
         for start in range(0, len(regions), 2 * _MOST_PIPED):
             yield regions[start : start + 2 * _MOST_PIPED]
+
+
+def _were_read(message: bytes, unread: int, operation: Operation) -> int:
+    """How many blocks more the receiver has read, by its own word, of those that it has not."""
+    count = _number(message, _READ)
+    if not 0 < count <= unread:
+        raise TransportError(f"the receiver read {count} blocks, {unread} were on their way")
+    operation.moved()
+    return count
 
 
 def _number(message: bytes, kind: bytes) -> int:

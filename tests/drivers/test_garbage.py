@@ -15,7 +15,7 @@ PULLS = 3
 """Of the quiet ones, and in each round of garbage: a gigabyte each, most of what this test costs."""
 SLOWER = 3.0
 POOLED = 3
-"""Threads of the pool: of thousands of connections, one at a time is a client that has blocks looked up."""
+"""Threads of the pool: one waits for the next command, and of one client at a time two looks at blocks may meet."""
 
 
 async def test_after_the_second_round_all_is_as_after_the_first() -> None:
