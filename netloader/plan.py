@@ -177,9 +177,11 @@ _Cut = tuple[tuple[int, ...], int, tuple[int, ...], int]
 
 def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
     """Blocks in their order: a pack comes where the tensor is that did not fit into it any more."""
-    packs = _packs(sizes, block_bytes)
+    # Most models have either no large tensors or few small ones; no loop of ours goes through tens of thousands.
+    some_large = max(sizes, default=0) >= block_bytes
+    packs = _packs(sizes, block_bytes, all_small=not some_large and min(sizes, default=0) > 0)
     closed_by, pack = next(packs, (len(sizes), None))
-    for index in [index for index, size in enumerate(sizes) if size >= block_bytes]:
+    for index in [index for index, size in enumerate(sizes) if size >= block_bytes] if some_large else ():
         while pack is not None and closed_by < index:
             yield pack
             closed_by, pack = next(packs, (len(sizes), None))
@@ -191,11 +193,19 @@ def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
         _, pack = next(packs, (len(sizes), None))
 
 
-def _packs(sizes: Sequence[int], block_bytes: int) -> Iterator[tuple[int, _Cut]]:
-    """Packs of small tensors; each with the index of the tensor that did not fit into it."""
-    # By their sums: a client plans before it asks for anything, and there may be tens of thousands of tensors.
-    small = [index for index, size in enumerate(sizes) if 0 < size < block_bytes]
-    small_sizes = [sizes[index] for index in small]
+def _packs(sizes: Sequence[int], block_bytes: int, *, all_small: bool) -> Iterator[tuple[int, _Cut]]:
+    """Packs of small tensors; each with the index of the tensor that did not fit into it.
+
+    Args:
+        sizes: Bytes of each tensor.
+        block_bytes: Size from which on a tensor is not small.
+        all_small: Whether all are, and none is empty.
+    """
+    # By their sums: a client plans before it asks for anything.
+    small: Sequence[int] = range(len(sizes))
+    if not all_small:
+        small = [index for index, size in enumerate(sizes) if 0 < size < block_bytes]
+    small_sizes = sizes if all_small else [sizes[index] for index in small]
     ends = list(accumulate(small_sizes))
     first = before = 0
     while first < len(small):

@@ -130,8 +130,8 @@ class _Survey:
         for first in range(0, len(tensors), TOGETHER):
             part = tensors[first : first + TOGETHER]
             self.addresses += map(torch.Tensor.data_ptr, part)  # first: what has no plain memory fails here
-            dtypes, sizes = map(attrgetter("dtype"), part), map(torch.Tensor.size, part)
-            self._kinds += map(self._known.__getitem__, zip(dtypes, sizes, strict=True))
+            dtypes, shapes = map(attrgetter("dtype"), part), map(attrgetter("shape"), part)
+            self._kinds += map(self._known.__getitem__, zip(dtypes, shapes, strict=True))
             # Not where each one is, unless it matters: an object for each answer, and comparing them, takes longer.
             here = all(map(attrgetter("is_cpu"), part))
             self._devices += [cpu] * len(part) if here else map(attrgetter("device"), part)
@@ -312,7 +312,7 @@ def _all_usual(names: list[str]) -> bool:
         set(map(type, names)) == {str}
         and "" not in names
         and max(map(len, names)) <= MAX_NAME
-        and all(map(str.isascii, names))
+        and "".join(names).isascii()
     )
 
 
