@@ -332,6 +332,8 @@ async def _pull_into(
         if toucher.running:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(toucher.stop)
+        else:
+            toucher.stop()
 
 
 async def probe(

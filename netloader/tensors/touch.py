@@ -50,8 +50,8 @@ class Toucher:
 
     @property
     def running(self) -> bool:
-        """Whether there is a thread to be ended by :meth:`stop`."""
-        return self._thread is not None
+        """Whether :meth:`stop` would have to wait for the thread."""
+        return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
         """End it, after the call that runs: that takes some milliseconds. Blocks for as long; idempotent."""
@@ -63,7 +63,8 @@ class Toucher:
 
     def _run(self) -> None:
         libc: Any = ctypes.CDLL(None)
-        madvise, mincore = libc.madvise, libc.mincore
+        # The look keeps the interpreter: it is short, and there is one for each tensor while the event loop connects.
+        madvise, mincore = libc.madvise, ctypes.PyDLL(None).mincore
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
         there = ctypes.create_string_buffer(1)

@@ -62,6 +62,8 @@ class Crew:
 
     async def aclose(self) -> None:
         """Let the threads end, and join them. Idempotent."""
-        for workers in self._workers.values():
-            for worker in workers.values():
-                await worker.aclose(_CLOSE_SECONDS)
+        everyone = [worker for workers in self._workers.values() for worker in workers.values()]
+        for worker in everyone:  # all of them first: they end beside each other
+            worker.end()
+        for worker in everyone:
+            await worker.aclose(_CLOSE_SECONDS)

@@ -130,15 +130,19 @@ class Worker:
         """Make a blocking call and wait for it; see :meth:`finish`."""
         return await self.finish(self.start(call))
 
+    def end(self) -> None:
+        """Let the thread end after the calls already asked for; no more can be. Idempotent."""
+        if not self.closing:
+            self.closing = True
+            self._jobs.put(None)
+
     async def aclose(self, within: float) -> bool:
-        """Let the thread end after the calls already asked for, and join it.
+        """Let the thread end, as :meth:`end` does, and join it.
 
         Returns:
             Whether it is gone; False when it was still busy after `within` seconds.
         """
-        if not self.closing:
-            self.closing = True
-            self._jobs.put(None)
+        self.end()
         with anyio.CancelScope(shield=True), anyio.move_on_after(within):
             await self._gone.wait()
             for _ in range(_TURNS):
