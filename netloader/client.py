@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
@@ -51,6 +51,9 @@ _SOON_OVER = ("not-ready", "busy", "gone")
 
 _IMPATIENCE = 2.0
 """Seconds without a block after which a source may be left when another one could take over its blocks."""
+
+_SEVERAL = 2
+"""Sources at once from which on one can be slower than another."""
 
 _RELAY_RETRACTION = 1.0
 """Seconds that clients of a relay whose own pull failed may take to let go of its memory."""
@@ -195,15 +198,20 @@ class _Pull:
         options = self._options
         self._candidates = Candidates(sources, tries=options.tries, until=self._began + options.wait)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch_slow_ones)
             async with anyio.create_task_group() as workers:
-                for _ in range(max(1, options.stripe)):
-                    workers.start_soon(self._work)
+
+                def begin(number: int) -> None:
+                    if number == _SEVERAL:
+                        tasks.start_soon(self._watch_slow_ones)
+                    if number < options.stripe or not number:
+                        workers.start_soon(self._work, partial(begin, number + 1))
+
+                begin(0)
             tasks.cancel_scope.cancel()
 
-    async def _work(self) -> None:
-        """Pull from one source after the other."""
-        candidates = self._candidates
+    async def _work(self, busy: Callable[[], None]) -> None:
+        """Pull from one source after the other; `busy` is called at the first one, and has another worker begin."""
+        candidates, called = self._candidates, False
         while not self._ledger.complete:
             changed = self._changed
             now = time.monotonic()
@@ -212,6 +220,9 @@ class _Pull:
             alone = self._ledger.plan is None and candidates.running > queued
             source = None if alone else candidates.take(now, work=self._ledger.plan is None or self._ledger.idle)
             if source is not None:
+                if not called:
+                    called = True
+                    busy()
                 await self._try(source)
                 self._change()
                 continue

@@ -100,7 +100,7 @@ class SessionDriver(Generic[M]):
         self._events: deque[e.Event] = deque()
         self._feeding = False
         self._outbox: deque[bytes] = deque()  # frames that did not leave at once
-        self._outbox_changed = anyio.Event()
+        self._outbox_shrank = anyio.Event()
         self._writing = False
         self._deadline: float | None = None
         self._deadline_moved = anyio.Event()
@@ -124,7 +124,6 @@ class SessionDriver(Generic[M]):
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 tasks.start_soon(self._read)
-                tasks.start_soon(self._write)
                 tasks.start_soon(self._watch_timer)
                 self.feed(e.Connected(os.urandom(16)))
                 try:
@@ -217,9 +216,12 @@ class SessionDriver(Generic[M]):
         """Send a frame: at once, or else after those before it."""
         if not (self._outbox or self._writing or self._connection_lost):
             frame = self._connection.send_now(frame)
-        if frame:
-            self._outbox.append(frame)
-            self._wake_outbox()
+        if not frame:
+            return
+        self._outbox.append(frame)
+        if not (self._writing or self._tasks is None):
+            self._writing = True
+            self._tasks.start_soon(self._write)
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of this side only.
@@ -377,15 +379,13 @@ class SessionDriver(Generic[M]):
             for message in messages:
                 self.feed(message)
                 while len(self._outbox) > _OUTBOX_LIMIT:
-                    await self._outbox_changed.wait()
+                    await self._outbox_shrank.wait()
             await anyio.lowlevel.checkpoint()
 
     async def _write(self) -> None:
-        while True:
-            while not self._outbox:
-                await self._outbox_changed.wait()
+        """Send what did not leave at once; most sessions have nothing of the kind."""
+        while self._outbox:
             frame = self._outbox.popleft()
-            self._writing = True
             # Shielded: what is being said when the session closes is said to its end, or the peer could not make
             # sense of the last words after it. Closing moves the deadline nearer.
             deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
@@ -398,12 +398,9 @@ class SessionDriver(Generic[M]):
             if self._send_scope.cancelled_caught:
                 self._lose("the peer does not read")
                 return
-            self._writing = False
-            self._wake_outbox()
-
-    def _wake_outbox(self) -> None:
-        changed, self._outbox_changed = self._outbox_changed, anyio.Event()
-        changed.set()
+            changed, self._outbox_shrank = self._outbox_shrank, anyio.Event()
+            changed.set()
+        self._writing = False
 
     def _lose(self, reason: str) -> None:
         self._connection_lost = True

@@ -99,7 +99,11 @@ def begin_dialling(sock: socket.socket, address: object) -> bool:
     """
     code = sock.connect_ex(address)  # type: ignore[arg-type]  # whatever the family calls an address
     if code in (errno.EINPROGRESS, errno.EAGAIN):
-        return True
+        try:
+            sock.getpeername()
+        except OSError:
+            return True
+        return False  # within a host it takes no time, only the answer was given before that was known
     if code:
         raise OSError(code, errno.errorcode.get(code, "error"))
     return False

@@ -223,14 +223,16 @@ async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setu
     """Open the connections that the offer asks for, adding each to `connections` before it is used."""
     family, address = socket_address(setup.peer_host, offer.port)
     _, own = socket_address(setup.local_host, 0)
+    waited_for: list[socket.socket] = []
     try:
         for _ in range(offer.lanes):
             sock = socket.socket(family, socket.SOCK_STREAM)
             connections.append(sock)
             sock.setblocking(False)
             sock.bind(own)  # the server lets in the address that it knows us by
-            begin_dialling(sock, address)
-        for sock in connections:
+            if begin_dialling(sock, address):
+                waited_for.append(sock)
+        for sock in waited_for:
             await connected(sock)
     except OSError as error:
         raise PeerLost(
