@@ -117,6 +117,7 @@ def test_a_connection_that_died_unheard_is_reset_by_the_closed_listener(host: st
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listening, socket.socket(family) as far:
         far.settimeout(30.0)
+        far.bind((host, 0))  # a port of its own: connecting may share one with connections that have just ended
         far.connect(listening.getsockname()[:2])
         taken, name = listening.accept()
         guard.close_listener(listening, (name[0], name[1]))
