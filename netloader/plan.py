@@ -177,7 +177,7 @@ _Cut = tuple[tuple[int, ...], int, tuple[int, ...], int]
 
 def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
     """Blocks in their order: a pack comes where the tensor is that did not fit into it any more."""
-    # Most models have either no large tensors or few small ones; no loop of ours goes through tens of thousands.
+    # Where there are tens of thousands, mostly all of them are small: no loop of ours goes through them then.
     some_large = max(sizes, default=0) >= block_bytes
     packs = _packs(sizes, block_bytes, all_small=not some_large and min(sizes, default=0) > 0)
     closed_by, pack = next(packs, (len(sizes), None))
