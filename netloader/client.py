@@ -203,7 +203,7 @@ class _Pull:
                 def begin(number: int) -> None:
                     if number == _SEVERAL:
                         tasks.start_soon(self._watch_slow_ones)
-                    if number < options.stripe or not number:
+                    if number < max(1, options.stripe):
                         workers.start_soon(self._work, partial(begin, number + 1))
 
                 begin(0)

@@ -177,11 +177,15 @@ _Cut = tuple[tuple[int, ...], int, tuple[int, ...], int]
 
 def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
     """Blocks in their order: a pack comes where the tensor is that did not fit into it any more."""
+    large: Sequence[int] = ()
+    small: Sequence[int] = range(len(sizes))
     # Where there are tens of thousands, mostly all of them are small: no loop of ours goes through them then.
-    some_large = max(sizes, default=0) >= block_bytes
-    packs = _packs(sizes, block_bytes, all_small=not some_large and min(sizes, default=0) > 0)
+    if max(sizes, default=0) >= block_bytes or not all(sizes):
+        large = [index for index, size in enumerate(sizes) if size >= block_bytes]
+        small = [index for index, size in enumerate(sizes) if 0 < size < block_bytes]
+    packs = _packs(sizes, small, block_bytes)
     closed_by, pack = next(packs, (len(sizes), None))
-    for index in [index for index, size in enumerate(sizes) if size >= block_bytes] if some_large else ():
+    for index in large:
         while pack is not None and closed_by < index:
             yield pack
             closed_by, pack = next(packs, (len(sizes), None))
@@ -193,19 +197,10 @@ def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
         _, pack = next(packs, (len(sizes), None))
 
 
-def _packs(sizes: Sequence[int], block_bytes: int, *, all_small: bool) -> Iterator[tuple[int, _Cut]]:
-    """Packs of small tensors; each with the index of the tensor that did not fit into it.
-
-    Args:
-        sizes: Bytes of each tensor.
-        block_bytes: Size from which on a tensor is not small.
-        all_small: Whether all are, and none is empty.
-    """
+def _packs(sizes: Sequence[int], small: Sequence[int], block_bytes: int) -> Iterator[tuple[int, _Cut]]:
+    """Packs of the tensors in `small`, in order; each with the index of the one that did not fit into it."""
     # By their sums: a client plans before it asks for anything.
-    small: Sequence[int] = range(len(sizes))
-    if not all_small:
-        small = [index for index, size in enumerate(sizes) if 0 < size < block_bytes]
-    small_sizes = sizes if all_small else [sizes[index] for index in small]
+    small_sizes = sizes if len(small) == len(sizes) else [sizes[index] for index in small]
     ends = list(accumulate(small_sizes))
     first = before = 0
     while first < len(small):

@@ -63,8 +63,7 @@ class Toucher:
 
     def _run(self) -> None:
         libc: Any = ctypes.CDLL(None)
-        # The look keeps the interpreter: it is short, and there is one for each tensor while the event loop connects.
-        madvise, mincore = libc.madvise, ctypes.PyDLL(None).mincore
+        madvise, mincore = libc.madvise, libc.mincore
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
         there = ctypes.create_string_buffer(1)

@@ -14,7 +14,7 @@ from anyio.abc import SocketAttribute, SocketListener, SocketStream
 from netloader.codecs.frames import client_messages
 from netloader.control import ControlConnection
 from netloader.errors import PeerLost
-from netloader.messages import Accepted, Announce, ChannelOffer, ClientMessage, Identify, Welcome
+from netloader.messages import Accepted, Announce, ChannelOffer, ClientMessage, Grant, Identify, Want, Welcome
 from tests.drivers import kit
 
 MUCH = 16 << 20
@@ -94,3 +94,8 @@ async def test_messages_keep_their_order_when_the_peer_reads_late() -> None:
         heard = [await wire.hear() for _ in range(4)]
         assert [type(message) for message in heard] == [Welcome, Accepted, Announce, ChannelOffer]
         assert heard[2] == kit.announce(holding)
+        # What comes after it, once nothing waits any more, leaves as well.
+        channel = await hub.transport.connect(cast("ChannelOffer", heard[3]).offer, kit.setup())
+        await wire.say(Want(ranges=((0, 1),)))
+        assert await wire.hear() == Grant(ranges=((0, 1),))
+        await channel.aclose()
