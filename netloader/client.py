@@ -58,6 +58,9 @@ _SEVERAL = 2
 _RELAY_RETRACTION = 1.0
 """Seconds that clients of a relay whose own pull failed may take to let go of its memory."""
 
+_FAREWELL = 0.05
+"""Seconds that the goodbyes may take once every block is verified: the pull has what it came for."""
+
 _QUEUE_LOOK = 0.25
 """Seconds between two looks whether the first source lets us wait, so that the second one may be asked meanwhile."""
 
@@ -167,6 +170,7 @@ class _Pull:
         self._candidates = Candidates((), tries=1, until=0.0)
         self._source = ""
         self._scope = anyio.CancelScope()
+        self._workers = anyio.CancelScope()
         self._callers_error: Exception | None = None
 
     async def run(self, sources: Sequence[Address]) -> PullReport:
@@ -198,15 +202,16 @@ class _Pull:
         options = self._options
         self._candidates = Candidates(sources, tries=options.tries, until=self._began + options.wait)
         async with anyio.create_task_group() as tasks:
-            async with anyio.create_task_group() as workers:
+            with self._workers:
+                async with anyio.create_task_group() as workers:
 
-                def begin(number: int) -> None:
-                    if number == _SEVERAL:
-                        tasks.start_soon(self._watch_slow_ones)
-                    if number < max(1, options.stripe):
-                        workers.start_soon(self._work, partial(begin, number + 1))
+                    def begin(number: int) -> None:
+                        if number == _SEVERAL:
+                            tasks.start_soon(self._watch_slow_ones)
+                        if number < max(1, options.stripe):
+                            workers.start_soon(self._work, partial(begin, number + 1))
 
-                begin(0)
+                    begin(0)
             tasks.cancel_scope.cancel()
 
     async def _work(self, busy: Callable[[], None]) -> None:
@@ -283,6 +288,13 @@ class _Pull:
         for session in tuple(self._sessions):
             session.wake()
 
+    def _dismiss_all(self) -> None:
+        """Every block is verified: no source is waited for any more, whatever it is doing."""
+        self._workers.deadline = anyio.current_time() + _FAREWELL
+        for session in tuple(self._sessions):
+            session.dismiss(self._workers.deadline)
+        self._change()
+
     def _failed(self, source: str, error: NetloaderError) -> None:
         """Account for a try that failed. A source that is waited for says the same again and again: told once."""
         attempt = AttemptFailed(source, error)
@@ -301,6 +313,9 @@ class _Pull:
             return error
         finally:
             self._report.phases.connect += time.monotonic() - began
+        if self._ledger.complete:  # by another session, meanwhile
+            await connection.aclose()
+            return None
         usable = {name: self._transports[name] for name in self._transports if name not in self._unfit(source)}
         terms = self._terms(usable.values())
         session = ClientSession(
@@ -331,6 +346,8 @@ class _Pull:
         finally:
             self._sessions.discard(session)
             session.add_phases(self._report.phases)
+        if session.dismissed:
+            return None
         if session.session.announcement is not None:
             self._report.identity = session.session.announcement.identity
         if session.session.error is None and session.denied and not self._ledger.complete:
@@ -389,7 +406,7 @@ class _Pull:
     def _tell_progress(self, source: str) -> None:
         self._supply.notify()
         if self._ledger.complete:
-            self._change()
+            self._dismiss_all()
         if self._progress is not None and self._callers_error is None:
             seconds = time.monotonic() - self._began
             total = self._ledger.total_bytes or 0

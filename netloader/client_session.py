@@ -98,6 +98,7 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     Attributes:
         parked: It has nothing to do until blocks of other sessions become pending again.
+        dismissed: It was ended because every block is there, before it had anything to give.
         denied: Why the source could not give some blocks; empty when it gave all that it was asked for.
         elsewhere: Where it said that those may be had.
     """
@@ -143,6 +144,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._received_bytes = 0
         self._seconds_per_byte = 0.0
         self.parked = False
+        self.dismissed = False
         self._granted = Backlog(_OPEN_GRANTS, f"the source sent more than {_OPEN_GRANTS} grants ahead")
         self._verify_seconds = 0.0
         self.share = share
@@ -220,6 +222,21 @@ class ClientSession(SessionDriver[ServerMessage]):
         """Look whether there is something to do again."""
         if self.parked:
             self._ask_for_work()
+
+    def dismiss(self, deadline: float) -> None:
+        """End the session, since every block is there; one that has a channel says how it went until `deadline`.
+
+        Args:
+            deadline: Time of the event loop.
+        """
+        self.hurry(deadline)
+        if self.session.state in (State.LISTEN, State.VALIDATE, State.PLAN):
+            self.dismissed = True
+            self.feed(e.Cancelled("every block is there", "done"))
+
+    def gave_up(self) -> e.Cancelled:
+        """What is told to the source when the pull is cancelled, or did not wait for its goodbye."""
+        return e.Cancelled("every block is there", "done") if self._ledger.complete else super().gave_up()
 
     def overdue(self, least: float) -> bool:
         """Whether blocks are in flight and none came for much longer than one takes at the rate seen.

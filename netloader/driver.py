@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup
 from netloader.codecs.frames import encode_frame
 from netloader.control import ControlConnection
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
-from netloader.messages import ClientMessage, ServerMessage
+from netloader.messages import ClientMessage, Ending, ServerMessage
 from netloader.plan import Plan
 from netloader.protocol import FINAL, Session, State
 from netloader.protocol import effects as f
@@ -108,6 +108,7 @@ class SessionDriver(Generic[M]):
         self._closing = anyio.Event()
         self._connection_lost = False
         self._linger = _LINGER
+        self._hurry = math.inf  # time of the loop after which nobody waits for the peer
         self._send_scope = anyio.CancelScope()
         self._last_words = anyio.CancelScope()
         self._noted = ""
@@ -132,7 +133,8 @@ class SessionDriver(Generic[M]):
                     self.feed(self.gave_up())
                     raise
                 finally:
-                    self._send_scope.deadline = min(self._send_scope.deadline, anyio.current_time() + self._linger)
+                    latest = min(anyio.current_time() + self._linger, self._hurry)
+                    self._send_scope.deadline = min(self._send_scope.deadline, latest)
                 tasks.cancel_scope.cancel()
         finally:
             self._signals.close()
@@ -145,16 +147,21 @@ class SessionDriver(Generic[M]):
                 _log.debug("%s: failed", self.label, exc_info=self.session.error)
                 _forget_frames(self.session.error)
 
-    def abandon(self, reason: str) -> None:
+    def abandon(self, reason: str, code: Ending = "internal") -> None:
         """End the session at once, also one that is ending already: nobody waits for the peer."""
         self._linger = 0.0
-        self.feed(e.Cancelled(reason))
+        self.feed(e.Cancelled(reason, code))
         self._last_words.cancel()
+
+    def hurry(self, deadline: float) -> None:
+        """When the session ends, do not wait for the peer to hear of it after `deadline`, a time of the event loop."""
+        self._hurry = deadline
+        self._last_words.deadline = min(self._last_words.deadline, deadline)
 
     async def _say_last_words(self) -> None:
         """Send what is left, and see the peer close: closing with unread bytes would destroy what we said."""
         with self._last_words:
-            self._last_words.deadline = anyio.current_time() + self._linger
+            self._last_words.deadline = min(anyio.current_time() + self._linger, self._hurry)
             self._writing = True
             try:
                 while self._outbox and not self._connection_lost:

@@ -88,6 +88,9 @@ RefusalCode = Literal[
     "internal",  # this side failed
 ]
 
+Ending = Literal["done"] | RefusalCode
+"""How a session ends: well, or with a kind of failure."""
+
 Outcome = Literal["complete", "partial", "probed"]
 
 
@@ -324,7 +327,7 @@ class Goodbye(Wire, frozen=True, kw_only=True):
         reason: In words.
     """
 
-    code: Literal["done"] | RefusalCode = "done"
+    code: Ending = "done"
     reason: Text = ""
 
 

@@ -55,8 +55,8 @@ _MINUTE = 60.0
 _SHOWN = 500
 """Characters of a log line about a session: part of it is the client's own text."""
 
-_NOT_NEWS = ("not-ready", "busy")
-"""Refusals that clients get again and again while they wait."""
+_NOT_NEWS = ("not-ready", "busy", "done")
+"""Refusals that clients get again and again while they wait, and the farewell of one that has got all from others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,11 +384,9 @@ class HoldingServer:
         self._sessions.add(session)
         self._strangers[session] = None
         if len(self._strangers) > options.max_strangers:
-            # Those that were refused, or said nothing yet, before those that are in the middle of their greeting.
-            silent = (s for s in self._strangers if s.session.state is not State.VALIDATE)
-            oldest = next(silent, next(iter(self._strangers)))
+            oldest = next(iter(self._strangers))
             del self._strangers[oldest]
-            oldest.abandon("others want to connect, and this connection has not said what it wants")
+            oldest.abandon("others want to connect, and this client has waited longest to be accepted", "busy")
         return session
 
     def _abilities(self) -> list[Ability]:

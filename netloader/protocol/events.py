@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from netloader.errors import NetloaderError, RemoteProtocolError, TransportError
 from netloader.identity import ModelIdentity
 from netloader.manifest import Manifest
-from netloader.messages import ClientMessage, Outcome, RefusalCode, ServerMessage
+from netloader.messages import ClientMessage, Ending, Outcome, RefusalCode, ServerMessage
 from netloader.plan import Plan, Ranges
 
 __all__ = [
@@ -107,7 +107,7 @@ class Cancelled:
     """
 
     reason: str
-    code: RefusalCode = "internal"
+    code: Ending = "internal"
     error: NetloaderError | None = None
 
 

@@ -63,6 +63,7 @@ _SPECIAL: Mapping[tuple[Side, State, type], Handler] = {
     (Side.SERVER, _P, e.UpstreamChanged): planning.server_upstream,
     (Side.SERVER, _T, e.UpstreamChanged): planning.server_upstream,
     (Side.SERVER, _T, m.Verdict): finalize.server_verdict,
+    (Side.SERVER, _F, m.Goodbye): finalize.late,
     (Side.SERVER, _F, e.ConnectionLost): finalize.lost_late,
     (Side.SERVER, _F, e.ChannelDown): finalize.closed,
     (Side.CLIENT, _L, e.Connected): listen.client_connected,
@@ -128,9 +129,7 @@ _HINTS: tuple[tuple[type[NetloaderError], str], ...] = (
 """What to do about errors that bring no better advice with them."""
 
 
-def _code(error: NetloaderError, event: e.Event) -> m.RefusalCode:
-    if isinstance(event, e.Cancelled) and event.error is None:
-        return event.code
+def _code(error: NetloaderError) -> m.RefusalCode:
     if isinstance(error, RefusedError):
         return _REFUSALS.get(error.code, "internal")
     return next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
@@ -279,7 +278,7 @@ class Session:
         self._ctx.forget_blocks()
         if self._ctx.released or isinstance(event, m.Refusal | m.Goodbye | e.ConnectionLost):
             return (f.Close(),)
-        code, message = _code(error, event), m.wire_text(error.message)
+        code, message = _code(error), m.wire_text(error.message)
         if self.side is Side.SERVER and isinstance(error, Refuse):
             refusal = m.Refusal(
                 code=code,
@@ -289,4 +288,5 @@ class Session:
                 sources=m.wire_sources(error.sources),
             )
             return (f.Send(refusal), f.Close())
-        return (f.Send(m.Goodbye(code=code, reason=message)), f.Close())
+        ending = event.code if isinstance(event, e.Cancelled) and event.error is None else code
+        return (f.Send(m.Goodbye(code=ending, reason=message)), f.Close())

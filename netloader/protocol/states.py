@@ -74,6 +74,7 @@ _SERVER: dict[tuple[State, type], State] = {
     (_F, e.SignalPosted): _F,
     (_F, e.ChannelFailed): _F,  # the client may close its end first
     (_F, e.NotHeld): _F,  # retracted, but the client needs nothing more
+    (_F, m.Goodbye): _F,  # the client did not wait for ours
     (_F, e.ChannelDown): State.DONE,
 }
 
@@ -126,9 +127,9 @@ for _state in _WORKING:
         _moves[_state, e.Garbled] = State.FAILED
         _moves[_state, e.TimedOut] = State.FAILED
         _moves[_state, e.Cancelled] = State.FAILED
-    _SERVER[_state, m.Goodbye] = State.FAILED
     _CLIENT[_state, m.Refusal] = State.FAILED
     if _state is not _F:
+        _SERVER[_state, m.Goodbye] = State.FAILED
         _CLIENT[_state, m.Goodbye] = State.FAILED
 # Expected once the server has said goodbye; FAILED before that.
 _CLIENT[_F, e.ConnectionLost] = _F

@@ -59,7 +59,9 @@ def timings(options: dict[str, Any]) -> Timings:
 async def serve(options: dict[str, Any], ask: Any) -> None:
     holding = kit.held(kit.weights(options.get("seed", 0), options.get("rows", 40)))
     transport = transport_of(options, Side.SEND)
-    async with kit.serving(transport, holding, timings=timings(options), **options.get("server", {})) as server:
+    token = options.get("token")
+    chosen = {**options.get("server", {}), "token": None if token is None else token.encode()}
+    async with kit.serving(transport, holding, timings=timings(options), **chosen) as server:
         server.ended = deque(maxlen=20)
         say(port=server.port, root=holding.announcement.root, **footprint())
         while True:

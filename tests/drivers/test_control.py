@@ -41,6 +41,8 @@ async def test_what_does_not_fit_is_left_to_be_sent() -> None:
         small, large = b"hello", os.urandom(MUCH)
         assert connection.send_now(small) == b""
         rest = connection.send_now(large)
+        while (less := connection.send_now(rest)) != rest:  # the kernel moved some of it on to the peer's buffer
+            rest = less
         assert 0 < len(rest) < MUCH
         assert large.endswith(rest)
         assert connection.send_now(b"no room") == b"no room"

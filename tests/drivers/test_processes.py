@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+from contextlib import AsyncExitStack
 
 import anyio
 import pytest
 
+from netloader import messages as m
 from netloader.addresses import Address
+from netloader.codecs.frames import server_messages
 from netloader.errors import NoSourceLeft, PeerLost, TransferTimeout, TransportError
 from netloader.protocol import State
 from netloader.protocol.context import Timings
@@ -83,3 +86,57 @@ async def test_a_client_that_is_killed_or_stopped_in_the_middle_costs_its_own_se
         errors = [session.session.error for session in server.ended]
         assert sum(error is None for error in errors) == 1
         assert any(isinstance(error, TransportError) for error in errors)
+
+
+@pytest.mark.parametrize("token", [None, "0123456789abcdef"])
+async def test_connections_that_greet_and_say_no_more_do_not_lock_a_newcomer_out(token: str | None) -> None:
+    """As many as a server keeps of those that have not said what they want, and more of them all the time."""
+    transport = kit.carrier("tcp")
+    secret = None if token is None else token.encode()
+
+    async def greet(stack: AsyncExitStack, port: int) -> kit.Wire[m.ServerMessage]:
+        stream = await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", port))
+        wire = kit.Wire(stream, server_messages())
+        await wire.say(kit.hello(transport))
+        await wire.hear_until(m.Welcome)
+        return wire
+
+    async with peers.peer("serve", transport="tcp", token=token) as server, AsyncExitStack() as stack:
+        port = (await server.hear())["port"]
+        first, *_ = [await greet(stack, port) for _ in range(128)]
+        async with anyio.create_task_group() as tasks:
+
+            async def more() -> None:
+                while True:
+                    await greet(stack, port)
+
+            tasks.start_soon(more)
+            for _ in range(3):
+                into = kit.blank(SOURCE)
+                await kit.pull(into, [Address("127.0.0.1", port)], transport, token=secret, wait=kit.PATIENCE)
+                assert kit.contents(into) == kit.contents(SOURCE)
+            tasks.cancel_scope.cancel()
+        heard = await first.hear_all()
+        assert [message.code for message in heard if isinstance(message, m.Goodbye)] == ["busy"]
+
+
+async def test_a_client_that_had_to_make_room_tries_again_within_its_wait() -> None:
+    evicting = True
+
+    async def evict(wire: kit.Wire[m.ClientMessage]) -> None:
+        nonlocal evicting
+        await wire.hear_until(m.Hello)
+        if evicting:
+            evicting = False
+            await wire.say(m.Goodbye(code="busy", reason="others want to connect"))
+        else:
+            await wire.say(m.Goodbye(code="internal", reason="the second time"))
+
+    async with kit.fake_server(evict) as server:
+        with pytest.raises(NoSourceLeft, match="the second time"):
+            await kit.pull(kit.blank(SOURCE), [server.address], kit.carrier("tcp"), wait=kit.PATIENCE)
+        assert server.connections == 2
+        evicting = True
+        with pytest.raises(NoSourceLeft, match="others want to connect"):
+            await kit.pull(kit.blank(SOURCE), [server.address], kit.carrier("tcp"))
+        assert server.connections == 3
