@@ -11,7 +11,6 @@ import secrets
 import socket
 import stat
 import struct
-import threading
 from array import array
 from contextlib import ExitStack
 from typing import Annotated, TypeVar
@@ -23,9 +22,9 @@ from netloader.errors import PeerLost, TransportError, TransportUnavailable
 from netloader.transports._flows import Flow, MemoryReader, MemoryShower, Pipe, PipeReader, PipeWriter, Shared
 from netloader.transports._line import LONGEST_MESSAGE, Line
 from netloader.transports._pipe import PipeEnd
-from netloader.transports._readv import allow_reader, needs_permission, read
+from netloader.transports._readv import read
 
-__all__ = ["Meeting", "Permission", "credentials"]
+__all__ = ["Meeting", "credentials"]
 
 _PROBE_BYTES = 32
 _PIPES = b"pipes"
@@ -50,39 +49,15 @@ class _Verdict(msgspec.Struct, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=1000)]
 
 
-class Permission:
-    """Where the system wants to be told who may read this process (Yama), it can be told one process at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._reader = 0
-        self._channels = 0
-
-    def give(self, pid: int) -> bool:
-        """Let process `pid` read this one, unless another is allowed to."""
-        with self._lock:
-            if self._channels and self._reader != pid:
-                return False
-            self._reader = pid
-            self._channels += 1
-            allow_reader(pid)
-            return True
-
-    def take_back(self) -> None:
-        """One channel to the reader is closed."""
-        with self._lock:
-            self._channels -= 1
-            if not self._channels:
-                allow_reader(0)
-
-
 class Meeting:
     """Both ends find out which of them may read the other's memory, and make pipes where one may not.
+
+    Neither changes what it allows: there is one such setting (Yama's permitted tracer) in a whole process, it can't be
+    asked for, and other parts of the process may rely on it.
 
     Args:
         outgoing: Leads to the other end's `incoming`; owned from here on.
         incoming: Leads to the other end's `outgoing`; owned from here on.
-        permission: To be read, where that is this end's to give.
         pipes: How many to make where the other end may not read.
         stall: For the channel.
     """
@@ -91,16 +66,13 @@ class Meeting:
         self,
         outgoing: socket.socket,
         incoming: socket.socket,
-        permission: Permission | None,
         pipes: int,
         stall: float,
     ) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
-        self._permission = permission
         self._pipes = pipes
         self._stall = stall
-        self._given = False
         self._pid = 0
         self._process: int | None = None
         self._writers: list[PipeWriter] = []
@@ -115,8 +87,6 @@ class Meeting:
         """
         self._pid = credentials(self._outgoing)[0]
         self._process = _descriptor(self._pid)
-        if self._permission is not None and self._pid and needs_permission():
-            self._given = self._permission.give(self._pid)
         content = secrets.token_bytes(_PROBE_BYTES)
         memory = ctypes.create_string_buffer(content, _PROBE_BYTES)
         await _say(self._outgoing, _Hello(ctypes.addressof(memory), content))
@@ -131,7 +101,7 @@ class Meeting:
         del memory
 
     def flows(self, threads: int) -> tuple[Flow, Flow]:
-        """What sends and what receives; they take over everything but the permission.
+        """What sends and what receives; they take over everything.
 
         Raises:
             TransportError: This process has no descriptors left.
@@ -155,11 +125,6 @@ class Meeting:
         self._forget_process()
         return outgoing, incoming
 
-    @property
-    def permission(self) -> Permission | None:
-        """What was given, to be taken back when the channel is closed."""
-        return self._permission if self._given else None
-
     def give_up(self) -> None:
         """Free everything."""
         self._outgoing.close()
@@ -168,8 +133,6 @@ class Meeting:
         pipes: list[Pipe] = [*self._writers, *self._readers]
         for pipe in pipes:
             pipe.close()
-        if self._given and self._permission is not None:
-            self._permission.take_back()
 
     def _line(self, sock: socket.socket) -> Line:
         """A line to the peer, which knows its process by a descriptor of its own."""

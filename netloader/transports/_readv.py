@@ -5,22 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import sys
 from array import array
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from netloader.codecs.regions import Regions, total
 from netloader.errors import PeerLost, TransportError, TransportUnavailable
 from netloader.transports._vectored import MOST_REGIONS
 
-__all__ = ["allow_reader", "needs_permission", "read"]
-
-_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
-_BY_PERMISSION = "1"
-_PR_SET_PTRACER = 0x59616D61
+__all__ = ["read"]
 
 
 @lru_cache(maxsize=1)
@@ -95,20 +89,3 @@ def _in_step(remote: Regions[int], local: Regions[int]) -> Iterator[tuple[Region
                 far, far_bytes = next(rest, (0, 0))
     if here:
         yield there, here
-
-
-def needs_permission() -> bool:
-    """Whether a process has to name whom it lets read its memory (Yama's ptrace_scope 1)."""
-    try:
-        return _YAMA.read_text("ascii").strip() == _BY_PERMISSION
-    except OSError:
-        return False
-
-
-def allow_reader(pid: int) -> None:
-    """Let process `pid`, and nobody else, read this process's memory; 0: nobody.
-
-    Concerns Yama only: whatever else forbids it (another user, other capabilities) still does.
-    """
-    if sys.platform == "linux":
-        _libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)

@@ -25,7 +25,7 @@ from netloader.errors import TransferTimeout, TransportError, TransportUnavailab
 from netloader.transports._crew import Crew
 from netloader.transports._flows import Flow
 from netloader.transports._landing import Operation
-from netloader.transports._meeting import Meeting, Permission, credentials
+from netloader.transports._meeting import Meeting, credentials
 from netloader.transports._sockets import KEY_BYTES, Door, dial, knock
 from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
@@ -66,11 +66,10 @@ class _ShmChannel:
     depth: ClassVar[int] = 2
     """A thread goes on with the next call while others still work on this one."""
 
-    def __init__(self, outgoing: Flow, incoming: Flow, stall: float, permission: Permission | None) -> None:
+    def __init__(self, outgoing: Flow, incoming: Flow, stall: float) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
         self._stall = stall
-        self._permission = permission
         self._state = ChannelState("shm channel", self.depth)
         self._crew = Crew("shm", self._cut)
 
@@ -95,9 +94,6 @@ class _ShmChannel:
             await self._crew.aclose()
         self._outgoing.close()
         self._incoming.close()
-        permission, self._permission = self._permission, None
-        if permission is not None:
-            permission.take_back()
 
     def _cut(self) -> None:
         self._outgoing.cut()
@@ -117,7 +113,6 @@ class ShmTransport:
     def __init__(self, *, reading: bool = True, threads: int | None = None) -> None:
         self._reading = reading
         self._threads = threads
-        self._permission = Permission()
 
     def missing(self, device: str) -> str | None:
         """See :class:`netloader.transports.base.Transport`."""
@@ -182,12 +177,11 @@ class ShmTransport:
         """Find out how bytes can go each way, and make the channel. Owns the sockets."""
         # A client sends nothing, as a rule: it needs no more than one pipe.
         pipes = self._threads_here() if serving else 1
-        meeting = Meeting(outgoing, incoming, self._permission if serving else None, pipes, setup.stall)
+        meeting = Meeting(outgoing, incoming, pipes, setup.stall)
         try:
             with anyio.fail_after(setup.timeout):
                 await meeting.hold(reading=self._reading)
-            flows = meeting.flows(self._threads_here())
-            return _ShmChannel(*flows, setup.stall, meeting.permission)
+            return _ShmChannel(*meeting.flows(self._threads_here()), setup.stall)
         except BaseException as error:
             meeting.give_up()
             if isinstance(error, TimeoutError):

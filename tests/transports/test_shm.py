@@ -12,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import msgspec
@@ -27,7 +28,7 @@ from netloader.transports._landing import Operation
 from netloader.transports._line import Line
 from netloader.transports._pipe import PIPE_BYTES, PipeEnd
 from netloader.transports.base import Channel
-from netloader.transports.conformance import CHECKS, Check, check_transport, pair_maker
+from netloader.transports.conformance import CHECKS, Check, TensorBlockView, check_transport, pair_maker
 from netloader.transports.shm import ShmTransport
 from tests.transports.bytesview import BytesView, Pieces, like
 from tests.transports.pairs import opened
@@ -510,18 +511,45 @@ async def test_another_user_is_not_met() -> None:
             await ShmTransport().connect(offer, setup())
 
 
-async def test_the_reader_is_allowed_by_name_where_the_system_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(_meeting, "needs_permission", lambda: True)
-    monkeypatch.setattr(_meeting, "allow_reader", told.append)
-    transport = ShmTransport()
-    async with opened(transport):
-        assert told == [os.getpid()]
-        assert not transport._permission.give(1)  # another one has to take the other way
-    assert told == [os.getpid(), 0]
-    assert transport._permission.give(1)
-    transport._permission.take_back()
-    assert told[2:] == [1, 0]
+class _Calls:
+    """The system's library, with a note of each call that is made of it."""
+
+    def __init__(self, real: Any, made: list[str]) -> None:
+        self._real = real
+        self._made = made
+
+    def __getattr__(self, name: str) -> Any:
+        self._made.append(name)
+        return getattr(self._real, name)
+
+
+async def test_channels_to_several_peers_leave_the_permission_to_trace_this_process_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is one for the whole process, nobody can ask for it, and others may have set it."""
+    made: list[str] = []
+    real = _readv._libc()
+    monkeypatch.setattr(_readv, "_libc", lambda: _Calls(real, made))
+    read_text = Path.read_text
+
+    def like_yama(path: Path, *arguments: Any, **options: Any) -> str:
+        return "1" if path.name == "ptrace_scope" else read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", like_yama)
+    async with opened(ShmTransport()) as one:
+        async with opened(ShmTransport()) as other:
+            await _moves(*other)
+            await _moves(*one)
+        await _moves(*one)
+    assert set(made) == {"process_vm_readv"}
+
+
+async def _moves(server: Channel, client: Channel) -> None:
+    sent, into = TensorBlockView(0, [b"blocks"]), TensorBlockView(0, [bytes(6)])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(server.send, [sent])
+        await client.recv([into])
+    assert into.data == sent.data
 
 
 @given(
