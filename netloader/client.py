@@ -22,6 +22,7 @@ from netloader.contact import ClientOptions, abilities_of, client_terms, connect
 from netloader.errors import (
     AttemptFailed,
     ConfigError,
+    MemoryStillInUse,
     NetloaderError,
     NoSourceLeft,
     PeerLost,
@@ -132,6 +133,8 @@ async def pull_from(
 
     Raises:
         NoSourceLeft: No source, alone or together with others, could give every block.
+        MemoryStillInUse: A thread that may still write into `destination` can't be brought back; raised in the place of
+            everything else, a cancellation included, also when every block is verified. Nobody may fill it any more.
     """
     return await _Pull(destination, identity, transports, digest, options, progress, relay).run(sources)
 
@@ -172,6 +175,7 @@ class _Pull:
         self._scope = anyio.CancelScope()
         self._workers = anyio.CancelScope()
         self._callers_error: Exception | None = None
+        self._memory_in_use: MemoryStillInUse | None = None
 
     async def run(self, sources: Sequence[Address]) -> PullReport:
         try:
@@ -179,10 +183,13 @@ class _Pull:
                 self._scope.deadline = anyio.current_time() + self._options.timeout
                 await self._pull_all(sources)
         finally:
-            if self._relay is not None and self._relaying and not self._ledger.complete:
+            given = self._ledger.complete and self._memory_in_use is None
+            if self._relay is not None and self._relaying and not given:
                 # The memory is the caller's again: nobody may read it any more.
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True):  # each of its steps has a deadline
                     await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
+            if self._memory_in_use is not None:
+                raise self._memory_in_use
         if self._callers_error is not None:
             raise self._callers_error
         if not self._ledger.complete:
@@ -217,7 +224,7 @@ class _Pull:
     async def _work(self, busy: Callable[[], None]) -> None:
         """Pull from one source after the other; `busy` is called at the first one, and has another worker begin."""
         candidates, called = self._candidates, False
-        while not self._ledger.complete:
+        while not (self._ledger.complete or self._memory_in_use):
             changed = self._changed
             now = time.monotonic()
             # Before the first source is accepted there is one at a time: the first one in the list decides the root.
@@ -241,6 +248,8 @@ class _Pull:
         """One session with `source`, and what follows from how it went."""
         before = self._report.sources[str(source)].blocks if str(source) in self._report.sources else 0
         error = await self._session_with(source)
+        if self._memory_in_use is not None:
+            return  # whatever comes of the source: no other one may fill this memory
         now = time.monotonic()
         if error is None:
             self._candidates.rest(source)
@@ -346,6 +355,11 @@ class _Pull:
         finally:
             self._sessions.discard(session)
             session.add_phases(self._report.phases)
+            if session.memory_in_use is not None:
+                self._memory_in_use = session.memory_in_use
+                self._scope.cancel()
+        if self._memory_in_use is not None:
+            return self._memory_in_use
         if session.dismissed:
             return None
         if session.session.announcement is not None:

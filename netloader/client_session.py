@@ -14,7 +14,7 @@ import anyio
 from netloader.backlog import Backlog
 from netloader.control import ControlConnection
 from netloader.driver import Move, SessionDriver, looked_up
-from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError, TransportError
+from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, NetloaderError, TransportError
 from netloader.ledger import Ledger
 from netloader.manifest import Manifest
 from netloader.messages import Outcome, ServerMessage
@@ -138,6 +138,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._landed = False
         self._rejected: DigestMismatch | None = None
         self._receiving = 0
+        self._over = False
         self._next_look: asyncio.TimerHandle | None = None
         self._began = self._moved = time.monotonic()
         self._window = _WINDOW_BYTES[0]
@@ -158,6 +159,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         finally:
             self._granted.close()
             self._commit()
+            self._over = True
             self._ledger.lose(self)
             self._supply.ended(self)
             self.share.transport = self.session.transport or self.share.transport
@@ -331,6 +333,8 @@ class ClientSession(SessionDriver[ServerMessage]):
             result: e.Event = e.BlocksReceived(to_ranges(numbers))
         except DigestMismatch as error:
             result = e.BlocksRejected(error)
+        except MemoryStillInUse:
+            raise  # whatever else is wrong
         except TransportError:
             # Wrong bytes cut the channel for all its calls, and an earlier one is heard first.
             if self._rejected is None:
@@ -346,6 +350,8 @@ class ClientSession(SessionDriver[ServerMessage]):
         """In the middle of a receive: account for what landed, and keep the source busy."""
         if self._next_look is not None:
             self._next_look.cancel()
+        if self._over:  # said by a thread that could not be brought back: nobody counts on it any more
+            return
         self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look) if self._receiving else None
         self._commit()
         plan = self._ledger.plan

@@ -139,7 +139,7 @@ class _Side:
             try:
                 yield side
             finally:
-                with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(2 * _STOP, shield=True):
                     await side.stop()
                     await process.aclose()
                 tasks.cancel_scope.cancel()

@@ -19,12 +19,20 @@ from typing import Generic, NoReturn, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
+from netloader.closing import close_channel
 from netloader.codecs.frames import encode_frame
 from netloader.control import ControlConnection
-from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
+from netloader.errors import (
+    LocalProtocolError,
+    MemoryStillInUse,
+    NetloaderError,
+    PeerLost,
+    RemoteProtocolError,
+    TransportError,
+)
 from netloader.messages import ClientMessage, Ending, ServerMessage
 from netloader.plan import Plan
-from netloader.protocol import FINAL, Session, State
+from netloader.protocol import FINAL, Session, Side, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
 from netloader.signals import SignalBox
@@ -86,11 +94,16 @@ class SessionDriver(Generic[M]):
         connection: Its control connection; owned from here on.
         device: Where blocks live.
         label: Who this is, for the log.
+
+    Attributes:
+        memory_in_use: Why memory that was lent to the channel can't be had back, once the session is over; None when
+            it can.
     """
 
     def __init__(self, session: Session, connection: ControlConnection[M], *, device: str, label: str) -> None:
         self.session = session
         self.label = label
+        self.memory_in_use: MemoryStillInUse | None = None
         self.clock = PhaseClock()
         self._connection = connection
         self._device = device
@@ -138,7 +151,7 @@ class SessionDriver(Generic[M]):
                 tasks.cancel_scope.cancel()
         finally:
             self._signals.close()
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True):  # each of these has a deadline of its own
                 await self._say_last_words()
                 await self._close_channel()
                 await self._connection.aclose()
@@ -270,6 +283,8 @@ class SessionDriver(Generic[M]):
 
     async def _failed(self, error: Exception) -> e.Event:
         """The event for an error of a task. One that nobody expected costs the session too, and nothing else."""
+        if isinstance(error, MemoryStillInUse):
+            self._note_in_use(error)
         if isinstance(error, PeerLost):
             # The peer may have said why on the control connection; that is the better reason, and it takes a moment.
             with anyio.move_on_after(_EXPLAINING):
@@ -306,8 +321,7 @@ class SessionDriver(Generic[M]):
         if channel is None:
             return None
         if self._channel_scope.cancel_called or self._closing.is_set():
-            with anyio.CancelScope(shield=True):
-                await channel.aclose()
+            await self._close(channel)
             return None
         self._channel = channel
         return e.ChannelOpened()
@@ -368,8 +382,20 @@ class SessionDriver(Generic[M]):
         self._channel_scope.cancel()
         channel, self._channel = self._channel, None
         if channel is not None:
-            with anyio.CancelScope(shield=True):
-                await channel.aclose()
+            await self._close(channel)
+
+    async def _close(self, channel: Channel) -> None:
+        name, client = f"{self.session.transport} channel", self.session.side is Side.CLIENT
+        in_use = await close_channel(channel, name, writes=client)
+        if in_use is not None:
+            self._note_in_use(in_use)
+
+    def _note_in_use(self, error: MemoryStillInUse) -> None:
+        if self.memory_in_use is None:
+            _log.error("%s: %s", self.label, error)
+        if self.memory_in_use is None or error.writes:
+            self.memory_in_use = error
+            _forget_frames(error)
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 

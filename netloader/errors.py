@@ -9,6 +9,7 @@ failed (never tensor contents).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 __all__ = [
     "AttemptFailed",
@@ -19,6 +20,7 @@ __all__ = [
     "DigestMismatch",
     "LocalProtocolError",
     "ManifestError",
+    "MemoryStillInUse",
     "NetloaderError",
     "NoSourceLeft",
     "PeerLost",
@@ -172,6 +174,49 @@ class ChannelClosed(TransportError):
 
 class ChannelBusy(TransportError):
     """Two operations were started on one direction of a channel at the same time: a bug in the caller."""
+
+
+class _Thread(Protocol):
+    """What is told about a thread."""
+
+    @property
+    def name(self) -> str: ...
+
+    def is_alive(self) -> bool: ...
+
+
+class MemoryStillInUse(TransportError):
+    """Memory that was lent to a transport can't be had back: a thread that was told to return did not.
+
+    After a receive it may write there at any later time. So a pull that meets this has failed for good: no other source
+    and no other loader may fill the same memory, and the process has to end. After a send it only reads.
+
+    Args:
+        what: The channel.
+        threads: Those that did not return; none where no thread of ours is concerned.
+        writes: Whether they may write.
+        seconds: For how long they were waited for.
+
+    Attributes:
+        threads: Names of the threads.
+        writes: As given.
+    """
+
+    def __init__(self, what: str, threads: Sequence[_Thread] = (), *, writes: bool, seconds: float) -> None:
+        self._threads = tuple(threads)
+        self.threads = tuple(thread.name for thread in threads)
+        self.writes = writes
+        who = f"thread {', '.join(self.threads)}" if threads else "an operation"
+        does, hint = "may still read the memory being sent", "leave this memory as it is, or end this process"
+        if writes:
+            does = "may still write into the memory that is being filled"
+            hint = "end this process: nothing else can fill this memory while it runs"
+        super().__init__(f"{what}: {who} {does}: it was told to return and did not within {seconds:g} s", hint=hint)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is still so, as far as is known."""
+        return not self._threads or any(thread.is_alive() for thread in self._threads)
 
 
 class TransportUnavailable(TransportError):

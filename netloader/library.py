@@ -252,6 +252,8 @@ async def pull(
 
     Raises:
         NoSourceLeft: No source could give every block; the message says why for each.
+        MemoryStillInUse: A thread that may still write into `tensors` can't be brought back. Fill them from nowhere
+            else: end the process.
         ManifestError: Some of `tensors` can't be filled; all of them are named.
         ConfigError: An address or a transport's name makes no sense.
     """
@@ -301,7 +303,7 @@ async def pull_new(
         Name -> tensor, and the account of the pull.
 
     Raises:
-        NoSourceLeft: As for :func:`pull`.
+        NoSourceLeft, MemoryStillInUse: As for :func:`pull`.
     """
     from netloader.tensors import destination
 
@@ -330,7 +332,7 @@ async def _pull_into(
         return await pull_from(filled, identity, addresses, transports, digest_of, options, progress, relay)
     finally:
         if toucher.running:
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True):  # it has a deadline of its own
                 await anyio.to_thread.run_sync(toucher.stop)
         else:
             toucher.stop()

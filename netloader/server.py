@@ -21,7 +21,7 @@ from anyio.abc import SocketListener, SocketStream, TaskGroup
 
 from netloader.codecs.frames import client_messages
 from netloader.control import ControlConnection
-from netloader.errors import ConfigError, LocalProtocolError, NetloaderError, PeerLost, RefusedError
+from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
 from netloader.holdings import Holding, Holdings
 from netloader.identity import Layout, Role
 from netloader.messages import Ability
@@ -175,6 +175,7 @@ class HoldingServer:
         self._strays = _Nuisance("a connection that was no client's", logging.INFO, 1)
         self._failures = _Nuisance("a session failed", logging.WARNING, 20)
         self._unaccepted = _Nuisance("a connection could not be accepted", logging.WARNING, 1)
+        self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # what sessions that are over have left behind
         self._owed = 0.0  # seconds of pause before the next connection
         self._listeners: list[SocketListener] = []
         self._tasks: TaskGroup | None = None
@@ -278,6 +279,9 @@ class HoldingServer:
     ) -> None:
         """Stop serving `role`: nothing more is granted, running sends may end, then the memory is free to change.
 
+        Bounded: where a send can't be ended in time, the log says as an error that the memory is still read, and by
+        which thread. Its client finds that the bytes are other ones, if they change.
+
         Args:
             role: What to retract.
             reason: Told to clients.
@@ -300,6 +304,15 @@ class HoldingServer:
                 session.abandon(reason)  # it does not even read its last message
         with anyio.move_on_after(self._options.stop_within):
             await self._until(lambda: not any(s in self._sessions for s in affected))
+        self._say_in_use(role, held, [session for session in affected if session in self._sessions])
+
+    def _say_in_use(self, role: Role, held: Sequence[Holding], sessions: Sequence[ServerSession]) -> None:
+        """Say who still reads what was served."""
+        self._in_use = [(holding, error) for holding, error in self._in_use if error.lasts]
+        readers = [f"{session.label} has not ended" for session in sessions]
+        readers += [error.message for holding, error in self._in_use if any(holding is one for one in held)]
+        if readers:
+            _log.error("the memory of the %s is not free to change: %s", role, "; ".join(readers))
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
@@ -346,6 +359,9 @@ class HoldingServer:
             if session is not None:
                 self._strangers.pop(session, None)
                 self._sessions.discard(session)
+                if session.memory_in_use is not None and session.holding is not None:
+                    self._in_use = [(holding, error) for holding, error in self._in_use if error.lasts]
+                    self._in_use.append((session.holding, session.memory_in_use))
                 changed, self._changed = self._changed, anyio.Event()
                 changed.set()
             else:

@@ -11,6 +11,7 @@ from functools import partial
 import anyio
 
 from netloader.backlog import Backlog, groups
+from netloader.closing import close_pending
 from netloader.control import ControlConnection
 from netloader.driver import Move, SessionDriver, few_spans, looked_up
 from netloader.errors import (
@@ -290,8 +291,7 @@ class ServerSession(SessionDriver[ClientMessage]):
                 self.feed(e.ChannelOffered(offer))
                 return await carrier.accept(pending)
             finally:
-                with anyio.CancelScope(shield=True):
-                    await pending.aclose()
+                await close_pending(pending, self.label)
 
         try:
             return await self.open_channel(make)

@@ -6,6 +6,7 @@ Each call, and each server, has an event loop of its own in a named background t
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["SyncServer", "probe", "pull", "pull_new", "serve"]
 
 R = TypeVar("R")
+
+_END = 120.0
+"""Seconds that the loop of a call may take to end once the call is over, or was interrupted: its sessions close their
+channels then, each within less."""
+
+_log = logging.getLogger("netloader")
 
 
 def pull(tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> PullReport:
@@ -113,4 +120,6 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
                 running.result()()
         raise
     finally:
-        thread.join()
+        thread.join(_END)
+        if thread.is_alive():
+            _log.error("thread %s did not end within %g s after its call", name, _END)

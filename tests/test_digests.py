@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -15,7 +16,8 @@ from netloader.errors import ManifestError, TransportUnavailable
 from netloader.identity import ModelIdentity
 from netloader.manifest import DIGEST_BYTES, compute_root, manifest_digest
 from netloader.plan import MIN_BLOCK_BYTES
-from netloader.tensors import ALGORITHMS, DEFAULT, Holding, digest_of, digest_plan, hold
+from netloader.tensors import ALGORITHMS, DEFAULT, Holding, digest_of, digest_plan, digests, hold
+from netloader.transports.base import BlockView
 from tests.tensor_sets import Sketch, build, sketches
 
 IDENTITY = ModelIdentity(model="m")
@@ -136,6 +138,34 @@ def test_what_progress_raises_ends_the_work() -> None:
     with pytest.raises(KeyboardInterrupt):
         hold(large_set(), IDENTITY, block_bytes=2048, threads=3, progress=progress)
     assert [t.name for t in threading.enumerate() if t.name.startswith("netloader-digest")] == []
+
+
+def test_a_helper_thread_that_hangs_is_named_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a file on a server that does not answer: its memory is read only now."""
+    go, hanging = threading.Event(), list[threading.Thread]()
+
+    def hangs(view: BlockView, algorithm: str) -> bytes:
+        if threading.current_thread().name.startswith("netloader-digest"):
+            hanging.append(threading.current_thread())
+            assert go.wait(60)
+        return digest_of(view, algorithm)
+
+    holding = hold(large_set(), IDENTITY, block_bytes=MIN_BLOCK_BYTES)
+    announcement = holding.announcement
+    monkeypatch.setattr(digests, "digest_of", hangs)
+    monkeypatch.setattr(digests, "_SILENT", 0.05)
+
+    def wait_for_the_helper(*_: int) -> None:
+        while not hanging:
+            time.sleep(0)
+
+    try:
+        with pytest.raises(ManifestError, match=r"thread netloader-digest-1 has hashed nothing for 0.05 s .*storage"):
+            digest_plan(holding.memory, announcement.plan, DEFAULT, threads=2, progress=wait_for_the_helper)
+    finally:
+        go.set()
+        for thread in hanging:
+            thread.join(60)
 
 
 def test_an_error_in_a_helper_thread_reaches_the_caller() -> None:

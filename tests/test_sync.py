@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from netloader import NetloaderError, sync
+from netloader import NetloaderError, library, sync
 
 WAIT = 30.0
 
@@ -44,6 +44,28 @@ def test_an_interrupt_ends_the_pull_and_its_thread() -> None:
         helper.join(WAIT)
     assert met.is_set()
     assert left[-1] == b"", "the connection was closed"
+
+
+@pytest.mark.allow_blocking(reason="a loop that hangs is what is looked at")
+def test_an_interrupt_comes_through_where_the_loop_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go, hanging = threading.Event(), list[threading.Thread]()
+
+    async def hangs(*_: object) -> None:
+        hanging.append(threading.current_thread())
+        os.kill(os.getpid(), signal.SIGINT)
+        assert go.wait(WAIT)
+
+    monkeypatch.setattr(library, "pull", hangs)
+    monkeypatch.setattr(sync, "_END", 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sync.pull({"w": torch.zeros(4)})
+        assert "thread netloader-pull did not end within 0.05 s" in caplog.text
+    finally:
+        go.set()
+        hanging[0].join(WAIT)
 
 
 def test_an_error_is_the_callers() -> None:

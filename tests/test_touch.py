@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
 
 import pytest
 import torch
 
 import netloader
 from netloader.tensors import Toucher
+from netloader.tensors import touch as touching
 
 MIB = 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked for pages")
@@ -73,6 +75,30 @@ def test_it_can_be_stopped_before_and_while_it_runs() -> None:
     toucher.start()
     toucher.stop()
     toucher.stop()
+
+
+def test_stopping_is_bounded_and_a_call_that_hangs_keeps_its_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go = threading.Event()
+
+    class Hangs(Toucher):
+        def _run(self) -> None:
+            assert go.wait(60)
+
+    monkeypatch.setattr(touching, "_END", 0.05)
+    toucher = Hangs([mapped(MIB)])
+    toucher.start()
+    try:
+        toucher.stop()
+        assert toucher.running
+        assert toucher._tensors
+        assert "thread netloader-touch did not end within 0.05 s" in caplog.text
+    finally:
+        go.set()
+    monkeypatch.setattr(touching, "_END", 60.0)
+    toucher.stop()
+    assert not toucher._tensors
 
 
 async def test_a_pull_into_fresh_memory_is_exact() -> None:

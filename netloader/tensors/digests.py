@@ -26,6 +26,8 @@ _STAGING_BYTES = 4 << 20
 """Bytes of a device span copied at a time."""
 
 _GROUP = 8
+_SILENT = 600.0
+"""Seconds that a thread may take for a few blocks: their memory may be a file on slow storage, read only now."""
 """Blocks that a thread takes at a time."""
 
 
@@ -112,17 +114,32 @@ class _Work:
 
     def run(self, threads: int, progress: Callable[[int, int], None] | None) -> bytes:
         count = min(threads, -(-len(self._plan.blocks) // _GROUP))
-        helpers = [threading.Thread(target=self._work, name=f"netloader-digest-{n}") for n in range(1, count)]
+        helpers = [
+            threading.Thread(target=self._work, name=f"netloader-digest-{n}", daemon=True) for n in range(1, count)
+        ]
         for helper in helpers:
             helper.start()
         self._work(progress)
         for helper in helpers:
-            helper.join()
+            self._join(helper)
         if self._error is not None:
             raise self._error
         if progress is not None:
             progress(self._plan.nbytes, self._plan.nbytes)
         return bytes(self._digests)
+
+    def _join(self, helper: threading.Thread) -> None:
+        """Wait for a helper, as long as any of them gets on."""
+        hashed = -1
+        while helper.is_alive() and hashed != self._hashed:
+            hashed = self._hashed
+            helper.join(_SILENT)
+        if helper.is_alive():
+            with self._lock:
+                self._error = self._error or ManifestError(
+                    f"thread {helper.name} has hashed nothing for {_SILENT:g} s",
+                    hint="is the storage there that these tensors are mapped from?",
+                )
 
     def _work(self, progress: Callable[[int, int], None] | None = None) -> None:
         try:

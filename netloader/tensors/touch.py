@@ -7,6 +7,7 @@ its transfer). The kernel can be asked for pages ahead; what they hold stays as 
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import sys
 import threading
@@ -23,6 +24,12 @@ _STEP = 32 << 20
 
 LEAST_BYTES = 1 << 20
 """Smaller tensors come out of memory that was used before, most of the time: they are left alone."""
+
+
+_END = 30.0
+"""Seconds that the call which runs may take: more than a host does that has to make room for its pages first."""
+
+_log = logging.getLogger("netloader")
 
 
 class Toucher:
@@ -54,10 +61,13 @@ class Toucher:
         return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
-        """End it, after the call that runs: that takes some milliseconds. Blocks for as long; idempotent."""
+        """End it, after the call that runs: that takes some milliseconds. Blocks for as long, bounded; idempotent."""
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_END)
+            if self._thread.is_alive():  # it keeps the tensors; what they hold it does not change
+                _log.error("thread %s did not end within %g s", self._thread.name, _END)
+                return
             self._thread = None
         self._tensors.clear()
 

@@ -56,6 +56,11 @@ class Operation:
                     self._error = error
             self._cut()
 
+    @property
+    def failed(self) -> bool:
+        """Whether one of the threads raised something: the others are told to come back."""
+        return self._error is not None
+
     def check_error(self) -> None:
         """Raise the first thing that any of the threads raised. Once they are all back."""
         if self._error is not None:

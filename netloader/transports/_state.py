@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
-from netloader.errors import ChannelBusy, ChannelClosed, TransportError
+from netloader.errors import ChannelBusy, ChannelClosed, MemoryStillInUse, TransportError
 
-__all__ = ["ChannelState", "LoopEvent"]
+__all__ = ["ChannelState", "LoopEvent", "came_in_time"]
+
+_LOOK = 1.0
+"""Seconds that one look at what is waited for counts at most, however long the process or its host stood still in it:
+the threads that are waited for stood still, too."""
+
+_SETTLING = 10.0
+"""Seconds that operations of a closed channel may take to end. They need some turns of the event loop; a thread that
+keeps one longer is waited for where it is known."""
+
+
+async def came_in_time(seconds: float, wait: Callable[[], Awaitable[object]]) -> bool:
+    """Wait, cancelled or not, for at most `seconds` seconds.
+
+    Args:
+        seconds: How long; more than 0.
+        wait: What is waited for. It may be cut off and begun anew.
+
+    Returns:
+        Whether `wait` came to its end.
+    """
+    left = seconds
+    while left > 0:
+        with anyio.move_on_after(min(left, _LOOK), shield=True) as look:
+            await wait()
+        if not look.cancelled_caught:
+            return True
+        left -= _LOOK
+    return False
 
 
 class LoopEvent:
@@ -65,6 +93,11 @@ class ChannelState:
         self._running: dict[str, list[anyio.Event]] = {}
 
     @property
+    def name(self) -> str:
+        """What the channel is called in messages."""
+        return self._name
+
+    @property
     def ended(self) -> bool:
         """Whether no operation can run any more."""
         return self._why is not None
@@ -102,6 +135,7 @@ class ChannelState:
         Raises:
             ChannelClosed: The channel had ended, or was closed while the operation ran.
             ChannelBusy: As many as may run in this direction do; they go on unharmed.
+            MemoryStillInUse: As the operation raised it: that the channel was closed is no reason to say less.
         """
         running = self._running.setdefault(direction, [])
         if len(running) >= self._depth:
@@ -120,7 +154,8 @@ class ChannelState:
             if cut is not None:
                 cut()
             # Closed under the operation's feet: what it says then is an echo of that, whatever it looks like.
-            if self._closed and not ours and isinstance(error, TransportError):
+            echo = isinstance(error, TransportError) and not isinstance(error, MemoryStillInUse)
+            if self._closed and not ours and echo:
                 raise self.closed() from error
             raise
         finally:
@@ -128,7 +163,16 @@ class ChannelState:
             over.set()
 
     async def idle(self) -> None:
-        """Wait until no operation runs."""
-        for running in self._running.values():
-            for over in list(running):
-                await over.wait()
+        """Wait until no operation runs, cancelled or not. Once the channel has ended.
+
+        Raises:
+            MemoryStillInUse: One does not end.
+        """
+
+        async def all_over() -> None:
+            for running in self._running.values():
+                for over in list(running):
+                    await over.wait()
+
+        if not await came_in_time(_SETTLING, all_over):
+            raise MemoryStillInUse(self._name, writes=bool(self._running.get("recv")), seconds=_SETTLING)

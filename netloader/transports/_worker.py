@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 
 from netloader.errors import ChannelClosed
-from netloader.transports._state import LoopEvent
+from netloader.transports._state import LoopEvent, came_in_time
 
 __all__ = ["Job", "Worker"]
 
@@ -27,6 +27,9 @@ _JOIN_EVERY = 0.0005
 
 _PATIENCE = 30.0
 """Seconds that a call which was told to return may still take before we say so and go on without it."""
+
+_AGAIN = 0.5
+"""Seconds that a thread which was waited for in vain is waited for once more: it is known to be stuck."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,20 +81,31 @@ class Worker:
 
     Attributes:
         closing: Whether it takes no more calls.
+        stuck: Whether it was waited for in vain.
+        thread: The thread.
     """
 
     def __init__(self, name: str, free: Callable[[], object]) -> None:
         self._free = free
         self._jobs: queue.SimpleQueue[Job[object] | None] = queue.SimpleQueue()
         self.closing = False
+        self.stuck = False
+        self._lock = threading.Lock()
+        self._last: Callable[[], object] | None = None
+        self._left = False
         self._gone = LoopEvent()
-        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self.thread.start()
 
     @property
     def name(self) -> str:
         """Name of the thread."""
-        return self._thread.name
+        return self.thread.name
+
+    @property
+    def patience(self) -> float:
+        """Seconds that :meth:`finish` waits for a call which was told to return."""
+        return _PATIENCE
 
     def start(self, call: Callable[[], T]) -> Job[T]:
         """Have `call` made, after those asked for before."""
@@ -104,7 +118,8 @@ class Worker:
     async def finish(self, job: Job[T], watch: Callable[[], None] | None = None, every: float = 1.0) -> T:
         """Wait for a job.
 
-        When this is cancelled, or `watch` raises, the running call is made to return, and only then it goes on.
+        When this is cancelled, or `watch` raises, the running call is made to return, and only then it goes on; or
+        when that takes too long. `job.over` tells which.
 
         Args:
             job: From :meth:`start`.
@@ -119,9 +134,8 @@ class Worker:
                     watch()
         except BaseException:
             self._free()
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_PATIENCE) as waited:
-                await job.over.wait()
-            if waited.cancelled_caught:
+            if not await came_in_time(_PATIENCE, job.over.wait):
+                self.stuck = True
                 _log.error("thread %s did not return within %g s after it was told to", self.name, _PATIENCE)
             raise
         return job.result()
@@ -143,19 +157,35 @@ class Worker:
             Whether it is gone; False when it was still busy after `within` seconds.
         """
         self.end()
-        with anyio.CancelScope(shield=True), anyio.move_on_after(within):
-            await self._gone.wait()
-            for _ in range(_TURNS):
-                if self._thread.is_alive():
-                    await anyio.lowlevel.checkpoint()
-            while self._thread.is_alive():  # noqa: ASYNC110 - a thread's end sets no event
-                await anyio.sleep(_JOIN_EVERY)
-        return not self._thread.is_alive()
+        gone = await came_in_time(_AGAIN if self.stuck else within, self.gone)
+        self.stuck = not gone
+        return gone
+
+    async def gone(self) -> None:
+        """Wait until the thread has ended, which :meth:`end` asks it to."""
+        await self._gone.wait()
+        for _ in range(_TURNS):
+            if self.thread.is_alive():
+                await anyio.lowlevel.checkpoint()
+        while self.thread.is_alive():  # noqa: ASYNC110 - a thread's end sets no event
+            await anyio.sleep(_JOIN_EVERY)
+
+    def last(self, call: Callable[[], object]) -> None:
+        """Have `call` made when the thread has made all its calls: there, or here where it has already. Once."""
+        with self._lock:
+            if not self._left:
+                self._last = call
+                return
+        call()
 
     def _main(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.run()
             del job
+        with self._lock:
+            self._left, call = True, self._last
+        if call is not None:
+            call()
         self._gone.set()
 
 

@@ -127,9 +127,11 @@ class Channel(Protocol):
     async def send(self, blocks: Sequence[BlockView]) -> None:
         """Send blocks, whole and in order.
 
-        The memory belongs to the channel until this returns or raises; it may be reused then.
+        The memory belongs to the channel until this returns or raises; it may be reused then, unless what is raised is
+        MemoryStillInUse.
 
         Raises:
+            MemoryStillInUse: It can't be had back within a bound: something may still read it.
             PeerLost: The peer closed, died, or was cut off.
             TransferTimeout: Nothing moved for the stall time: the peer does not receive.
             ChannelBusy: As many sends as the channel takes are running.
@@ -141,7 +143,9 @@ class Channel(Protocol):
         """Fill blocks in place, whole and in order; all of them, or an error.
 
         The memory belongs to the channel until this returns or raises, cancelled included; after that no byte lands in
-        it any more, even if the peer goes on sending. A receive is posted only for what the peer has granted.
+        it any more, even if the peer goes on sending. Where that can't be promised within a bound, MemoryStillInUse is
+        raised, in the place of a cancellation too, and nobody uses the memory any more. A receive is posted only for
+        what the peer has granted.
 
         Args:
             blocks: What to fill.
@@ -149,14 +153,19 @@ class Channel(Protocol):
 
         Raises:
             PeerLost, TransferTimeout, ChannelBusy, ChannelClosed: As for ``send``; whatever `landed` raises.
+            MemoryStillInUse: Bytes may still land.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close and free everything, threads, ports and device memory included. Idempotent, never raises, bounded.
+        """Close and free everything, threads, ports and device memory included. Idempotent, bounded, never cancelled.
 
         An operation that is running on this side ends with :class:`~netloader.errors.ChannelClosed`; the peer's with
         :class:`~netloader.errors.PeerLost`. When this has returned, no byte lands in any view any more.
+
+        Raises:
+            MemoryStillInUse: The one thing that it may raise, each time that it is called as long as it is so: memory
+                that was lent to an operation is still in use.
         """
         ...
 

@@ -26,6 +26,9 @@ _LOOK_EVERY = 0.02
 """Seconds between two looks for the file that ends a hold."""
 
 
+_CLOSING = 60.0
+"""Seconds that closing the transport inside may take: its own bounds are smaller, if it keeps the contract."""
+
 _NUMBER = re.compile("[0-9]{1,12}")
 
 
@@ -251,8 +254,7 @@ class _FaultyChannel:
         self._state.end("it was closed", closed=True)
         self._closed.set()
         await self._inner.aclose()
-        with anyio.CancelScope(shield=True):
-            await self._state.idle()
+        await self._state.idle()
 
     async def _run(
         self,
@@ -307,7 +309,7 @@ class _FaultyChannel:
         try:
             yield
         except BaseException:
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(_CLOSING, shield=True):
                 await self._inner.aclose()
             raise
 

@@ -336,11 +336,10 @@ class _End:
         if self._handed_over:
             return
         self._link.abort()
-        with anyio.CancelScope(shield=True):
-            if not self._worker.closing:
-                self._worker.start(self._link.close)
-            if not await self._worker.aclose(2 * _CONNECTING):
-                _log.error("thread %s still runs after the set-up was given up", self._worker.name)
+        if not self._worker.closing:
+            self._worker.start(self._link.close)
+        if not await self._worker.aclose(2 * _CONNECTING):  # no memory but gloo's own is concerned
+            _log.error("thread %s still runs after the set-up was given up", self._worker.name)
 
 
 class GlooTransport:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 
-from netloader.errors import NetloaderError, PeerLost, TransferTimeout, TransportError
+from netloader.errors import MemoryStillInUse, NetloaderError, PeerLost, TransferTimeout, TransportError
 from netloader.transports._state import ChannelState
 from netloader.transports._worker import Worker
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
@@ -188,17 +188,21 @@ class _Half:
         self.link.abort(reason, grace=grace)
 
     async def aclose(self) -> None:
-        """Free everything. Idempotent, bounded, never raises."""
+        """Free everything. Idempotent, bounded.
+
+        Raises:
+            MemoryStillInUse: As :meth:`netloader.transports.base.Channel.aclose`.
+        """
         self.link.abort()
         if self.channel is not None:
             await self.channel.aclose()
             return
-        with anyio.CancelScope(shield=True):
-            if not self._worker.closing:
-                self._worker.start(self.link.close)
-            if not await self._worker.aclose(_CLOSING):
-                # The first operation of a group can't be interrupted, and HCCL ends it after HCCL_CONNECT_TIMEOUT.
-                _log.error("thread %s still waits inside HCCL after the set-up was given up", self._worker.name)
+        if not self._worker.closing:
+            self._worker.start(self.link.close)
+        if not await self._worker.aclose(_CLOSING):
+            # The first operation of a group can't be interrupted, and HCCL ends it after HCCL_CONNECT_TIMEOUT. No
+            # memory but the link's own is concerned.
+            _log.error("thread %s still waits inside HCCL after the set-up was given up", self._worker.name)
 
 
 def _fitting(blocks: Sequence[BlockView], nbytes: int) -> int:
@@ -230,7 +234,7 @@ class _HcclChannel:
         self._line = Line(setup.signals, self._value, self._heard, self._peer_waits, self._lost)
         self._halves: dict[int, _Half] = {}
         self._state = ChannelState(f"channel (hccl on {setup.device})")
-        self._freed: anyio.Event | None = None
+        self._closing = False
         self.accepted = False
         self._half(_TO_CLIENT)
 
@@ -320,18 +324,18 @@ class _HcclChannel:
         """See :class:`netloader.transports.base.Channel` and :class:`~netloader.transports.base.Pending`."""
         self._state.end("it was closed", closed=True)
         self._cut()
-        with anyio.CancelScope(shield=True):
-            if self._freed is not None:
-                await self._freed.wait()
-                return
-            self._freed = anyio.Event()
+        if not self._closing:
+            self._closing = True
+            await self._line.farewell("it was closed", inside=self._inside())
+        in_use: MemoryStillInUse | None = None
+        for half in list(self._halves.values()):
             try:
-                await self._line.farewell("it was closed", inside=self._inside())
-                for half in list(self._halves.values()):
-                    await half.aclose()
-                await self._state.idle()
-            finally:
-                self._freed.set()
+                await half.aclose()
+            except MemoryStillInUse as error:  # the other one is freed nevertheless
+                in_use = error
+        if in_use is not None:
+            raise in_use
+        await self._state.idle()
 
     async def _fail(self, error: BaseException) -> None:
         reason = error.message if isinstance(error, NetloaderError) else type(error).__name__

@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import anyio
 
 from netloader.codecs.packed import pack, staging_for, unpack, worth_packing
-from netloader.errors import TransferTimeout, TransportError
-from netloader.transports._state import ChannelState
-from netloader.transports._worker import Worker
+from netloader.errors import MemoryStillInUse, TransferTimeout, TransportError
+from netloader.transports._state import ChannelState, came_in_time
+from netloader.transports._worker import Job, Worker
 from netloader.transports.base import BlockView, Landed
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ MAX_STAGED = 16 << 20
 
 _CLOSING = 10.0
 """Seconds that freeing a group and its threads may take before we say that it does not end."""
+
+_FREED = 40.0
+"""Seconds that a second call of `aclose` waits for the first one, whose own waits take no longer."""
 
 _log = logging.getLogger(__name__)
 
@@ -181,40 +185,62 @@ class LinkChannel:
         self._staging = {direction: _Staging(link) for direction in ("send", "recv")}
         self._steps = 0
         self._freed: anyio.Event | None = None
+        self._lent: dict[str, tuple[Job[Any], Sequence[BlockView]]] = {}  # of calls that have not succeeded
+        self._late: list[Worker] = []
 
     async def send(self, blocks: Sequence[BlockView]) -> None:
         """See :class:`netloader.transports.base.Channel`."""
         async with self._state.operation("send", self._link.abort):
-            await self._run("send", partial(self._send, list(blocks)))
+            await self._run("send", self._send, list(blocks))
 
     async def recv(self, blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
         """See :class:`netloader.transports.base.Channel`."""
         async with self._state.operation("recv", self._link.abort):
-            await self._run("recv", partial(self._recv, list(blocks), landed))
+            await self._run("recv", partial(self._recv, landed), list(blocks))
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Channel`."""
         self._state.end("it was closed", closed=True)
         self._link.abort()
-        with anyio.CancelScope(shield=True):
-            if self._freed is not None:
-                await self._freed.wait()
-                return
+        if self._freed is None:
             self._freed = anyio.Event()
             try:
-                await self._state.idle()
-                # In the thread: it takes a library's own threads some milliseconds to notice that they shall end.
-                self._staging.clear()
-                freeing = self._workers[0].start(self._link.close)
-                for worker in self._workers:
-                    if not await worker.aclose(_CLOSING):
-                        _log.error("thread %s still runs %g s after its channel was closed", worker.name, _CLOSING)
-                if freeing.over.is_set() and freeing.error is not None:
-                    _log.error("%s could not be freed", self._workers[0].name, exc_info=freeing.error)
+                await self._free()
             finally:
                 self._freed.set()
+        else:
+            await came_in_time(_FREED, self._freed.wait)
+        late = [worker.thread for worker in self._late if worker.thread.is_alive()]
+        if late and (self._writes or "send" in self._lent):
+            raise MemoryStillInUse(self._state.name, late, writes=self._writes, seconds=_CLOSING)
 
-    async def _run(self, direction: str, call: Callable[[], T]) -> T:
+    async def _free(self) -> None:
+        with suppress(MemoryStillInUse):  # its thread is named below
+            await self._state.idle()
+        self._staging.clear()
+        # In the thread: it takes a library's own threads some milliseconds to notice that they shall end.
+        freeing = self._workers[0].start(partial(self._close_link, [blocks for _, blocks in self._lent.values()]))
+        for worker in self._workers:
+            if not await worker.aclose(_CLOSING):
+                _log.error("thread %s still runs %g s after its channel was closed", worker.name, _CLOSING)
+                self._late.append(worker)
+        if freeing.over.is_set() and freeing.error is not None:
+            _log.error("%s could not be freed", self._workers[0].name, exc_info=freeing.error)
+
+    def _close_link(self, lent: Sequence[Sequence[BlockView]]) -> None:
+        """Free the link; `lent` stays alive until then, for libraries that still know where it is."""
+        self._link.close()
+        del lent
+
+    @property
+    def _writes(self) -> bool:
+        """Whether a thread that does not end may write into memory that was lent."""
+        if "recv" not in self._lent:
+            return False
+        job, _ = self._lent["recv"]
+        return self._link.lands_in_place or not job.over.is_set()
+
+    async def _run(self, direction: str, move: Callable[[list[BlockView]], T], blocks: list[BlockView]) -> T:
         worker = self._used.get(direction)
         if worker is None:
             if not self._used:
@@ -235,7 +261,18 @@ class LinkChannel:
                 waits = "the peer takes no bytes" if direction == "send" else "the peer sends no bytes"
                 raise TransferTimeout(f"{waits} for {self._stall:g} s", hint="is the peer still alive?")
 
-        return await worker.finish(worker.start(call), watch, every=min(self._stall / 4, 1.0))
+        job = worker.start(partial(move, blocks))
+        self._lent[direction] = job, blocks
+        try:
+            result = await worker.finish(job, watch, every=min(self._stall / 4, 1.0))
+        except BaseException as error:
+            if not job.over.is_set():
+                raise MemoryStillInUse(
+                    self._state.name, [worker.thread], writes=direction == "recv", seconds=worker.patience
+                ) from error
+            raise
+        del self._lent[direction]  # all of it has moved
+        return result
 
     def _moved(self) -> tuple[int, int]:
         return self._link.progress(), self._steps
@@ -266,7 +303,7 @@ class LinkChannel:
             self._give_up(flights)
             raise
 
-    def _recv(self, blocks: list[BlockView], landed: Landed | None) -> None:
+    def _recv(self, landed: Landed | None, blocks: list[BlockView]) -> None:
         flights: deque[_Flight] = deque()
         staging = self._staging["recv"]
 

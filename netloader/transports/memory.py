@@ -156,8 +156,7 @@ class _MemoryChannel:
         """See :class:`netloader.transports.base.Channel`."""
         self._state.end("it was closed", closed=True)
         self._cut()
-        with anyio.CancelScope(shield=True):
-            await self._state.idle()
+        await self._state.idle()
 
     def _cut(self) -> None:
         self._incoming.cut()
@@ -263,8 +262,7 @@ class MemoryTransport:
             with anyio.move_on_after(pending.setup.timeout) as scope:
                 await pending.taken.wait()
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await pending.aclose()
+            await pending.aclose()  # bounded and shielded where it waits
             raise
         self._hub.withdraw(pending)
         channel, pending.channel = pending.channel, None

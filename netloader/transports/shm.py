@@ -89,15 +89,16 @@ class _ShmChannel:
         """See :class:`netloader.transports.base.Channel`."""
         self._state.end("it was closed", closed=True)
         self._cut()
-        with anyio.CancelScope(shield=True):
-            await self._state.idle()
-            await self._crew.aclose()
-        self._outgoing.close()
-        self._incoming.close()
+        await self._crew.aclose(self._free)
+        await self._state.idle()
 
     def _cut(self) -> None:
         self._outgoing.cut()
         self._incoming.cut()
+
+    def _free(self) -> None:
+        self._outgoing.close()
+        self._incoming.close()
 
 
 class ShmTransport:

@@ -102,11 +102,8 @@ class _TcpChannel:
         """See :class:`netloader.transports.base.Channel`."""
         self._state.end("it was closed", closed=True)
         self._cut()
-        with anyio.CancelScope(shield=True):
-            await self._state.idle()
-            await self._crew.aclose()
-        for lane in self._lanes:
-            lane.close(reset=self._receives > 0)
+        await self._crew.aclose(self._free)
+        await self._state.idle()
 
     def _shares(self, direction: str, blocks: Sequence[BlockView]) -> list[list[Placed]]:
         shares = share(blocks, self._moved[direction], len(self._lanes))
@@ -116,6 +113,10 @@ class _TcpChannel:
     def _cut(self) -> None:
         for lane in self._lanes:
             lane.cut()
+
+    def _free(self) -> None:
+        for lane in self._lanes:
+            lane.close(reset=self._receives > 0)
 
 
 class TcpTransport:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from netloader.config import Config
-from netloader.errors import NetloaderError, RemoteProtocolError, shown
+from netloader.errors import MemoryStillInUse, NetloaderError, RemoteProtocolError, shown
 from netloader.identity import ModelIdentity, is_digest
 from netloader.report import PullReport
 from netloader.vllm.adopting import ProcessedPull
@@ -94,6 +94,7 @@ class Load:
         self._built: dict[str, bool] = {}
         self._stated: dict[str, bool] = {}
         self._processed: ProcessedPull | None = None
+        self._memory_in_use: MemoryStillInUse | None = None
 
     @cached_property
     def _fallback(self) -> Any:
@@ -182,6 +183,8 @@ class Load:
 
         Raises:
             NothingPulled: Nothing could be pulled, and FALLBACK forbids the default loader.
+            MemoryStillInUse: A thread of the pull may still write into the weights: nothing else can fill them, the
+                default loader no more than another source.
             AgreementError: Another rank ended meanwhile.
         """
         grace = 0.0
@@ -207,6 +210,9 @@ class Load:
         unsupported = why_not(self._vllm_config, tensors, self._model_config)
         fresh, mine = self._pull(model, tensors, unsupported)
         reports = exchange(mine, self._groups(), self._config.timeout + _SLACK)
+        if self._memory_in_use is not None:  # said only now, so that the other ranks know
+            log.error("netloader: rank %d: the load of the %s fails: %s", self._rank, self._role, self._memory_in_use)
+            raise self._memory_in_use
         why_not_kept = disagreement(reports)
         if mine.outcome == "pulled" and not why_not_kept:
             self._take_over(model)
@@ -264,6 +270,9 @@ class Load:
                     "which does not fit the tensors that it holds",
                     hint="pull from another source",
                 )
+        except MemoryStillInUse as error:
+            self._memory_in_use = error
+            return fresh, Report("failed", self._rank, reason=str(error), serves=serves)
         except NetloaderError as error:
             return fresh, self._pull_processed(model, fresh, began, error)
         except Exception as error:
@@ -296,6 +305,8 @@ class Load:
             report = processed.run(model, pull)
             _check_digests(report.identity)
         except NetloaderError as error:
+            if isinstance(error, MemoryStillInUse):
+                self._memory_in_use = error
             return msgspec.structs.replace(failed, reason=f"processed weights: {error}")
         except Exception as error:
             log.exception("netloader: rank %d: unexpected error while taking over processed weights", self._rank)

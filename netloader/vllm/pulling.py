@@ -122,6 +122,7 @@ def pull_raw(
             until :meth:`~netloader.vllm.serving.WorkerServer.withdraw`.
 
     Raises:
+        MemoryStillInUse: Nothing else may fill the tensors any more.
         NetloaderError: Nothing was pulled, or not all; any of the tensors may have been written then.
     """
     pull = server.pull if server is not None and server.running and config.relay else sync.pull

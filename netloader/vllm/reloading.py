@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from netloader.config import Config
-from netloader.errors import NetloaderError
+from netloader.errors import MemoryStillInUse, NetloaderError
 from netloader.identity import ModelIdentity
 from netloader.vllm.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
 from netloader.vllm.copies import Keep
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 _NOTE = "_netloader_loaded"
 _PENDING = "_netloader_reload"
 _COMPUTED = "_netloader_computed"
+_IN_USE = "_netloader_in_use"
 
 _EXACT = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "Attention")
 """Methods and modules whose weights vLLM's own reload puts back as a first load does; each was compared byte by byte.
@@ -122,6 +123,8 @@ def weights_for_reload(
             report = pull_raw(staging, identity, sources, msgspec.structs.replace(config, expect_root=wanted))
         except NetloaderError as error:
             mine = Report("failed", rank, reason=str(error))
+            if isinstance(error, MemoryStillInUse):  # not to become the memory of something else, as long as this lives
+                vars(model).setdefault(_IN_USE, []).append(staging)
         except (RuntimeError, MemoryError) as error:
             mine = Report("failed", rank, reason=f"no memory for the new weights beside the old ones: {error}")
         else:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import atexit
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import netloader.tensors
 from netloader import sync
-from netloader.errors import ConfigError, NetloaderError, PeerLost
+from netloader.errors import ConfigError, MemoryStillInUse, NetloaderError, PeerLost
+from netloader.transports import _crew, _worker
+from netloader.transports.base import BlockView
 from netloader.transports.faults import Fault
 from netloader.vllm import loading, serving
 from netloader.vllm.loading import NothingPulled
@@ -284,6 +288,50 @@ def test_without_keep_raw_a_model_is_served_only_if_all_of_it_is_still_there(
         return
     # Later releases rewrite the experts' weights everywhere.
     assert "set KEEP_RAW to true on the server" in log_lines.one("does not serve its target", "experts")
+
+
+class _StuckLoader:
+    """A default loader that must not get to run."""
+
+    def load_weights(self, *_: object) -> None:
+        raise AssertionError("the default loader filled memory that a thread may still write")
+
+
+def test_where_a_thread_may_still_write_the_load_fails_instead_of_falling_back(
+    seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    """The thread is a real one: it does not come back from where it looks at a block, whatever it is told."""
+    seed, go, stuck, asked = seeds.get("llama-bf16"), threading.Event(), set[threading.Thread](), list[str]()
+    digest_of, probe = netloader.tensors.digest_of, sync.probe
+
+    def hangs(view: BlockView, algorithm: str) -> bytes:
+        stuck.add(threading.current_thread())
+        assert go.wait(60)
+        return digest_of(view, algorithm)
+
+    def asks(*arguments: Any, **options: Any) -> Any:
+        asked.extend(options["layouts"])
+        return probe(*arguments, **options)
+
+    for module, name in ((_crew, "_PATIENCE"), (_crew, "_MOMENT"), (_worker, "_AGAIN")):
+        monkeypatch.setattr(module, name, 0.1)
+    monkeypatch.setattr(loading, "fallback_loader", lambda *_: _StuckLoader())
+    monkeypatch.setattr(sync, "probe", asks)
+    log_lines.lines.clear()  # the seed's own load
+    try:
+        with sync.serve(None, host="127.0.0.1", transport="tcp") as server:
+            server._portal.call(server._server.add, seed.holding)
+            monkeypatch.setattr(netloader.tensors, "digest_of", hangs)
+            with pytest.raises(MemoryStillInUse, match="may still write into the memory that is being filled"):
+                pull(models.get("llama-bf16"), server.address, TRANSPORT="tcp", TIMEOUT=3)
+    finally:
+        go.set()
+        for thread in stuck:
+            thread.join(60)
+    assert stuck
+    assert asked == []  # nor processed weights
+    assert "the load of the target fails: " in log_lines.one("may still write into the memory", "rank 0")
+    assert log_lines.with_part("default loader") == []
 
 
 # --- no fallback ----------------------------------------------------------------------------------------------------

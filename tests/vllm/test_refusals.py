@@ -5,6 +5,7 @@ docs/refusals.md lists all of them; `tests/test_refusals.py` keeps that list tru
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 import torch
 
+from netloader.errors import MemoryStillInUse
 from netloader.identity import ModelIdentity, Severity, differences
 from netloader.vllm import loading, processed, reloading, serving
 from netloader.vllm.agreement import Report
@@ -364,6 +366,23 @@ def test_a_reload_for_which_there_is_no_memory(
     with source_of(seeds.get("llama-bf16").holding) as source:
         line = _refused(model, config_of(models, "llama-bf16", source), log_lines)
     assert "no memory for the new weights beside the old ones: cannot allocate 16 GB" in line
+
+
+def test_a_reload_whose_new_memory_a_thread_may_still_write(
+    models: ModelStore, live: Callable[[str], torch.nn.Module], log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept: what would lie there next might be written over."""
+    lent: list[dict[str, torch.Tensor]] = []
+
+    def pull(staging: dict[str, torch.Tensor], *_: Any) -> Any:
+        lent.append(staging)
+        raise MemoryStillInUse("tcp channel", [threading.current_thread()], writes=True, seconds=10)
+
+    model = live("llama-bf16")
+    monkeypatch.setattr(reloading, "pull_raw", pull)
+    line = _refused(model, config_of(models, "llama-bf16", "127.0.0.1:9"), log_lines)
+    assert "may still write into the memory that is being filled" in line
+    assert any(kept is lent[0] for kept in vars(model)["_netloader_in_use"])
 
 
 def test_a_reload_where_only_some_ranks_have_a_source(

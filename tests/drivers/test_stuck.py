@@ -1,0 +1,195 @@
+"""Threads of a transport that do not come back: a pull that lent them memory is over for good, a server goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from netloader import closing
+from netloader.errors import MemoryStillInUse, NoSourceLeft
+from netloader.tensors import digest_of
+from netloader.transports import _crew, _lanes, _worker
+from netloader.transports._state import LoopEvent
+from netloader.transports._vectored import sendmsg
+from netloader.transports.base import Channel, Setup
+from netloader.transports.memory import MemoryTransport
+from netloader.transports.tcp import TcpTransport
+from tests.drivers import kit
+
+SOURCE = kit.weights()
+HOLDING = kit.held(SOURCE)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        *((_crew, "_PATIENCE"), (_crew, "_MOMENT"), (_worker, "_PATIENCE"), (_worker, "_AGAIN")),
+        (closing, "_CLOSING"),
+    ):
+        monkeypatch.setattr(module, name, 0.1)
+
+
+class Stuck:
+    """Does what it is made for when it is let go, and not before."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.inside = LoopEvent()
+        self.threads: set[threading.Thread] = set()
+        self._call = call
+        self._go = threading.Event()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.threads.add(threading.current_thread())
+        self.inside.set()
+        assert self._go.wait(30)
+        return self._call(*arguments)
+
+    async def let_go(self) -> None:
+        self._go.set()
+        with anyio.fail_after(30):
+            while any(thread.is_alive() for thread in self.threads):  # noqa: ASYNC110 - an end sets no event
+                await anyio.sleep(0.001)
+
+
+@pytest.fixture
+async def hashing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stuck]:
+    """At the client: its threads stay where they look at what has landed, with all that follows still to be written."""
+    stuck = Stuck(digest_of)
+    monkeypatch.setattr(kit, "digest_of", stuck)
+    yield stuck
+    await stuck.let_go()
+
+
+async def test_no_other_source_fills_memory_that_a_stuck_thread_may_write(
+    hashing: Stuck, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = TcpTransport(lanes=1)
+    async with kit.serving(transport, HOLDING) as first, kit.serving(transport, HOLDING) as second:
+        with anyio.fail_after(kit.PATIENCE):
+            async with anyio.create_task_group() as tasks:
+
+                async def leave() -> None:
+                    await hashing.inside.wait()
+                    await first.retract(reason="its owner changes it", within=0.1)
+
+                tasks.start_soon(leave)
+                error = await _error_of_a_pull([first, second], transport)
+        assert isinstance(error, MemoryStillInUse)
+        assert error.writes
+        assert set(error.threads) == {thread.name for thread in hashing.threads} == {"netloader-tcp-recv-0"}
+        assert "thread netloader-tcp-recv-0 may still write into the memory that is being filled" in str(error)
+        assert "end this process" in error.hint
+        assert not second.ended
+        assert not second.sessions
+    assert "may still write into the memory" in caplog.text
+
+
+async def _error_of_a_pull(sources: list[kit.WatchedServer], transport: Any, **options: Any) -> Exception | None:
+    try:
+        await kit.pull(kit.blank(SOURCE), [kit.at(source) for source in sources], transport, **options)
+    except (MemoryStillInUse, NoSourceLeft) as error:
+        return error
+    return None
+
+
+async def test_a_pull_that_is_out_of_time_says_that_its_memory_is_in_use(hashing: Stuck) -> None:
+    transport = TcpTransport(lanes=2)
+    async with kit.serving(transport, HOLDING) as server:
+        with anyio.fail_after(kit.PATIENCE):
+            error = await _error_of_a_pull([server], transport, timeout=0.5)
+    assert isinstance(error, MemoryStillInUse)
+    assert hashing.threads
+
+
+async def test_a_pull_that_is_cancelled_says_so_too(hashing: Stuck) -> None:
+    transport = TcpTransport(lanes=2)
+    async with kit.serving(transport, HOLDING) as server:
+        errors: list[Exception | None] = []
+        async with anyio.create_task_group() as tasks:
+
+            async def pull() -> None:
+                errors.append(await _error_of_a_pull([server], transport))
+
+            tasks.start_soon(pull)
+            with anyio.fail_after(kit.PATIENCE):
+                await hashing.inside.wait()
+            tasks.cancel_scope.cancel()
+    assert [type(error) for error in errors] == [MemoryStillInUse]
+
+
+class _Left(MemoryTransport):
+    """Somebody else's transport, whose client never gets its channels closed."""
+
+    def __init__(self, close: Callable[[], Any]) -> None:
+        super().__init__()
+        self._close = close
+
+    async def connect(self, offer: bytes, setup: Setup) -> Channel:
+        channel: Any = await super().connect(offer, setup)
+        close = channel.aclose
+
+        async def aclose() -> None:
+            await close()
+            await self._close()
+
+        channel.aclose = aclose
+        return channel  # type: ignore[no-any-return]
+
+
+async def _broken() -> None:
+    raise OSError("a bug")
+
+
+@pytest.mark.parametrize("close", [_broken, anyio.sleep_forever], ids=["raises", "hangs"])
+async def test_weights_that_are_complete_are_not_given_out_while_something_may_still_write(
+    close: Callable[[], Any],
+) -> None:
+    transport = _Left(close)
+    async with kit.serving(transport, HOLDING) as server:
+        with anyio.fail_after(kit.PATIENCE):
+            error = await _error_of_a_pull([server], transport)
+    assert isinstance(error, MemoryStillInUse)
+    assert error.writes
+    assert "memory channel: an operation may still write" in str(error)
+
+
+async def test_a_send_that_is_stuck_costs_its_session_and_retraction_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a page of a file on a server that does not answer: the thread waits in the system, for ever."""
+    stuck = Stuck(sendmsg)
+    monkeypatch.setattr(_lanes, "sendmsg", stuck)
+    transport = TcpTransport(lanes=1)
+    caplog.set_level(logging.ERROR, "netloader")
+    try:
+        async with kit.serving(transport, HOLDING, stop_within=0.1) as server:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_error_of_a_pull, [server], transport)
+                with anyio.fail_after(kit.PATIENCE):
+                    await stuck.inside.wait()
+                    await server.retract(reason="its owner changes it", within=0.1)
+                    await kit.until(lambda: not server.sessions)
+                tasks.cancel_scope.cancel()
+            assert server._turns.taken == 0
+            told = [record.message for record in caplog.records if "not free to change" in record.message]
+            assert told, caplog.text
+            assert "thread netloader-tcp-send-0 may still read the memory being sent" in caplog.text
+            server.add(HOLDING)
+            caplog.clear()
+            with anyio.fail_after(kit.PATIENCE):
+                await server.retract(reason="once more", within=0.1)
+            assert [record.message.partition(" may ")[0] for record in caplog.records] == [
+                "the memory of the target is not free to change: tcp channel: thread netloader-tcp-send-0"
+            ]
+            await stuck.let_go()
+            server.add(HOLDING)
+            caplog.clear()
+            await server.retract(reason="once more", within=0.1)
+            assert not caplog.text
+    finally:
+        await stuck.let_go()
