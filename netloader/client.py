@@ -19,6 +19,7 @@ from netloader.addresses import Address, parse_address
 from netloader.candidates import Candidates
 from netloader.client_session import ClientSession, Destination, Digest
 from netloader.contact import ClientOptions, abilities_of, client_terms, connect
+from netloader.driver import FEW_TENSORS
 from netloader.errors import (
     AttemptFailed,
     ConfigError,
@@ -199,7 +200,12 @@ class _Pull:
 
     async def _pull_all(self, sources: Sequence[Address]) -> None:
         """Pull from several sources at once until all blocks are verified, or nothing is left to try."""
-        options = self._options
+        options, manifest = self._options, self._destination.manifest
+        if manifest is not None:
+            few = len(manifest.tensors) <= FEW_TENSORS
+            self._manifest_digest = (
+                manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
+            )
         self._candidates = Candidates(sources, tries=options.tries, until=self._began + options.wait)
         async with anyio.create_task_group() as tasks:
             with self._workers:
@@ -376,13 +382,10 @@ class _Pull:
 
     def _terms(self, transports: Iterable[Transport]) -> ClientTerms:
         options, relay = self._options, self._relay
-        manifest = self._destination.manifest
-        if manifest is not None and not self._manifest_digest:
-            self._manifest_digest = manifest_digest(manifest)
         return replace(
             client_terms(options, abilities_of(transports, self._destination.device)),
             identity=self._identity,
-            manifest=manifest,
+            manifest=self._destination.manifest,
             manifest_digest=self._manifest_digest,
             role=self._role,
             root=self._ledger.root,
@@ -396,6 +399,7 @@ class _Pull:
 
     def _pinned(self, announcement: e.Announcement) -> None:
         """The first source was accepted: others may pull from us from here on."""
+        self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
         if self._relay is not None and not self._relaying:
             self._relaying = True
             theirs = announcement.identity

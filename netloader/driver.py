@@ -22,15 +22,16 @@ from anyio.abc import TaskGroup
 from netloader.codecs.frames import encode_frame
 from netloader.control import ControlConnection
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
-from netloader.messages import ClientMessage, Ending, ServerMessage
+from netloader.messages import Announce, ClientMessage, Ending, ServerMessage
 from netloader.plan import Plan
 from netloader.protocol import FINAL, Session, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
+from netloader.protocol.announcement import examine
 from netloader.signals import SignalBox
 from netloader.transports.base import Channel, Setup, depth_of
 
-__all__ = ["FEW_SPANS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -39,6 +40,9 @@ M = TypeVar("M", bound=ClientMessage | ServerMessage)
 R = TypeVar("R")
 
 _log = logging.getLogger("netloader")
+
+FEW_TENSORS = 2048
+"""Tensors of a manifest that is dealt with in the event loop, larger ones beside it: as many take about 5 ms there."""
 
 FEW_SPANS = 512
 """Pieces of memory that are looked up in the event loop, more of them beside it: as many take 0.3 to 2.6 ms there, and
@@ -99,7 +103,7 @@ class SessionDriver(Generic[M]):
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
         self._feeding = False
-        self._outbox: deque[bytes] = deque()  # frames that did not leave at once
+        self._outbox: deque[bytes | Announce] = deque()  # what did not leave at once
         self._outbox_shrank = anyio.Event()
         self._writing = False
         self._deadline: float | None = None
@@ -165,7 +169,7 @@ class SessionDriver(Generic[M]):
             self._writing = True
             try:
                 while self._outbox and not self._connection_lost:
-                    await self._connection.send(self._outbox.popleft())
+                    await self._connection.send(await _framed(self._outbox.popleft()))
                 if not self._connection_lost:
                     await self._connection.finish()
             except NetloaderError as error:
@@ -201,6 +205,8 @@ class SessionDriver(Generic[M]):
 
     def _perform(self, effect: f.Effect) -> None:
         match effect:
+            case f.Send(Announce() as message) if message.manifest and len(message.manifest.tensors) > FEW_TENSORS:
+                self._say_later(message)
             case f.Send(message):
                 self._say(encode_frame(message))
             case f.SetTimer(seconds):
@@ -210,6 +216,8 @@ class SessionDriver(Generic[M]):
                 self._noted = text
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
+            case f.Examine():
+                self._examine(effect)
             case f.DeliverSignal(data):
                 self._signals.deliver(data)
             case f.CloseChannel():
@@ -219,12 +227,27 @@ class SessionDriver(Generic[M]):
             case _:
                 self.perform(effect)
 
+    def _examine(self, question: f.Examine) -> None:
+        """Check an announcement: at once, or in a thread where it has so many tensors that the loop would stand still.
+
+        The thread only computes: when the session ends meanwhile it is not waited for.
+        """
+        manifest = question.announce.manifest or question.terms.manifest
+        if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+            self.feed(e.Examined(examine(question)))
+            return
+        work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
+        self.spawn(work, e.Examined)
+
     def _say(self, frame: bytes) -> None:
         """Send a frame: at once, or else after those before it."""
         if not (self._outbox or self._writing or self._connection_lost):
             frame = self._connection.send_now(frame)
-        if not frame:
-            return
+        if frame:
+            self._say_later(frame)
+
+    def _say_later(self, frame: bytes | Announce) -> None:
+        """Send something after all that was said before; an announcement that is long to encode as it is."""
         self._outbox.append(frame)
         if not (self._writing or self._tasks is None):
             self._writing = True
@@ -392,7 +415,12 @@ class SessionDriver(Generic[M]):
     async def _write(self) -> None:
         """Send what did not leave at once; most sessions have nothing of the kind."""
         while self._outbox:
-            frame = self._outbox.popleft()
+            try:
+                frame = await _framed(self._outbox.popleft())
+            except LocalProtocolError as error:
+                self._writing = False
+                self.feed(_as_event(error))
+                return
             # Shielded: what is being said when the session closes is said to its end, or the peer could not make
             # sense of the last words after it. Closing moves the deadline nearer.
             deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
@@ -431,6 +459,11 @@ class SessionDriver(Generic[M]):
                 continue
             with anyio.move_on_after(left):
                 await self._deadline_moved.wait()
+
+
+async def _framed(message: bytes | Announce) -> bytes:
+    """A frame; one that is still to be made is made beside the event loop."""
+    return message if isinstance(message, bytes) else await anyio.to_thread.run_sync(encode_frame, message)
 
 
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
