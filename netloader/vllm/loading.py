@@ -33,6 +33,7 @@ from netloader.vllm.identities import fingerprint_of_model, identity_of, role_of
 from netloader.vllm.keeping import copied_lines, keep_policy, named, quantised_modules
 from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
 from netloader.vllm.pulling import ask_sources, check_transports, only_processed, pull_raw
+from netloader.vllm.quantisation import why_unknown
 from netloader.vllm.serving import WorkerServer, worker_server
 from netloader.vllm.settling import Recorded, Settling
 from netloader.vllm.support import why_not
@@ -109,6 +110,7 @@ class Load:
             name=self._config.model if named else None,
             tied=tied,
             cache_config=getattr(self._vllm_config, "cache_config", None),
+            load_config=self._load_config,
         )
 
     @property
@@ -204,7 +206,7 @@ class Load:
         before = PlainState(model)
         self._built = load_state_of(model)
         self._fingerprint = fingerprint_of_model(self._model_config)
-        unsupported = why_not(self._vllm_config, tensors, self._model_config)
+        unsupported = why_not(self._vllm_config, tensors, self._model_config) or why_unknown(self._identity)
         fresh, mine = self._pull(model, tensors, unsupported)
         reports = exchange(mine, self._groups(), self._config.timeout + _SLACK)
         why_not_kept = disagreement(reports)
