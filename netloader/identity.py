@@ -71,7 +71,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         tp_size, tp_rank: Tensor-parallel size and this rank's place in it.
         pp_size, pp_rank: Pipeline-parallel size and place.
         ep_size, ep_rank: Expert-parallel size and place; 1 and 0 where experts are not spread.
-        expert_placement: Digest of the map from logical to physical experts, where it is not the default one.
+        expert_placement: How experts are placed: the rule, and digests of the maps that follow from the configuration.
         tied: Whether input and output embeddings are one tensor, where the engine decided that by looking into files.
         load_state: Named facts that a model's own loading sets beside tensors (``has_own_lm_head``).
         engine: Name and version of the engine that holds the tensors.

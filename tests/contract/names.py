@@ -43,6 +43,7 @@ NAMES = (
     Name("vllm", "__version__"),
     # --- configuration ---
     Name("vllm.config", "get_current_vllm_config"),
+    Name("vllm.config", "VllmConfig.additional_config"),
     Name("vllm.config", "VllmConfig.cache_config"),
     Name("vllm.config", "VllmConfig.compilation_config"),
     Name("vllm.config", "VllmConfig.device_config"),
