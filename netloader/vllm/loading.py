@@ -26,6 +26,7 @@ from netloader.vllm.agreement import (
     roots_wanted,
 )
 from netloader.vllm.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.expert_maps import expert_maps
 from netloader.vllm.fallback import fallback_loader
 from netloader.vllm.fresh import FreshValues
 from netloader.vllm.hooks import hold_still_until_profiled, watch_worker
@@ -33,6 +34,7 @@ from netloader.vllm.identities import fingerprint_of_model, identity_of, role_of
 from netloader.vllm.keeping import copied_lines, keep_policy, named, quantised_modules
 from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
 from netloader.vllm.pulling import ask_sources, check_transports, only_processed, pull_raw
+from netloader.vllm.quantisation import why_unknown
 from netloader.vllm.serving import WorkerServer, worker_server
 from netloader.vllm.settling import Recorded, Settling
 from netloader.vllm.support import why_not
@@ -88,7 +90,7 @@ class Load:
         self._refusal = ("", "")
         self.announcement: Announcement | None = None
         self._watched = False
-        self._root = self._load = self._fingerprint = ""
+        self._root = self._load = self._fingerprint = self._maps = ""
         self._asked = 0.0
         self._shares = shares_with_target(vllm_config, self._role)
         self._built: dict[str, bool] = {}
@@ -109,6 +111,7 @@ class Load:
             name=self._config.model if named else None,
             tied=tied,
             cache_config=getattr(self._vllm_config, "cache_config", None),
+            load_config=self._load_config,
         )
 
     @property
@@ -204,7 +207,11 @@ class Load:
         before = PlainState(model)
         self._built = load_state_of(model)
         self._fingerprint = fingerprint_of_model(self._model_config)
-        unsupported = why_not(self._vllm_config, tensors, self._model_config)
+        unsupported = why_not(self._vllm_config, tensors, self._model_config) or why_unknown(self._identity)
+        if not unsupported:
+            self._maps = expert_maps(model)
+            placement = ", ".join(text for text in (self._topology.experts, self._maps) if text)
+            self._identity = msgspec.structs.replace(self._identity, expert_placement=placement)
         fresh, mine = self._pull(model, tensors, unsupported)
         reports = exchange(mine, self._groups(), self._config.timeout + _SLACK)
         why_not_kept = disagreement(reports)
@@ -258,6 +265,10 @@ class Load:
             report = pull_raw(wanted, identity, self._sources, self._config, self._asked, self._server)
             theirs = report.identity
             _check_digests(theirs)
+            if expert_maps(model) != self._maps:
+                raise RemoteProtocolError(
+                    "the source holds other expert maps than it said", hint="pull from another source"
+                )
             if self._left_out(tensors, {**self._built, **theirs.load_state}) != without:
                 raise RemoteProtocolError(
                     f"the source says {theirs.load_state} of its {self._role}, "
