@@ -1,7 +1,7 @@
 """Serves and pulls with whichever netloader is on its path, as it is told by JSON lines. Ends when they end.
 
-The text of this file is run by releases that know nothing of this one (`tests.compat.agents`), so it uses what is public
-in all of them, and imports nothing of the tests.
+The text of this file is run by releases that know nothing of this one (`tests.compat.agents`), so it uses what is
+public in all of them, and imports nothing of the tests.
 """
 
 from __future__ import annotations

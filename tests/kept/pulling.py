@@ -1,8 +1,8 @@
 """Runs `netloader.pull` against sources that follow scripts, and tells what it did: the trace of its decisions.
 
-A trace holds whom the client connected to in which order, what it told each source in which order, how each session ended
-and what the caller got. Left out is what depends on the moment: random bytes, ports, seconds, and how often a session
-asked for more (requests in a row are one).
+A trace holds whom the client connected to in which order, what it told each source in which order, how each session
+ended and what the caller got. Left out is what depends on the moment: random bytes, ports, seconds, and how often a
+session asked for more (requests in a row are one).
 """
 
 from __future__ import annotations
@@ -375,9 +375,9 @@ def _told(play: Play, session: Session) -> list[str]:
             continue  # how much more is asked for is a matter of time
         if told and message["type"] == told[-1]["type"] == "Want":
             ranges = by_hand.expand([*told[-1]["ranges"], *message["ranges"]])
-            message = {"type": "Want", "ranges": by_hand.to_ranges(ranges)}
-            told.pop()
-        told.append(message)
+            told[-1] = {"type": "Want", "ranges": by_hand.to_ranges(ranges)}
+        else:
+            told.append(message)
     return [" ".join([m["type"], *(f"{k}={_short(v)}" for k, v in m.items() if k != "type")]) for m in told]
 
 
@@ -428,7 +428,8 @@ async def _outcome(play: Play) -> dict[str, Any]:
         except netloader.NetloaderError as error:
             if not isinstance(error, netloader.NoSourceLeft):
                 return {"error": f"{type(error).__name__}: {play.plain(str(error))}"}
-            assert all(attempt.message in str(error) for attempt in error.attempts)
+            if not all(attempt.message in str(error) for attempt in error.attempts):
+                raise AssertionError("the error does not say what was tried") from error
             return {
                 "error": "NoSourceLeft",
                 "attempts": _attempts(play, error.attempts),

@@ -1,7 +1,7 @@
 """Sources of all kinds, alone and together: what `tests.kept.pulling` plays. Their traces lie in pulls.json.
 
-A scenario in which something has to happen while a source is in the middle says so by ``until``: nothing here depends on
-who is quicker.
+A scenario in which something has to happen while a source is in the middle says so by ``until``: nothing here depends
+on who is quicker.
 """
 
 from __future__ import annotations
@@ -170,9 +170,7 @@ TOGETHER: dict[str, Scenario] = {
         },
         pull={"stripe": 2},
     ),
-    "the second takes over from a slow one": Scenario(
-        {"a": [(*WAITS, ("grant", 1))], "b": [GOOD]}, pull={"stripe": 2}
-    ),
+    "the second takes over from a slow one": Scenario({"a": [(*WAITS, ("grant", 1))], "b": [GOOD]}, pull={"stripe": 2}),
     "the second takes over what is denied": Scenario(
         {
             "a": [(*WAITS, ("until", "b:open"), ("deny", {"blocks": [7, 8]}), "serve")],
