@@ -378,15 +378,18 @@ def _told(play: Play, session: Session) -> list[str]:
             told[-1] = {"type": "Want", "ranges": by_hand.to_ranges(ranges)}
         else:
             told.append(message)
+        if message.get("outcome") == "complete":
+            break  # how they part is of no consequence any more
     return [" ".join([m["type"], *(f"{k}={_short(v)}" for k, v in m.items() if k != "type")]) for m in told]
 
 
 def _log(play: Play, lines: Sequence[str], attempts: Sequence[str]) -> list[str]:
-    """What was logged, besides one warning for each attempt that failed."""
+    """What was logged, besides one warning for each attempt that failed. Hints are left out."""
     found = [play.plain(line) for line in lines]
     for attempt in attempts:
-        found.remove("WARNING: source " + attempt.partition(": ")[2])
-    return sorted(found)
+        told = next(line for line in found if line.startswith("WARNING: source " + attempt.partition(": ")[2]))
+        found.remove(told)
+    return sorted(re.sub(r" \(.*\)$", "", line) if line.startswith("WARNING") else line for line in found)
 
 
 def _short(value: object) -> str:
@@ -461,7 +464,7 @@ def _account(play: Play, tensors: Mapping[str, torch.Tensor], report: netloader.
 
 
 def _attempts(play: Play, attempts: Sequence[netloader.AttemptFailed]) -> list[str]:
-    return [f"{type(attempt.cause).__name__}: {play.plain(str(attempt))}" for attempt in attempts]
+    return [f"{type(attempt.cause).__name__}: {play.plain(attempt.message)}" for attempt in attempts]
 
 
 class _Lines(logging.Handler):

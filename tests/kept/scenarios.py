@@ -49,7 +49,10 @@ ONE: dict[str, Scenario] = {
     "garbage": Scenario({"a": [("welcome", "identify", ("raw", b"\0\0\0\4none"))]}),
     "blocks that nobody asked for": Scenario({"a": [(*OPENED, ("say", ("Grant", {"ranges": [[90, 91]]})))]}),
     "silent": Scenario({"a": [("welcome",)]}, pull={"timeout": 1.0}),
-    "a stall": Scenario({"a": [(*OPENED, ("give", 3), ("grant", 1))]}, pull={"stall_timeout": 2.0}),
+    "nothing comes on the data channel": Scenario(
+        {"a": [(*OPENED, ("give", 3), ("grant", 10))]}, pull={"stall_timeout": 2.0}
+    ),
+    "a request without an answer": Scenario({"a": [(*OPENED, ("give", 3))]}, pull={"stall_timeout": 2.0}),
     "it sends us through ourselves": Scenario({"a": [("welcome", ("accept", {"through_client": True}))]}),
     "it sends us through ourselves later": Scenario({"a": [(*OPENED, ("want", 1), ("upstream", "client"))]}),
     "it gets its blocks elsewhere": Scenario({"a": [(*OPENED, ("give", 1), ("upstream", "other"), "serve")]}),
