@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.compat.agents import ROOT, Agent, Release, agent, unpack_previous
+from tests.compat import agents
+from tests.compat.agents import ROOT, Agent, Release
 
 TRANSPORTS = ("tcp", "shm", "gloo")
 HELD_BLOCK = 1
@@ -19,7 +21,7 @@ Pair = tuple[Release, Release]
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    tree = unpack_previous(tmp_path_factory.mktemp("previous"))
+    tree = agents.unpack_previous(tmp_path_factory.mktemp("previous"))
     with ExitStack() as stack:
         yield Release("previous", tree, stack), Release("present", ROOT, stack)
 
@@ -64,7 +66,7 @@ def test_another_token_is_refused(pair: Pair) -> None:
 def test_a_relay_a_redirection_and_a_source_that_dies(pair: Pair, transport: str) -> None:
     one, other = pair
     token = "secret" if transport == "shm" else None
-    with agent(one.tree) as dying:
+    with agents.agent(one.tree) as dying:
         first = dying.ask("serve", name="first", transport=transport, token=token, hold=HELD_BLOCK)["address"]
         second = one.agent("second").ask("serve", name="second", transport=transport, token=token)["address"]
         second_other = other.agent("second").ask("serve", name="second", transport=transport, token=token)["address"]
@@ -81,3 +83,23 @@ def test_a_relay_a_redirection_and_a_source_that_dies(pair: Pair, transport: str
     blocks = outcome(relay, "relay", transport)
     assert blocks.keys() == {first, second_other}
     assert outcome(client, "client", transport) == {passed_on: 7}
+
+
+# --- that these tests test it ---------------------------------------------------------------------------------------
+
+
+def test_a_history_that_lacks_the_release_before_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(agents, "PREVIOUS", "0" * 40)
+    with pytest.raises(pytest.fail.Exception, match="the history has no 0000"):
+        agents.unpack_previous(tmp_path)
+
+
+def test_a_tree_without_history_skips(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(agents, "ROOT", tmp_path)
+    with pytest.raises(pytest.skip.Exception, match="without its history"):
+        agents.unpack_previous(tmp_path)
+
+
+def test_another_netloader_than_that_of_the_tree_is_found(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="that was to run the netloader of"), agents.agent(tmp_path):
+        pass
