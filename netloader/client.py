@@ -304,8 +304,10 @@ class _Pull:
     def _failed(self, source: str, error: NetloaderError) -> None:
         """Account for a try that failed. A source that is waited for says the same again and again: told once."""
         attempt = AttemptFailed(source, error)
-        known = (source, attempt.message) in self._attempts
-        self._attempts.setdefault((source, attempt.message), attempt)
+        # By kind, not by text: that may hold a number, and another one each time.
+        key = (source, error.code if isinstance(error, RefusedError) else type(error).__name__)
+        known = key in self._attempts
+        self._attempts.setdefault(key, attempt)
         self._report.retries += 1
         _log.log(logging.DEBUG if known else logging.WARNING, "source %s: %s", source, error)
 
@@ -352,10 +354,10 @@ class _Pull:
         finally:
             self._sessions.discard(session)
             session.add_phases(self._report.phases)
+            if session.session.announcement is not None:  # here: a complete pull does not wait for every goodbye
+                self._report.identity = session.session.announcement.identity
         if session.dismissed:
             return None
-        if session.session.announcement is not None:
-            self._report.identity = session.session.announcement.identity
         if session.session.error is None and session.denied and not self._ledger.complete:
             text = f"it could not give every block: {session.denied}"
             hint = "add a source that holds all of them"
