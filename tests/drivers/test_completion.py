@@ -125,8 +125,9 @@ async def _seconds_after_the_last_block(
             last = time.perf_counter()
             done()
 
-    await kit.pull(into, sources, kit.carrier("tcp"), progress=progress, stripe=stripe)
+    report = await kit.pull(into, sources, kit.carrier("tcp"), progress=progress, stripe=stripe)
     ended = time.perf_counter()
+    assert report.identity == kit.IDENTITY  # also where no goodbye was heard
     assert kit.contents(into) == kit.contents(SOURCE)
     return ended - last
 
