@@ -19,6 +19,7 @@ from netloader.addresses import Address, parse_address
 from netloader.candidates import Candidates
 from netloader.client_session import ClientSession, Destination, Digest
 from netloader.contact import ClientOptions, abilities_of, client_terms, connect
+from netloader.driver import FEW_TENSORS
 from netloader.errors import (
     AttemptFailed,
     ConfigError,
@@ -206,7 +207,12 @@ class _Pull:
 
     async def _pull_all(self, sources: Sequence[Address]) -> None:
         """Pull from several sources at once until all blocks are verified, or nothing is left to try."""
-        options = self._options
+        options, manifest = self._options, self._destination.manifest
+        if manifest is not None:
+            few = len(manifest.tensors) <= FEW_TENSORS
+            self._manifest_digest = (
+                manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
+            )
         self._candidates = Candidates(sources, tries=options.tries, until=self._began + options.wait)
         async with anyio.create_task_group() as tasks:
             with self._workers:
@@ -307,8 +313,10 @@ class _Pull:
     def _failed(self, source: str, error: NetloaderError) -> None:
         """Account for a try that failed. A source that is waited for says the same again and again: told once."""
         attempt = AttemptFailed(source, error)
-        known = (source, attempt.message) in self._attempts
-        self._attempts.setdefault((source, attempt.message), attempt)
+        # By kind, not by text: that may hold a number, and another one each time.
+        key = (source, error.code if isinstance(error, RefusedError) else type(error).__name__)
+        known = key in self._attempts
+        self._attempts.setdefault(key, attempt)
         self._report.retries += 1
         _log.log(logging.DEBUG if known else logging.WARNING, "source %s: %s", source, error)
 
@@ -355,15 +363,15 @@ class _Pull:
         finally:
             self._sessions.discard(session)
             session.add_phases(self._report.phases)
-            if session.memory_in_use is not None:
-                self._memory_in_use = session.memory_in_use
+            if session.session.announcement is not None:  # here: a complete pull does not wait for every goodbye
+                self._report.identity = session.session.announcement.identity
+            if session.lent.in_use is not None:
+                self._memory_in_use = session.lent.in_use
                 self._scope.cancel()
         if self._memory_in_use is not None:
             return self._memory_in_use
         if session.dismissed:
             return None
-        if session.session.announcement is not None:
-            self._report.identity = session.session.announcement.identity
         if session.session.error is None and session.denied and not self._ledger.complete:
             text = f"it could not give every block: {session.denied}"
             hint = "add a source that holds all of them"
@@ -390,13 +398,10 @@ class _Pull:
 
     def _terms(self, transports: Iterable[Transport]) -> ClientTerms:
         options, relay = self._options, self._relay
-        manifest = self._destination.manifest
-        if manifest is not None and not self._manifest_digest:
-            self._manifest_digest = manifest_digest(manifest)
         return replace(
             client_terms(options, abilities_of(transports, self._destination.device)),
             identity=self._identity,
-            manifest=manifest,
+            manifest=self._destination.manifest,
             manifest_digest=self._manifest_digest,
             role=self._role,
             root=self._ledger.root,
@@ -410,6 +415,7 @@ class _Pull:
 
     def _pinned(self, announcement: e.Announcement) -> None:
         """The first source was accepted: others may pull from us from here on."""
+        self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
         if self._relay is not None and not self._relaying:
             self._relaying = True
             theirs = announcement.identity

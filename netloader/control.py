@@ -9,7 +9,7 @@ import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
 from netloader.addresses import unmapped
-from netloader.codecs.frames import FrameDecoder
+from netloader.codecs.frames import LARGE_FRAME, FrameDecoder
 from netloader.errors import PeerLost
 from netloader.messages import ClientMessage, ServerMessage
 
@@ -97,7 +97,10 @@ class ControlConnection(Generic[M]):
                 raise PeerLost(f"the peer closed the control connection{cut}") from None
             except _BROKEN as error:
                 raise _broken(error) from error
-            messages = self._decoder.feed(data)
+            if self._decoder.pending + len(data) <= LARGE_FRAME:
+                messages = self._decoder.feed(data)
+            else:  # not abandoned when this is cancelled: the thread would go on changing the decoder
+                messages = await anyio.to_thread.run_sync(self._decoder.feed, data)
             if messages:
                 return messages
 

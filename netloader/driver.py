@@ -19,26 +19,20 @@ from typing import Generic, NoReturn, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from netloader.closing import close_channel
+from netloader.closing import Lent, forget_frames
 from netloader.codecs.frames import encode_frame
 from netloader.control import ControlConnection
-from netloader.errors import (
-    LocalProtocolError,
-    MemoryStillInUse,
-    NetloaderError,
-    PeerLost,
-    RemoteProtocolError,
-    TransportError,
-)
-from netloader.messages import ClientMessage, Ending, ServerMessage
+from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
+from netloader.messages import Announce, ClientMessage, Ending, ServerMessage
 from netloader.plan import Plan
 from netloader.protocol import FINAL, Session, Side, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
+from netloader.protocol.announcement import examine
 from netloader.signals import SignalBox
 from netloader.transports.base import Channel, Setup, depth_of
 
-__all__ = ["FEW_SPANS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -47,6 +41,9 @@ M = TypeVar("M", bound=ClientMessage | ServerMessage)
 R = TypeVar("R")
 
 _log = logging.getLogger("netloader")
+
+FEW_TENSORS = 2048
+"""Tensors of a manifest that is dealt with in the event loop, larger ones beside it: as many take about 5 ms there."""
 
 FEW_SPANS = 512
 """Pieces of memory that are looked up in the event loop, more of them beside it: as many take 0.3 to 2.6 ms there, and
@@ -96,14 +93,13 @@ class SessionDriver(Generic[M]):
         label: Who this is, for the log.
 
     Attributes:
-        memory_in_use: Why memory that was lent to the channel can't be had back, once the session is over; None when
-            it can.
+        lent: The memory that is lent to the channel; once the session is over, whether it can be had back.
     """
 
     def __init__(self, session: Session, connection: ControlConnection[M], *, device: str, label: str) -> None:
         self.session = session
         self.label = label
-        self.memory_in_use: MemoryStillInUse | None = None
+        self.lent = Lent(label)
         self.clock = PhaseClock()
         self._connection = connection
         self._device = device
@@ -112,7 +108,7 @@ class SessionDriver(Generic[M]):
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
         self._feeding = False
-        self._outbox: deque[bytes] = deque()  # frames that did not leave at once
+        self._outbox: deque[bytes | Announce] = deque()  # what did not leave at once
         self._outbox_shrank = anyio.Event()
         self._writing = False
         self._deadline: float | None = None
@@ -158,7 +154,7 @@ class SessionDriver(Generic[M]):
             self.clock.move(self.session.state)
             if self.session.error is not None:
                 _log.debug("%s: failed", self.label, exc_info=self.session.error)
-                _forget_frames(self.session.error)
+                forget_frames(self.session.error)
 
     def abandon(self, reason: str, code: Ending = "internal") -> None:
         """End the session at once, also one that is ending already: nobody waits for the peer."""
@@ -178,7 +174,7 @@ class SessionDriver(Generic[M]):
             self._writing = True
             try:
                 while self._outbox and not self._connection_lost:
-                    await self._connection.send(self._outbox.popleft())
+                    await self._connection.send(await _framed(self._outbox.popleft()))
                 if not self._connection_lost:
                     await self._connection.finish()
             except NetloaderError as error:
@@ -214,6 +210,8 @@ class SessionDriver(Generic[M]):
 
     def _perform(self, effect: f.Effect) -> None:
         match effect:
+            case f.Send(Announce() as message) if message.manifest and len(message.manifest.tensors) > FEW_TENSORS:
+                self._say_later(message)
             case f.Send(message):
                 self._say(encode_frame(message))
             case f.SetTimer(seconds):
@@ -223,6 +221,8 @@ class SessionDriver(Generic[M]):
                 self._noted = text
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
+            case f.Examine():
+                self._examine(effect)
             case f.DeliverSignal(data):
                 self._signals.deliver(data)
             case f.CloseChannel():
@@ -232,12 +232,27 @@ class SessionDriver(Generic[M]):
             case _:
                 self.perform(effect)
 
+    def _examine(self, question: f.Examine) -> None:
+        """Check an announcement: at once, or in a thread where it has so many tensors that the loop would stand still.
+
+        The thread only computes: when the session ends meanwhile it is not waited for.
+        """
+        manifest = question.announce.manifest or question.terms.manifest
+        if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+            self.feed(e.Examined(examine(question)))
+            return
+        work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
+        self.spawn(work, e.Examined)
+
     def _say(self, frame: bytes) -> None:
         """Send a frame: at once, or else after those before it."""
         if not (self._outbox or self._writing or self._connection_lost):
             frame = self._connection.send_now(frame)
-        if not frame:
-            return
+        if frame:
+            self._say_later(frame)
+
+    def _say_later(self, frame: bytes | Announce) -> None:
+        """Send something after all that was said before; an announcement that is long to encode as it is."""
         self._outbox.append(frame)
         if not (self._writing or self._tasks is None):
             self._writing = True
@@ -274,7 +289,7 @@ class SessionDriver(Generic[M]):
         try:
             event = result(await work())
         except anyio.get_cancelled_exc_class() as error:
-            _forget_frames(error)
+            forget_frames(error)
             raise
         except Exception as error:  # noqa: BLE001 - see _failed
             event = await self._failed(error)
@@ -283,8 +298,7 @@ class SessionDriver(Generic[M]):
 
     async def _failed(self, error: Exception) -> e.Event:
         """The event for an error of a task. One that nobody expected costs the session too, and nothing else."""
-        if isinstance(error, MemoryStillInUse):
-            self._note_in_use(error)
+        self.lent.note(error)
         if isinstance(error, PeerLost):
             # The peer may have said why on the control connection; that is the better reason, and it takes a moment.
             with anyio.move_on_after(_EXPLAINING):
@@ -367,7 +381,7 @@ class SessionDriver(Generic[M]):
             await before.wait()
             account()
         except anyio.get_cancelled_exc_class() as error:
-            _forget_frames(error)
+            forget_frames(error)
             raise
         except Exception as error:  # noqa: BLE001 - see _failed
             event = await self._failed(error)
@@ -385,17 +399,8 @@ class SessionDriver(Generic[M]):
             await self._close(channel)
 
     async def _close(self, channel: Channel) -> None:
-        name, client = f"{self.session.transport} channel", self.session.side is Side.CLIENT
-        in_use = await close_channel(channel, name, writes=client)
-        if in_use is not None:
-            self._note_in_use(in_use)
-
-    def _note_in_use(self, error: MemoryStillInUse) -> None:
-        if self.memory_in_use is None:
-            _log.error("%s: %s", self.label, error)
-        if self.memory_in_use is None or error.writes:
-            self.memory_in_use = error
-            _forget_frames(error)
+        client = self.session.side is Side.CLIENT
+        await self.lent.close(channel, f"{self.session.transport} channel", writes=client)
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
@@ -418,7 +423,12 @@ class SessionDriver(Generic[M]):
     async def _write(self) -> None:
         """Send what did not leave at once; most sessions have nothing of the kind."""
         while self._outbox:
-            frame = self._outbox.popleft()
+            try:
+                frame = await _framed(self._outbox.popleft())
+            except LocalProtocolError as error:
+                self._writing = False
+                self.feed(_as_event(error))
+                return
             # Shielded: what is being said when the session closes is said to its end, or the peer could not make
             # sense of the last words after it. Closing moves the deadline nearer.
             deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
@@ -459,6 +469,11 @@ class SessionDriver(Generic[M]):
                 await self._deadline_moved.wait()
 
 
+async def _framed(message: bytes | Announce) -> bytes:
+    """A frame; one that is still to be made is made beside the event loop."""
+    return message if isinstance(message, bytes) else await anyio.to_thread.run_sync(encode_frame, message)
+
+
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
     """Whether blocks are made of so few pieces that looking them up need not be done beside the event loop."""
     return sum(len(plan.blocks[number].tensors) for number in numbers) <= FEW_SPANS
@@ -481,12 +496,3 @@ def _as_event(error: NetloaderError) -> e.Event:
     if isinstance(error, TransportError):
         return e.ChannelFailed(error)
     return e.Cancelled(error.message, error=error)
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Keep an error, but not where it came from: tracebacks keep the tensors alive that were being moved."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ if error.__cause__ is not None else error.__context__

@@ -10,7 +10,16 @@ import msgspec
 
 from netloader.errors import shown
 
-__all__ = ["Difference", "Layout", "ModelIdentity", "Role", "Severity", "differences", "is_digest"]
+__all__ = [
+    "Difference",
+    "Layout",
+    "ModelIdentity",
+    "Role",
+    "Severity",
+    "differences",
+    "is_digest",
+    "quantised_unknown_how",
+]
 
 Layout = Literal["raw", "processed", "checkpoint"]
 Role = Literal["target", "draft"]
@@ -25,6 +34,8 @@ _Model = Annotated[str, msgspec.Meta(max_length=MAX_MODEL)]
 _Word = Annotated[str, msgspec.Meta(max_length=MAX_WORD)]
 _Digest = Annotated[str, msgspec.Meta(max_length=MAX_DIGEST)]
 _Facts = Annotated[dict[_Word, bool], msgspec.Meta(max_length=MAX_FACTS)]
+
+_NOT_KNOWN = "not known"
 
 _HEX = re.compile(r"[0-9a-f]{1,64}")
 
@@ -53,13 +64,14 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         revision: Revision of the checkpoint.
         dtype: Type that the model computes in (``bfloat16``).
         quantization: Quantisation method.
-        quantization_config: Digest over the method's configuration.
+        quantization_config: Digest over the method's configuration. Of a quantised model that is no checkpoint's files
+            an empty one means that nothing is known, and never counts as equal.
         layout: How the tensors are laid out (see the words in docs/protocol.md).
         role: ``target``, or ``draft`` for the draft model of speculative decoding.
         tp_size, tp_rank: Tensor-parallel size and this rank's place in it.
         pp_size, pp_rank: Pipeline-parallel size and place.
         ep_size, ep_rank: Expert-parallel size and place; 1 and 0 where experts are not spread.
-        expert_placement: Digest of the map from logical to physical experts, where it is not the default one.
+        expert_placement: How experts are placed: the rule, and digests of the maps that follow from the configuration.
         tied: Whether input and output embeddings are one tensor, where the engine decided that by looking into files.
         load_state: Named facts that a model's own loading sets beside tensors (``has_own_lm_head``).
         engine: Name and version of the engine that holds the tensors.
@@ -103,8 +115,17 @@ def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:
     )
 
 
+def quantised_unknown_how(identity: ModelIdentity) -> bool:
+    """Whether these are tensors of a quantised model of which nothing says how it is quantised.
+
+    One method has many configurations that make tensors of equal names, types and shapes. The files of a checkpoint are
+    what they are, whoever quantised them.
+    """
+    return bool(identity.quantization) and not identity.quantization_config and identity.layout != "checkpoint"
+
+
 class Difference(msgspec.Struct, frozen=True):
-    """One field that two identities disagree about.
+    """One field that two identities disagree about, or that neither of them knows.
 
     Attributes:
         field: Name of the field.
@@ -150,13 +171,16 @@ def differences(ours: ModelIdentity, theirs: ModelIdentity) -> tuple[Difference,
         theirs: Identity of the peer.
 
     Returns:
-        One :class:`Difference` per field, in the order of the fields; empty when both agree. A pull is possible when
+        One :class:`Difference` per field, in the order of the fields; empty when both agree. How a model is quantised
+        counts as a difference where neither knows it. A pull is possible when
         none of them has :attr:`Severity.REFUSE`.
     """
     found = []
     for field in ModelIdentity.__struct_fields__:
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine == other:
+            if field == "quantization_config" and (quantised_unknown_how(ours) or quantised_unknown_how(theirs)):
+                found.append(Difference(field, _NOT_KNOWN, _NOT_KNOWN))
             continue
         severity = _severity(field, ours, theirs)
         if severity is not None:

@@ -77,7 +77,7 @@ class Server(HoldingServer):
         identity: What they are.
         host: Address to bind; None for all.
         port: Port to bind; 0 for a free one.
-        transport: Transports that may be used.
+        transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
         token: Shared secret that clients have to know.
         max_clients: Clients served at once; others wait for their turn.
         fan_out: Clients served directly before newcomers are sent on to those that pass on what they get while they
@@ -235,7 +235,7 @@ async def pull(
         identity: What they are; has to match the source's. None accepts whatever the source holds as target.
         sources: Addresses (``host:port``, ``[ipv6]:port``) in the order to try; the next one takes over when one
             refuses, is down, stalls or dies, and what was verified is kept.
-        transport: Transports that may be used.
+        transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
         timeout: Seconds that the whole pull may take; None for a day.
         wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
         stall_timeout: Seconds without progress after which a source is left.

@@ -359,9 +359,9 @@ class HoldingServer:
             if session is not None:
                 self._strangers.pop(session, None)
                 self._sessions.discard(session)
-                if session.memory_in_use is not None and session.holding is not None:
+                if session.lent.in_use is not None and session.holding is not None:
                     self._in_use = [(holding, error) for holding, error in self._in_use if error.lasts]
-                    self._in_use.append((session.holding, session.memory_in_use))
+                    self._in_use.append((session.holding, session.lent.in_use))
                 changed, self._changed = self._changed, anyio.Event()
                 changed.set()
             else:

@@ -32,6 +32,9 @@ VOCABULARY = 512
 PROCESSED_METHOD = "netloader_test"
 """Name of the quantisation method of `tests/vllm/processed_method.py`, which has to be imported before it is used."""
 
+DENSE = "2_Dense/model.safetensors"
+"""Where an embedder has the weights of its projector."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
 
 _CORPUS = [
@@ -244,6 +247,45 @@ def make_mimo(folder: Path, *, seed: int = 9) -> Path:
     return folder
 
 
+def make_embedder(folder: Path, *, seed: int = 10, dense: int | None = 10) -> Path:
+    """A BERT for embeddings as sentence-transformers writes it.
+
+    Args:
+        folder: Where.
+        seed: Of BERT's weights.
+        dense: Seed of the Dense projector 128 -> 64 that has a folder of its own; None for a model without one.
+    """
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    _save(folder, BertModel, config, dtype="float32", seed=seed)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({} if dense is None else {"2_Dense": "Dense"})
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for place, (path, kind) in enumerate(kinds.items())
+    ]
+    _write(folder / "modules.json", modules)
+    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 128, "pooling_mode_mean_tokens": True})
+    if dense is not None:
+        activation = "torch.nn.modules.activation.Tanh"
+        settings = {"in_features": 128, "out_features": 64, "bias": True, "activation_function": activation}
+        _write(folder / "2_Dense" / "config.json", settings)
+        weights = {"linear.weight": _random(64, 128, seed=dense), "linear.bias": _random(1, 64, seed=dense + 1)[0]}
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DENSE)
+    return folder
+
+
 def with_processed_method(folder: Path) -> Path:
     """Have the plain model in `folder` quantised by PROCESSED_METHOD when it is loaded."""
     _change_config(folder, {"quantization_config": {"quant_method": PROCESSED_METHOD}})
@@ -252,10 +294,7 @@ def with_processed_method(folder: Path) -> Path:
 
 def strip_weights(folder: Path, target: Path) -> Path:
     """Copy `folder` to `target` without its weight files: what a client starts from."""
-    target.mkdir(parents=True)
-    for path in folder.iterdir():
-        if not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy2(path, target / path.name)
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)))
     return target
 
 
@@ -334,6 +373,9 @@ KINDS: Mapping[str, Callable[[Path], Path]] = {
     "eagle-equal": lambda folder: make_eagle(folder, embeddings="equal"),
     "eagle3": make_eagle3,
     "mimo": make_mimo,
+    "embedder": make_embedder,
+    "embedder-other-dense": lambda folder: make_embedder(folder, dense=20),
+    "embedder-plain": lambda folder: make_embedder(folder, dense=None),
 }
 
 _W8A8: dict[str, Any] = {
@@ -361,6 +403,11 @@ _W8A8: dict[str, Any] = {
     "ignore": ["lm_head"],
     "quantization_status": "compressed",
 }
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ from tests.commands import PATIENCE, Serving, command, no_traceback, run, servin
 
 BYTES = 8 << 20
 ZERO_ROOT = "0" * 64
+BY_GLOO = ("--transport", "gloo")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Serving]:
-    with serving(model, "--transport", "gloo") as process:
+    with serving(model, *BY_GLOO) as process:
         yield process
 
 
@@ -179,10 +180,11 @@ def test_whose_process_it_is_decides_what_becomes_of_its_garbage(
 def test_transports_says_what_runs_and_what_auto_means(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["transports"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "gloo: runs here" in lines
-    assert "memory: runs here, when it is asked for by name" in lines
+    assert "tcp: runs here" in lines
+    for name in ("gloo", "memory"):
+        assert f"{name}: runs here, when it is asked for by name" in lines
     assert lines[-1].startswith("auto: ")
-    assert lines[-1].endswith("gloo")
+    assert lines[-1].endswith("tcp")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_pull_as_a_process(server: Serving, model: Path, tmp_path: Path) -> None:
-    done = run("pull", server.address, "-o", tmp_path / "copy", fresh=True)
+    done = run("pull", server.address, "-o", tmp_path / "copy", *BY_GLOO, fresh=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "verified: all tensors bit-exact"
@@ -245,7 +247,7 @@ def test_pull_draws_a_bar_on_a_terminal(
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), "--log-level", "info"]) == 0
+    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--log-level", "info"]) == 0
     shown = terminal.getvalue()
     assert "\r\x1b[K 100% |#" in shown
     assert re.search("8[.]39 MB of 8[.]39 MB  .*/s  0:00 left\n", shown)
@@ -275,23 +277,23 @@ def test_pull_overwrites_weights_only_when_told(
 ) -> None:
     copy = tmp_path / "copy"
     make_demo_checkpoint(copy, 1 << 20, seed=5)
-    assert main(["pull", server.address, "-o", str(copy)]) == 2
+    assert main(["pull", server.address, "-o", str(copy), *BY_GLOO]) == 2
     assert not same(model, copy)
-    assert main(["pull", server.address, "-o", str(copy), "--overwrite"]) == 0
+    assert main(["pull", server.address, "-o", str(copy), *BY_GLOO, "--overwrite"]) == 0
     assert same(model, copy)
     assert (copy / "config.json").exists()
     capsys.readouterr()
 
 
 def test_pull_as_json(server: Serving, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), "--json"]) == 0
+    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["ok"] is True
     assert said["bytes"] == sum(tensor.nbytes for tensor in open_checkpoint(model).tensors.values())
     assert said["sources"][server.address]["bytes"] == said["bytes"]
     assert said["identity"]["model"] == model.name
     assert said["files"] == [str(tmp_path / "copy" / "model.safetensors")]
-    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), "--json"]) == 2
+    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--json"]) == 2
     said = json.loads(capsys.readouterr().out)
     assert (said["ok"], said["exit"], said["error"]) == (False, 2, "ConfigError")
 
@@ -299,7 +301,7 @@ def test_pull_as_json(server: Serving, model: Path, tmp_path: Path, capsys: pyte
 def test_pull_goes_on_to_the_next_source(
     server: Serving, model: Path, unused_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pull", unused_address, server.address, "-o", str(tmp_path / "copy")]) == 0
+    assert main(["pull", unused_address, server.address, "-o", str(tmp_path / "copy"), *BY_GLOO]) == 0
     assert f"failed before: {unused_address}" in capsys.readouterr().out
     assert same(model, tmp_path / "copy")
 
@@ -317,7 +319,7 @@ def test_pull_without_a_source_that_is_up(
 def test_pull_of_other_weights_than_expected(
     server: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), "--expect-root", ZERO_ROOT]) == 3
+    assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--expect-root", ZERO_ROOT]) == 3
     assert ZERO_ROOT in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
 
@@ -327,8 +329,8 @@ def test_a_token_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.Captur
     token.write_text("correct horse battery staple")
     token.chmod(0o600)
     with serving(model, "--transport", "gloo", "--token-file", token) as server:
-        assert main(["pull", server.address, "-o", str(tmp_path / "copy")]) == 1
-        assert main(["pull", server.address, "-o", str(tmp_path / "copy"), "--token-file", str(token)]) == 0
+        assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO]) == 1
+        assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--token-file", str(token)]) == 0
     assert "correct horse" not in capsys.readouterr().err
     assert same(model, tmp_path / "copy")
 
@@ -372,7 +374,7 @@ def test_corruption_is_told_as_json(model: Path, tmp_path: Path, capsys: pytest.
     tensors = open_checkpoint(model).tensors
     transport = harmed(Fault(FaultKind.CORRUPT, 1, byte=7, times=None))
     with sync.serve(tensors, ModelIdentity(layout="checkpoint"), host="127.0.0.1", transport=transport) as server:
-        assert main(["pull", server.address, "-o", str(tmp_path / "copy"), "--json"]) == 3
+        assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--json"]) == 3
     (attempt,) = json.loads(capsys.readouterr().out)["attempts"]
     assert (attempt["error"], attempt["block"]) == ("DigestMismatch", 1)
     assert attempt["announced"] != attempt["arrived"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from netloader.vllm.copies import Keep, is_full
 from netloader.vllm.fresh import FreshValues, NotRestored
 from netloader.vllm.keeping import copied_lines, hint_for, keep_policy, kept_text
 from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
-from netloader.vllm.weights import RawWeights, digest_of, named_raw_tensors
+from netloader.vllm.weights import RawWeights, UnnamedTensors, digest_of, named_raw_tensors
 
 
 class Tiny(torch.nn.Module):
@@ -37,6 +38,39 @@ class Tiny(torch.nn.Module):
 def test_raw_tensors_come_under_every_name_and_computed_caches_do_not() -> None:
     names = list(named_raw_tensors(Tiny()))
     assert names == ["scale", "embed.weight", "head.weight", "up.weight", "up.bias"]
+
+
+def test_modules_in_plain_containers_have_names_by_their_path() -> None:
+    model: Any = Tiny()
+    shared = torch.nn.Linear(2, 2, bias=False)
+    model.up.by_task = {"embed": torch.nn.Sequential(torch.nn.Linear(2, 3)), "classify": [shared]}
+    model.up.sideways = [model.embed]  # named where it belongs, and only there
+    model.holder = SimpleNamespace(head=shared)
+    model.holder.later = torch.nn.UninitializedBuffer()
+    names = list(named_raw_tensors(model))
+    assert names[:5] == list(named_raw_tensors(Tiny()))
+    assert names[5:] == [
+        "holder.head.weight",
+        "up.by_task[embed].0.weight",
+        "up.by_task[embed].0.bias",
+    ]
+
+
+def test_loading_that_fills_or_adds_a_tensor_without_a_name_is_noticed() -> None:
+    model: Any = Tiny()
+    model.up.tables = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    hidden = torch.ones(2)
+    model.up.rescale = lambda tensor: tensor * hidden
+    model.up.later = [torch.nn.UninitializedBuffer()]
+    before = UnnamedTensors(model)
+    with torch.no_grad():
+        model.up.weight.fill_(3)  # a weight with a name is no business of this
+    assert before.changed_by_loading(model) == []
+    model.up.tables["b"].data.copy_(torch.ones(3))
+    hidden.mul_(2)
+    model.cache.add_(1)
+    model.up.added = torch.zeros(1)
+    assert before.changed_by_loading(model) == ["cache", "up.added", "up.rescale<closure>.hidden", "up.tables[b]"]
 
 
 def test_what_post_processing_leaves_alone_is_live_and_what_it_replaces_is_kept() -> None:
@@ -217,6 +251,16 @@ def test_a_large_unknown_tensor_that_stays_empty_is_reported() -> None:
     with pytest.raises(NotRestored, match="large") as caught:
         fresh.check_filled()
     assert caught.value.names == ("large",)
+
+
+def test_what_was_filled_when_the_model_was_built_comes_back_whatever_its_size() -> None:
+    large = torch.arange(2 << 20, dtype=torch.float32)
+    before = digest_of(large)
+    fresh = FreshValues({"large": large}, {"large"})
+    large.zero_()
+    fresh.restore()
+    fresh.check_filled()
+    assert digest_of(large) == before
 
 
 def test_only_listed_facts_travel_and_others_are_named() -> None:

@@ -179,7 +179,11 @@ def _add_probe(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_common(parser: argparse.ArgumentParser, *, every: float) -> None:
     parser.add_argument("--token-file", metavar="FILE", help="secret that both sides know")
     parser.add_argument(
-        "--transport", type=_names, default=["auto"], metavar="NAME[,NAME]", help="what may be used (auto)"
+        "--transport",
+        type=_names,
+        default=["auto"],
+        metavar="NAME[,NAME]",
+        help="what may be used; gloo only if named (auto)",
     )
     parser.add_argument(
         "--stall-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="longest time without progress (30)"

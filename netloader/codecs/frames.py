@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import struct
 from types import UnionType
-from typing import Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
 
 from netloader.errors import LocalProtocolError, RemoteProtocolError, shown
-from netloader.messages import PROTOCOL, Agree, ClientMessage, Hello, Identify, ServerMessage, Verdict, Want
+from netloader.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header
+from netloader.messages import PROTOCOL, Agree, Announce, ClientMessage, Hello, Identify, ServerMessage, Verdict, Want
 
 __all__ = [
     "CLIENT_FRAME_CAP",
+    "LARGE_FRAME",
     "SERVER_FRAME_CAP",
     "FrameDecoder",
     "client_messages",
@@ -29,6 +31,9 @@ CLIENT_FRAME_CAP = 256 << 10
 
 SERVER_FRAME_CAP = 256 << 20
 """Bytes in a frame from a server: a manifest and its digests may be long."""
+
+LARGE_FRAME = 512 << 10
+"""Bytes of a frame whose decoding would hold up an event loop: it takes about 2 ms."""
 
 _HEADER = struct.Struct(">I")
 _ENCODER = msgspec.msgpack.Encoder()
@@ -46,6 +51,18 @@ class _Tagged(msgspec.Struct):
 
 
 _NAME = msgspec.msgpack.Decoder(_Tagged)
+
+
+class _RawManifest(msgspec.Struct, array_like=True):
+    """A manifest whose tensors are not decoded yet."""
+
+    tensors: Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+
+
+_FIELDS = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_MANIFEST = msgspec.msgpack.Decoder(_RawManifest)
+_TENSORS = msgspec.msgpack.Decoder(list[TensorSpec])
+_NIL = b"\xc0"
 
 
 def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
@@ -135,9 +152,22 @@ class FrameDecoder(Generic[M]):
 
     def _decode(self, body: bytes) -> M:
         try:
-            return self._decoder.decode(body)
+            return self._in_parts(body) if len(body) > LARGE_FRAME else self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self._explained(body, error) from error
+
+    def _in_parts(self, body: bytes) -> M:
+        """As the decoder, but a manifest by some thousand tensors at a time, so that other threads have their turns."""
+        fields = _FIELDS.decode(body)
+        manifest = fields.pop("manifest", None)
+        if manifest is None or bytes(manifest) == _NIL or _NAME.decode(body).type != Announce.__name__:
+            return self._decoder.decode(body)
+        tensors = _MANIFEST.decode(manifest).tensors
+        parts = (tensors[at : at + TENSORS_AT_ONCE] for at in range(0, len(tensors), TENSORS_AT_ONCE))
+        specs = [spec for part in parts for spec in _TENSORS.decode(array_header(len(part)) + b"".join(part))]
+        message: Any = self._decoder.decode(_ENCODER.encode(fields))
+        whole: M = msgspec.structs.replace(message, manifest=Manifest(tuple(specs)))
+        return whole
 
     def _explained(self, body: bytes, error: Exception) -> RemoteProtocolError:
         """What is wrong with a body: no message at all, one that this side does not know, or a wrong field."""

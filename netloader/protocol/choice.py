@@ -23,12 +23,13 @@ def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tupl
         Our entry and the peer's entry of the same name.
 
     Raises:
-        TransportUnavailable: There is none; the message says why for each.
+        TransportUnavailable: There is none; the message says why for each, the hint which ones to name.
     """
     offered: dict[str, Ability] = {}
     for ability in theirs:
         offered.setdefault(ability.name, ability)
     reasons = []
+    worth_naming = {*offered, *(ability.name for ability in ours)}
     for ability in ours:
         other = offered.get(ability.name)
         if other is None:
@@ -38,11 +39,15 @@ def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tupl
         if not apart:
             return ability, other
         reasons.append(f"{ability.name}: {apart}")
+        worth_naming.discard(ability.name)
     if not ours:
         reasons.append("this side has none for its device")
+    # Some are used only where they are named, and this side does not know which ones the peer has besides.
+    names = " or ".join(sorted(worth_naming))
+    remedy = f"name one on both sides: TRANSPORT {names}" if names else "allow another one on both sides"
     raise TransportUnavailable(
         "no transport can connect the two sides: " + "; ".join(reasons),
-        hint=f"the peer has {', '.join(sorted(offered)) or 'none'}; install or allow one of them here",
+        hint=f"the peer has {', '.join(sorted(offered)) or 'none'}; {remedy}",
     )
 
 

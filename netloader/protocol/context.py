@@ -134,6 +134,7 @@ class Context:
         announcement: What is being pulled, once known.
         transport: Name of the transport chosen.
         identify: What the client said about itself (server).
+        announced: The server said what it holds (client); `announcement` follows once that was examined.
         offered: The channel was offered (client).
         open_blocks: Blocks asked for and neither granted (client) or sent (server) nor gone.
         granted: Blocks granted and neither received (client) nor sent (server).
@@ -159,6 +160,7 @@ class Context:
     announcement: Announcement | None = None
     identify: Identify | None = None
     transport: str = ""
+    announced: bool = False
     offered: bool = False
     open_blocks: set[int] = field(default_factory=set)
     granted: set[int] = field(default_factory=set)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netloader.identity import Layout, Role
-from netloader.messages import ClientMessage, ServerMessage
+from netloader.identity import Layout, ModelIdentity, Role
+from netloader.messages import Announce, ClientMessage, ServerMessage
 from netloader.plan import Ranges
+from netloader.protocol.context import ClientTerms
 from netloader.protocol.events import Announcement
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ConnectChannel",
     "DeliverSignal",
     "Effect",
+    "Examine",
     "LookUp",
     "Note",
     "NoteChain",
@@ -90,6 +92,23 @@ class DeliverSignal:
     """Hand the transport what its other end posted."""
 
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Examine:
+    """Client: check what the server announced -> Examined; Cancelled or Garbled with what is wrong.
+
+    Attributes:
+        announce: What it said.
+        terms: Of this client.
+        identity: Of the server.
+        probing: The session only looks.
+    """
+
+    announce: Announce
+    terms: ClientTerms
+    identity: ModelIdentity | None
+    probing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +184,7 @@ Effect = (
     | AcceptChannel
     | ConnectChannel
     | DeliverSignal
+    | Examine
     | Pin
     | AskForWork
     | CheckBlocks

@@ -29,6 +29,7 @@ __all__ = [
     "Connected",
     "ConnectionLost",
     "Event",
+    "Examined",
     "Finished",
     "Garbled",
     "Held",
@@ -162,6 +163,13 @@ class UpstreamChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Examined:
+    """Client: what was announced is what this side wants."""
+
+    announcement: Announcement
+
+
+@dataclass(frozen=True, slots=True)
 class Pinned:
     """Client: the ledger accepted root and plan."""
 
@@ -268,6 +276,7 @@ LocalEvent = (
     | Queued
     | TurnTaken
     | UpstreamChanged
+    | Examined
     | Pinned
     | PinRefused
     | ChannelOffered

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from netloader import messages as m
-from netloader.errors import LocalProtocolError, ManifestError, RefusedError, RemoteProtocolError, RootMismatch
-from netloader.identity import ModelIdentity
-from netloader.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
-from netloader.plan import make_plan
+from netloader.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from netloader.protocol import effects as f
 from netloader.protocol.choice import choose_transport, passed_over
 from netloader.protocol.context import Context, Refuse
 from netloader.protocol.events import (
-    Announcement,
     ChannelOffered,
     ChannelOpened,
+    Examined,
     Pinned,
     PinRefused,
     SignalPosted,
@@ -24,6 +21,7 @@ from netloader.protocol.events import (
 
 __all__ = [
     "client_announce",
+    "client_examined",
     "client_offer",
     "client_open",
     "client_pin_refused",
@@ -35,30 +33,6 @@ __all__ = [
     "signal_came",
     "signal_posted",
 ]
-
-
-def _manifest(ctx: Context, event: m.Announce) -> tuple[Manifest, str]:
-    """The manifest to pull with and its digest, checked against what this side is about to fill."""
-    terms = ctx.client
-    if event.manifest is None:
-        if terms.manifest is None:
-            raise RemoteProtocolError("the server announced no manifest, and this client has none of its own")
-        return terms.manifest, terms.manifest_digest
-    event.manifest.check()
-    if terms.manifest is not None and not ctx.probing:
-        found = compare(terms.manifest, event.manifest)
-        if found:
-            raise ManifestError(
-                f"{len(found)} tensors differ from what the server holds",
-                problems=[str(mismatch) for mismatch in found],
-                hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
-            )
-    if event.manifest.nbytes > terms.max_bytes:
-        raise ManifestError(
-            f"the server holds {event.manifest.nbytes} bytes, this client takes at most {terms.max_bytes}",
-            hint="raise the limit if that is expected",
-        )
-    return event.manifest, manifest_digest(event.manifest)
 
 
 def _check_chain(ctx: Context, node: str, chain: tuple[str, ...]) -> f.NoteChain:
@@ -88,28 +62,20 @@ def server_upstream(ctx: Context, event: UpstreamChanged) -> Sequence[f.Effect]:
 
 
 def client_announce(ctx: Context, event: m.Announce) -> Sequence[f.Effect]:
-    """The server said what it holds: check all of it, and have it pinned."""
-    if ctx.announcement is not None:
+    """The server said what it holds: have all of it checked."""
+    if ctx.announced:
         raise RemoteProtocolError("the server announced twice what it holds")
+    ctx.announced = True
     ctx.peer_node, ctx.peer_chain = event.node, event.chain
-    noted = _check_chain(ctx, event.node, event.chain)
-    manifest, digest = _manifest(ctx, event)
-    plan = make_plan(manifest, event.block_bytes)
-    if plan.digest != event.plan:
-        raise RemoteProtocolError(
-            f"both sides derived different blocks (plan {plan.digest[:16]} here, {event.plan[:16]} at the server)",
-            hint="run the same netloader release on both sides",
-        )
-    if len(event.digests) != DIGEST_BYTES * len(plan.blocks):
-        raise RemoteProtocolError(f"{len(plan.blocks)} blocks came with {len(event.digests)} bytes of digests")
-    root = compute_root(manifest, event.block_bytes, event.algorithm, event.digests, known_digest=digest)
-    if root != event.root:
-        raise RemoteProtocolError(f"the server announced root {event.root}, its own digests give {root}")
-    if ctx.client.root and root != ctx.client.root:
-        raise RootMismatch(ctx.client.root, root, ctx.client.pinned_by)
-    identity = ctx.peer_identity if ctx.peer_identity is not None else ModelIdentity()
-    ctx.announcement = Announcement(identity, manifest, digest, plan, event.algorithm, event.digests, root)
-    return [noted, f.Pin(ctx.announcement)]
+    return [_check_chain(ctx, event.node, event.chain), f.Examine(event, ctx.client, ctx.peer_identity, ctx.probing)]
+
+
+def client_examined(ctx: Context, event: Examined) -> Sequence[f.Effect]:
+    """It agrees with what this side is about to fill: have it pinned."""
+    if ctx.announcement is not None or not ctx.announced:
+        raise LocalProtocolError("an announcement was examined twice, or never made")
+    ctx.announcement = event.announcement
+    return [f.Pin(event.announcement)]
 
 
 def client_pinned(ctx: Context, event: Pinned) -> Sequence[f.Effect]:

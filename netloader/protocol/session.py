@@ -71,6 +71,7 @@ _SPECIAL: Mapping[tuple[Side, State, type], Handler] = {
     (Side.CLIENT, _V, m.Waiting): validate.client_waiting,
     (Side.CLIENT, _V, m.Accepted): validate.client_accepted,
     (Side.CLIENT, _P, m.Announce): planning.client_announce,
+    (Side.CLIENT, _P, e.Examined): planning.client_examined,
     (Side.CLIENT, _P, e.Pinned): planning.client_pinned,
     (Side.CLIENT, _P, e.PinRefused): planning.client_pin_refused,
     (Side.CLIENT, _P, m.ChannelOffer): planning.client_offer,

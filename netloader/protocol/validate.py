@@ -37,6 +37,11 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, 
     if "dtype" in fields:
         # Where config.json does not say it, an engine takes the type of the weight files, which a client may not have.
         return text, "give both sides the same --dtype, the same model and parallel sizes"
+    if fields == {"quantization_config"}:
+        return (
+            text,
+            "give both sides the same arguments, config.json and other files that say how the weights are quantised",
+        )
     if fields == {"fingerprint"}:
         return (
             text,

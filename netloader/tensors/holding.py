@@ -75,4 +75,5 @@ def hold(
     known = manifest_digest(manifest)
     root = compute_root(manifest, plan.block_bytes, algorithm, digests, known_digest=known)
     announcement = Announcement(identity, manifest, known, plan, algorithm, digests, root)
+    _ = plan.digest  # worked out here, in the caller's thread, and not when the first client asks
     return Holding(announcement, memory)

@@ -3,6 +3,9 @@
 The group is the ``ProcessGroupGloo`` object itself: no world, no group names, nothing that is process-wide. There is no
 store to connect to either; both sides tell each other over the control connection where their gloo listens, and each
 dials only the address that its control connection leads to. docs/transports.md says what gloo asks of the network.
+
+A peer that breaks gloo's rules ends this process or keeps one of its threads busy for good, and nothing here prevents
+that: so gloo is used only where it was named, on each side.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ _OURS = {
 _EXTRAS = {"gloo": "torch"}
 """Which extra of this package brings what a transport of ours imports."""
 
-_PREFERENCE = ("shm", "tcp", "hccl", "gloo")
-"""For ``auto``, best first. Others, `memory` among them, are used only when they are named."""
+_PREFERENCE = ("shm", "tcp", "hccl")
+"""For ``auto``, best first. Others are used only when they are named: `gloo`, since a peer that breaks its rules can
+end this process; `memory`, and those of other packages."""
 
 _log = logging.getLogger(__name__)
 

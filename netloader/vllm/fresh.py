@@ -6,7 +6,7 @@ points) and must keep the value that they were built with, which a broken pull m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,18 +54,22 @@ class FreshValues:
 
     Args:
         tensors: What the pull may touch, by name.
+        filled: Names of those that were filled when the model was built, which no loader does again: copied whatever
+            their size.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], filled: Collection[str] = frozenset()) -> None:
         self._fresh: dict[str, _Fresh] = {}
         self._budget = COPY_BUDGET_BYTES
         seen: set[int] = set()
         for name, tensor in tensors.items():
             if id(tensor) not in seen and tensor.numel():
                 seen.add(id(tensor))
-                self._fresh[name] = self._remember(tensor.detach())
+                self._fresh[name] = self._remember(tensor.detach(), whole=name in filled)
 
-    def _remember(self, tensor: torch.Tensor) -> _Fresh:
+    def _remember(self, tensor: torch.Tensor, *, whole: bool) -> _Fresh:
+        if whole:
+            return _Fresh(tensor, copy=tensor.clone())
         if _is_uniform(tensor):
             return _Fresh(tensor, copy=_first(tensor).clone())
         if tensor.nbytes <= min(READ_WHOLE_BYTES, self._budget):

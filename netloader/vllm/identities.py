@@ -20,13 +20,14 @@ def role_of(model_config: Any) -> Role:
 
 def fingerprint_of_model(model_config: Any) -> str:
     """Fingerprint of the files that this model is loaded from; empty where there are none on this host (yet)."""
+    path = _folder(model_config)
+    return "" if path is None else fingerprint_of(path)
+
+
+def _folder(model_config: Any) -> Path | None:
+    """Where the model's files are; None where there are none on this host (yet)."""
     path = Path(str(model_config.model))
-    if not path.exists():
-        found = _downloaded(str(model_config.model), model_config.revision)
-        if found is None:
-            return ""
-        path = found
-    return fingerprint_of(path)
+    return path if path.exists() else _downloaded(str(model_config.model), model_config.revision)
 
 
 def _downloaded(name: str, revision: str | None) -> Path | None:
@@ -44,7 +45,13 @@ def _downloaded(name: str, revision: str | None) -> Path | None:
 
 
 def identity_of(
-    model_config: Any, topology: Topology, *, name: str | None, tied: bool | None, cache_config: Any = None
+    model_config: Any,
+    topology: Topology,
+    *,
+    name: str | None,
+    tied: bool | None,
+    cache_config: Any = None,
+    load_config: Any = None,
 ) -> ModelIdentity:
     """Everything that has to match before raw tensors are sent.
 
@@ -54,6 +61,7 @@ def identity_of(
         name: MODEL of the configuration, where it names this model; None to go by vLLM's ``model``.
         tied: Whether the embeddings are tied, where weight files said so.
         cache_config: vLLM's configuration of its KV cache, whose type may decide which scales a model has.
+        load_config: How vLLM was told to load.
     """
     import vllm
 
@@ -64,7 +72,7 @@ def identity_of(
         revision=str(model_config.revision or ""),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
-        quantization_config=quantisation_text(model_config, cache_config),
+        quantization_config=quantisation_text(model_config, cache_config, load_config, _folder(model_config)),
         layout="raw",
         role=role,
         tp_size=topology.tp_size,

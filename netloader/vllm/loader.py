@@ -70,7 +70,7 @@ def loader_class() -> type[Any]:
             load = self._current = self._new_load(vllm_config, model_config)
             try:
                 load.prepare(prefix)
-                with load.post_processing:  # weights that were pulled processed are left alone by vLLM
+                with load.building, load.post_processing:  # weights that were pulled processed are left alone by vLLM
                     model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.settle(model)
                 remember(model, load.announcement, str(model_config.model))

@@ -26,19 +26,22 @@ from netloader.vllm.agreement import (
     roots_wanted,
 )
 from netloader.vllm.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.expert_maps import expert_maps
 from netloader.vllm.fallback import fallback_loader
+from netloader.vllm.file_reads import FileReads, Traced
 from netloader.vllm.fresh import FreshValues
 from netloader.vllm.hooks import hold_still_until_profiled, watch_worker
 from netloader.vllm.identities import fingerprint_of_model, identity_of, role_of
 from netloader.vllm.keeping import copied_lines, keep_policy, named, quantised_modules
 from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
 from netloader.vllm.pulling import ask_sources, check_transports, only_processed, pull_raw
+from netloader.vllm.quantisation import why_unknown
 from netloader.vllm.serving import WorkerServer, worker_server
 from netloader.vllm.settling import Recorded, Settling
 from netloader.vllm.support import why_not
 from netloader.vllm.topology import topology_of
 from netloader.vllm.tying import adopt_untied, could_adopt, tied_by_files
-from netloader.vllm.weights import RawWeights, named_raw_tensors
+from netloader.vllm.weights import RawWeights, UnnamedTensors, named_raw_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +59,10 @@ and nothing tells how long that takes. It bounds a rank that hangs. One that die
 of the group break."""
 
 
+_Before = tuple[PlainState, UnnamedTensors]
+"""What a model has beside its weights, before they are loaded."""
+
+
 class NothingPulled(NetloaderError):
     """No weights could be pulled, and FALLBACK forbids the default loader."""
 
@@ -71,6 +78,7 @@ class Load:
 
     Attributes:
         announcement: What the raw tensors were when loading ended; None when raw tensors alone do not make this model.
+        building: What vLLM has to build the model in: it notes what the model reads from files by itself.
     """
 
     def __init__(self, vllm_config: Any, model_config: Any, load_config: Any, config: Config) -> None:
@@ -87,8 +95,10 @@ class Load:
         self._recorded: Recorded | None = None
         self._refusal = ("", "")
         self.announcement: Announcement | None = None
+        self.building = FileReads()
+        self._traced = Traced()
         self._watched = False
-        self._root = self._load = self._fingerprint = ""
+        self._root = self._load = self._fingerprint = self._maps = ""
         self._asked = 0.0
         self._shares = shares_with_target(vllm_config, self._role)
         self._built: dict[str, bool] = {}
@@ -110,6 +120,7 @@ class Load:
             name=self._config.model if named else None,
             tied=tied,
             cache_config=getattr(self._vllm_config, "cache_config", None),
+            load_config=self._load_config,
         )
 
     @property
@@ -183,10 +194,9 @@ class Load:
 
         Raises:
             NothingPulled: Nothing could be pulled, and FALLBACK forbids the default loader.
-            MemoryStillInUse: A thread of the pull may still write into the weights: nothing else can fill them, the
-                default loader no more than another source.
-            AgreementError: Another rank ended meanwhile.
+            AgreementError, MemoryStillInUse: Another rank ended meanwhile; a thread may still write into the weights.
         """
+        self.building.stop()
         grace = 0.0
         try:
             self._fill(model)
@@ -204,14 +214,17 @@ class Load:
 
     def _fill(self, model: torch.nn.Module) -> None:
         tensors = named_raw_tensors(model)
-        before = PlainState(model)
+        before = PlainState(model), UnnamedTensors(model)
         self._built = load_state_of(model)
         self._fingerprint = fingerprint_of_model(self._model_config)
-        unsupported = why_not(self._vllm_config, tensors, self._model_config)
+        unsupported = self._why_not(tensors)
+        if not unsupported:
+            self._maps = expert_maps(model)
+            placement = ", ".join(text for text in (self._topology.experts, self._maps) if text)
+            self._identity = msgspec.structs.replace(self._identity, expert_placement=placement)
         fresh, mine = self._pull(model, tensors, unsupported)
         reports = exchange(mine, self._groups(), self._config.timeout + _SLACK)
         if self._memory_in_use is not None:  # said only now, so that the other ranks know
-            log.error("netloader: rank %d: the load of the %s fails: %s", self._rank, self._role, self._memory_in_use)
             raise self._memory_in_use
         why_not_kept = disagreement(reports)
         if mine.outcome == "pulled" and not why_not_kept:
@@ -232,6 +245,16 @@ class Load:
                 self._record(model, tensors, before, unsupported)
             reports = self._swap_roots(msgspec.structs.replace(mine, outcome="default"))
         self._load = load_digest(report.root for report in reports)
+
+    def _why_not(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Why these raw tensors can neither be pulled nor served, or would not be all of the model."""
+        self._traced = self.building.traced(tensors)
+        if not self._traced.lost:
+            return why_not(self._vllm_config, tensors, self._model_config) or why_unknown(self._identity)
+        return (
+            "the model reads tensors from files while it is built, and not all of them are weights that have a name: "
+            f"{named(self._traced.lost)}"
+        )
 
     def _swap_roots(self, mine: Report) -> tuple[Report, ...]:
         mine = msgspec.structs.replace(mine, root=self._root, fingerprint=self._fingerprint, reason="")
@@ -259,21 +282,23 @@ class Load:
         try:
             without = self._left_out(tensors, {**self._built, **self._stated})
             wanted = {name: tensor for name, tensor in tensors.items() if name not in without}
-            fresh = FreshValues(wanted)
+            fresh = FreshValues(wanted, self._traced.filled)
             identity = msgspec.structs.replace(self._identity, fingerprint=files)
             report = pull_raw(wanted, identity, self._sources, self._config, self._asked, self._server)
             theirs = report.identity
             _check_digests(theirs)
+            if expert_maps(model) != self._maps:
+                raise RemoteProtocolError(
+                    "the source holds other expert maps than it said", hint="pull from another source"
+                )
             if self._left_out(tensors, {**self._built, **theirs.load_state}) != without:
                 raise RemoteProtocolError(
                     f"the source says {theirs.load_state} of its {self._role}, "
                     "which does not fit the tensors that it holds",
                     hint="pull from another source",
                 )
-        except MemoryStillInUse as error:
-            self._memory_in_use = error
-            return fresh, Report("failed", self._rank, reason=str(error), serves=serves)
         except NetloaderError as error:
+            self._memory_in_use = error if isinstance(error, MemoryStillInUse) else None
             return fresh, self._pull_processed(model, fresh, began, error)
         except Exception as error:
             log.exception("netloader: rank %d: unexpected error while pulling", self._rank)
@@ -289,7 +314,7 @@ class Load:
         """No raw weights could be pulled: take processed ones, where sources hold nothing else."""
         failed = Report("failed", self._rank, reason=str(why_not_raw), serves=self._server is not None)
         processed = self._processed
-        if processed is None or fresh is None:
+        if processed is None or fresh is None or self._memory_in_use is not None:
             return failed
         sources = only_processed(self._sources, self._role, self._config, self._asked + time.monotonic() - began)
         if not sources:
@@ -305,8 +330,7 @@ class Load:
             report = processed.run(model, pull)
             _check_digests(report.identity)
         except NetloaderError as error:
-            if isinstance(error, MemoryStillInUse):
-                self._memory_in_use = error
+            self._memory_in_use = error if isinstance(error, MemoryStillInUse) else None
             return msgspec.structs.replace(failed, reason=f"processed weights: {error}")
         except Exception as error:
             log.exception("netloader: rank %d: unexpected error while taking over processed weights", self._rank)
@@ -375,7 +399,7 @@ class Load:
     # --- for the server ---------------------------------------------------------------------------------------------
 
     def _record(
-        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], before: PlainState, unsupported: str
+        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], before: _Before, unsupported: str
     ) -> None:
         """Take digests of the raw tensors while they are still raw; in every rank, whether or not it has a server."""
         self._recorded, self._root, self.announcement = None, "", None
@@ -391,12 +415,13 @@ class Load:
         return self._processed is not None and self._processed.adopted is not None
 
     def _why_not_raw(
-        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], before: PlainState, unsupported: str
+        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], before: _Before, unsupported: str
     ) -> tuple[str, str]:
         """Why raw tensors alone would not make this model, and what could be done; empty when they would."""
         if unsupported:
-            return unsupported, "pull from a server that runs without this feature"
-        changed = before.changed_by_loading(model)
+            hint = "pull from a server that runs without this feature"
+            return unsupported, "load this model from storage" if self._traced.lost else hint
+        changed = [name for state in before for name in state.changed_by_loading(model)]
         if changed:
             return f"loading sets more than tensors: {named(changed)}", "load this model from storage"
         if list(tensors) != list(named_raw_tensors(model)):

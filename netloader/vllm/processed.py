@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from netloader.protocol.events import Announcement
     from netloader.tensors import Memory
 
-__all__ = ["FACTS", "ProcessedHolding", "Survey", "fact_names", "flag_problems", "hold_processed", "possible", "survey"]
+__all__ = [
+    "FACTS",
+    "Outside",
+    "ProcessedHolding",
+    "Survey",
+    "fact_names",
+    "flag_problems",
+    "hold_processed",
+    "outside",
+    "possible",
+    "survey",
+]
 
 FACTS = "netloader.plain_state"
 """Name of the tensor that stands for all plain values: one digest per value, in the order of their names."""
@@ -84,6 +95,33 @@ class ProcessedHolding:
         return self.memory.device
 
 
+@dataclass(frozen=True)
+class Outside:
+    """What a model holds beyond its registered modules, by the path on which it was found.
+
+    Attributes:
+        modules: Modules that hang in a plain mapping, list or object: `named_modules` does not reach them.
+        tensors: Tensors that are no parameter and no persistent buffer of any module: plain attributes, parts of
+            objects, what functions keep, computed buffers.
+    """
+
+    modules: Mapping[str, torch.nn.Module]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def outside(model: torch.nn.Module) -> Outside:
+    """Look for what `named_modules` of `model` does not reach."""
+    walk = _walked(model)
+    weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for t in _weights_of(m)}
+    return Outside(walk.modules, {n: t for n, t in [*walk.named.items(), *walk.hidden] if id(t) not in weights})
+
+
+def _weights_of(module: torch.nn.Module) -> Iterator[torch.Tensor | None]:
+    yield from module._parameters.values()  # noqa: SLF001 - the public views walk through all modules below
+    computed = module._non_persistent_buffers_set  # noqa: SLF001 - as above
+    yield from (buffer for name, buffer in module._buffers.items() if name not in computed)  # noqa: SLF001 - as above
+
+
 def possible() -> bool:
     """Whether this vLLM knows weights that are processed already (0.23 does not)."""
     from vllm.model_executor import utils
@@ -111,12 +149,7 @@ def survey(model: torch.nn.Module, raw_bytes: Mapping[str, int]) -> Survey:
         model: The model.
         raw_bytes: Size of each parameter and buffer before post-processing: one that is empty now has gone somewhere.
     """
-    walk = _Walk()
-    # All modules first: something that a module refers to sideways is named where it belongs.
-    modules = list(model.named_modules(remove_duplicate=False))
-    walk.seen.update(id(module) for _, module in modules)
-    for name, module in modules:
-        walk.module(name, module)
+    walk = _walked(model)
     found = walk.found
     found.problems += _emptied(walk, raw_bytes)
     _place(walk)
@@ -130,15 +163,27 @@ def fact_names(facts: Mapping[str, str], ours: torch.Tensor, theirs: torch.Tenso
     return [name for name, differs in zip(sorted(facts), rows, strict=True) if differs]
 
 
+def _walked(model: torch.nn.Module) -> _Walk:
+    walk = _Walk()
+    # All modules first: something that a module refers to sideways is named where it belongs.
+    modules = list(model.named_modules(remove_duplicate=False))
+    walk.seen.update(id(module) for _, module in modules)
+    for name, module in modules:
+        walk.module(name, module)
+    return walk
+
+
 class _Walk:
     def __init__(self) -> None:
         self.found = Survey()
+        self.modules: dict[str, torch.nn.Module] = {}  # those that are not registered with their parent
         self.named: dict[str, torch.Tensor] = {}
         self.empty: set[str] = set()
         self.hidden: list[tuple[str, torch.Tensor]] = []  # in closures
         self.seen: set[int] = set()
         self.alive: list[object] = []  # an id means something only while its object lives
         self.addresses = _addresses()
+        self.lowest = min(addresses.start for addresses in self.addresses)
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         start = f"{name}." if name else ""
@@ -154,14 +199,18 @@ class _Walk:
                 self.value(start + leaf, value, closure=False)
 
     def tensor(self, name: str, tensor: torch.Tensor) -> None:
+        from torch.nn.parameter import is_lazy
+
         self.named[name] = tensor
-        if not tensor.numel():
+        if not is_lazy(tensor) and not tensor.numel():  # one that gets its shape later refuses to say
             self.empty.add(name)
 
     def value(self, name: str, value: Any, *, closure: bool) -> None:
         import torch
 
-        if isinstance(value, torch.Tensor):
+        if type(value) in _PLAIN:  # most values, and the quickest to tell
+            self.plain(name, value)
+        elif isinstance(value, torch.Tensor):
             if closure:
                 self.hidden.append((name, value))
             else:
@@ -169,9 +218,7 @@ class _Walk:
         elif isinstance(value, enum.Enum | torch.dtype | torch.Size | torch.layout | torch.memory_format):
             self.found.facts[name] = f"{type(value).__name__} {value!s}"
         elif isinstance(value, _PLAIN):
-            if type(value) is int and any(value in addresses for addresses in self.addresses):
-                self.found.problems.append(f"{name}: the number {value} may be the address of something (a handle)")
-            self.found.facts[name] = f"{type(value).__name__} {value!r}"
+            self.plain(name, value)
         elif not isinstance(value, (*_HARMLESS, torch.device, torch.nn.Module, weakref.ref)):
             if id(value) not in self.seen:
                 self.seen.add(id(value))
@@ -179,9 +226,17 @@ class _Walk:
                 self._inside(name, value, closure=closure)
         elif isinstance(value, torch.nn.Module) and id(value) not in self.seen:
             # Not registered with its parent (it hides in a list, say): vLLM does not see it, but it holds tensors.
-            self.seen.add(id(value))
-            for inner, module in value.named_modules():
-                self.module(f"{name}.{inner}" if inner else name, module)
+            inside = list(value.named_modules())
+            self.seen.update(id(module) for _, module in inside)
+            for inner, module in inside:
+                path = f"{name}.{inner}" if inner else name
+                self.modules[path] = module
+                self.module(path, module)
+
+    def plain(self, name: str, value: Any) -> None:
+        if type(value) is int and value >= self.lowest and any(value in addresses for addresses in self.addresses):
+            self.found.problems.append(f"{name}: the number {value} may be the address of something (a handle)")
+        self.found.facts[name] = f"{type(value).__name__} {value!r}"
 
     def _inside(self, name: str, value: Any, *, closure: bool) -> None:
         if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from netloader import sync
 from netloader.addresses import Address
 from netloader.config import Config
-from netloader.errors import ConfigError, NetloaderError, PeerLost, RefusedError
+from netloader.errors import ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
 from netloader.identity import ModelIdentity, Role
 from netloader.progress import ProgressLog
 from netloader.report import PullReport
@@ -126,19 +126,23 @@ def pull_raw(
         NetloaderError: Nothing was pulled, or not all; any of the tensors may have been written then.
     """
     pull = server.pull if server is not None and server.running and config.relay else sync.pull
-    return pull(
-        tensors,
-        identity,
-        sources=sources,
-        transport=config.transport or "auto",
-        timeout=max(0.001, config.timeout - spent),
-        wait=max(0.0, config.wait - spent),
-        stall_timeout=config.stall_timeout,
-        stripe=config.stripe,
-        token=_secret(config),
-        expect_root=config.expect_root,
-        progress=ProgressLog(lambda line: log.info("netloader: %s", line)),
-    )
+    try:
+        return pull(
+            tensors,
+            identity,
+            sources=sources,
+            transport=config.transport or "auto",
+            timeout=max(0.001, config.timeout - spent),
+            wait=max(0.0, config.wait - spent),
+            stall_timeout=config.stall_timeout,
+            stripe=config.stripe,
+            token=_secret(config),
+            expect_root=config.expect_root,
+            progress=ProgressLog(lambda line: log.info("netloader: %s", line)),
+        )
+    except MemoryStillInUse as error:
+        log.error("netloader: nothing else may fill this memory: %s", error)  # noqa: TRY400 - the message says it all
+        raise
 
 
 def _secret(config: Config) -> bytes | None:

@@ -199,6 +199,10 @@ def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:
         return f"a path was given ({path}), and a SOURCE is configured: it is not clear which weights are meant"
     if any(spec.alias_of for spec in loaded.announcement.manifest.tensors):
         return "the model has tied weights, which vLLM's reload takes apart"
+    registered = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    unreached = [n for s in loaded.announcement.manifest.tensors if (n := s.name).rpartition(".")[0] not in registered]
+    if unreached:
+        return f"vLLM's own reload does not reach modules outside of the model's tree: {named(unreached)}"
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     other = {}

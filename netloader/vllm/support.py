@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from netloader.vllm.expert_maps import moving_experts, unreadable_map
+
 if TYPE_CHECKING:
     import torch
 
@@ -80,9 +82,14 @@ def _moving_experts(vllm_config: Any, _: Mapping[str, torch.Tensor]) -> str:
     parallel = vllm_config.parallel_config
     if getattr(parallel, "enable_elastic_ep", False):
         return "elastic expert parallelism moves experts between ranks at run time"
-    if parallel.enable_eplb:
+    if parallel.enable_eplb or moving_experts(vllm_config):
         return "expert load balancing (EPLB) moves experts between ranks at run time"
     return ""
+
+
+def _expert_map(vllm_config: Any, _: Mapping[str, torch.Tensor]) -> str:
+    path = unreadable_map(vllm_config)
+    return f"the expert map {path} can't be read, so that nothing can be compared with it" if path else ""
 
 
 def _some(names: list[str]) -> str:
@@ -92,6 +99,7 @@ def _some(names: list[str]) -> str:
 
 _CHECKS: tuple[Callable[[Any, Mapping[str, torch.Tensor]], str], ...] = (
     _moving_experts,
+    _expert_map,
     _offload,
     _online_quantisation,
     _uninitialised,

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from netloader.vllm.copies import Copies, Keep, make_copies
+from netloader.vllm.processed import outside
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Contents", "RawWeights", "Settled", "digest_of", "named_raw_tensors"]
+__all__ = ["Contents", "RawWeights", "Settled", "UnnamedTensors", "digest_of", "named_raw_tensors"]
 
 ALWAYS_HELD_BYTES = 4096
 """Tensors up to this size are copied whatever the settings say: scales that vLLM folds away and drops."""
@@ -26,14 +27,16 @@ ALWAYS_HELD_BYTES = 4096
 def named_raw_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer of `model`, in the order of its modules, under every name that it has.
 
-    Tied weights come under all their names. Non-persistent buffers (rotary caches) are left out: they are computed
-    when the model is built and are in no checkpoint.
+    Modules that hang in a plain mapping, list or object are no exception, although vLLM's own loading does not see
+    them: their names begin with the path to them (`pooler.poolers_by_task[embed].head.projector.0.weight`), and come
+    last. Tied weights come under all their names. Non-persistent buffers (rotary caches) are left out: they are
+    computed when the model is built and are in no checkpoint.
     """
     return dict(_named(model))
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in [*model.named_modules(remove_duplicate=False), *outside(model).modules.items()]:
         start = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters() hides tied names
             if parameter is not None:
@@ -57,6 +60,37 @@ def digest_of(tensor: torch.Tensor) -> str:
     if plain.numel():
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class UnnamedTensors:
+    """The tensors that `named_raw_tensors` leaves out, at one moment, to find out what loading changed.
+
+    Computed ones (rotary caches, maps of experts) are what they are when the model is built. One that loading fills or
+    adds is a weight that a client would never get.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._before = _unnamed(model)
+
+    def changed_by_loading(self, model: torch.nn.Module) -> list[str]:
+        """Names of those that hold something else now, or were not there; sorted."""
+        return sorted(name for name, digest in _unnamed(model).items() if self._before.get(name) != digest)
+
+
+def _unnamed(model: torch.nn.Module) -> dict[str, str]:
+    from torch.nn.parameter import is_lazy
+
+    digests: dict[int, str] = {}
+    found = outside(model).tensors
+    for tensor in found.values():
+        if id(tensor) not in digests:
+            shape = "no shape" if is_lazy(tensor) else tuple(tensor.shape)
+            unread = tensor.is_meta or is_lazy(tensor)
+            digests[id(tensor)] = f"{tensor.dtype} {shape}" if unread else digest_of(tensor)
+    return {name: digests[id(tensor)] for name, tensor in found.items()}
 
 
 Contents = tuple[str, tuple[int, ...]]

@@ -43,9 +43,12 @@ NAMES = (
     Name("vllm", "__version__"),
     # --- configuration ---
     Name("vllm.config", "get_current_vllm_config"),
+    Name("vllm.config", "VllmConfig.additional_config"),
     Name("vllm.config", "VllmConfig.cache_config"),
     Name("vllm.config", "VllmConfig.compilation_config"),
     Name("vllm.config", "VllmConfig.device_config"),
+    Name("vllm.config", "VllmConfig"),
+    Name("vllm.config", "VllmConfig.get_quantization_config", ("model_config", "load_config")),
     Name("vllm.config", "VllmConfig.load_config"),
     Name("vllm.config", "VllmConfig.offload_config"),
     Name("vllm.config", "VllmConfig.parallel_config"),
@@ -131,7 +134,9 @@ NAMES = (
     ),
     # --- models ---
     Name("vllm.model_executor.layers.quantization", "get_quantization_config", ("quantization",)),
+    Name("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"),
     Name("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig.get_config_filenames"),
+    Name("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig.maybe_update_config"),
     Name("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase"),
     Name(
         "vllm.model_executor.layers.quantization.base_config",

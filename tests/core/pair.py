@@ -25,6 +25,7 @@ from netloader.plan import Plan, Ranges, expand, make_plan, to_ranges
 from netloader.protocol import FINAL, ClientTerms, ServerTerms, Session, Side, State
 from netloader.protocol import effects as f
 from netloader.protocol import events as e
+from netloader.protocol.announcement import examine
 
 BLOCK = 1024
 ABILITIES = (m.Ability("memory"), m.Ability("gloo", {"host": "h"}))
@@ -164,6 +165,8 @@ class Peer:
                 self.deadline = None
                 if self is self.pair.client:
                     self.pair.ledger.lose(self.session)
+            case f.Examine() if not self.pair.examines_late:
+                self._examine(effect)
             case f.SendBlocks(ranges):
                 self.pair.check_asked_for(ranges)
                 self.tasks.append(Task(effect))
@@ -171,7 +174,7 @@ class Peer:
                 self.pair.check_granted(ranges)
                 self.tasks.append(Task(effect))
             case _:
-                once = (f.LookUp, f.TakeTurn, f.Pin, f.AcceptChannel, f.ConnectChannel)
+                once = (f.LookUp, f.TakeTurn, f.Examine, f.Pin, f.AcceptChannel, f.ConnectChannel)
                 if isinstance(effect, once):
                     before = [known for known in self.effects[:-1] if type(known) is type(effect)]
                     assert not before, f"{type(effect).__name__} twice"
@@ -234,6 +237,8 @@ class Peer:
             case f.TakeTurn():
                 task.stage += 1
                 self.feed(e.Queued("others come first", 1) if task.stage == 1 else e.TurnTaken(*pair.upstream))
+            case f.Examine():
+                self._examine(effect)
             case f.Pin(announcement):
                 self._pin(announcement, ok=ok)
             case f.AcceptChannel() | f.ConnectChannel() if not ok:
@@ -267,6 +272,14 @@ class Peer:
                 self.feed(e.ChannelDown())
             case _:
                 raise AssertionError(effect)
+
+    def _examine(self, question: f.Examine) -> None:
+        try:
+            self.feed(e.Examined(examine(question)))
+        except RemoteProtocolError as error:
+            self.feed(e.Garbled(error))
+        except NetloaderError as error:
+            self.feed(e.Cancelled(error.message, error=error))
 
     def _pin(self, announcement: e.Announcement, *, ok: bool) -> None:
         pair = self.pair
@@ -327,6 +340,7 @@ class Pair:
         memory: dict[int, bytes] | None = None,
         speaks: tuple[int, int] | None = None,
         upstream: tuple[str, tuple[str, ...]] = ("", ()),
+        examines_late: bool = False,  # as a client does that has a long manifest to look at
     ) -> None:
         self.weights = Weights() if weights is None else weights
         self.announcement = self.weights.announcement()
@@ -336,6 +350,7 @@ class Pair:
         self.broken = False
         self.client_node = client.node
         self.upstream = upstream
+        self.examines_late = examines_late
         self._speaks = speaks
         self.server = Peer(self, Session(Side.SERVER, server=server), client_messages(), server.token)
         self.client = Peer(self, Session(Side.CLIENT, client=client), server_messages(), client.token)

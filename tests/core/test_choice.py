@@ -32,9 +32,22 @@ def test_the_reason_names_each_transport() -> None:
         choose_transport([SHM, GLOO], [TCP, Ability("shm", {"host": "b", "user": "2"})])
     assert "shm: the two sides differ in host, user" in caught.value.message
     assert "gloo: the peer does not have it" in caught.value.message
-    assert "shm, tcp" in caught.value.hint
+    assert caught.value.hint == "the peer has shm, tcp; name one on both sides: TRANSPORT gloo or tcp"
     with pytest.raises(TransportUnavailable, match="this side has none"):
         choose_transport([], [TCP])
+
+
+def test_where_facts_alone_keep_them_apart_no_name_is_proposed() -> None:
+    with pytest.raises(TransportUnavailable) as caught:
+        choose_transport([SHM], [Ability("shm", {"host": "b", "user": "1"})])
+    assert caught.value.hint == "the peer has shm; allow another one on both sides"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_one_side_uses_by_name_only_is_proposed_to_both(swapped: bool) -> None:
+    sides = [SHM, TCP], [GLOO]
+    with pytest.raises(TransportUnavailable, match="name one on both sides: TRANSPORT gloo or shm or tcp"):
+        choose_transport(*(reversed(sides) if swapped else sides))
 
 
 def test_a_name_listed_twice_counts_where_it_comes_first() -> None:

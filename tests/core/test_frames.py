@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import struct
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from netloader import messages as m
 from netloader.codecs.frames import (
     CLIENT_FRAME_CAP,
+    LARGE_FRAME,
     SERVER_FRAME_CAP,
     FrameDecoder,
     client_messages,
@@ -23,7 +25,7 @@ from netloader.codecs.frames import (
 )
 from netloader.errors import LocalProtocolError, RemoteProtocolError
 from netloader.identity import ModelIdentity
-from netloader.manifest import MAX_TENSORS
+from netloader.manifest import MAX_TENSORS, Manifest, TensorSpec, manifest_digest
 from tests.core import golden, strategies
 
 CLIENT_KINDS, SERVER_KINDS = get_args(m.ClientMessage), get_args(m.ServerMessage)
@@ -250,6 +252,25 @@ def test_a_manifest_cannot_be_longer_than_its_limit() -> None:
     tensors = msgspec.Raw(b"\xdd" + struct.pack(">I", MAX_TENSORS + 1) + b"\xc0" * (MAX_TENSORS + 1))
     body = msgspec.msgpack.encode({"type": "Announce", "manifest": [tensors]})
     assert f"<= {MAX_TENSORS}" in str(error_for(server_messages(), frame(body)))
+
+
+def test_a_long_manifest_is_decoded_in_parts_to_the_same() -> None:
+    specs = [
+        TensorSpec(f"layers.{n}.weight", "bfloat16", (n, 3), (1, n) if n % 3 == 0 else ()) for n in range(1, 30_000)
+    ]
+    specs.append(TensorSpec("tied", "bfloat16", (2, 3), alias_of="layers.2.weight"))
+    said = m.Announce(
+        manifest=Manifest(tuple(specs)), block_bytes=1024, algorithm="x", digests=b"d", root="a", plan="b"
+    )
+    frame = encode_frame(said)
+    assert len(frame) > 2 * LARGE_FRAME
+    assert server_messages().feed(frame) == [said]
+    assert (
+        manifest_digest(said.manifest or Manifest(()))
+        == hashlib.blake2b(msgspec.msgpack.encode(said.manifest), digest_size=32).hexdigest()
+    )
+    wrong = error_for(server_messages(), frame.replace(b"bfloat16", b"bfloat\xc1\xc1"))
+    assert "a Announce that is not valid" in str(wrong)
 
 
 # --- what this side would send --------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ class Conversations(RuleBasedStateMachine):
             memory=self.memory,
             speaks=speaks,
             upstream=("bb", ("cc",)),
+            examines_late=True,
         )
         self.fits = list(clients(self.weights)).index(self.kind) < FITTING
         self.proven = client_token is None if server_token is None else client_token == server_token

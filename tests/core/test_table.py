@@ -33,12 +33,13 @@ local_strategies: dict[type, st.SearchStrategy[Any]] = {
     e.ConnectionLost: st.builds(e.ConnectionLost, short_text),
     e.Garbled: st.builds(e.Garbled, st.just(RemoteProtocolError("noise"))),
     e.TimedOut: st.just(e.TimedOut()),
-    e.Cancelled: st.builds(e.Cancelled, short_text, codes, st.none() | st.just(PeerLost("gone"))),
+    e.Cancelled: st.builds(e.Cancelled, short_text, codes | st.just("done"), st.none() | st.just(PeerLost("gone"))),
     e.Held: st.builds(e.Held, st.sampled_from([Weights(), Weights(0), Weights(2, b"x")]).map(Weights.announcement)),
     e.NotHeld: st.builds(e.NotHeld, codes, short_text, short_text, st.none() | st.floats(-1, 1e9), sources),
     e.Queued: st.builds(e.Queued, short_text | st.just("x" * 10_000), st.integers(0, 9)),
     e.TurnTaken: st.builds(e.TurnTaken, st.just(""), st.just(())),
     e.UpstreamChanged: st.builds(e.UpstreamChanged, st.just(("ab",))),
+    e.Examined: st.builds(e.Examined, st.just(Weights(3).announcement())),
     e.Pinned: st.just(e.Pinned()),
     e.PinRefused: st.builds(e.PinRefused, st.just(NetloaderError("no memory"))),
     e.ChannelOffered: st.builds(e.ChannelOffered, signals),
@@ -62,7 +63,7 @@ strategies: dict[type, st.SearchStrategy[Any]] = {**local_strategies, **message_
 def moments() -> tuple[Session, ...]:
     """Sessions at every moment of a few conversations that go well."""
     conversations = [
-        Pair(client_terms(Weights(3)), server_terms(), Weights(3)),
+        Pair(client_terms(Weights(3)), server_terms(), Weights(3), examines_late=True),
         Pair(client_terms(token=b"t"), server_terms(token=b"t"), Weights(1)),
         Pair(client_terms(probe=True), server_terms()),
     ]
@@ -251,6 +252,7 @@ EXAMPLES: dict[type, Any] = {
     e.Queued: e.Queued("others", 1),
     e.TurnTaken: e.TurnTaken(),
     e.UpstreamChanged: e.UpstreamChanged(("ab",)),
+    e.Examined: e.Examined(Weights(3).announcement()),
     e.Pinned: e.Pinned(),
     e.PinRefused: e.PinRefused(NetloaderError("no memory")),
     e.ChannelOffered: e.ChannelOffered(b""),

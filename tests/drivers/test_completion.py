@@ -16,6 +16,7 @@ import netloader.driver
 import netloader.server_session
 from netloader import messages as m
 from netloader.addresses import Address
+from netloader.errors import NoSourceLeft
 from netloader.protocol.context import Timings
 from netloader.report import Progress
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
@@ -124,8 +125,9 @@ async def _seconds_after_the_last_block(
             last = time.perf_counter()
             done()
 
-    await kit.pull(into, sources, kit.carrier("tcp"), progress=progress, stripe=stripe)
+    report = await kit.pull(into, sources, kit.carrier("tcp"), progress=progress, stripe=stripe)
     ended = time.perf_counter()
+    assert report.identity == kit.IDENTITY  # also where no goodbye was heard
     assert kit.contents(into) == kit.contents(SOURCE)
     return ended - last
 
@@ -157,3 +159,24 @@ async def test_a_server_that_stops_at_the_last_block_is_not_waited_for() -> None
         heard = await server.ask("errors")
     assert min(waited) <= AT_ONCE
     assert heard["errors"] == ["NoneType"] * 3
+
+
+async def test_what_a_source_says_again_and_again_is_accounted_for_once_whatever_numbers_it_holds() -> None:
+    said = 0
+
+    async def loads(wire: Wire) -> None:
+        nonlocal said
+        said += 1
+        await wire.hear_until(m.Hello)
+        await wire.say(kit.welcome(HUB.transport))
+        await wire.hear_until(m.Identify)
+        code: m.RefusalCode = "not-ready" if said < 4 else "not-held"
+        await wire.say(m.Refusal(code=code, message=f"{said} of 4 parts are loaded", retry_after=0.001))
+
+    async with kit.fake_server(loads) as fake:
+        with pytest.raises(NoSourceLeft) as caught:
+            await kit.pull(kit.blank(SOURCE), [fake.address], HUB.transport, wait=kit.PATIENCE)
+    assert [attempt.cause.message for attempt in caught.value.attempts] == [
+        "1 of 4 parts are loaded",
+        "4 of 4 parts are loaded",
+    ]

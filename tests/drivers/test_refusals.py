@@ -16,6 +16,7 @@ from netloader import messages as m
 from netloader.errors import NoSourceLeft
 from netloader.identity import ModelIdentity
 from netloader.tensors.holding import Holding
+from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.core.test_identity import BASE, NOT_COMPARED, OTHER
 from tests.core.test_identity import changed as identity_with
@@ -248,6 +249,13 @@ async def test_no_transport_that_both_sides_have(refused: Refused) -> None:
     async with kit.serving(theirs.transport, HOLDING) as server:
         line = await refused(kit.at(server), ours)
     assert "no transport can connect the two sides: memory: the two sides differ in hub" in line
+
+
+async def test_a_transport_that_only_one_side_names(refused: Refused) -> None:
+    async with kit.serving(registry.load("gloo"), HOLDING) as server:
+        line = await refused(kit.at(server), kit.Hub())
+    assert "no transport can connect the two sides: memory: the peer does not have it" in line
+    assert "(the peer has gloo; name one on both sides: TRANSPORT gloo or memory)" in line
 
 
 async def test_a_relay_that_would_get_its_blocks_from_us(refused: Refused) -> None:

@@ -23,14 +23,18 @@ MTP: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": 1}
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("llama-w8a8", {"INT8_CACHE": "dram"}), ("qwen3-moe", {})],
+    ("kind", "settings", "carrier"),
+    [
+        pytest.param("llama-w8a8", {"INT8_CACHE": "dram"}, "shm", id="llama-w8a8"),
+        pytest.param("qwen3-moe", {"TRANSPORT": ["gloo", "tcp"]}, "gloo", id="qwen3-moe by gloo"),
+    ],
 )
 def test_what_post_processing_rewrites_is_served_right(
-    kind: str, settings: dict[str, Any], models: ModelStore, tmp_path: Path
+    kind: str, settings: dict[str, Any], carrier: str, models: ModelStore, tmp_path: Path
 ) -> None:
     full, bare = make_hosts(tmp_path, models, kind)
     assert_equal_answers(tmp_path, full, bare, settings)
+    assert f" over {carrier}" in (tmp_path / "client.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

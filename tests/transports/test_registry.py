@@ -113,8 +113,13 @@ def test_nobody_takes_one_of_our_names(installed: list[EntryPoint], caplog: pyte
 
 
 def test_hccl_is_for_npu_only() -> None:
-    assert registry.preferred("npu:0") == ("hccl", "shm", "tcp", "gloo")
-    assert registry.preferred("cpu") == ("shm", "tcp", "gloo")
+    assert registry.preferred("npu:0") == ("hccl", "shm", "tcp")
+    assert registry.preferred("cpu") == ("shm", "tcp")
+
+
+def test_gloo_is_used_by_name_only(installed: list[EntryPoint]) -> None:
+    assert "gloo" not in [t.name for t in registry.available("cpu").transports]
+    assert [t.name for t in registry.available("cpu", ["tcp", "gloo"]).transports] == ["tcp", "gloo"]
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:

@@ -125,6 +125,7 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
         seen["address file gone"] = not file.exists(), ""
     seen["load"] = True, seed.announcement.identity.load
     seen["shard"] = True, json.dumps(rank.disk)
+    seen["placement"] = True, seed.announcement.identity.expert_placement
     if "pipeline_parallel_size" in arguments:
         seen["draft"] = True, _draft_of_the_last_stage(rank)
     return seen

@@ -224,6 +224,27 @@ def test_experts_that_move_fall_back(field: str, falls_back: FallingBack) -> Non
     falls_back("moves experts between ranks", configure=lambda config: setattr(config.parallel_config, field, True))
 
 
+@pytest.mark.parametrize(
+    "additional",
+    [
+        {"eplb_config": {"dynamic_eplb": True}},
+        {"eplb_config": {"expert_map_record_path": "record.json"}},
+        {"dynamic_eplb": True},
+    ],
+    ids=["dynamic", "recorded", "earlier release"],
+)
+def test_experts_that_vllm_ascend_moves_fall_back(additional: dict[str, Any], falls_back: FallingBack) -> None:
+    falls_back("moves experts between ranks", configure=lambda config: setattr(config, "additional_config", additional))
+
+
+def test_an_expert_map_that_cannot_be_read_falls_back(falls_back: FallingBack, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    falls_back(
+        f"the expert map {path} can't be read",
+        configure=lambda config: setattr(config, "additional_config", {"eplb_config": {"expert_map_path": str(path)}}),
+    )
+
+
 def test_weights_without_a_shape_fall_back(falls_back: FallingBack) -> None:
     from torch.nn.parameter import UninitializedParameter
 

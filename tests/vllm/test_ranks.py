@@ -79,6 +79,12 @@ def test_two_ranks_pull_their_shards_and_agree(
     assert first["next generation"][1] == second["next generation"][1] == ""
     assert first["load"][1] == second["load"][1] != ""
     assert first["shard"] != second["shard"], "the ranks hold different tensors"
+    placements = {first["placement"][1], second["placement"][1]}
+    if more.get("enable_expert_parallel"):
+        assert len(placements) == 2, "each rank has a map of its own"
+        assert all(text.startswith("linear, maps ") for text in placements)
+    else:
+        assert placements == {""}
     if parallel == "pipeline":
         assert second["draft"][1].endswith("loads the draft: SOURCE omitted")
 

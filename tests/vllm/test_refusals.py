@@ -126,6 +126,14 @@ def _notes_a_fact(model: Any) -> None:
     model.model.norm.seen_in_the_files = 7
 
 
+def _keeps_a_tensor(model: Any) -> None:
+    model.model.norm.table = [model.lm_head.weight.sum(dim=0)]
+
+
+def _fills_a_computed_buffer(model: Any) -> None:
+    model.model.layers[0].self_attn.rotary_emb.cos_sin_cache.mul_(2)
+
+
 def _grows_a_parameter(model: Any) -> None:
     model.model.norm.bias = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
 
@@ -134,9 +142,11 @@ def _grows_a_parameter(model: Any) -> None:
     ("change", "reason"),
     [
         (_notes_a_fact, "loading sets more than tensors: model.norm.seen_in_the_files (load this model from storage)"),
+        (_keeps_a_tensor, "loading sets more than tensors: model.norm.table[0] (load this model from storage)"),
+        (_fills_a_computed_buffer, "loading sets more than tensors: model.layers.0.self_attn.rotary_emb.cos_sin_cache"),
         (_grows_a_parameter, "loading changes which tensors the model has (load this model from storage)"),
     ],
-    ids=["a fact", "a tensor"],
+    ids=["a fact", "a tensor without a name", "a computed tensor", "a tensor"],
 )
 def test_what_raw_tensors_alone_do_not_make_is_not_served(
     change: Callable[[Any], object],
@@ -147,7 +157,7 @@ def test_what_raw_tensors_alone_do_not_make_is_not_served(
 ) -> None:
     after_weights(change)
     load(models.get("draft"))
-    assert log_lines.one("does not serve its target").endswith(f"rank 0 does not serve its target: {reason}")
+    assert f"rank 0 does not serve its target: {reason}" in log_lines.one("does not serve its target")
     server = serving.running_server()
     assert server is not None
     log_lines.lines.clear()

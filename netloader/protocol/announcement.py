@@ -1,0 +1,63 @@
+"""What a server announced, examined: pure and thread-safe, since a large manifest is not looked at in an event loop."""
+
+from __future__ import annotations
+
+from netloader.errors import ManifestError, RemoteProtocolError, RootMismatch
+from netloader.identity import ModelIdentity
+from netloader.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
+from netloader.plan import make_plan
+from netloader.protocol.effects import Examine
+from netloader.protocol.events import Announcement
+
+__all__ = ["examine"]
+
+
+def examine(question: Examine) -> Announcement:
+    """Check all that a server announced against what this client is about to fill, and derive the blocks.
+
+    Raises:
+        ManifestError: The tensors are not those that this client fills, can't travel, or are more than it takes.
+        RemoteProtocolError: What was announced contradicts itself.
+        RootMismatch: They are other weights than those that the pull is pinned to.
+    """
+    event, terms = question.announce, question.terms
+    manifest, digest = _manifest(question)
+    plan = make_plan(manifest, event.block_bytes)
+    if plan.digest != event.plan:
+        raise RemoteProtocolError(
+            f"both sides derived different blocks (plan {plan.digest[:16]} here, {event.plan[:16]} at the server)",
+            hint="run the same netloader release on both sides",
+        )
+    if len(event.digests) != DIGEST_BYTES * len(plan.blocks):
+        raise RemoteProtocolError(f"{len(plan.blocks)} blocks came with {len(event.digests)} bytes of digests")
+    root = compute_root(manifest, event.block_bytes, event.algorithm, event.digests, known_digest=digest)
+    if root != event.root:
+        raise RemoteProtocolError(f"the server announced root {event.root}, its own digests give {root}")
+    if terms.root and root != terms.root:
+        raise RootMismatch(terms.root, root, terms.pinned_by)
+    identity = question.identity if question.identity is not None else ModelIdentity()
+    return Announcement(identity, manifest, digest, plan, event.algorithm, event.digests, root)
+
+
+def _manifest(question: Examine) -> tuple[Manifest, str]:
+    """The manifest to pull with and its digest, checked against what this side is about to fill."""
+    announced, terms = question.announce.manifest, question.terms
+    if announced is None:
+        if terms.manifest is None:
+            raise RemoteProtocolError("the server announced no manifest, and this client has none of its own")
+        return terms.manifest, terms.manifest_digest
+    announced.check()
+    if terms.manifest is not None and not question.probing:
+        found = compare(terms.manifest, announced)
+        if found:
+            raise ManifestError(
+                f"{len(found)} tensors differ from what the server holds",
+                problems=[str(mismatch) for mismatch in found],
+                hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
+            )
+    if announced.nbytes > terms.max_bytes:
+        raise ManifestError(
+            f"the server holds {announced.nbytes} bytes, this client takes at most {terms.max_bytes}",
+            hint="raise the limit if that is expected",
+        )
+    return announced, manifest_digest(announced)

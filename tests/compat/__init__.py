@@ -1,0 +1,1 @@
+"""The release before and this one, pulling from each other."""

@@ -1,0 +1,114 @@
+"""What a model reads from files while it is built, and whether it is found again: without vLLM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from netloader.vllm.file_reads import FileReads, Traced
+
+VALUES = {"weight": torch.arange(12.0).reshape(3, 4) / 7, "bias": torch.arange(3.0) + 5}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A weight file with two tensors."""
+    found = tmp_path / "dense.safetensors"
+    safetensors.torch.save_file(VALUES, found)
+    return found
+
+
+@pytest.fixture
+def late() -> Iterator[ModuleType]:
+    """A module that takes names from safetensors when it is told to."""
+    module = ModuleType("tests_module_imported_late")
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+
+
+def linear(read: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    made = torch.nn.Linear(4, 3, dtype=dtype)
+    made.load_state_dict(read)
+    return {f"projector.{name}": tensor for name, tensor in made.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_became_a_weight_is_found_in_any_floating_type(path: Path, dtype: torch.dtype) -> None:
+    with FileReads() as reads:
+        weights = linear(safetensors.torch.load_file(path), dtype)
+    others = {"up.weight": torch.zeros(3, 4), "up.bias": torch.zeros(3)}
+    assert reads.traced({**others, **weights}) == Traced(frozenset(weights))
+
+
+def test_what_became_none_is_named(path: Path) -> None:
+    with FileReads() as reads:
+        weights = linear(safetensors.torch.load_file(path))
+    del weights["projector.bias"]
+    assert reads.traced(weights).lost == (f"{path}: bias",)
+    weights["projector.weight"].mul_(2)
+    assert set(reads.traced(weights).lost) == {f"{path}: weight", f"{path}: bias"}
+
+
+def test_what_is_a_weight_and_kept_besides_is_named(path: Path) -> None:
+    with FileReads() as reads:
+        read = safetensors.torch.load(path.read_bytes())
+        weights = linear(read)
+    assert set(reads.traced(weights).lost) == {"weight", "bias"}
+    assert reads.traced(read).lost == (), "the tensors that were read may be the weights themselves"
+    read.clear()
+    assert reads.traced(weights).lost == ()
+
+
+def test_what_cannot_be_looked_into_is_named(path: Path) -> None:
+    with FileReads() as reads, safetensors.safe_open(path, framework="numpy") as file:
+        assert file.get_tensor("bias").tolist() == VALUES["bias"].tolist()
+    assert reads.traced(VALUES).lost == (f"{path}: bias (ndarray)",)
+
+
+def test_what_says_only_how_weights_look_is_no_reading(path: Path) -> None:
+    with FileReads() as reads, safetensors.safe_open(path, framework="pt") as file:
+        assert sorted(file.keys()) == ["bias", "weight"]
+        assert file.metadata() is None
+        assert file.get_slice("weight").get_shape() == [3, 4]
+    assert reads.traced({}) == Traced()
+
+
+def test_a_slice_is_found_where_a_weight_is_that_slice(path: Path) -> None:
+    with FileReads() as reads, safetensors.safe_open(path, framework="pt") as file:
+        shard = file.get_slice("weight")[1:].clone()
+    assert reads.traced({"shard": shard}) == Traced(frozenset({"shard"}))
+    assert reads.traced({"weight": VALUES["weight"]}).lost == (f"{path}: weight",)
+
+
+def test_torch_load_is_looked_through(tmp_path: Path) -> None:
+    path = tmp_path / "dense.pt"
+    torch.save({"state": [VALUES], "epoch": 3}, path)
+    with FileReads() as reads:
+        found: Any = torch.load(path, weights_only=True)
+        weights = {f"projector.{name}": tensor.clone() for name, tensor in found["state"][0].items()}
+    del found
+    assert reads.traced(weights) == Traced(frozenset(weights))
+    del weights["projector.weight"]
+    assert reads.traced(weights).lost == (f"{path}: state: 0: weight",)
+
+
+def test_every_module_gets_back_what_it_had(path: Path, late: Any) -> None:
+    originals = safetensors.safe_open, safetensors.torch.load, torch.load
+    late.early = safetensors.safe_open
+    with FileReads() as reads:
+        assert late.early is not originals[0]
+        late.opened, late.load = safetensors.safe_open, torch.load
+        watched = safetensors.torch.load
+    assert (safetensors.safe_open, safetensors.torch.load, torch.load) == originals
+    assert (late.early, late.opened, late.load) == (originals[0], originals[0], originals[2])
+    assert watched(path.read_bytes()).keys() == VALUES.keys()
+    assert reads.traced({}) == Traced(), "what is read afterwards is not noted, however it was reached"

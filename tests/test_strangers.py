@@ -1,0 +1,228 @@
+"""What a stranger can do to a process of the command line with its defaults, and no token: cost his own session.
+
+The stranger is this process; the server and the newcomer are `netloader serve` and `netloader pull` in processes of
+their own. What he would do over gloo is done wherever it is allowed, so that these are attacks: the last test shows
+that one of them ends a server which was told to use gloo.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from netloader import ModelIdentity
+from netloader import messages as m
+from netloader.checkpoint import make_demo_checkpoint, open_checkpoint
+from netloader.codecs.frames import server_messages
+from netloader.demo import compare_checkpoints
+from netloader.errors import PeerLost
+from netloader.plan import make_plan
+from netloader.tensors import hold
+from netloader.transports.base import Setup
+from netloader.transports.gloo import _MARK, _RECEIPT, GlooTransport, _tag
+from tests.commands import PATIENCE, Serving, command, serving
+from tests.drivers import kit
+
+GLOO = GlooTransport()
+BYTES = 2 << 20
+
+
+class _WireSignals:
+    """The signals of a transport, by hand."""
+
+    def __init__(self, wire: kit.Wire[Any]) -> None:
+        self._wire = wire
+
+    async def post(self, data: bytes) -> None:
+        await self._wire.say(m.Signal(data=data))
+
+    async def fetch(self) -> bytes:
+        try:
+            signalled: m.Signal = await self._wire.hear_until(m.Signal)
+        except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
+            raise PeerLost("the victim closed") from error
+        return signalled.data
+
+
+def setup(wire: kit.Wire[Any]) -> Setup:
+    return replace(kit.setup(), signals=_WireSignals(wire))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_demo_checkpoint(folder, BYTES)
+    return folder
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[Serving]:
+    """As it stands: no token, any transport."""
+    with serving(model) as process:
+        yield process
+
+
+@pytest.fixture
+def narrow(model: Path) -> Iterator[Serving]:
+    """One that serves one client at a time."""
+    with serving(model, "--max-clients", 1) as process:
+        yield process
+
+
+@pytest.fixture
+def named(model: Path) -> Iterator[Serving]:
+    """One that was told to use gloo."""
+    with serving(model, "--transport", "gloo") as process:
+        yield process
+
+
+@asynccontextmanager
+async def connected(address: str) -> AsyncIterator[kit.Wire[m.ServerMessage]]:
+    host, _, port = address.rpartition(":")
+    async with await anyio.connect_tcp(host, int(port)) as stream:
+        yield kit.Wire(stream, server_messages())
+
+
+async def pulled(model: Path, folder: Path, *sources: str) -> None:
+    """Have a newcomer with its defaults pull from these sources: it ends well, and has every byte."""
+    with anyio.fail_after(PATIENCE):
+        done = await anyio.run_process(command("pull", *sources, "-o", folder), check=False, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, f"the newcomer ended with {done.returncode}: {done.stdout.decode()}"
+    found = compare_checkpoints(model, folder)
+    assert found.tensors > 0
+    assert not found.problems
+
+
+# --- what is done over gloo -------------------------------------------------------------------------------------------
+
+Attack = Callable[[Any, kit.Wire[m.ServerMessage], int], Awaitable[None]]
+
+
+async def receipt(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> None:
+    """A receipt of 16 bytes where one without any is expected."""
+    sending = link._group.send([torch.zeros(16, dtype=torch.uint8)], 1, _tag(_RECEIPT, nbytes))
+    await wire.say(m.Want(ranges=((0, 1),)))
+    await wire.closed()
+    del sending  # gloo forgets what nobody waits for
+
+
+async def zeros(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> None:
+    """Bytes that are no message of gloo's, and silence."""
+    del nbytes
+    await wire.say(m.Want(ranges=((0, 1),)))
+    await anyio.to_thread.run_sync(link._wire.sendall, bytes(4096))
+
+
+async def ask_for_gloo(address: str, attack: Attack) -> m.ServerMessage:
+    """Choose gloo, whatever the server listed, and attack if that is granted; what the server said to the choice."""
+    async with connected(address) as wire:
+        await wire.say(kit.hello(GLOO), m.Identify(layouts=("checkpoint",)))
+        known: m.Announce = await wire.hear_until(m.Announce)
+        await wire.say(m.Agree(plan=known.plan, transport="gloo"))
+        answer = await wire.hear()
+        if isinstance(answer, m.ChannelOffer):
+            channel: Any = await GLOO.connect(answer.offer, setup(wire))
+            try:
+                assert known.manifest is not None
+                await attack(channel._link, wire, make_plan(known.manifest, known.block_bytes).blocks[0].nbytes)
+            finally:
+                await channel.aclose()
+        return answer
+
+
+# --- against a server -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attack", [receipt, zeros])
+async def test_a_client_that_picks_gloo_costs_its_own_session(
+    server: Serving, model: Path, tmp_path: Path, attack: Attack
+) -> None:
+    answer = await ask_for_gloo(server.address, attack)
+    await pulled(model, tmp_path / "copy", server.address)
+    assert server.process.poll() is None
+    assert isinstance(answer, m.Refusal), "gloo was granted"
+    assert answer.code == "transport"
+
+
+async def test_by_default_gloo_is_not_offered(server: Serving) -> None:
+    async with connected(server.address) as wire:
+        await wire.say(kit.hello(GLOO))
+        welcome: m.Welcome = await wire.hear_until(m.Welcome)
+    assert "gloo" not in [ability.name for ability in welcome.abilities]
+
+
+# --- against a newcomer -----------------------------------------------------------------------------------------------
+
+
+class Rogue:
+    """A server that has gloo only, and sends a mark of 16 bytes where one without any is expected."""
+
+    def __init__(self, model: Path) -> None:
+        identity = ModelIdentity(model=model.name, layout="checkpoint")
+        self._holding = hold(open_checkpoint(model).tensors, identity)
+        self.over = anyio.Event()
+        self.answer: m.ClientMessage | None = None
+
+    async def script(self, wire: kit.Wire[m.ClientMessage]) -> None:
+        try:
+            await self._script(wire)
+        finally:
+            self.over.set()
+
+    async def _script(self, wire: kit.Wire[m.ClientMessage]) -> None:
+        await wire.hear_until(m.Hello)
+        await wire.say(kit.welcome(GLOO))
+        await wire.hear_until(m.Identify)
+        announcement = self._holding.announcement
+        await wire.say(m.Accepted(identity=announcement.identity), kit.announce(self._holding))
+        self.answer = await wire.hear()
+        if isinstance(self.answer, m.Agree):
+            offer, pending = await GLOO.offer(setup(wire))
+            await wire.say(m.ChannelOffer(transport="gloo", offer=offer))
+            channel: Any = await GLOO.accept(pending)
+            try:
+                nbytes = announcement.plan.blocks[0].nbytes
+                sending = channel._link._group.send([torch.zeros(16, dtype=torch.uint8)], 0, _tag(_MARK, nbytes))
+                wanted: m.Want = await wire.hear_until(m.Want)
+                await wire.say(m.Grant(ranges=wanted.ranges))
+                await wire.closed()
+                del sending
+            finally:
+                await channel.aclose()
+
+
+async def test_a_server_that_has_gloo_only_is_left_for_the_next(narrow: Serving, model: Path, tmp_path: Path) -> None:
+    """The honest one is busy until the other one has had its chance."""
+    rogue = Rogue(model)
+    async with (
+        kit.fake_server(rogue.script) as fake,
+        anyio.create_task_group() as tasks,  # ends when the newcomer has
+        connected(narrow.address) as busy,
+    ):
+        await busy.say(kit.hello(GLOO), m.Identify(layouts=("checkpoint",)))
+        await busy.hear_until(m.Announce)
+        tasks.start_soon(pulled, model, tmp_path / "copy", str(fake.address), narrow.address)
+        with anyio.fail_after(PATIENCE):
+            await rogue.over.wait()
+    assert isinstance(rogue.answer, m.Goodbye), "gloo was used"
+    assert rogue.answer.code == "transport"
+
+
+# --- where gloo was named ---------------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_was_told_to_use_gloo_trusts_its_clients(named: Serving) -> None:
+    answer = await ask_for_gloo(named.address, receipt)
+    assert isinstance(answer, m.ChannelOffer)
+    told = await anyio.to_thread.run_sync(named.read_to_end)
+    assert named.process.returncode == -signal.SIGABRT
+    assert "gloo::EnforceNotMet" in told

@@ -1,0 +1,153 @@
+"""Maps of experts: what decides where each expert lies is compared before a byte moves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from netloader.vllm.expert_maps import configured_experts, expert_maps
+from tests.models import ModelStore
+from tests.vllm import harness
+from tests.vllm.pulls import LogLines, Seeds, load, offered, source_of
+
+MAPS: dict[str, Any] = {"moe_layer_count": 1, "layer_list": [{"device_list": [{"device_expert": [0, 1]}]}]}
+
+
+def told(**additional: Any) -> str:
+    return configured_experts(SimpleNamespace(additional_config=additional))
+
+
+def test_what_is_configured_is_told_by_content(tmp_path: Path) -> None:
+    here, there = tmp_path / "map.json", tmp_path / "other.json"
+    here.write_text(json.dumps(MAPS))
+    there.write_text(json.dumps(MAPS, indent=2))
+    text = told(eplb_config={"expert_map_path": str(here)})
+    assert text.startswith("configured ")
+    assert told(eplb_config={"expert_map_path": str(there)}) == text
+    there.write_text(json.dumps({**MAPS, "moe_layer_count": 2}))
+    seen = [
+        text,
+        told(eplb_config={"expert_map_path": str(there)}),
+        told(mix_placement=True),
+        told(eplb_config={"num_redundant_experts": 2}),
+        told(eplb_config={"num_redundant_experts": 4}),
+        "",
+    ]
+    assert len(set(seen)) == len(seen)
+    assert told() == told(mix_placement=False, eplb_config={"num_redundant_experts": 0}) == told(eplb_config=None) == ""
+    assert configured_experts(SimpleNamespace(additional_config=object())) == ""
+
+
+def test_maps_are_found_by_name_wherever_a_layer_has_them() -> None:
+    def text(change: Callable[[Any], object]) -> str:
+        model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        # Whole numbers that are no maps: what memory held, and what a checkpoint fills.
+        model[0].qweight = torch.nn.Parameter(torch.randint(99, (64,), dtype=torch.int32), requires_grad=False)
+        model[0].indices = torch.randint(99, (64,), dtype=torch.int32)
+        model[0].register_buffer("token_ordering", torch.randint(99, (64,)))
+        change(model[0])
+        return expert_maps(model)
+
+    values = torch.tensor([0, 1, -1, -1], dtype=torch.int32)
+    assert text(lambda layer: None) == ""
+    assert text(lambda layer: layer.register_buffer("_expert_map", None)) == ""
+    attribute = text(lambda layer: setattr(layer, "log2phy", values))
+    assert attribute.startswith("maps ")
+    assert attribute == text(lambda layer: setattr(layer, "log2phy", values.clone()))
+    assert attribute == text(lambda layer: layer.register_buffer("log2phy", values, persistent=False))
+    others = {
+        attribute,
+        text(lambda layer: setattr(layer, "log2phy", values.flip(0))),
+        text(lambda layer: setattr(layer, "global_expert_map", values)),
+        text(lambda layer: layer.register_buffer("_expert_map", values)),
+        text(lambda layer: layer.register_buffer("_expert_map", values.long())),
+    }
+    assert len(others) == 5
+
+
+# --- loads ----------------------------------------------------------------------------------------------------------
+
+Placed = Callable[[list[int]], None]
+
+
+@pytest.fixture
+def placed(needs_vllm: None, monkeypatch: pytest.MonkeyPatch) -> Placed:
+    """Has each model that vLLM builds hold maps as vllm-ascend's layers do: one as a buffer, one as an attribute."""
+    from vllm.model_executor.model_loader import base_loader
+
+    build, now = base_loader.initialize_model, [0, 1]
+
+    def initialize(*arguments: Any, **more: Any) -> Any:
+        model = build(*arguments, **more)
+        experts = model.model.layers[0].mlp
+        experts.register_buffer("_expert_map", torch.tensor(now, dtype=torch.int32))
+        experts.log2phy = torch.tensor(now[::-1], dtype=torch.int32)
+        return model
+
+    monkeypatch.setattr(base_loader, "initialize_model", initialize)
+
+    def place(values: list[int]) -> None:
+        now[:] = values
+
+    return place
+
+
+def held(loaded: harness.Loaded) -> list[int]:
+    model: Any = loaded.model
+    experts = model.model.layers[0].mlp
+    assert experts.log2phy.tolist() == experts._expert_map.tolist()[::-1]
+    found: list[int] = experts._expert_map.tolist()
+    return found
+
+
+def test_a_source_that_places_experts_otherwise_is_refused_by_name(
+    placed: Placed, models: ModelStore, log_lines: LogLines
+) -> None:
+    folder, bare = models.get("qwen3-moe"), models.bare("qwen3-moe")
+    seed, holding = offered(folder, {})
+    with source_of(holding) as source:
+        assert load(bare, source, SERVE=False).raw == seed.raw
+        log_lines.lines.clear()
+        placed([1, 0])
+        assert held(load(folder, source, SERVE=False)) == [1, 0]
+    line = log_lines.one("the default loader (auto) loads", "could not pull")
+    assert "the identities differ: expert_placement is 'maps " in line
+    assert not log_lines.with_part("TRANSFER"), "before the first byte"
+
+
+def test_a_map_that_differs_from_what_the_source_said_is_not_taken(
+    placed: Placed, models: ModelStore, log_lines: LogLines
+) -> None:
+    folder = models.get("qwen3-moe")
+    _, usual = offered(folder, {})
+    placed([1, 0])
+    seed, other = offered(folder, {})
+    said = usual.announcement.identity.expert_placement
+    placed([0, 1])
+    log_lines.lines.clear()
+    with source_of(other, expert_placement=said) as source:
+        loaded = load(folder, source, SERVE=False)
+    assert "the source holds other expert maps than it said" in log_lines.one("the default loader (auto) loads")
+    assert held(loaded) == [0, 1]
+    assert held(seed) == [1, 0]
+
+
+def test_a_map_that_only_the_client_was_given_is_a_difference(
+    seeds: Seeds, models: ModelStore, tmp_path: Path, log_lines: LogLines
+) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps(MAPS))
+    seed = seeds.get("qwen3-moe")
+    log_lines.lines.clear()
+    arguments = {"additional_config": {"eplb_config": {"expert_map_path": str(file)}}}
+    with source_of(seed.holding) as source:
+        assert load(models.get("qwen3-moe"), source, arguments=arguments, SERVE=False).raw == seed.disk
+    line = log_lines.one("the default loader (auto) loads", "could not pull")
+    assert "expert_placement is '' at the server and 'configured " in line
+    assert not log_lines.with_part("TRANSFER"), "before the first byte"

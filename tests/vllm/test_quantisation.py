@@ -1,0 +1,130 @@
+"""Quantised models that differ in nothing but how they were quantised are not pulled from each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from netloader.vllm.quantisation import quantisation_text
+from tests.models import ModelStore, strip_weights
+from tests.vllm import harness, slim_method
+from tests.vllm.pulls import LogLines, load, offered, source_of
+
+pytestmark = pytest.mark.usefixtures("needs_vllm")
+
+
+@pytest.fixture
+def folders(models: ModelStore, tmp_path: Path) -> dict[str, Path]:
+    """The same weights under two descriptions."""
+    return {
+        kind: slim_method.described(models.get("draft"), tmp_path / kind, kind) for kind in ("W8A8_DYNAMIC", "W8A16")
+    }
+
+
+def text_of(folder: Path, **arguments: Any) -> str:
+    settings: dict[str, Any] = {**slim_method.ARGUMENTS, **arguments}
+    config = harness.engine_config(folder, **settings)
+    return quantisation_text(config.model_config, config.cache_config, config.load_config)
+
+
+def test_a_file_that_only_the_method_knows_counts(folders: dict[str, Path]) -> None:
+    one, other = (text_of(folder) for folder in folders.values())
+    assert "" not in {one, other}
+    assert one != other
+    config = harness.engine_config(folders["W8A16"], quantization=slim_method.NAME)
+    harness.load(config)
+    assert quantisation_text(config.model_config, config.cache_config, config.load_config) == other, "built or not"
+
+
+def test_it_counts_beside_a_configuration_that_says_little(folders: dict[str, Path]) -> None:
+    """The folder's files are compared also where config.json has a word on it, which this method takes for all."""
+    stub = {"quantization_config": {"quant_method": slim_method.NAME}}
+    one, other = (text_of(folder, hf_overrides=stub) for folder in folders.values())
+    assert "" not in {one, other}
+    assert one != other
+
+
+def test_where_the_files_are_need_not_be_the_name_of_the_model(folders: dict[str, Path]) -> None:
+    known = SimpleNamespace(quantization="auto_awq", hf_overrides={}, hf_config=SimpleNamespace())
+    (folders["W8A16"] / "my-quantize_config.json").write_text('{"bits": 4}')
+    named = SimpleNamespace(**vars(known), quantization_config=None, model="some/model")
+    placed = SimpleNamespace(**vars(known), quantization_config=None, model=str(folders["W8A16"]))
+    text = quantisation_text(placed, None)
+    assert len(text) == 32, "a file whose name ends as the method says"
+    assert quantisation_text(named, None, folder=folders["W8A16"]) == text
+
+
+def test_a_method_without_any_configuration_is_named_as_one_of_arguments_only(models: ModelStore) -> None:
+    plain = models.get("draft")
+    online = text_of(plain, quantization="fp8")
+    assert online.startswith("arguments only, ")
+    assert online == text_of(plain, quantization="fp8")
+    assert text_of(plain, quantization="fp8_per_tensor") not in {"", online}
+    assert text_of(plain, quantization="fp8", kv_cache_dtype="fp8").startswith(f"{online}, kv-cache fp8")
+
+
+def test_a_configuration_in_the_environment_counts(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = folders["W8A16"], tmp_path / "online.json"
+    seen = {text_of(folder)}
+    for value in ('{"bits": 4}', '{"bits": 8}'):
+        monkeypatch.setenv("VLLM_HUMMING_ONLINE_QUANT_CONFIG", value)
+        text = text_of(folder)
+        file.write_text(value)
+        monkeypatch.setenv("VLLM_HUMMING_ONLINE_QUANT_CONFIG", str(file))
+        assert text_of(folder) == text
+        seen.add(text)
+    assert len(seen) == 3
+
+
+# --- loads ----------------------------------------------------------------------------------------------------------
+
+KEPT = {"INT8_CACHE": "dram"}
+
+
+def test_a_seed_that_was_quantised_in_another_way_is_refused_by_name(
+    folders: dict[str, Path], tmp_path: Path, log_lines: LogLines
+) -> None:
+    seed, holding = offered(folders["W8A8_DYNAMIC"], KEPT, slim_method.ARGUMENTS)
+
+    def pull(folder: Path) -> harness.Loaded:
+        log_lines.lines.clear()
+        return load(folder, source, arguments=slim_method.ARGUMENTS, SERVE=False)
+
+    with source_of(holding) as source:
+        bare = strip_weights(folders["W8A8_DYNAMIC"], tmp_path / "bare")
+        assert pull(bare).raw == seed.raw
+        pull(folders["W8A16"])
+    line = log_lines.one("the default loader (auto) loads", "could not pull")
+    assert "the identities differ: quantization_config is " in line
+    assert "files that say how the weights are quantised" in line
+    assert not log_lines.with_part("TRANSFER"), "before the first byte"
+
+
+def test_what_nobody_can_tell_is_neither_pulled_nor_served(
+    folders: dict[str, Path], log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders["W8A16"]
+    seed, holding = offered(folder, KEPT, slim_method.ARGUMENTS)
+    monkeypatch.setattr(slim_method.Config, "untold", object())
+    log_lines.lines.clear()
+    with source_of(holding, quantization_config="") as source:
+        assert load(folder, source, arguments=slim_method.ARGUMENTS).raw == seed.raw
+    reason = f"nothing says how {slim_method.NAME} quantises this model"
+    assert reason in log_lines.one("the default loader (auto) loads the target")
+    assert reason in log_lines.one("does not serve its target")
+    assert "its object has no content that can be compared" in log_lines.with_part("is not known:")[0]
+    assert not log_lines.with_part("TRANSFER")
+
+
+def test_a_source_that_does_not_say_how_is_no_source(folders: dict[str, Path], log_lines: LogLines) -> None:
+    """As a release before this one does for such methods."""
+    seed, holding = offered(folders["W8A16"], KEPT, slim_method.ARGUMENTS)
+    log_lines.lines.clear()
+    with source_of(holding, quantization_config="") as source:
+        assert load(folders["W8A16"], source, arguments=slim_method.ARGUMENTS, SERVE=False).raw == seed.raw
+    assert "quantization_config is '' at the server and " in log_lines.one("the default loader (auto) loads")
