@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from netloader.config import FORMAT_NAMES
-from netloader.errors import NetloaderError
+from netloader.errors import ManifestError, NetloaderError
+from netloader.vllm.guarding import serving_only
 from netloader.vllm.serving import ROLES, running_server
 
 __all__ = ["CHANGES", "PROFILES", "WAKES", "hold_still_until_profiled", "watch_worker"]
@@ -109,7 +110,8 @@ def _changing(method: str, original: Callable[..., Any], worker: Any, *args: Any
     if server is not None and not ours:
         # After sleep the same bytes may come back; after the others they don't, and copies are not worth their memory.
         give_up = server.pause if method == "sleep" else server.retract
-        give_up(ROLES, f"the weights are about to change ({method})")
+        with serving_only(f"retracting what is served before {method}", server):
+            give_up(ROLES, f"the weights are about to change ({method})")
     result = original(worker, *args, **kwargs)
     if ours:
         finish_reload(worker.model_runner.get_model())
@@ -125,10 +127,11 @@ def _waking(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any
     tags = args[0] if args else kwargs.get("tags")
     server = running_server()
     if server is not None and (tags is None or "weights" in tags):
-        try:
-            server.resume("they woke up")
-        except NetloaderError as error:
-            log.warning("netloader: what was served before sleep is not served any more: %s", error)
+        with serving_only("serving again after wake_up", server):
+            try:
+                server.resume("they woke up")
+            except ManifestError as error:
+                log.warning("netloader: what was served before sleep is not served any more: %s", error)
     return result
 
 
@@ -138,7 +141,8 @@ def _profiling(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: 
     try:
         return original(worker, *args, **kwargs)
     finally:
-        move_again(_numbered(str(getattr(worker, "device", ""))))
+        with serving_only("letting transfers go on after vLLM has measured its memory", running_server()):
+            move_again(_numbered(str(getattr(worker, "device", ""))))
 
 
 def _numbered(device: str) -> str:
