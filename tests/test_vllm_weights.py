@@ -253,6 +253,23 @@ def test_a_large_unknown_tensor_that_stays_empty_is_reported() -> None:
     assert caught.value.names == ("large",)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.complex128])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_tensor_that_is_zero_in_the_checkpoint_counts_as_filled(dtype: torch.dtype, turned: bool) -> None:
+    mixed = torch.arange(1 << 20, dtype=torch.int64).view(dtype).view(64, -1)
+    large = mixed.t() if turned else mixed
+    left, partly = large.clone(), large.clone()
+    fresh = FreshValues({"large": large, "left": left, "partly": partly})
+    fresh.restore()
+    assert float(left.abs().max()) <= 1, "what a loader leaves out is as good as zero"
+    large.zero_()
+    partly[-1].fill_(3)
+    with pytest.raises(NotRestored) as caught:
+        fresh.check_filled()
+    assert caught.value.names == ("left",)
+    assert not large.any()
+
+
 def test_what_was_filled_when_the_model_was_built_comes_back_whatever_its_size() -> None:
     large = torch.arange(2 << 20, dtype=torch.float32)
     before = digest_of(large)
