@@ -110,13 +110,13 @@ class ServerLoop:
             raise ServerLost(f"its event loop stood still for {seconds:g} s")
         return _result_of(answer)
 
-    def ask_to_the_end(self, function: Callable[..., Awaitable[_Result]], *arguments: Any) -> _Result:
+    def ask_to_the_end(self, function: Callable[[], Awaitable[_Result]]) -> _Result:
         """The same for work that has a bound of its own, and that nobody may give up while it could still go on.
 
         Raises:
             ServerLost: The loop has ended, and the work with it.
         """
-        answer = self._begin(math.inf, function, arguments)
+        answer: Future[_Result] = self._begin(math.inf, function, ())
         try:
             while not wait([answer], _LOOK_AGAIN).done:
                 if not self.alive:

@@ -157,6 +157,7 @@ class RawWeights:
 
     Attributes:
         copies: What was copied, by what it was copied for.
+        device: Where the tensors are, as torch names it; the CPU's memory, where there are none.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class RawWeights:
     ) -> None:
         self._raw: dict[str, _Raw] = {}
         self.copies: dict[Keep, Copies] = {}
+        self.device = "cpu"
         digests: dict[int, str] = {}
         wanted: dict[Keep, dict[str, torch.Tensor]] = {}
         for name, tensor in named_raw_tensors(model).items():
@@ -172,6 +174,7 @@ class RawWeights:
             digest = digests.get(id(tensor)) or digest_of(tensor)
             digests[id(tensor)] = digest
             keep = hold(name)
+            self.device = str(tensor.device)
             if tensor.nbytes <= ALWAYS_HELD_BYTES and keep in (Keep.NO, Keep.REFERENCE):
                 keep = Keep.SMALL
             held = tensor.detach() if keep is Keep.REFERENCE else None
