@@ -433,6 +433,7 @@ class Load:
             lambda tensors: self._left_out(tensors, load_state_of(model)),
             self._config,
             f"rank {self._rank}: {self._role}",
+            pulled=None if self._report is None else self._report.announcement,
             serves=self._server is not None,
         )
 

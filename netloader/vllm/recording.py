@@ -63,7 +63,7 @@ class Recorded:
     """What is known of the raw tensors from the moment when loading ended.
 
     Attributes:
-        raw: Their digests, and what is kept of them.
+        raw: What is kept of them.
         announcement: What will be said about them.
         device: Where they live.
         quantised: Names of the modules whose weights are quantised.
@@ -108,6 +108,7 @@ def record(
     config: Config,
     who: str,
     *,
+    pulled: Announcement | None,
     serves: bool,
 ) -> Record:
     """Take digests of the raw tensors while they are still raw; in every rank, whether or not it has a server.
@@ -119,6 +120,7 @@ def record(
         left_out: Says which of its tensors are not served.
         config: Ours.
         who: The rank and the role, for the log.
+        pulled: What was pulled into this model, if anything was: it is not hashed once more.
         serves: Whether there is a server.
     """
     found = Record()
@@ -128,29 +130,31 @@ def record(
             return Record(refusal=refusal)
         tensors = named_raw_tensors(model)
         without = frozenset(left_out(tensors))
-        found = _held({name: tensor for name, tensor in tensors.items() if name not in without}, identity())
+        offered = {name: tensor for name, tensor in tensors.items() if name not in without}
+        found = _held(offered, identity(), pulled)
         if serves and found.announcement is not None:
-            found = replace(found, recorded=_recorded(model, found.announcement, config, without, who))
+            found = replace(found, recorded=_recorded(model, found.announcement, config, who))
     except Exception as error:  # noqa: BLE001 - logged by `refused`, with its traceback
         return found.refused("recording the weights", error)
     return found
 
 
-def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity) -> Record:
-    from netloader.tensors import hold
+def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: Announcement | None) -> Record:
+    from netloader.tensors import describe, hold
 
     try:
+        if pulled is not None and describe(tensors)[0] == pulled.manifest:
+            # Every block was verified as it came. Whether it still is what it was then is looked at once all is over.
+            return Record(replace(pulled, identity=identity))
         # Not the holding itself: it keeps every tensor alive, also those that vLLM is about to replace.
         return Record(hold(tensors, identity).announcement)
     except NetloaderError as error:
         return Record(refusal=(str(error), "load this model from storage"))
 
 
-def _recorded(
-    model: torch.nn.Module, announcement: Announcement, config: Config, without: frozenset[str], who: str
-) -> Recorded:
+def _recorded(model: torch.nn.Module, announcement: Announcement, config: Config, who: str) -> Recorded:
     quantised = quantised_modules(model)
-    raw = RawWeights(model, keep_policy(quantised, config), without)
+    raw = RawWeights(model, announcement, keep_policy(quantised, config))
     for level, line in copied_lines(raw.copies):
         log.log(level, "netloader: %s: %s", who, line)
     return Recorded(raw, announcement, raw.device, quantised)

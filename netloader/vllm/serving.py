@@ -209,13 +209,14 @@ class WorkerServer:
 
     def retract(self, roles: Sequence[Role], reason: str) -> None:
         """Stop serving these roles: clients get "gone". Afterwards the memory may change, and is not kept alive."""
-        for role in roles:
-            self._paused.pop(role, None)
+        self.forget_paused(roles)
         self._retracted(roles, reason)
 
-    def pause(self, roles: Sequence[Role], reason: str) -> None:
-        """As :meth:`retract`, and remember what was served, for :meth:`resume`."""
-        self._paused.update(self._retracted(roles, reason))
+    def pause(self, roles: Sequence[Role], reason: str) -> tuple[Role, ...]:
+        """As :meth:`retract`, and remember what was served, for :meth:`resume`; which roles were."""
+        found = self._retracted(roles, reason)
+        self._paused.update(found)
+        return tuple(found)
 
     def _retracted(self, roles: Sequence[Role], reason: str) -> dict[Role, tuple[Holding, ...]]:
         found: dict[Role, tuple[Holding, ...]]
@@ -227,13 +228,22 @@ class WorkerServer:
     async def _retract_all(self, roles: Sequence[Role], reason: str) -> dict[Role, tuple[Holding, ...]]:
         return {role: held for role in roles if (held := await self._retract(role, reason))}
 
-    def resume(self, reason: str) -> None:
+    def forget_paused(self, roles: Sequence[Role]) -> None:
+        """These do not come back: what was kept for them is let go."""
+        for role in roles:
+            self._paused.pop(role, None)
+
+    def resume(self, reason: str, roles: Sequence[Role] = ROLES) -> None:
         """Serve again what was paused, if every byte is what it was.
+
+        Args:
+            reason: For the log.
+            roles: Which of it.
 
         Raises:
             ManifestError: Some of it is gone, or not what it was; that is refused by name from now on.
         """
-        paused, self._paused = self._paused, {}
+        paused = {role: self._paused.pop(role) for role in roles if role in self._paused}
         changed: ManifestError | None = None
         for role, holdings in paused.items():
             try:

@@ -71,8 +71,8 @@ class Settling:
         from netloader.vllm.offering import Offered, offered
 
         target = self.server.serves("target") if self.shares else None
-        shared = target.by_contents() if isinstance(target, Offered) else None
-        holding = offered(recorded.announcement, recorded.device, settled, self.load, shared)
+        target = target if isinstance(target, Offered) else None
+        holding = offered(recorded.announcement, recorded.device, settled, self.load, target)
         kept = kept_text(settled)
         manifest = holding.announcement.manifest
         self.server.offer(

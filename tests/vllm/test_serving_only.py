@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("needs_vllm")
 
 KIND = "llama-bf16"
 ERRORS = [MemoryError("none left"), RecursionError("too deep"), RuntimeError("CUDA out of memory")]
-FAULTS = {
+FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
     "offering the weights": [(weights.RawWeights, "settle"), (settling.Settling, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
