@@ -102,18 +102,26 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _changing(method: str, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    from netloader.vllm.reloading import finish_reload
+    from netloader.vllm.reloading import abandon_reload, finish_reload
 
-    # Our own reload retracts later: when all that is to come is there and verified.
-    ours = method == "reload_weights" and not args and not kwargs and _pulls(worker)
+    # Where our loader is asked for the weights it retracts later: when all that is to come is there and verified.
+    given = args[0] if args else kwargs.get("weights_iterator")
+    ours = method == "reload_weights" and given is None and _pulls(worker)
     server = running_server()
     if server is not None and not ours:
         # After sleep the same bytes may come back; after the others they don't, and copies are not worth their memory.
         give_up = server.pause if method == "sleep" else server.retract
         with serving_only(f"retracting what is served before {method}", server):
             give_up(ROLES, f"the weights are about to change ({method})")
-    result = original(worker, *args, **kwargs)
-    if ours:
+    if not ours:
+        return original(worker, *args, **kwargs)
+    try:
+        result = original(worker, *args, **kwargs)
+    except BaseException:
+        with serving_only("letting go of a reload that broke", server):
+            abandon_reload(worker.model_runner.get_model())
+        raise
+    with serving_only("serving after a reload", server):
         finish_reload(worker.model_runner.get_model())
     return result
 
