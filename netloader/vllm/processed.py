@@ -22,6 +22,7 @@ import msgspec
 from netloader.errors import NetloaderError
 from netloader.tensors.mappings import ANY, HEAP, mapped
 from netloader.vllm.load_state import TRAVELS
+from netloader.vllm.registered import buffers_of, parameters_of, unset_names, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -117,14 +118,8 @@ class Outside:
 def outside(model: torch.nn.Module) -> Outside:
     """Look for what `named_modules` of `model` does not reach."""
     walk = _walked(model)
-    weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for t in _weights_of(m)}
+    weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for _, t in weights_of(m)}
     return Outside(walk.modules, {n: t for n, t in [*walk.named.items(), *walk.hidden] if id(t) not in weights})
-
-
-def _weights_of(module: torch.nn.Module) -> Iterator[torch.Tensor | None]:
-    yield from module._parameters.values()  # noqa: SLF001 - the public views walk through all modules below
-    computed = module._non_persistent_buffers_set  # noqa: SLF001 - as above
-    yield from (buffer for name, buffer in module._buffers.items() if name not in computed)  # noqa: SLF001 - as above
 
 
 def possible() -> bool:
@@ -193,13 +188,11 @@ class _Walk:
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         start = f"{name}." if name else ""
-        for table in (module._parameters, module._buffers):  # noqa: SLF001 - the public views hide None and aliases
-            for leaf, tensor in table.items():
-                if tensor is None:
-                    self.empty.add(start + leaf)
-                    self.found.facts[start + leaf] = "None"
-                else:
-                    self.tensor(start + leaf, tensor)
+        for leaf in unset_names(module):
+            self.empty.add(start + leaf)
+            self.found.facts[start + leaf] = "None"
+        for leaf, tensor in [*parameters_of(module), *buffers_of(module)]:
+            self.tensor(start + leaf, tensor)
         for leaf, value in vars(module).items():
             if not _OF_MODULES.fullmatch(leaf) and (name or leaf not in TRAVELS):  # those are in the identity
                 self.value(start + leaf, value, closure=False)

@@ -26,6 +26,7 @@ from netloader.vllm.guarding import serving_only
 from netloader.vllm.keeping import keep_policy, named, quantised_modules
 from netloader.vllm.offering import offered
 from netloader.vllm.pulling import pull_raw
+from netloader.vllm.registered import buffers_of, computed_names
 from netloader.vllm.serving import ROLES, WorkerServer, running_server
 from netloader.vllm.topology import topology_of
 from netloader.vllm.weights import Settled, named_raw_tensors, same_bits
@@ -220,15 +221,12 @@ def _resume(server: WorkerServer, roles: Sequence[Role], reason: str) -> None:
 
 def _note_computed(model: torch.nn.Module) -> None:
     """Remember which buffers are computed and in no checkpoint: vLLM 0.23 forgets it of all that it restores."""
-    vars(model)[_COMPUTED] = [
-        (module, frozenset(module._non_persistent_buffers_set))  # noqa: SLF001 - torch has no other way to ask
-        for module in model.modules()
-    ]
+    vars(model)[_COMPUTED] = [(module, frozenset(computed_names(module))) for module in model.modules()]
 
 
 def _restore_computed(model: torch.nn.Module) -> None:
     for module, computed in vars(model).pop(_COMPUTED, ()):
-        module._non_persistent_buffers_set.update(computed & module._buffers.keys())  # noqa: SLF001 - as above
+        computed_names(module).update(computed & {name for name, _ in buffers_of(module)})
 
 
 def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:

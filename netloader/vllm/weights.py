@@ -16,6 +16,7 @@ from netloader.manifest import DIGEST_BYTES
 from netloader.vllm.copies import Copies, Keep, make_copies
 from netloader.vllm.fresh import bits_of
 from netloader.vllm.processed import outside
+from netloader.vllm.registered import weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +49,8 @@ def named_raw_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in [*model.named_modules(remove_duplicate=False), *outside(model).modules.items()]:
         start = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters() hides tied names
-            if parameter is not None:
-                yield start + name, parameter
-        for name, buffer in module._buffers.items():  # noqa: SLF001 - as above, and it does not tell persistent ones
-            if buffer is not None and name not in module._non_persistent_buffers_set:  # noqa: SLF001
-                yield start + name, buffer
+        for name, tensor in weights_of(module):
+            yield start + name, tensor
 
 
 def digest_of(tensor: torch.Tensor) -> str:
