@@ -416,11 +416,11 @@ class _Pull:
     def _pinned(self, announcement: e.Announcement) -> None:
         """The first source was accepted: others may pull from us from here on."""
         self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
+        theirs = announcement.identity
+        identity = theirs if self._identity is None else passed_on(self._identity, theirs)
+        own = self._report.announcement = replace(announcement, identity=identity)
         if self._relay is not None and not self._relaying:
             self._relaying = True
-            theirs = announcement.identity
-            identity = theirs if self._identity is None else passed_on(self._identity, theirs)
-            own = replace(announcement, identity=identity)
             self._relay.add(_Relayed(own, _RelayMemory(self._destination), self._destination.device), self._supply)
 
     def _tell_progress(self, source: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from netloader.errors import AttemptFailed
 from netloader.identity import ModelIdentity
+from netloader.protocol.events import Announcement
 
 __all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare"]
 
@@ -87,6 +88,7 @@ class PullReport:
         retries: Tries that failed on the way.
         attempts: How they failed; what a source said again and again is there once.
         identity: What the server said that it holds.
+        announcement: What was pulled, as it can be announced in turn: every block was verified against its digests.
     """
 
     root: str = ""
@@ -99,6 +101,7 @@ class PullReport:
     retries: int = 0
     attempts: tuple[AttemptFailed, ...] = ()
     identity: ModelIdentity = field(default_factory=ModelIdentity)
+    announcement: Announcement | None = None
 
     @property
     def rate(self) -> float:

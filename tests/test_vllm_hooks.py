@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from netloader.errors import NetloaderError, NoSourceLeft
 from netloader.identity import ModelIdentity
 from netloader.tensors import hold
 from netloader.transports import hccl_devices
-from netloader.vllm import hooks, serving
+from netloader.vllm import hooks, server_loop, serving
 
 MODULE = "tests_stand_in_worker"
 WEIGHT = torch.arange(1000, dtype=torch.float32)
@@ -105,6 +106,91 @@ def test_weights_that_wake_up_unchanged_are_served_again_and_others_not(
     assert "is not what it was" in caplog.text
     with pytest.raises(NoSourceLeft):
         pulled(server, "target")
+
+
+SLEEPS: dict[str, Any] = {"sleep": lambda self, level=1: "slept", "wake_up": lambda self, tags=None: "woke"}
+
+
+def test_a_server_whose_loop_stands_still_keeps_no_engine_from_sleeping(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_loop, "ANSWER_WITHIN", 0.05)
+    monkeypatch.setattr(serving, "_RETRACT_WITHIN", 0.05)
+    one = worker(monkeypatch, **SLEEPS)
+    goes_on = threading.Event()
+    server._loop._loop.call_soon_threadsafe(goes_on.wait)
+    try:
+        assert one.sleep() == "slept"
+        assert "retracting what is served before sleep failed" in caplog.text
+        assert "gives no answer: its event loop stood still" in caplog.text
+        assert serving.running_server() is None, "it is given up, and costs no second wait"
+        assert one.wake_up() == "woke"
+        with pytest.raises(server_loop.ServerLost):
+            server.retract(serving.ROLES, "asked once more")
+    finally:
+        goes_on.set()
+    server._loop._thread.join(30)
+    assert not server._loop.alive, "it ends when it goes on, and serves nothing that may have changed"
+
+
+def test_a_server_whose_loop_has_ended_keeps_no_engine_from_sleeping(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = worker(monkeypatch, **SLEEPS)
+    server._loop.end(30)
+    monkeypatch.setattr(server_loop.ServerLoop, "alive", True)  # as seen the very moment before it ended
+    assert serving.running_server() is server
+    assert one.sleep() == "slept"
+    assert "retracting what is served before sleep failed" in caplog.text
+    assert one.wake_up() == "woke"
+    assert serving.running_server() is None
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RecursionError("too deep"), RuntimeError("device lost")])
+def test_whatever_fails_beside_a_wake_up_is_logged_and_refused(
+    error: Exception,
+    server: serving.WorkerServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(holding: object) -> None:
+        raise error
+
+    one = worker(monkeypatch, **SLEEPS)
+    one.sleep()
+    monkeypatch.setattr(serving, "check_unchanged", fail)
+    assert one.wake_up() == "woke"
+    assert "Traceback" in caplog.text
+    for role in serving.ROLES:
+        with pytest.raises(NoSourceLeft, match=f"serving again after wake_up failed: {type(error).__name__}: {error}"):
+            pulled(server, role)
+
+
+def test_a_server_that_cannot_even_refuse_is_ended(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("broken")
+
+    one = worker(monkeypatch, **SLEEPS)
+    monkeypatch.setattr(server, "pause", fail)
+    monkeypatch.setattr(server, "refuse", fail)
+    assert one.sleep() == "slept"
+    assert "can't be told to refuse, and is ended" in caplog.text
+    assert not server.running
+
+
+def test_weights_that_are_not_what_they_were_are_refused_by_name(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = worker(monkeypatch, **SLEEPS)
+    one.sleep()
+    (held,) = server._paused["target"]
+    held.memory.views(held.announcement.plan, [0])[0].tensors()[0][17] += 1
+    one.wake_up()
+    with pytest.raises(NoSourceLeft, match="weight is not what it was when it was announced"):
+        pulled(server, "target")
+    assert torch.equal(pulled(server, "draft"), WEIGHT), "one that changed costs the other nothing"
 
 
 def test_an_error_of_the_method_comes_out_as_it_is(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloader import tensors
 from netloader.config import Config
+from netloader.identity import ModelIdentity
 from netloader.vllm import copies
 from netloader.vllm.agreement import REPORT_BYTES, Report, disagreement, load_digest
 from netloader.vllm.announce import AddressFile, AddressFileError
@@ -33,6 +36,12 @@ class Tiny(torch.nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("cache", torch.arange(8.0), persistent=False)
         self.has_own_lm_head = False
+
+
+def recorded(model: torch.nn.Module, keep: Callable[[str], Keep]) -> RawWeights:
+    """What a load records of a model: small blocks, so that each larger tensor has its own."""
+    holding = tensors.hold(named_raw_tensors(model), ModelIdentity(), block_bytes=8192)
+    return RawWeights(model, holding.announcement, keep)
 
 
 def test_raw_tensors_come_under_every_name_and_computed_caches_do_not() -> None:
@@ -76,7 +85,7 @@ def test_loading_that_fills_or_adds_a_tensor_without_a_name_is_noticed() -> None
 def test_what_post_processing_leaves_alone_is_live_and_what_it_replaces_is_kept() -> None:
     model = Tiny()
     before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
-    raw = RawWeights(model, hold=lambda _: Keep.REFERENCE)
+    raw = recorded(model, lambda _: Keep.REFERENCE)
     model.up.weight = torch.nn.Parameter(model.up.weight.detach().t().contiguous())
     settled = raw.settle(model)
     assert settled.lost == {}
@@ -88,7 +97,7 @@ def test_what_post_processing_leaves_alone_is_live_and_what_it_replaces_is_kept(
 
 def test_an_original_that_nobody_holds_is_lost() -> None:
     model = Tiny()
-    raw = RawWeights(model, hold=lambda _: Keep.NO)
+    raw = recorded(model, lambda _: Keep.NO)
     del model.up.weight
     settled = raw.settle(model)
     assert settled.lost == {"up.weight": "vLLM dropped it"}
@@ -97,7 +106,7 @@ def test_an_original_that_nobody_holds_is_lost() -> None:
 
 def test_a_rewrite_in_place_is_seen() -> None:
     model = Tiny()
-    raw = RawWeights(model, hold=lambda _: Keep.REFERENCE)
+    raw = recorded(model, lambda _: Keep.REFERENCE)
     model.embed.weight.data[3, 5] += 1
     settled = raw.settle(model)
     assert settled.lost == {
@@ -110,7 +119,7 @@ def test_a_rewrite_in_place_is_seen() -> None:
 def test_a_copy_outlives_a_rewrite_in_place_and_goes_when_nothing_was_rewritten(keep: Keep) -> None:
     model = Tiny()
     before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
-    raw = RawWeights(model, hold=lambda _: keep)
+    raw = recorded(model, lambda _: keep)
     assert raw.copies[keep].nbytes == before["embed.weight"].nbytes + before["up.weight"].nbytes + 4 + 128 * 4
     model.embed.weight.data[3, 5] += 1
     settled = raw.settle(model)
@@ -125,7 +134,7 @@ def test_a_copy_outlives_a_rewrite_in_place_and_goes_when_nothing_was_rewritten(
 
 def test_small_tensors_outlive_a_rewrite_in_place_whatever_the_settings_say() -> None:
     model = Tiny()
-    raw = RawWeights(model, hold=lambda _: Keep.NO)
+    raw = recorded(model, lambda _: Keep.NO)
     model.get_buffer("scale").fill_(7)
     settled = raw.settle(model)
     assert settled.lost == {}
@@ -135,7 +144,7 @@ def test_small_tensors_outlive_a_rewrite_in_place_whatever_the_settings_say() ->
 def test_a_transposed_weight_is_copied_in_its_order() -> None:
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.arange(5000.0).view(50, 100).t())
-    raw = RawWeights(model, hold=lambda _: Keep.DRAM)
+    raw = recorded(model, lambda _: Keep.DRAM)
     assert raw.held()["weight"].stride() == (1, 100)
     assert raw.held()["weight"].data_ptr() != model.weight.data_ptr()
 
@@ -146,7 +155,7 @@ def test_a_host_without_memory_costs_the_copy_and_is_named(monkeypatch: pytest.M
 
     monkeypatch.setattr(copies, "_copy", full)
     model = Tiny()
-    raw = RawWeights(model, hold=lambda name: Keep.DRAM if name == "up.weight" else Keep.NO)
+    raw = recorded(model, lambda name: Keep.DRAM if name == "up.weight" else Keep.NO)
     assert ("no memory for copies of up.weight") in "".join(text for _, text in copied_lines(raw.copies))
     model.up.weight = torch.nn.Parameter(torch.zeros(128, 64))
     lost = raw.settle(model).lost
@@ -163,7 +172,7 @@ def test_errors_that_are_not_about_memory_are_not_taken_for_it(monkeypatch: pyte
 
     monkeypatch.setattr(copies, "_copy", broken)
     with pytest.raises(RuntimeError, match="device-side"):
-        RawWeights(Tiny(), hold=lambda _: Keep.HBM)
+        recorded(Tiny(), lambda _: Keep.HBM)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +209,7 @@ def test_a_refusal_names_the_setting_that_would_help(lost: dict[str, str], field
 
 def test_live_tensors_are_not_kept_alive() -> None:
     model = Tiny()
-    settled = RawWeights(model, hold=lambda _: Keep.REFERENCE).settle(model)
+    settled = recorded(model, lambda _: Keep.REFERENCE).settle(model)
     assert settled.live["up.weight"]() is model.up.weight
     del model.up
     gc.collect()
@@ -251,6 +260,23 @@ def test_a_large_unknown_tensor_that_stays_empty_is_reported() -> None:
     with pytest.raises(NotRestored, match="large") as caught:
         fresh.check_filled()
     assert caught.value.names == ("large",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.complex128])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_tensor_that_is_zero_in_the_checkpoint_counts_as_filled(dtype: torch.dtype, turned: bool) -> None:
+    mixed = torch.arange(1 << 20, dtype=torch.int64).view(dtype).view(64, -1)
+    large = mixed.t() if turned else mixed
+    left, partly = large.clone(), large.clone()
+    fresh = FreshValues({"large": large, "left": left, "partly": partly})
+    fresh.restore()
+    assert float(left.abs().max()) <= 1, "what a loader leaves out is as good as zero"
+    large.zero_()
+    partly[-1].fill_(3)
+    with pytest.raises(NotRestored) as caught:
+        fresh.check_filled()
+    assert caught.value.names == ("left",)
+    assert not large.any()
 
 
 def test_what_was_filled_when_the_model_was_built_comes_back_whatever_its_size() -> None:

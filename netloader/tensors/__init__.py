@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from netloader.tensors.describe import DTYPES, describe
 from netloader.tensors.destination import Destination, destination
-from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_of, digest_plan
-from netloader.tensors.holding import Holding, hold
+from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_blocks, digest_of, digest_plan
+from netloader.tensors.holding import HASHERS, Holding, hold
 from netloader.tensors.memory import Memory, MemoryBlock
 from netloader.tensors.touch import LEAST_BYTES, Toucher
 
@@ -13,6 +13,7 @@ __all__ = [
     "ALGORITHMS",
     "DEFAULT",
     "DTYPES",
+    "HASHERS",
     "LEAST_BYTES",
     "Destination",
     "Holding",
@@ -21,6 +22,7 @@ __all__ = [
     "Toucher",
     "describe",
     "destination",
+    "digest_blocks",
     "digest_of",
     "digest_plan",
     "hold",

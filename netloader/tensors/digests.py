@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from netloader.tensors.memory import Memory
     from netloader.transports.base import BlockView
 
-__all__ = ["ALGORITHMS", "DEFAULT", "digest_of", "digest_plan"]
+__all__ = ["ALGORITHMS", "DEFAULT", "digest_blocks", "digest_of", "digest_plan"]
 
 _STAGING_BYTES = 4 << 20
 """Bytes of a device span copied at a time."""
@@ -95,25 +95,40 @@ def digest_plan(
     Raises:
         ManifestError: The algorithm is unknown, or some of the memory is gone.
     """
+    return digest_blocks(memory, plan, range(len(plan.blocks)), algorithm, threads=threads, progress=progress)
+
+
+def digest_blocks(
+    memory: Memory,
+    plan: Plan,
+    numbers: Sequence[int],
+    algorithm: str,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> bytes:
+    """The same for some of the blocks, joined in the order of `numbers`."""
     _new(algorithm)
-    return _Work(memory, plan, algorithm).run(max(1, threads), progress)
+    return _Work(memory, plan, numbers, algorithm).run(max(1, threads), progress)
 
 
 class _Work:
-    """All blocks of a plan, hashed by several threads that each take the next few."""
+    """Blocks of a plan, hashed by several threads that each take the next few."""
 
-    def __init__(self, memory: Memory, plan: Plan, algorithm: str) -> None:
+    def __init__(self, memory: Memory, plan: Plan, numbers: Sequence[int], algorithm: str) -> None:
         self._memory = memory
         self._plan = plan
         self._algorithm = algorithm
-        self._digests = bytearray(len(plan.blocks) * DIGEST_BYTES)
+        self._numbers = numbers
+        self._nbytes = sum(plan.blocks[number].nbytes for number in numbers)
+        self._digests = bytearray(len(numbers) * DIGEST_BYTES)
         self._lock = threading.Lock()
         self._next = 0  # guarded by the lock, as the two below
         self._hashed = 0
         self._error: BaseException | None = None
 
     def run(self, threads: int, progress: Callable[[int, int], None] | None) -> bytes:
-        count = min(threads, -(-len(self._plan.blocks) // _GROUP))
+        count = min(threads, -(-len(self._numbers) // _GROUP))
         helpers = [
             threading.Thread(target=self._work, name=f"netloader-digest-{n}", daemon=True) for n in range(1, count)
         ]
@@ -125,7 +140,7 @@ class _Work:
         if self._error is not None:
             raise self._error
         if progress is not None:
-            progress(self._plan.nbytes, self._plan.nbytes)
+            progress(self._nbytes, self._nbytes)
         return bytes(self._digests)
 
     def _join(self, helper: threading.Thread) -> None:
@@ -143,26 +158,26 @@ class _Work:
 
     def _work(self, progress: Callable[[int, int], None] | None = None) -> None:
         try:
-            while numbers := self._take():
-                views = self._memory.views(self._plan, numbers)
+            while places := self._take():
+                views = self._memory.views(self._plan, self._numbers[places.start : places.stop])
                 digests = b"".join([digest_of(view, self._algorithm) for view in views])
-                first = numbers[0] * DIGEST_BYTES
+                first = places.start * DIGEST_BYTES
                 with self._lock:
                     self._digests[first : first + len(digests)] = digests
                     self._hashed += sum(view.nbytes for view in views)
                     hashed = self._hashed
-                if progress is not None and hashed < self._plan.nbytes:
-                    progress(hashed, self._plan.nbytes)
+                if progress is not None and hashed < self._nbytes:
+                    progress(hashed, self._nbytes)
         except BaseException as error:  # noqa: BLE001 - raised again by `run`, once all threads have ended
             with self._lock:
                 self._error = self._error or error
 
     def _take(self) -> range:
-        """The next blocks to hash; none when all are taken or one thread has failed."""
+        """Places of the next blocks to hash; none when all are taken or one thread has failed."""
         with self._lock:
-            first = len(self._plan.blocks) if self._error is not None else self._next
+            first = len(self._numbers) if self._error is not None else self._next
             self._next = first + _GROUP
-        return range(first, min(first + _GROUP, len(self._plan.blocks)))
+        return range(first, min(first + _GROUP, len(self._numbers)))
 
 
 def _new(algorithm: str) -> _Hash:

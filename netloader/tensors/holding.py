@@ -15,9 +15,9 @@ from netloader.tensors.describe import describe
 from netloader.tensors.digests import DEFAULT, digest_plan
 from netloader.tensors.memory import Memory
 
-__all__ = ["Holding", "hold"]
+__all__ = ["HASHERS", "Holding", "hold"]
 
-_THREADS = 2
+HASHERS = 2
 """One core reads memory at about the pace of two; beside inference more would only disturb."""
 
 
@@ -46,7 +46,7 @@ def hold(
     block_bytes: int | None = None,
     algorithm: str = DEFAULT,
     weak: bool = False,
-    threads: int = _THREADS,
+    threads: int = HASHERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Holding:
     """Describe tensors, cut them into blocks and digest every block, once.

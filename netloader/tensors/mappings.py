@@ -10,10 +10,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["HEAP", "mapped", "not_writable"]
+__all__ = ["ANY", "HEAP", "mapped", "not_writable"]
 
 _NOT_WRITABLE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
 """A mapping whose second permission is none: ``7f00-7f10 r--p ...``."""
+
+ANY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
+"""Every mapping."""
 
 HEAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]$", re.MULTILINE)
 """The first heap of the C library."""

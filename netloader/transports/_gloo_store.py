@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch._C._distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 

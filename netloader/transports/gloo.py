@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import anyio
 import msgspec
 import torch
-from torch._C._distributed_c10d import ProcessGroupGloo
+from torch.distributed import ProcessGroupGloo
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports import _gloo_guard as guard

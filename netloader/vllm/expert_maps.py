@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netloader.vllm.quantisation import contents_of
+from netloader.vllm.registered import buffers_of
 from netloader.vllm.weights import digest_of
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ def _maps(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     for prefix, module in model.named_modules():
+        held = {**vars(module), **dict(buffers_of(module))}  # not properties of these names
         for name in EXPERT_MAPS:
-            value = module._buffers.get(name, vars(module).get(name))  # noqa: SLF001 - not properties of these names
+            value = held.get(name)
             if isinstance(value, torch.Tensor):
                 yield f"{prefix}.{name}", value
 

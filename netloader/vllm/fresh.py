@@ -15,12 +15,13 @@ from netloader.errors import NetloaderError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FreshValues", "NotRestored"]
+__all__ = ["FreshValues", "NotRestored", "bits_of"]
 
 READ_WHOLE_BYTES = 4 << 20
 COPY_BUDGET_BYTES = 256 << 20
 _SAMPLES = 64
 _SAMPLE_ITEMS = 1024
+_MARK = 1
 
 
 class NotRestored(NetloaderError):
@@ -78,30 +79,37 @@ class FreshValues:
         return _Fresh(tensor, unknown=True)
 
     def restore(self) -> None:
-        """Put every value back; those that are unknown become zero."""
+        """Put every value back; those that are unknown become zero, but for a mark in their first element.
+
+        The mark is the smallest pattern of bits: as a number it is as good as zero, should a loader leave out the first
+        element alone. A checkpoint that is zero all over takes the mark away, and nothing else tells it from a tensor
+        that was left alone.
+        """
         import torch
 
         with torch.no_grad():
             for fresh in self._fresh.values():
                 if fresh.copy is None:
-                    _bits(fresh.tensor).zero_()
+                    bits = bits_of(fresh.tensor)
+                    bits.zero_()
+                    _first(bits).fill_(_MARK)
                 else:
                     # Bit for bit: a copy through floating point may change the bits of a NaN.
-                    _bits(fresh.tensor).copy_(_bits(fresh.copy).expand_as(_bits(fresh.tensor)))
+                    bits_of(fresh.tensor).copy_(bits_of(fresh.copy).expand_as(bits_of(fresh.tensor)))
 
     def check_filled(self) -> None:
         """Check, after the default loader ran, that no tensor of unknown value was left out.
 
         Raises:
-            NotRestored: At least one is still all zero.
+            NotRestored: At least one is still as `restore` left it.
         """
-        left = [name for name, fresh in self._fresh.items() if fresh.unknown and not bool(_bits(fresh.tensor).any())]
+        left = [name for name, fresh in self._fresh.items() if fresh.unknown and _is_marked(fresh.tensor)]
         if left:
             raise NotRestored(left)
 
 
 def _is_uniform(tensor: torch.Tensor) -> bool:
-    bits = _bits(tensor)
+    bits = bits_of(tensor)
     first = _first(bits)
     if tensor.nbytes <= READ_WHOLE_BYTES:
         return bool((bits == first).all())
@@ -110,11 +118,17 @@ def _is_uniform(tensor: torch.Tensor) -> bool:
     return all(bool((flat[at : at + _SAMPLE_ITEMS] == first).all()) for at in range(0, flat.numel(), step))
 
 
+def _is_marked(tensor: torch.Tensor) -> bool:
+    """Whether it is as :meth:`FreshValues.restore` leaves what is unknown: zero after the mark."""
+    bits = bits_of(tensor)
+    return int(_first(bits)) == _MARK and int(bits.count_nonzero()) == 1
+
+
 def _first(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[(0,) * tensor.dim()]
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers of the same size: equality and copies by bits, for every dtype."""
     import torch
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from netloader.config import FORMAT_NAMES
-from netloader.errors import NetloaderError
+from netloader.errors import ManifestError, NetloaderError
+from netloader.vllm.guarding import serving_only
 from netloader.vllm.serving import ROLES, running_server
 
 __all__ = ["CHANGES", "PROFILES", "WAKES", "hold_still_until_profiled", "watch_worker"]
@@ -101,17 +102,26 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _changing(method: str, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    from netloader.vllm.reloading import finish_reload
+    from netloader.vllm.reloading import abandon_reload, finish_reload
 
-    # Our own reload retracts later: when all that is to come is there and verified.
-    ours = method == "reload_weights" and not args and not kwargs and _pulls(worker)
+    # Where our loader is asked for the weights it retracts later: when all that is to come is there and verified.
+    given = args[0] if args else kwargs.get("weights_iterator")
+    ours = method == "reload_weights" and given is None and _pulls(worker)
     server = running_server()
     if server is not None and not ours:
         # After sleep the same bytes may come back; after the others they don't, and copies are not worth their memory.
         give_up = server.pause if method == "sleep" else server.retract
-        give_up(ROLES, f"the weights are about to change ({method})")
-    result = original(worker, *args, **kwargs)
-    if ours:
+        with serving_only(f"retracting what is served before {method}", server):
+            give_up(ROLES, f"the weights are about to change ({method})")
+    if not ours:
+        return original(worker, *args, **kwargs)
+    try:
+        result = original(worker, *args, **kwargs)
+    except BaseException:
+        with serving_only("letting go of a reload that broke", server):
+            abandon_reload(worker.model_runner.get_model())
+        raise
+    with serving_only("serving after a reload", server):
         finish_reload(worker.model_runner.get_model())
     return result
 
@@ -125,10 +135,11 @@ def _waking(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any
     tags = args[0] if args else kwargs.get("tags")
     server = running_server()
     if server is not None and (tags is None or "weights" in tags):
-        try:
-            server.resume("they woke up")
-        except NetloaderError as error:
-            log.warning("netloader: what was served before sleep is not served any more: %s", error)
+        with serving_only("serving again after wake_up", server):
+            try:
+                server.resume("they woke up")
+            except ManifestError as error:
+                log.warning("netloader: what was served before sleep is not served any more: %s", error)
     return result
 
 
@@ -138,7 +149,8 @@ def _profiling(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: 
     try:
         return original(worker, *args, **kwargs)
     finally:
-        move_again(_numbered(str(getattr(worker, "device", ""))))
+        with serving_only("letting transfers go on after vLLM has measured its memory", running_server()):
+            move_again(_numbered(str(getattr(worker, "device", ""))))
 
 
 def _numbered(device: str) -> str:

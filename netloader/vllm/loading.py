@@ -30,18 +30,20 @@ from netloader.vllm.expert_maps import expert_maps
 from netloader.vllm.fallback import fallback_loader
 from netloader.vllm.file_reads import FileReads, Traced
 from netloader.vllm.fresh import FreshValues
+from netloader.vllm.guarding import HINT, described, refuse, serving_only
 from netloader.vllm.hooks import hold_still_until_profiled, watch_worker
 from netloader.vllm.identities import fingerprint_of_model, identity_of, role_of
-from netloader.vllm.keeping import copied_lines, keep_policy, named, quantised_modules
-from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
+from netloader.vllm.keeping import named
+from netloader.vllm.load_state import apply_load_state, load_state_of
 from netloader.vllm.pulling import ask_sources, check_transports, only_processed, pull_raw
 from netloader.vllm.quantisation import why_unknown
+from netloader.vllm.recording import Before, Record, record
 from netloader.vllm.serving import WorkerServer, worker_server
-from netloader.vllm.settling import Recorded, Settling
+from netloader.vllm.settling import Settling
 from netloader.vllm.support import why_not
 from netloader.vllm.topology import topology_of
 from netloader.vllm.tying import adopt_untied, could_adopt, tied_by_files
-from netloader.vllm.weights import RawWeights, UnnamedTensors, named_raw_tensors
+from netloader.vllm.weights import named_raw_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +61,6 @@ and nothing tells how long that takes. It bounds a rank that hangs. One that die
 of the group break."""
 
 
-_Before = tuple[PlainState, UnnamedTensors]
-"""What a model has beside its weights, before they are loaded."""
-
-
 class NothingPulled(NetloaderError):
     """No weights could be pulled, and FALLBACK forbids the default loader."""
 
@@ -77,7 +75,6 @@ class Load:
         config: Ours.
 
     Attributes:
-        announcement: What the raw tensors were when loading ended; None when raw tensors alone do not make this model.
         building: What vLLM has to build the model in: it notes what the model reads from files by itself.
     """
 
@@ -92,13 +89,11 @@ class Load:
         self._sources = config.sources_for(self._rank)
         self._server: WorkerServer | None = None
         self._report: PullReport | None = None
-        self._recorded: Recorded | None = None
-        self._refusal = ("", "")
-        self.announcement: Announcement | None = None
+        self._record = Record()
         self.building = FileReads()
         self._traced = Traced()
         self._watched = False
-        self._root = self._load = self._fingerprint = self._maps = ""
+        self._load = self._fingerprint = self._maps = ""
         self._asked = 0.0
         self._shares = shares_with_target(vllm_config, self._role)
         self._built: dict[str, bool] = {}
@@ -122,6 +117,11 @@ class Load:
             cache_config=getattr(self._vllm_config, "cache_config", None),
             load_config=self._load_config,
         )
+
+    @property
+    def announcement(self) -> Announcement | None:
+        """What the raw tensors were when loading ended; None when raw tensors alone do not make this model."""
+        return self._record.announcement
 
     @property
     def post_processing(self) -> AbstractContextManager[object]:
@@ -154,14 +154,20 @@ class Load:
                 "and FALLBACK is false",
                 hint="give it a SOURCE, or leave FALLBACK out",
             )
-        self._watched = watch_worker(str(self._vllm_config.parallel_config.worker_cls))
-        self._server = worker_server(self._config, self._rank, self._device())
-        if self._server is not None:
-            self._server.expect(self._role, "the model is still being loaded")
-            if self._role == "target" and _has_draft(self._vllm_config):
-                self._server.expect("draft", "the draft model is loaded after its target")
+        self._open_server()
         if self._sources and (self._could_adopt() or self._shares):
             self._adopt()
+
+    def _open_server(self) -> None:
+        with serving_only("starting the server", None):
+            self._watched = watch_worker(str(self._vllm_config.parallel_config.worker_cls))
+            self._server = worker_server(self._config, self._rank, self._device())
+        server = self._server
+        if server is not None:
+            with serving_only("announcing what is being loaded", server):
+                server.expect(self._role, "the model is still being loaded")
+                if self._role == "target" and _has_draft(self._vllm_config):
+                    server.expect("draft", "the draft model is loaded after its target")
 
     def _device(self) -> str:
         wanted = self._load_config.device
@@ -210,18 +216,16 @@ class Load:
         if self._server is not None:
             shares = {} if self._report is None else self._report.sources
             parents = [source for source, share in shares.items() if share.blocks]
-            self._server.withdraw(self._role, reason, grace=grace, sources=parents)
+            with serving_only("passing on what was pulled", self._server, [self._role]):
+                self._server.withdraw(self._role, reason, grace=grace, sources=parents)
 
     def _fill(self, model: torch.nn.Module) -> None:
         tensors = named_raw_tensors(model)
-        before = PlainState(model), UnnamedTensors(model)
         self._built = load_state_of(model)
-        self._fingerprint = fingerprint_of_model(self._model_config)
-        unsupported = self._why_not(tensors)
-        if not unsupported:
-            self._maps = expert_maps(model)
-            placement = ", ".join(text for text in (self._topology.experts, self._maps) if text)
-            self._identity = msgspec.structs.replace(self._identity, expert_placement=placement)
+        before: Before | None = None
+        with serving_only("noting what the model has beside its weights", None):
+            before = Before.of(model)
+        unsupported = self._look(model, tensors)
         fresh, mine = self._pull(model, tensors, unsupported)
         reports = exchange(mine, self._groups(), self._config.timeout + _SLACK)
         if self._memory_in_use is not None:  # said only now, so that the other ranks know
@@ -233,7 +237,7 @@ class Load:
             self._load_by_default(model, mine, why_not_kept, fresh)
         if not roots_wanted(reports):
             return
-        self._record(model, tensors, before, unsupported)
+        self._record = self._recorded(model, before, unsupported)
         kept = not why_not_kept and any(report.outcome == "pulled" for report in reports)
         mine = msgspec.structs.replace(mine, outcome=mine.outcome if kept else "default")
         reports = self._swap_roots(mine)
@@ -242,9 +246,26 @@ class Load:
             # All ranks see the same reports, so all of them come here.
             if mine.outcome == "pulled":
                 self._load_by_default(model, mine, why_not_kept, fresh)
-                self._record(model, tensors, before, unsupported)
+                self._record = self._recorded(model, before, unsupported)
             reports = self._swap_roots(msgspec.structs.replace(mine, outcome="default"))
         self._load = load_digest(report.root for report in reports)
+
+    def _look(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> str:
+        """What the model is before it has weights, and why it can neither be pulled nor served; empty when it can.
+
+        Raises nothing: the other ranks wait for this one. Of what could not be looked at, nothing is known to be equal.
+        """
+        try:
+            self._fingerprint = fingerprint_of_model(self._model_config)
+            unsupported = self._why_not(tensors)
+            if not unsupported:
+                self._maps = expert_maps(model)
+                placement = ", ".join(text for text in (self._topology.experts, self._maps) if text)
+                self._identity = msgspec.structs.replace(self._identity, expert_placement=placement)
+        except Exception as error:
+            log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", self._rank)
+            return f"looking at the model failed: {described(error)}"
+        return unsupported
 
     def _why_not(self, tensors: Mapping[str, torch.Tensor]) -> str:
         """Why these raw tensors can neither be pulled nor served, or would not be all of the model."""
@@ -257,7 +278,7 @@ class Load:
         )
 
     def _swap_roots(self, mine: Report) -> tuple[Report, ...]:
-        mine = msgspec.structs.replace(mine, root=self._root, fingerprint=self._fingerprint, reason="")
+        mine = msgspec.structs.replace(mine, root=self._record.root, fingerprint=self._fingerprint, reason="")
         return exchange(mine, self._groups(), _LOAD_LIMIT)
 
     def _groups(self) -> list[tuple[Any, int, int]]:
@@ -394,63 +415,40 @@ class Load:
         if fresh is not None:
             fresh.check_filled()
         # The files may have been fetched only now; and what a source said of its own is not ours.
-        self._fingerprint = fingerprint_of_model(self._model_config)
+        self._fingerprint = ""
+        with serving_only("taking the checkpoint's fingerprint", None):
+            self._fingerprint = fingerprint_of_model(self._model_config)
 
     # --- for the server ---------------------------------------------------------------------------------------------
 
-    def _record(
-        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], before: _Before, unsupported: str
-    ) -> None:
-        """Take digests of the raw tensors while they are still raw; in every rank, whether or not it has a server."""
-        self._recorded, self._root, self.announcement = None, "", None
+    def _recorded(self, model: torch.nn.Module, before: Before | None, unsupported: str) -> Record:
         if self._adopted:
-            self._refusal = ("its own weights were pulled processed", "pull the processed layout, or from its source")
-            return
-        self._refusal = self._why_not_raw(model, tensors, before, unsupported)
-        if not self._refusal[0]:
-            self._digest(model)
+            return Record(
+                refusal=("its own weights were pulled processed", "pull the processed layout, or from its source")
+            )
+        if before is None:
+            return Record(refusal=("what the model has beside its weights could not be noted", HINT))
+        if unsupported:
+            hint = "pull from a server that runs without this feature"
+            return Record(refusal=(unsupported, "load this model from storage" if self._traced.lost else hint))
+        return record(
+            model,
+            before,
+            lambda: self._known_identity(model),
+            lambda tensors: self._left_out(tensors, load_state_of(model)),
+            self._config,
+            f"rank {self._rank}: {self._role}",
+            pulled=None if self._report is None else self._report.announcement,
+            serves=self._server is not None,
+        )
 
     @property
     def _adopted(self) -> bool:
         return self._processed is not None and self._processed.adopted is not None
 
-    def _why_not_raw(
-        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], before: _Before, unsupported: str
-    ) -> tuple[str, str]:
-        """Why raw tensors alone would not make this model, and what could be done; empty when they would."""
-        if unsupported:
-            hint = "pull from a server that runs without this feature"
-            return unsupported, "load this model from storage" if self._traced.lost else hint
-        changed = [name for state in before for name in state.changed_by_loading(model)]
-        if changed:
-            return f"loading sets more than tensors: {named(changed)}", "load this model from storage"
-        if list(tensors) != list(named_raw_tensors(model)):
-            return "loading changes which tensors the model has", "load this model from storage"
-        return "", ""
-
-    def _digest(self, model: torch.nn.Module) -> None:
-        from netloader.tensors import hold
-
-        identity = msgspec.structs.replace(
-            self._identity, load_state=load_state_of(model), fingerprint=self._fingerprint
-        )
-        quantised = quantised_modules(model)
-        try:
-            tensors = named_raw_tensors(model)
-            without = self._left_out(tensors, identity.load_state)
-            holding = hold({name: tensor for name, tensor in tensors.items() if name not in without}, identity)
-        except NetloaderError as error:
-            self._refusal = (str(error), "load this model from storage")
-            return
-        self._root = holding.announcement.root
-        self.announcement = holding.announcement
-        if self._server is None:
-            return
-        raw = RawWeights(model, keep_policy(quantised, self._config), without)
-        for level, line in copied_lines(raw.copies):
-            log.log(level, "netloader: rank %d: %s: %s", self._rank, self._role, line)
-        # Not the holding itself: it keeps every tensor alive, also those that vLLM is about to replace.
-        self._recorded = Recorded(raw, holding.announcement, holding.device, quantised)
+    def _known_identity(self, model: torch.nn.Module) -> ModelIdentity:
+        state = load_state_of(model)
+        return msgspec.structs.replace(self._identity, load_state=state, fingerprint=self._fingerprint)
 
     # --- after post-processing --------------------------------------------------------------------------------------
 
@@ -458,30 +456,30 @@ class Load:
         """Serve what can be served now that vLLM has made its weights ready."""
         if self._processed is not None:
             self._processed.check(model)
-        self._serve(model)
+        with serving_only("offering the weights", self._server, [self._role]):
+            self._serve(model)
         if self._watched and not (self._role == "target" and _has_draft(self._vllm_config)):
-            hold_still_until_profiled(self._device())  # nothing more is loaded: vLLM measures its memory next
+            with serving_only("holding transfers still until vLLM has measured its memory", None):
+                hold_still_until_profiled(self._device())  # nothing more is loaded: vLLM measures its memory next
 
     def _serve(self, model: torch.nn.Module) -> None:
-        if self._server is None:
+        if self._server is None or not self._server.running:
             return
-        known = msgspec.structs.replace(self._identity, load_state=load_state_of(model), fingerprint=self._fingerprint)
         settling = Settling(
             server=self._server,
             config=self._config,
             rank=self._rank,
-            identity=known,
+            identity=self._known_identity(model),
             load=self._load,
             shares=self._shares,
             adopted=self._adopted,
-            refusal=self._refusal,
+            refusal=self._record.refusal,
         )
-        settling.serve(model, self._recorded)
+        settling.serve(model, self._record.recorded)
 
     def abandon(self, error: BaseException) -> None:
         """The load failed: tell clients that wait."""
-        if self._server is not None and self._server.running:
-            self._server.refuse(self._role, f"the model could not be loaded: {error}", "pull from another source")
+        refuse(self._server, [self._role], f"the model could not be loaded: {error}", "pull from another source")
 
 
 def _check_digests(theirs: ModelIdentity) -> None:

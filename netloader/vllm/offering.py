@@ -13,7 +13,7 @@ import torch
 
 from netloader.errors import ManifestError
 from netloader.tensors import Memory
-from netloader.vllm.weights import Contents, Settled
+from netloader.vllm.weights import Settled, same_bits
 
 if TYPE_CHECKING:
     from netloader.manifest import Manifest
@@ -45,10 +45,18 @@ class Offered:
         """Where it lives, as torch names it."""
         return self.memory.device
 
-    def by_contents(self) -> dict[Contents, _Reference]:
-        """Its tensors, weakly, by what they hold: the very memory that another model may come to share."""
-        kept = {name: weakref.ref(tensor) for name, tensor in self.settled.kept.items()}
-        return {self.settled.contents[name]: found for name, found in [*kept.items(), *self.settled.live.items()]}
+    def equal_to(self, tensor: torch.Tensor) -> _Reference | None:
+        """One of its tensors that holds the same, weakly: the very memory that another model may come to share."""
+        kept = [weakref.ref(tensor) for tensor in self.settled.kept.values()]
+        for reference in [*kept, *self.settled.live.values()]:
+            found = reference()
+            if (
+                found is not None
+                and (found.dtype, found.shape, found.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+                and same_bits(found, tensor)
+            ):
+                return reference
+        return None
 
 
 class OfferedMemory:
@@ -111,7 +119,7 @@ def offered(
     device: str,
     settled: Settled,
     load: str,
-    shared: Mapping[Contents, _Reference] | None = None,
+    target: Offered | None = None,
 ) -> Offered:
     """Put the tensors of today under the announcement of load time.
 
@@ -120,14 +128,15 @@ def offered(
         device: Where the tensors live, as torch names it.
         settled: Where each raw tensor is now; none is lost.
         load: Digest over the roots of all ranks.
-        shared: Tensors of another model that vLLM may put in the place of equal ones of this model.
+        target: Another model, whose tensors vLLM may put in the place of equal ones of this model.
     """
     references: list[_Reference] = []
     stand_ins: dict[int, _Reference] = {}
     for place, spec in enumerate(announcement.manifest.tensors):
         live = settled.live.get(spec.name)
         references.append(weakref.ref(settled.kept[spec.name]) if live is None else live)
-        equal = None if not shared or live is None else shared.get(settled.contents[spec.name])
+        tensor = None if live is None else live()
+        equal = None if target is None or tensor is None else target.equal_to(tensor)
         if equal is not None:
             stand_ins[place] = equal
     memory = OfferedMemory(announcement.manifest, references, stand_ins, device)

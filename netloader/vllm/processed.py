@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from netloader.errors import NetloaderError
+from netloader.tensors.mappings import ANY, HEAP, mapped
 from netloader.vllm.load_state import TRAVELS
+from netloader.vllm.registered import buffers_of, parameters_of, unset_names, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +48,12 @@ FACTS = "netloader.plain_state"
 """Name of the tensor that stands for all plain values: one digest per value, in the order of their names."""
 
 _DIGEST_BYTES = 16
-_FAR = range(1 << 32, 1 << 48)
-"""Whole numbers that may well be addresses; no size or count of one layer gets there."""
+_LOW = 1 << 32
+"""Below this, only the heap of an interpreter that was linked to a fixed address is looked at: counts get there."""
+
+_FAR = range(1 << 40, 1 << 48)
+"""Whole numbers that are taken for addresses whatever is mapped here, of a device for one; no size of one layer in
+bytes gets there."""
 
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 _HARMLESS = (type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, re.Pattern, range, slice)
@@ -112,14 +118,8 @@ class Outside:
 def outside(model: torch.nn.Module) -> Outside:
     """Look for what `named_modules` of `model` does not reach."""
     walk = _walked(model)
-    weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for t in _weights_of(m)}
+    weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for _, t in weights_of(m)}
     return Outside(walk.modules, {n: t for n, t in [*walk.named.items(), *walk.hidden] if id(t) not in weights})
-
-
-def _weights_of(module: torch.nn.Module) -> Iterator[torch.Tensor | None]:
-    yield from module._parameters.values()  # noqa: SLF001 - the public views walk through all modules below
-    computed = module._non_persistent_buffers_set  # noqa: SLF001 - as above
-    yield from (buffer for name, buffer in module._buffers.items() if name not in computed)  # noqa: SLF001 - as above
 
 
 def possible() -> bool:
@@ -152,6 +152,7 @@ def survey(model: torch.nn.Module, raw_bytes: Mapping[str, int]) -> Survey:
     walk = _walked(model)
     found = walk.found
     found.problems += _emptied(walk, raw_bytes)
+    found.problems += _in_tensors(walk)
     _place(walk)
     found.tensors[FACTS] = _facts_tensor(found.facts, next(iter(found.tensors.values())).device)
     return found
@@ -182,18 +183,16 @@ class _Walk:
         self.hidden: list[tuple[str, torch.Tensor]] = []  # in closures
         self.seen: set[int] = set()
         self.alive: list[object] = []  # an id means something only while its object lives
-        self.addresses = _addresses()
-        self.lowest = min(addresses.start for addresses in self.addresses)
+        self.addresses = _Addresses()
+        self.numbers: dict[str, int] = {}  # too large for a count, and nothing is mapped there
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         start = f"{name}." if name else ""
-        for table in (module._parameters, module._buffers):  # noqa: SLF001 - the public views hide None and aliases
-            for leaf, tensor in table.items():
-                if tensor is None:
-                    self.empty.add(start + leaf)
-                    self.found.facts[start + leaf] = "None"
-                else:
-                    self.tensor(start + leaf, tensor)
+        for leaf in unset_names(module):
+            self.empty.add(start + leaf)
+            self.found.facts[start + leaf] = "None"
+        for leaf, tensor in [*parameters_of(module), *buffers_of(module)]:
+            self.tensor(start + leaf, tensor)
         for leaf, value in vars(module).items():
             if not _OF_MODULES.fullmatch(leaf) and (name or leaf not in TRAVELS):  # those are in the identity
                 self.value(start + leaf, value, closure=False)
@@ -234,8 +233,11 @@ class _Walk:
                 self.module(path, module)
 
     def plain(self, name: str, value: Any) -> None:
-        if type(value) is int and value >= self.lowest and any(value in addresses for addresses in self.addresses):
-            self.found.problems.append(f"{name}: the number {value} may be the address of something (a handle)")
+        if type(value) is int and value >= self.addresses.lowest:
+            if value in self.addresses:
+                self.found.problems.append(_a_handle(name, value))
+            elif value in range(_LOW, _FAR.start):
+                self.numbers[name] = value
         self.found.facts[name] = f"{type(value).__name__} {value!r}"
 
     def _inside(self, name: str, value: Any, *, closure: bool) -> None:
@@ -284,14 +286,40 @@ class _Walk:
             self.value(f"{name}.{leaf}", item, closure=closure)
 
 
-def _addresses() -> tuple[range, ...]:
+class _Addresses:
     """Whole numbers that may be addresses in this process.
 
-    An interpreter that was linked to a fixed address (Debian's, say) has its heap below the others.
+    Attributes:
+        lowest: The lowest of them.
     """
-    from netloader.tensors.mappings import HEAP, mapped
 
-    return _FAR, *(range(start, end) for start, end in mapped(HEAP))
+    def __init__(self) -> None:
+        self._heap = [range(start, end) for start, end in mapped(HEAP)]
+        self._mapped: list[range] | None = None
+        self.lowest = min([_LOW, *(heap.start for heap in self._heap)])
+
+    def __contains__(self, value: int) -> bool:
+        if value < _LOW:
+            return any(value in heap for heap in self._heap)
+        if value >= _FAR.start:
+            return value < _FAR.stop
+        if self._mapped is None:  # few models have a number that asks for it
+            self._mapped = [range(start, end) for start, end in mapped(ANY)]
+        return not self._mapped or any(value in mapping for mapping in self._mapped)  # a system that can't say: maybe
+
+
+def _in_tensors(walk: _Walk) -> list[str]:
+    """Numbers that lie in the memory of some tensor: a device's may be mapped nowhere in this process."""
+    if not walk.numbers:
+        return []
+    tensors = [tensor for tensor in [*walk.named.values(), *(t for _, t in walk.hidden)] if tensor.numel()]
+    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    spans = {range(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages}
+    return [_a_handle(name, value) for name, value in walk.numbers.items() if any(value in span for span in spans)]
+
+
+def _a_handle(name: str, value: int) -> str:
+    return f"{name}: the number {value} may be the address of something (a handle)"
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from netloader import sync
 from netloader.addresses import Address
@@ -15,6 +15,7 @@ from netloader.identity import ModelIdentity, Role
 from netloader.progress import ProgressLog
 from netloader.report import PullReport
 from netloader.transports import registry
+from netloader.vllm.server_loop import ServerLost
 
 if TYPE_CHECKING:
     import torch
@@ -125,24 +126,31 @@ def pull_raw(
         MemoryStillInUse: Nothing else may fill the tensors any more.
         NetloaderError: Nothing was pulled, or not all; any of the tensors may have been written then.
     """
-    pull = server.pull if server is not None and server.running and config.relay else sync.pull
+    began = time.monotonic()
     try:
-        return pull(
-            tensors,
-            identity,
-            sources=sources,
-            transport=config.transport or "auto",
-            timeout=max(0.001, config.timeout - spent),
-            wait=max(0.0, config.wait - spent),
-            stall_timeout=config.stall_timeout,
-            stripe=config.stripe,
-            token=_secret(config),
-            expect_root=config.expect_root,
-            progress=ProgressLog(lambda line: log.info("netloader: %s", line)),
-        )
+        if server is not None and server.running and config.relay:
+            try:
+                return server.pull(tensors, identity, **_options(sources, config, spent))
+            except ServerLost as error:
+                log.warning("netloader: nothing is passed on while the weights are pulled: %s", error)
+        return sync.pull(tensors, identity, **_options(sources, config, spent + time.monotonic() - began))
     except MemoryStillInUse as error:
         log.error("netloader: nothing else may fill this memory: %s", error)  # noqa: TRY400 - the message says it all
         raise
+
+
+def _options(sources: Sequence[Address], config: Config, spent: float) -> dict[str, Any]:
+    return {
+        "sources": sources,
+        "transport": config.transport or "auto",
+        "timeout": max(0.001, config.timeout - spent),
+        "wait": max(0.0, config.wait - spent),
+        "stall_timeout": config.stall_timeout,
+        "stripe": config.stripe,
+        "token": _secret(config),
+        "expect_root": config.expect_root,
+        "progress": ProgressLog(lambda line: log.info("netloader: %s", line)),
+    }
 
 
 def _secret(config: Config) -> bytes | None:

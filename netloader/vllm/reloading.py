@@ -10,36 +10,39 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from netloader.config import Config
-from netloader.errors import MemoryStillInUse, NetloaderError
-from netloader.identity import ModelIdentity
+from netloader.errors import ManifestError, MemoryStillInUse, NetloaderError
+from netloader.identity import Role
 from netloader.vllm.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
 from netloader.vllm.copies import Keep
 from netloader.vllm.fallback import fallback_loader
+from netloader.vllm.guarding import serving_only
 from netloader.vllm.keeping import keep_policy, named, quantised_modules
 from netloader.vllm.offering import offered
 from netloader.vllm.pulling import pull_raw
-from netloader.vllm.serving import ROLES, running_server
+from netloader.vllm.registered import buffers_of, computed_names
+from netloader.vllm.serving import ROLES, WorkerServer, running_server
 from netloader.vllm.topology import topology_of
-from netloader.vllm.weights import Settled, digest_of, named_raw_tensors
+from netloader.vllm.weights import Settled, named_raw_tensors, same_bits
 
 if TYPE_CHECKING:
     import torch
 
     from netloader.protocol.events import Announcement
 
-__all__ = ["ReloadRefused", "finish_reload", "remember", "was_processed", "weights_for_reload"]
+__all__ = ["ReloadRefused", "abandon_reload", "finish_reload", "remember", "was_processed", "weights_for_reload"]
 
 log = logging.getLogger(__name__)
 
 _NOTE = "_netloader_loaded"
 _PENDING = "_netloader_reload"
+_PAUSED = "_netloader_paused"
 _COMPUTED = "_netloader_computed"
 _IN_USE = "_netloader_in_use"
 
@@ -64,14 +67,15 @@ class _Loaded:
 
 @dataclass
 class _Pending:
-    """A reload between the pull and the end of vLLM's post-processing."""
+    """A reload between the pull and the end of vLLM's post-processing; `taken` once vLLM has the weights."""
 
-    staging: Mapping[str, torch.Tensor]
-    identity: ModelIdentity
+    staging: dict[str, torch.Tensor]
+    announcement: Announcement
     load: str
     path: str
     config: Config
     rank: int
+    taken: bool = False
 
 
 def remember(model: torch.nn.Module, announcement: Announcement | None, path: str) -> None:
@@ -107,7 +111,7 @@ def weights_for_reload(
     reason = _why_not(model, loaded, str(model_config.model)) if sources else ""
     mine = Report("failed" if sources else "default", rank, reason=reason or config.why_no_source(rank) or "")
     staging: dict[str, torch.Tensor] = {}
-    identity = ModelIdentity()
+    pulled: Announcement | None = None
     if sources and loaded is not None and not reason:
         identity = loaded.announcement.identity
         wanted = config.expect_root or loaded.announcement.root
@@ -129,6 +133,7 @@ def weights_for_reload(
             mine = Report("failed", rank, reason=f"no memory for the new weights beside the old ones: {error}")
         else:
             identity = msgspec.structs.replace(identity, fingerprint=report.identity.fingerprint)
+            pulled = None if report.announcement is None else replace(report.announcement, identity=identity)
             mine = Report("pulled", rank, root=report.root, load=report.identity.load)
     reports = exchange(mine, groups_of_this_engine(pipeline=True), config.timeout + _SLACK)
     # What goes round is cut to fit; of this rank the whole reason is known, with the hint at its end.
@@ -144,51 +149,87 @@ def weights_for_reload(
     _note_computed(model)
     if not sources:
         return _by_default(model_config, load_config, config, model, rank)
-    _retract("the weights are being reloaded")
+    if pulled is None:
+        raise ReloadRefused("nothing was pulled, and no rank said so", hint="this is a bug of netloader")
+    _pause(model, "the weights are being reloaded")
     load = load_digest(report.root for report in reports)
-    return _handed_over(model, _Pending(staging, identity, load, str(model_config.model), config, rank))
+    return _handed_over(model, _Pending(staging, pulled, load, str(model_config.model), config, rank))
 
 
 def finish_reload(model: torch.nn.Module) -> None:
-    """The reload is over, post-processing included: serve the new weights, where they can be served exactly."""
+    """The reload is over, post-processing included: serve the new weights, where they can be served exactly.
+
+    What failed here costs what is served; the reload itself went well.
+    """
     _restore_computed(model)
     pending: _Pending | None = vars(model).pop(_PENDING, None)
-    if pending is None:
+    paused: Sequence[Role] = vars(model).pop(_PAUSED, ())
+    server = running_server()
+    if pending is None or not pending.taken:
+        if server is not None:
+            server.forget_paused(ROLES)
         return
-    from netloader.tensors import hold
-
-    holding = hold(pending.staging, pending.identity)
-    announcement = holding.announcement
+    announcement = pending.announcement
     remember(model, announcement, pending.path)
     log.info("netloader: rank %d: reloaded, root %s", pending.rank, announcement.root)
-    server = running_server()
     if server is None:
         return
+    role = announcement.identity.role
+    server.forget_paused([role])
+    with serving_only("serving the reloaded weights", server, [role]):
+        _serve(model, pending, server)
+    _resume(server, [other for other in paused if other != role], "the reload of the other model is over")
+
+
+def _serve(model: torch.nn.Module, pending: _Pending, server: WorkerServer) -> None:
+    announcement = pending.announcement
+    device = str(next(iter(named_raw_tensors(model).values())).device)  # not that of the staging memory
     settled = _settled(model, pending)
     if settled.lost:
         server.refuse(
-            pending.identity.role,
+            announcement.identity.role,
             f"reloaded weights were rewritten and not kept: {named(settled.lost)}",
             "set KEEP_RAW to true on the server",
         )
         return
     server.offer(
-        offered(announcement, holding.device, settled, pending.load),
+        offered(announcement, device, settled, pending.load),
         f"reloaded, {settled.kept_bytes / 1e6:.1f} MB of originals kept, root {announcement.root}",
     )
 
 
+def abandon_reload(model: torch.nn.Module) -> None:
+    """The reload broke: what was pulled for it is let go, and what was served is served again if it is what it was.
+
+    Some of the weights may be new ones, and some may be gone: then clients hear which.
+    """
+    _restore_computed(model)
+    pending: _Pending | None = vars(model).pop(_PENDING, None)
+    if pending is not None:
+        pending.staging.clear()  # whoever keeps the error keeps what refers to it
+        vars(model).pop("load_weights", None)
+    paused: Sequence[Role] = vars(model).pop(_PAUSED, ())
+    server = running_server()
+    if server is not None:
+        _resume(server, paused, "the reload broke, and has changed nothing")
+
+
+def _resume(server: WorkerServer, roles: Sequence[Role], reason: str) -> None:
+    with serving_only("serving again after a reload", server, roles):
+        try:
+            server.resume(reason, roles)
+        except ManifestError as error:
+            log.warning("netloader: what was served before the reload is not served any more: %s", error)
+
+
 def _note_computed(model: torch.nn.Module) -> None:
     """Remember which buffers are computed and in no checkpoint: vLLM 0.23 forgets it of all that it restores."""
-    vars(model)[_COMPUTED] = [
-        (module, frozenset(module._non_persistent_buffers_set))  # noqa: SLF001 - torch has no other way to ask
-        for module in model.modules()
-    ]
+    vars(model)[_COMPUTED] = [(module, frozenset(computed_names(module))) for module in model.modules()]
 
 
 def _restore_computed(model: torch.nn.Module) -> None:
     for module, computed in vars(model).pop(_COMPUTED, ()):
-        module._non_persistent_buffers_set.update(computed & module._buffers.keys())  # noqa: SLF001 - as above
+        computed_names(module).update(computed & {name for name, _ in buffers_of(module)})
 
 
 def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:
@@ -239,16 +280,17 @@ def _by_default(
             hint="give it a SOURCE",
         )
     log.info("netloader: rank %d: reload: %s", rank, config.why_no_source(rank))
-    _retract("the weights are being reloaded from storage")
+    _pause(model, "the weights are being reloaded from storage")
     vars(model)[_NOTE] = None  # what it was loaded with is over
     found: Iterable[tuple[str, torch.Tensor]] = weights(model_config, model)
     return found
 
 
-def _retract(reason: str) -> None:
+def _pause(model: torch.nn.Module, reason: str) -> None:
     server = running_server()
-    if server is not None:
-        server.retract(ROLES, reason)
+    with serving_only("retracting what is served before a reload", server):
+        if server is not None:
+            vars(model)[_PAUSED] = server.pause(ROLES, reason)
 
 
 def _handed_over(model: torch.nn.Module, pending: _Pending) -> Iterator[tuple[str, torch.Tensor]]:
@@ -259,13 +301,23 @@ def _handed_over(model: torch.nn.Module, pending: _Pending) -> Iterator[tuple[st
         found = reference()
         if found is None:
             raise ReloadRefused("the model is gone", hint="this is a bug of netloader")
+        pending.taken = True
         del found.load_weights
-        names = _fill_restored(found, weights)
-        vars(found)[_PENDING] = pending
-        return names
+        return _fill_restored(found, weights)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        if not pending.taken:
+            # vLLM would copy them over live tensors by name, which are what its post-processing made of such.
+            raise ReloadRefused(
+                f"rank {pending.rank}: the weights stay as they are: raw weights were pulled, and reload_weights was "
+                "called for weights that are processed already",
+                hint="call it with is_checkpoint_format=True, which is its default",
+            )
+        yield from pending.staging.items()
 
     vars(model)["load_weights"] = load_weights
-    return iter(pending.staging.items())
+    vars(model)[_PENDING] = pending
+    return weights()
 
 
 def _fill_restored(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -295,8 +347,7 @@ def _settled(model: torch.nn.Module, pending: _Pending) -> Settled:
     settled = Settled()
     for name, tensor in pending.staging.items():
         current = now.get(name)
-        settled.contents[name] = (digest_of(tensor), tuple(tensor.stride()))
-        if current is not None and current.stride() == tensor.stride() and digest_of(current) == digest_of(tensor):
+        if current is not None and current.stride() == tensor.stride() and same_bits(current, tensor):
             settled.live[name] = weakref.ref(current)
         elif keep(name) is not Keep.NO:
             settled.kept[name] = tensor

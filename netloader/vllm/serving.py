@@ -6,19 +6,13 @@ of them to the next one, while target and draft have to be served at one port.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import os
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
-
-import anyio
-from anyio.from_thread import BlockingPortal
 
 from netloader import library
 from netloader.addresses import Address, is_wildcard
@@ -31,6 +25,7 @@ from netloader.manifest import DIGEST_BYTES
 from netloader.report import PullReport
 from netloader.vllm.announce import AddressFile, AddressFileError, serving_line
 from netloader.vllm.janitor import Janitor
+from netloader.vllm.server_loop import ServerLoop, ServerLost
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +37,6 @@ log = logging.getLogger(__name__)
 STOP_WITHIN = 1.8
 """Seconds that stopping may take in all; vLLM gives a worker some more before it kills it."""
 
-_START_WITHIN = 60.0
 _LAYOUTS: tuple[Layout, ...] = ("raw", "processed")
 """What an engine may hold of one role, in the order in which clients ask."""
 
@@ -101,7 +95,6 @@ class WorkerServer:
         self._janitor: Janitor | None = None
         self._stopped = False
         self._paused: dict[Role, tuple[Holding, ...]] = {}
-        self._started: Future[tuple[asyncio.AbstractEventLoop, anyio.Event, BlockingPortal, Server]] = Future()
         make = partial(
             Server,
             host=config.listen_host,
@@ -113,29 +106,12 @@ class WorkerServer:
             stall_timeout=config.stall_timeout,
             device=device,
         )
-        self._thread = threading.Thread(target=self._run, args=(make,), name="netloader-server", daemon=True)
-        self._thread.start()
-        self._loop, self._stop, self._portal, self._server = self._started.result(_START_WITHIN)
+        self._loop = ServerLoop(make, f"rank {rank}")
+        self._server = self._loop.server
         # A worker that vLLM forked runs the finalizers of multiprocessing, but not atexit; the first process of a
         # program runs both.
         self._finalize = Finalize(None, self.stop, exitpriority=100)
         atexit.register(self.stop)
-
-    def _run(self, make: partial[Server]) -> None:
-        try:
-            anyio.run(self._serve, make)
-        except BaseException as error:
-            if self._started.done():
-                log.exception("netloader: the server of rank %d ended", self._rank)
-            else:
-                self._started.set_exception(error)
-
-    async def _serve(self, make: partial[Server]) -> None:
-        stop = anyio.Event()
-        async with make() as server, BlockingPortal() as portal:
-            self._started.set_result((asyncio.get_running_loop(), stop, portal, server))
-            await stop.wait()
-            await portal.stop(cancel_remaining=True)
 
     @property
     def address(self) -> str:
@@ -146,8 +122,26 @@ class WorkerServer:
 
     def expect(self, role: Role, reason: str) -> None:
         """Answer clients that the model is not ready yet, in no layout."""
+        self._ask(self._expect, role, reason)
+
+    def _expect(self, role: Role, reason: str) -> None:
         for layout in _LAYOUTS:
-            self._portal.call(partial(self._server.expect, role, layout, reason=reason))
+            self._server.expect(role, layout, reason=reason)
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any, within: float = 0.0) -> Any:
+        """Have the server's loop carry something out.
+
+        Raises:
+            ServerLost: It gives no answer; this server is given up then, and serves nobody any more when its loop goes
+                on after all.
+        """
+        try:
+            return self._loop.ask(function, *arguments, within=within)
+        except ServerLost as error:
+            if not self._stopped:
+                log.error("netloader: rank %d serves nobody any more: %s", self._rank, error)  # noqa: TRY400
+            self.give_up()
+            raise
 
     def offer(self, holding: Holding, detail: str) -> None:
         """Serve a model that is loaded, in place of the one that was served under its role before, if any.
@@ -157,7 +151,7 @@ class WorkerServer:
             detail: For the log.
         """
         role = holding.announcement.identity.role
-        self._portal.call(self._replace, holding)
+        self._ask(self._replace, holding, within=_RETRACT_WITHIN)
         log.info("%s", serving_line(self._rank, role, self.address, detail))
         self._write_address()
 
@@ -175,14 +169,10 @@ class WorkerServer:
 
         Whoever changes the tensors afterwards calls :meth:`withdraw` before.
         """
-        held = self._portal.call(self._server.holdings.held)
+        held = self._ask(self._server.holdings.held)
         relay = None if any(h.announcement.identity.role == identity.role for h in held) else self._server
-        future = self._portal.start_task_soon(partial(library.pull, tensors, identity, relay=relay, **options))
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # the caller's thread is being ended: nobody is left to use the tensors
-            raise
+        # Not given up before it has ended: until then it may write to the tensors.
+        return self._loop.ask_to_the_end(partial(library.pull, tensors, identity, relay=relay, **options))
 
     def withdraw(self, role: Role, reason: str, *, grace: float = 0.0, sources: Sequence[str] = ()) -> None:
         """Stop passing on what was pulled for `role`: its memory is free to change when this returns.
@@ -197,7 +187,8 @@ class WorkerServer:
             sources: Where they may find the same weights.
         """
         if self.running:
-            self._portal.call(self._withdraw, role, reason, grace, tuple(sources))
+            within = grace + _LAST_SENDS
+            self._ask(self._withdraw, role, reason, grace, tuple(sources), within=within)
 
     async def _withdraw(self, role: Role, reason: str, grace: float, sources: tuple[str, ...]) -> None:
         holdings = self._server.holdings
@@ -213,39 +204,70 @@ class WorkerServer:
 
         Refused in all of them, what was served under its role before is retracted first.
         """
-        self._portal.call(self._refuse, role, reason, hint, layouts)
+        self._ask(self._refuse, role, reason, hint, layouts, within=_RETRACT_WITHIN)
         self._write_address()
 
     def retract(self, roles: Sequence[Role], reason: str) -> None:
         """Stop serving these roles: clients get "gone". Afterwards the memory may change, and is not kept alive."""
+        self.forget_paused(roles)
+        self._retracted(roles, reason)
+
+    def pause(self, roles: Sequence[Role], reason: str) -> tuple[Role, ...]:
+        """As :meth:`retract`, and remember what was served, for :meth:`resume`; which roles were."""
+        found = self._retracted(roles, reason)
+        self._paused.update(found)
+        return tuple(found)
+
+    def _retracted(self, roles: Sequence[Role], reason: str) -> dict[Role, tuple[Holding, ...]]:
+        found: dict[Role, tuple[Holding, ...]]
+        found = self._ask(self._retract_all, tuple(roles), reason, within=len(roles) * _RETRACT_WITHIN)
+        for role in found:
+            log.info("netloader: rank %d serves its %s no more: %s", self._rank, role, reason)
+        return found
+
+    async def _retract_all(self, roles: Sequence[Role], reason: str) -> dict[Role, tuple[Holding, ...]]:
+        return {role: held for role in roles if (held := await self._retract(role, reason))}
+
+    def forget_paused(self, roles: Sequence[Role]) -> None:
+        """These do not come back: what was kept for them is let go."""
         for role in roles:
             self._paused.pop(role, None)
-            if self._portal.call(self._retract, role, reason):
-                log.info("netloader: rank %d serves its %s no more: %s", self._rank, role, reason)
 
-    def pause(self, roles: Sequence[Role], reason: str) -> None:
-        """As :meth:`retract`, and remember what was served, for :meth:`resume`."""
-        for role in roles:
-            found = self._portal.call(self._retract, role, reason)
-            if found:
-                self._paused[role] = found
-                log.info("netloader: rank %d serves its %s no more: %s", self._rank, role, reason)
-
-    def resume(self, reason: str) -> None:
+    def resume(self, reason: str, roles: Sequence[Role] = ROLES) -> None:
         """Serve again what was paused, if every byte is what it was.
 
+        Args:
+            reason: For the log.
+            roles: Which of it.
+
         Raises:
-            ManifestError: Some of it is gone, or not what it was; that is not served any more.
+            ManifestError: Some of it is gone, or not what it was; that is refused by name from now on.
         """
-        paused, self._paused = self._paused, {}
+        paused = {role: self._paused.pop(role) for role in roles if role in self._paused}
+        changed: ManifestError | None = None
         for role, holdings in paused.items():
+            try:
+                for holding in holdings:
+                    check_unchanged(holding)
+            except ManifestError as error:
+                changed = error
+                self.refuse(role, error.message, error.hint)
+                continue
             for holding in holdings:
-                check_unchanged(holding)
-                self._portal.call(self._replace, holding)
+                self._ask(self._replace, holding, within=_RETRACT_WITHIN)
             log.info("netloader: rank %d serves its %s again: %s", self._rank, role, reason)
+        if changed is not None:
+            raise changed
 
     def stop(self) -> None:
         """End the server: the address file first, then all sessions. Bounded in time; calling it again is harmless."""
+        self._end(STOP_WITHIN)
+
+    def give_up(self) -> None:
+        """End the server without waiting for it: the address file now, the sessions when its loop gets round to it."""
+        self._end(0.0)
+
+    def _end(self, within: float) -> None:
         if self._stopped or os.getpid() != self.pid:
             return
         self._stopped = True
@@ -255,14 +277,12 @@ class WorkerServer:
             self._file.remove()
         if self._janitor is not None:
             self._janitor.release()
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(STOP_WITHIN)
+        self._loop.end(within)
 
     @property
     def running(self) -> bool:
         """Whether it serves: not stopped, and not inherited from the process that this one was forked from."""
-        return not self._stopped and os.getpid() == self.pid and self._thread.is_alive()
+        return not self._stopped and os.getpid() == self.pid and self._loop.alive
 
     async def _refuse(self, role: Role, reason: str, hint: str, layouts: tuple[Layout, ...]) -> None:
         if set(layouts) == set(_LAYOUTS):

@@ -11,34 +11,15 @@ from netloader.config import Config
 from netloader.identity import ModelIdentity
 from netloader.vllm.keeping import hint_for, kept_text, named
 from netloader.vllm.processed import hold_processed
+from netloader.vllm.recording import Recorded
 from netloader.vllm.serving import WorkerServer
-from netloader.vllm.weights import RawWeights
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.protocol.events import Announcement
-
-__all__ = ["Recorded", "Settling"]
+__all__ = ["Settling"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What is known of the raw tensors from the moment when loading ended.
-
-    Attributes:
-        raw: Their digests, and what is kept of them.
-        announcement: What will be said about them.
-        device: Where they live.
-        quantised: Names of the modules whose weights are quantised.
-    """
-
-    raw: RawWeights
-    announcement: Announcement
-    device: str
-    quantised: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -90,8 +71,8 @@ class Settling:
         from netloader.vllm.offering import Offered, offered
 
         target = self.server.serves("target") if self.shares else None
-        shared = target.by_contents() if isinstance(target, Offered) else None
-        holding = offered(recorded.announcement, recorded.device, settled, self.load, shared)
+        target = target if isinstance(target, Offered) else None
+        holding = offered(recorded.announcement, recorded.device, settled, self.load, target)
         kept = kept_text(settled)
         manifest = holding.announcement.manifest
         self.server.offer(

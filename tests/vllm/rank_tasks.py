@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+import unittest.mock
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from netloader.holdings import Holding
+from netloader.tensors import hold
 from netloader.vllm import loading, serving
 from netloader.vllm.agreement import AgreementError
 from netloader.vllm.loading import NothingPulled
@@ -108,6 +110,16 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
         # Rank 1 loads by default, and not what the source of rank 0 holds. Nobody can tell before it has.
         raw = rank.pull("full", *([] if other_rank else [vague]))
         seen["a mixture"] = raw == rank.disk, rank.reason()
+        # One rank fails to record what it has: it says so in each exchange, and serves nothing.
+        with unittest.mock.patch(
+            "netloader.tensors.hold", side_effect=MemoryError("none left") if other_rank else hold
+        ):
+            raw = rank.load("full")
+        serving.stop_server()
+        seen["recording fails"] = (
+            raw == rank.disk,
+            "".join(rank.log.with_part("does not serve its target", "recording")),
+        )
         try:
             rank.pull("full", wrong if other_rank else good, FALLBACK=False)
         except NothingPulled as error:

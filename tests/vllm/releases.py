@@ -30,12 +30,14 @@ LOOKS_FOR_HEAD = _looks_for_head()
 needs_head_search = pytest.mark.skipif(not LOOKS_FOR_HEAD, reason="this vLLM takes the word of config.json on tying")
 
 
-def reload_in_place(config: Any, model: torch.nn.Module, path: str | None = None) -> None:
+def reload_in_place(
+    config: Any, model: torch.nn.Module, path: str | None = None, *, is_checkpoint_format: bool = True
+) -> None:
     """What a worker's `reload_weights` does, without a worker."""
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(config), _reload() as reload:
-        reload(config, model, None, path, True)
+        reload(config, model, None, path, is_checkpoint_format)
 
 
 @contextmanager

@@ -18,16 +18,17 @@ def config_of(models: ModelStore, kind: str, *sources: str, **settings: Any) -> 
     return harness.engine_config(models.bare(kind), load_format="netloader", extra=extra(sources, **settings))
 
 
-def reload(model: torch.nn.Module, config: Any, *, finish: bool = True) -> None:
+def reload(model: torch.nn.Module, config: Any, *, finish: bool = True, is_checkpoint_format: bool = True) -> None:
     """What a worker's `reload_weights` does.
 
     Args:
         model: The live model.
         config: With what it is told to.
         finish: Whether to add what our wrapper around the worker's method does.
+        is_checkpoint_format: As vLLM's worker takes it.
     """
     with torch.inference_mode():
-        reload_in_place(config, model)
+        reload_in_place(config, model, is_checkpoint_format=is_checkpoint_format)
         if finish:
             finish_reload(model)
 

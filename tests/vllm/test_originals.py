@@ -82,7 +82,8 @@ def test_a_rewrite_in_place_is_refused_by_name(
     rewritten: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
 ) -> None:
     loaded = load(models.get("llama-bf16"))  # alive: there may be processed weights to serve
-    reason = f"post-processing left 1 raw tensors behind: {rewritten} (vLLM rewrote it in place)"
+    # Small tensors share a block, and a digest tells no more than which block it is.
+    reason = f"raw tensors behind: {rewritten} (vLLM rewrote it in place, or a tensor of the same block)"
     line = log_lines.one(reason)
     # Where vLLM has kernels that pack weights for this CPU nothing is served, elsewhere the processed weights are.
     assert "does not serve its target" in line or "no raw layout" in line

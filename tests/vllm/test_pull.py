@@ -163,20 +163,22 @@ def test_weights_that_are_not_to_be_kept_do_not_outlive_post_processing(
     import weakref
 
     from netloader.vllm import loading
+    from netloader.vllm.recording import Record, record
 
     raw: dict[str, weakref.ref[torch.Tensor]] = {}
     alive: list[str] = []
-    record, settle = loading.Load._record, loading.Load.settle
+    settle = loading.Load.settle
 
-    def after_loading(self: loading.Load, model: torch.nn.Module, *arguments: Any) -> None:
-        record(self, model, *arguments)
+    def after_loading(model: torch.nn.Module, *arguments: Any, **options: Any) -> Record:
+        made = record(model, *arguments, **options)
         raw.update((name, weakref.ref(tensor)) for name, tensor in harness.named_tensors(model))
+        return made
 
     def after_processing(self: loading.Load, model: torch.nn.Module) -> None:
         alive.extend(name for name, tensor in raw.items() if tensor() is not None)
         settle(self, model)
 
-    monkeypatch.setattr(loading.Load, "_record", after_loading)
+    monkeypatch.setattr(loading, "record", after_loading)
     monkeypatch.setattr(loading.Load, "settle", after_processing)
     load(models.get("llama-w8a8"))
     assert "model.embed_tokens.weight" in alive

@@ -72,6 +72,9 @@ def test_two_ranks_pull_their_shards_and_agree(
     assert "what was pulled is not kept: rank 1 loaded other weights" in first["a mixture"][1]
     assert second["a mixture"][1].endswith("SOURCE omitted")
 
+    assert first["recording fails"][1] == ""
+    assert "does not serve its target" in second["recording fails"][1]
+
     assert "rank 1 could not pull" in first["no fallback"][1]
     assert "the identities differ" in second["no fallback"][1]
 

@@ -6,6 +6,8 @@ runs is vLLM's `Worker`, whose methods are wrapped as in an engine.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 from netloader.errors import NetloaderError
-from netloader.vllm import hooks, serving
+from netloader.vllm import hooks, reloading, serving
+from netloader.vllm.reloading import ReloadRefused
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seeds, extra, load, pull, source_of
@@ -118,7 +121,7 @@ def cast(worker_class: Any, seeds: Seeds, models: ModelStore, monkeypatch: pytes
         model=model,
         get_model=lambda: model,
         get_draft_model=lambda: None,
-        reload_weights=lambda: reload(model, worker.vllm_config, finish=False),
+        reload_weights=lambda **options: reload(model, worker.vllm_config, finish=False, **options),
     )
     assert made.refusal() == ""
     return made
@@ -154,6 +157,80 @@ def test_weights_that_were_thrown_away_are_not_served_until_they_are_reloaded(
     assert same(outputs(cast.model), before)
     assert harness.raw_digests(cast.model) == digests
     assert cast.refusal() == ""
+
+
+def nothing_is_left_of(model: torch.nn.Module) -> bool:
+    """Whether neither staging memory nor a loader of our own hangs on a model."""
+    gc.collect()
+    return not [
+        name
+        for name in vars(model)
+        if name in {"load_weights", "_netloader_reload", "_netloader_paused", "_netloader_computed"}
+    ]
+
+
+def test_a_reload_with_arguments_of_its_own_is_served_afterwards(cast: Cast, seeds: Seeds, log_lines: LogLines) -> None:
+    before = outputs(cast.model)
+    with source_of(seeds.get(KIND).holding) as source:
+        cast.worker.vllm_config = cast.config(source)
+        cast.worker.reload_weights(is_checkpoint_format=True)
+    assert log_lines.one("reloaded, root")
+    assert nothing_is_left_of(cast.model)
+    assert same(outputs(cast.model), before)
+    assert cast.refusal() == ""
+
+
+def test_raw_weights_are_not_taken_for_processed_ones(cast: Cast, seeds: Seeds) -> None:
+    before = harness.raw_digests(cast.model)
+    with source_of(seeds.get(KIND).holding) as source:
+        cast.worker.vllm_config = cast.config(source)
+        with pytest.raises(ReloadRefused, match="called for weights that are processed already"):
+            cast.worker.reload_weights(is_checkpoint_format=False)
+    assert harness.raw_digests(cast.model) == before
+    assert nothing_is_left_of(cast.model)
+    assert cast.refusal() == "", "what did not change is served again"
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("step", ["initialize_layerwise_reload", "finalize_layerwise_reload"])
+def test_a_reload_that_breaks_lets_go_of_what_it_pulled(
+    step: str, changed: bool, cast: Cast, seeds: Seeds, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    from vllm.model_executor.model_loader.reload import inplace
+
+    original = getattr(inplace, step)
+    made: list[weakref.ref[torch.Tensor]] = []
+    staging = reloading._staging
+
+    def staged(announcement: Any) -> dict[str, torch.Tensor]:
+        tensors = staging(announcement)
+        made.extend(map(weakref.ref, tensors.values()))
+        return tensors
+
+    def fail(*arguments: Any) -> None:
+        if step == "finalize_layerwise_reload":
+            original(*arguments)
+        if changed:
+            with torch.no_grad():
+                next(cast.model.parameters()).fill_(GARBAGE)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(reloading, "_staging", staged)
+    monkeypatch.setattr(inplace, step, fail)
+    with source_of(seeds.get(KIND).holding) as source:
+        cast.worker.vllm_config = cast.config(source)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            cast.worker.reload_weights()
+        monkeypatch.undo()
+        assert nothing_is_left_of(cast.model)
+        assert made
+        assert not [found for reference in made if (found := reference()) is not None and found.numel()]
+        if changed:
+            assert "is not what it was when it was announced" in cast.refusal()
+            assert log_lines.one("what was served before the reload is not served any more")
+        else:
+            assert cast.refusal() == "", "what did not change is served again"
+            assert log_lines.one("serves its target again", "the reload broke")
 
 
 def test_weights_that_are_reset_are_not_served(cast: Cast) -> None:

@@ -1,0 +1,57 @@
+"""The one guard around all that is for serving only: it logs and refuses, and never ends what it is a part of.
+
+A load, a reload, a sleep and a wake-up are what an engine is there for. That others may have its weights is not: what
+fails there (memory that is full, a server that is gone, an error of ours) costs the serving and nothing else. Nothing
+of what is known to be equal depends on it: what is not offered cannot be wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from netloader.errors import NetloaderError
+from netloader.identity import Role
+from netloader.vllm.serving import ROLES, WorkerServer
+
+__all__ = ["HINT", "described", "refuse", "serving_only"]
+
+log = logging.getLogger(__name__)
+
+HINT = "the log of this source has the details; pull from another one"
+
+
+@contextmanager
+def serving_only(what: str, server: WorkerServer | None, roles: Sequence[Role] = ROLES) -> Iterator[None]:
+    """Run what is for serving only: an error is logged with its traceback, and clients are refused with the reason.
+
+    Nothing is raised but what ends the process or the thread. A server that cannot even refuse is given up.
+
+    Args:
+        what: What is being done, for the log and for clients ("recording the weights").
+        server: Whose clients are refused; None where there are none.
+        roles: The models that are not served because of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.exception("netloader: %s failed, which costs what is served and nothing else", what)
+        refuse(server, roles, f"{what} failed: {described(error)}", HINT)
+
+
+def refuse(server: WorkerServer | None, roles: Sequence[Role], reason: str, hint: str) -> None:
+    """Tell clients why these models can't be pulled; raises nothing."""
+    if server is None or not server.running:
+        return
+    try:
+        for role in roles:
+            server.refuse(role, reason, hint)
+    except Exception:
+        log.exception("netloader: the server of this process can't be told to refuse, and is ended")
+        server.give_up()
+
+
+def described(error: Exception) -> str:
+    """An error in words: those of ours speak for themselves."""
+    return str(error) if isinstance(error, NetloaderError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,160 @@
+"""What is known of a model's raw tensors when loading ends, while they are still raw: for other ranks, and for serving.
+
+Nothing here may end a load, and every rank has to reach the exchange that follows: what fails leaves a reason, no root,
+and nothing that could be served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from netloader.config import Config
+from netloader.errors import NetloaderError
+from netloader.identity import ModelIdentity
+from netloader.vllm.guarding import HINT, described
+from netloader.vllm.keeping import copied_lines, keep_policy, named, quantised_modules
+from netloader.vllm.load_state import PlainState
+from netloader.vllm.weights import RawWeights, UnnamedTensors, named_raw_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from netloader.protocol.events import Announcement
+
+__all__ = ["Before", "Record", "Recorded", "record"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a model has beside its weights, before they are loaded.
+
+    Attributes:
+        state: Plain facts.
+        unnamed: Tensors that have no name.
+        names: The names of its raw tensors.
+    """
+
+    state: PlainState
+    unnamed: UnnamedTensors
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Before:
+        """As it is now."""
+        return cls(PlainState(model), UnnamedTensors(model), tuple(named_raw_tensors(model)))
+
+    def why_not_raw(self, model: torch.nn.Module) -> tuple[str, str]:
+        """Why raw tensors alone would not make the model that was loaded since, and a hint; empty when they would."""
+        changed = [name for part in (self.state, self.unnamed) for name in part.changed_by_loading(model)]
+        if changed:
+            return f"loading sets more than tensors: {named(changed)}", "load this model from storage"
+        if self.names != tuple(named_raw_tensors(model)):
+            return "loading changes which tensors the model has", "load this model from storage"
+        return "", ""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of the raw tensors from the moment when loading ended.
+
+    Attributes:
+        raw: What is kept of them.
+        announcement: What will be said about them.
+        device: Where they live.
+        quantised: Names of the modules whose weights are quantised.
+    """
+
+    raw: RawWeights
+    announcement: Announcement
+    device: str
+    quantised: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of it.
+
+    Attributes:
+        announcement: What the raw tensors are; None when they alone do not make this model, or nobody could tell.
+        recorded: What is to be served of them; None when nothing is, or there is no server.
+        refusal: Why there are no raw tensors to serve, and what could be done; empty when there are some.
+    """
+
+    announcement: Announcement | None = None
+    recorded: Recorded | None = None
+    refusal: tuple[str, str] = ("", "")
+
+    @property
+    def root(self) -> str:
+        """Root of the raw tensors; empty when it is not known."""
+        return "" if self.announcement is None else self.announcement.root
+
+    def refused(self, what: str, error: Exception) -> Record:
+        """The same without anything to serve, because of an error, which is logged here."""
+        log.error("netloader: %s failed, which costs what is served and nothing else", what, exc_info=error)
+        return replace(self, recorded=None, refusal=(f"{what} failed: {described(error)}", HINT))
+
+
+def record(
+    model: torch.nn.Module,
+    before: Before,
+    identity: Callable[[], ModelIdentity],
+    left_out: Callable[[Mapping[str, torch.Tensor]], Collection[str]],
+    config: Config,
+    who: str,
+    *,
+    pulled: Announcement | None,
+    serves: bool,
+) -> Record:
+    """Take digests of the raw tensors while they are still raw; in every rank, whether or not it has a server.
+
+    Args:
+        model: The model, loaded and not yet post-processed.
+        before: What it had before it was loaded.
+        identity: Says what it is.
+        left_out: Says which of its tensors are not served.
+        config: Ours.
+        who: The rank and the role, for the log.
+        pulled: What was pulled into this model, if anything was: it is not hashed once more.
+        serves: Whether there is a server.
+    """
+    found = Record()
+    try:
+        refusal = before.why_not_raw(model)
+        if refusal[0]:
+            return Record(refusal=refusal)
+        tensors = named_raw_tensors(model)
+        without = frozenset(left_out(tensors))
+        offered = {name: tensor for name, tensor in tensors.items() if name not in without}
+        found = _held(offered, identity(), pulled)
+        if serves and found.announcement is not None:
+            found = replace(found, recorded=_recorded(model, found.announcement, config, who))
+    except Exception as error:  # noqa: BLE001 - logged by `refused`, with its traceback
+        return found.refused("recording the weights", error)
+    return found
+
+
+def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: Announcement | None) -> Record:
+    from netloader.tensors import describe, hold
+
+    try:
+        if pulled is not None and describe(tensors)[0] == pulled.manifest:
+            # Every block was verified as it came. Whether it still is what it was then is looked at once all is over.
+            return Record(replace(pulled, identity=identity))
+        # Not the holding itself: it keeps every tensor alive, also those that vLLM is about to replace.
+        return Record(hold(tensors, identity).announcement)
+    except NetloaderError as error:
+        return Record(refusal=(str(error), "load this model from storage"))
+
+
+def _recorded(model: torch.nn.Module, announcement: Announcement, config: Config, who: str) -> Recorded:
+    quantised = quantised_modules(model)
+    raw = RawWeights(model, announcement, keep_policy(quantised, config))
+    for level, line in copied_lines(raw.copies):
+        log.log(level, "netloader: %s: %s", who, line)
+    return Recorded(raw, announcement, raw.device, quantised)

@@ -1,0 +1,178 @@
+"""How often the bytes of a model are hashed from the pull until it is served again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+
+from netloader import sync
+from netloader.config import Config
+from netloader.identity import ModelIdentity
+from netloader.report import PullReport
+from netloader.tensors import digests
+from netloader.vllm import recording
+from netloader.vllm.copies import Keep
+from netloader.vllm.keeping import keep_policy
+from netloader.vllm.offering import Offered, offered
+from netloader.vllm.recording import Before, Record, record
+from netloader.vllm.weights import RawWeights, named_raw_tensors
+
+ORIGINAL = xxhash.xxh3_128
+
+
+@dataclass
+class Counter:
+    """Bytes that were hashed, by the step that is under way."""
+
+    nbytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    step: str = ""
+
+    def made(self, data: Any = b"") -> Counting:
+        """Stands in for the hash."""
+        return Counting(self, data)
+
+
+class Counting:
+    """A hash that counts what it is given."""
+
+    def __init__(self, counter: Counter, data: Any) -> None:
+        self._hash = ORIGINAL()
+        self._counter = counter
+        self.update(data)
+
+    def update(self, data: Any) -> None:
+        self._counter.nbytes[self._counter.step] += memoryview(data).nbytes
+        self._hash.update(data)
+
+    def digest(self) -> bytes:
+        return bytes(self._hash.digest())
+
+    def hexdigest(self) -> str:
+        return str(self._hash.hexdigest())
+
+
+@pytest.fixture(autouse=True)
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    found = Counter()
+    monkeypatch.setattr(digests, "_REGISTRY", {digests.DEFAULT: found.made})
+    monkeypatch.setattr(xxhash, "xxh3_128", found.made)
+    monkeypatch.setattr(recording, "quantised_modules", lambda model: frozenset())  # it asks vLLM
+    return found
+
+
+class Model(torch.nn.Module):
+    def __init__(self, seed: int, hidden: int = 512) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Embedding(2 * hidden, hidden)
+        self.linears = [torch.nn.Linear(hidden, hidden) for _ in range(8)]
+        self.layers = torch.nn.ModuleList(self.linears)
+        self.norm = torch.nn.LayerNorm(hidden)
+        self.head = torch.nn.Linear(hidden, 2 * hidden, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def nbytes_of(model: torch.nn.Module) -> int:
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in named_raw_tensors(model).values()}.values())
+
+
+def pulled_into(model: torch.nn.Module, counter: Counter) -> PullReport:
+    """A pull of the weights of another one."""
+    identity = ModelIdentity(model="m")
+    with sync.serve(named_raw_tensors(Model(1)), identity, host="127.0.0.1", transport="memory") as seed:
+        counter.step = "pull"
+        return sync.pull(named_raw_tensors(model), identity, sources=[seed.address], transport="memory")
+
+
+def recorded_of(model: torch.nn.Module, counter: Counter, report: PullReport | None = None, **keep: Any) -> Record:
+    counter.step = "record"
+    pulled = None if report is None else report.announcement
+    identity = ModelIdentity(model="m", fingerprint="ab" * 16)
+    before, config = Before.of(model), Config(**keep)
+    return record(model, before, lambda: identity, lambda _: (), config, "rank 0", pulled=pulled, serves=True)
+
+
+def offered_of(model: torch.nn.Module, counter: Counter, found: Record) -> Offered:
+    counter.step = "settle"
+    assert found.recorded is not None
+    settled = found.recorded.raw.settle(model)
+    assert settled.lost == {}
+    return offered(found.recorded.announcement, found.recorded.device, settled, "cd" * 16)
+
+
+FEW = 4096
+"""Bytes that names and shapes take: a manifest, a root."""
+
+
+@pytest.mark.parametrize(
+    "keep", [{}, {"keep_raw": False}, {"int8_cache": "dram", "int8_cache_name": ("embed.weight",)}]
+)
+def test_what_was_pulled_and_is_served_is_hashed_twice(keep: dict[str, Any], counter: Counter) -> None:
+    model = Model(2)
+    nbytes = nbytes_of(model)
+    found = recorded_of(model, counter, pulled_into(model, counter), **keep)
+    made = offered_of(model, counter, found)
+    assert nbytes <= counter.nbytes["pull"] < nbytes + FEW
+    assert counter.nbytes["record"] < FEW, "it was verified as it came"
+    assert nbytes <= counter.nbytes["settle"] < nbytes + FEW
+    assert made.announcement.root == found.root
+    assert made.announcement.identity.fingerprint == "ab" * 16, "it is announced as what it is here"
+    from_scratch = recorded_of(Model(1), counter).announcement
+    assert from_scratch is not None
+    assert made.announcement.digests == from_scratch.digests
+
+
+def test_what_was_loaded_and_is_served_is_hashed_twice(counter: Counter) -> None:
+    model = Model(2)
+    nbytes = nbytes_of(model)
+    offered_of(model, counter, recorded_of(model, counter))
+    assert nbytes <= counter.nbytes["record"] < nbytes + FEW
+    assert nbytes <= counter.nbytes["settle"] < nbytes + FEW
+
+
+def test_what_was_replaced_is_hashed_once_too(counter: Counter) -> None:
+    model = Model(2)
+    nbytes = nbytes_of(model)
+    found = recorded_of(model, counter, pulled_into(model, counter))
+    for layer in model.linears:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous())
+    made = offered_of(model, counter, found)
+    assert sorted(made.settled.kept) == [f"layers.{place}.weight" for place in range(8)]
+    assert set(made.settled.reasons.values()) == {Keep.REFERENCE}
+    assert nbytes <= counter.nbytes["settle"] < nbytes + FEW
+
+
+def test_what_was_pulled_and_changed_since_is_not_served_as_what_was_pulled(counter: Counter) -> None:
+    model = Model(2)
+    found = recorded_of(model, counter, pulled_into(model, counter))
+    assert found.recorded is not None
+    with torch.no_grad():
+        model.linears[3].weight[7, 11] += 1
+    assert "layers.3.weight" in found.recorded.raw.settle(model).lost
+
+
+def test_another_set_of_tensors_than_was_pulled_is_hashed_anew(counter: Counter) -> None:
+    model = Model(2)
+    report = pulled_into(model, counter)
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    found = recorded_of(model, counter, report)
+    assert counter.nbytes["record"] >= nbytes_of(model)
+    assert found.root != report.root
+
+
+def test_a_block_that_differs_names_what_may_have_changed(counter: Counter) -> None:
+    model = Model(2, hidden=64)
+    found = recorded_of(model, counter)
+    assert found.announcement is not None
+    raw = RawWeights(model, found.announcement, keep_policy(frozenset(), Config()))
+    with torch.no_grad():
+        model.linears[0].weight[0, 0] += 1
+    lost = raw.settle(model).lost
+    assert set(lost.values()) == {"vLLM rewrote it in place, or a tensor of the same block"}
+    assert "layers.0.weight" in lost
+    assert not [name for name in lost if name.endswith("bias")], "of those there are copies"

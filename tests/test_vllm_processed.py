@@ -1,0 +1,90 @@
+"""What counts as a handle in a post-processed layer; with layers of torch and no vLLM."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from netloader.tensors import mappings
+from netloader.vllm.processed import survey
+
+SIZES = (1 << 32, (1 << 32) + 4096, 5_000_000_000, 300 << 30, (1 << 40) - 1)
+"""Sizes in bytes that a layer may note: 4 GiB to 1 TiB."""
+
+
+def problems_of(**values: Any) -> list[str]:
+    layer: Any = torch.nn.Linear(2, 2)
+    vars(layer).update(values)
+    return survey(layer, {}).problems
+
+
+def handle(name: str, value: int) -> str:
+    return f"{name}: the number {value} may be the address of something (a handle)"
+
+
+@contextmanager
+def maps(monkeypatch: pytest.MonkeyPatch, path: Path, *lines: str) -> Iterator[None]:
+    """What the system says about the memory of this process."""
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with monkeypatch.context() as patch:
+        patch.setattr(mappings, "_MAPS", path)
+        yield
+
+
+def test_a_size_in_bytes_is_no_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = {f"size_{place}": size for place, size in enumerate(SIZES)}
+    with maps(monkeypatch, tmp_path / "maps", "7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /usr/lib/some.so"):
+        assert problems_of(**sizes) == []
+
+
+def test_a_number_that_points_into_mapped_memory_is_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = ("200000000-300200000 ---p 00000000 00:00 0", "7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /a.so")
+    with maps(monkeypatch, tmp_path / "maps", *lines):
+        found = problems_of(before=0x200000000 - 1, first=0x200000000, last=0x3001FFFFF, past=0x300200000)
+    assert found == [handle("first", 0x200000000), handle("last", 0x3001FFFFF)]
+
+
+def test_whatever_this_process_has_mapped_is_an_address() -> None:
+    buffer = ctypes.create_string_buffer(1 << 20)
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        view = (ctypes.c_char * mmap.PAGESIZE).from_buffer(page)
+        numbers = {"buffer": ctypes.addressof(buffer), "page": ctypes.addressof(view) + 17, "own": id(page)}
+        assert problems_of(**numbers) == [handle(name, value) for name, value in numbers.items()]
+        del view
+
+
+def test_addresses_of_devices_are_mapped_nowhere_and_count_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    far = {"device": 0x12C0C0000000, "first": 1 << 40, "last": (1 << 48) - 1}
+    with maps(monkeypatch, tmp_path / "maps", "7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /usr/lib/some.so"):
+        assert problems_of(**far, seed=1 << 48) == [handle(name, value) for name, value in far.items()]
+
+
+def test_memory_of_a_tensor_counts_wherever_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Storage:
+        def data_ptr(self) -> int:
+            return 6 << 30
+
+        def nbytes(self) -> int:
+            return 4096
+
+    monkeypatch.setattr("netloader.vllm.processed._place", lambda walk: walk.found.tensors.update(walk.named))
+    monkeypatch.setattr(torch.nn.Parameter, "untyped_storage", lambda self: Storage())
+    with maps(monkeypatch, tmp_path / "maps", "7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /usr/lib/some.so"):
+        found = problems_of(before=(6 << 30) - 1, inside=(6 << 30) + 64, past=(6 << 30) + 4096)
+    assert found == [handle("inside", (6 << 30) + 64)]
+
+
+def test_where_the_system_cannot_say_every_large_number_may_be_an_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mappings, "_MAPS", tmp_path / "none")
+    assert problems_of(size=SIZES[0], count=4096) == [handle("size", SIZES[0])]
