@@ -23,8 +23,8 @@ from functools import partial
 import torch
 import xxhash
 
+from netloader.core.plan import DEFAULT_BLOCK_BYTES
 from netloader.errors import TransportUnavailable
-from netloader.plan import DEFAULT_BLOCK_BYTES
 from netloader.tensors import digest_of
 from netloader.transports.conformance import TensorBlockView
 

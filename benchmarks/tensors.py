@@ -24,8 +24,8 @@ import xxhash
 
 from benchmarks.workloads import make
 from netloader.codecs.packed import pack, staging_bytes, staging_for, unpack
-from netloader.identity import ModelIdentity
-from netloader.plan import DEFAULT_BLOCK_BYTES, make_plan
+from netloader.core.identity import ModelIdentity
+from netloader.core.plan import DEFAULT_BLOCK_BYTES, make_plan
 from netloader.tensors import describe, destination, digest_of, hold
 
 Case = tuple[str, Callable[[], Any]]

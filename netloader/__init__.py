@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from netloader import sync
-    from netloader.addresses import Address, parse_address
+    from netloader.api import Server, probe, pull, pull_new
+    from netloader.client.probe import Probe
     from netloader.config import Config, load_config
+    from netloader.core.addresses import Address, parse_address
+    from netloader.core.identity import Difference, ModelIdentity, differences
+    from netloader.core.manifest import Manifest, TensorSpec
+    from netloader.core.report import Phases, Progress, PullReport, SourceShare
     from netloader.errors import (
         AttemptFailed,
         ChannelBusy,
@@ -33,12 +38,7 @@ if TYPE_CHECKING:
         TransportUnavailable,
         VerificationError,
     )
-    from netloader.identity import Difference, ModelIdentity, differences
-    from netloader.library import Server, probe, pull, pull_new
-    from netloader.manifest import Manifest, TensorSpec
-    from netloader.probing import Probe
-    from netloader.report import Phases, Progress, PullReport, SourceShare
-    from netloader.server_session import SessionInfo
+    from netloader.server.session import SessionInfo
 
 __all__ = [
     "Address",
@@ -83,14 +83,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "addresses": ("Address", "parse_address"),
-    "probing": ("Probe",),
+    "core.addresses": ("Address", "parse_address"),
+    "client.probe": ("Probe",),
     "config": ("Config", "load_config"),
-    "identity": ("Difference", "ModelIdentity", "differences"),
-    "library": ("Server", "probe", "pull", "pull_new"),
-    "manifest": ("Manifest", "TensorSpec"),
-    "report": ("Phases", "Progress", "PullReport", "SourceShare"),
-    "server_session": ("SessionInfo",),
+    "core.identity": ("Difference", "ModelIdentity", "differences"),
+    "api": ("Server", "probe", "pull", "pull_new"),
+    "core.manifest": ("Manifest", "TensorSpec"),
+    "core.report": ("Phases", "Progress", "PullReport", "SourceShare"),
+    "server.session": ("SessionInfo",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import anyio.to_thread
 
-from netloader.addresses import Address, is_wildcard, parse_address
-from netloader.client import pull_from
-from netloader.contact import ClientOptions
-from netloader.driver import FEW_SPANS
+from netloader.client.connect import ClientOptions
+from netloader.client.probe import Probe, probe_source
+from netloader.client.pull import pull_from
+from netloader.core.addresses import Address, is_wildcard, parse_address
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.protocol.context import Timings
+from netloader.core.report import ProgressCallback, PullReport
 from netloader.errors import ConfigError
-from netloader.identity import Layout, ModelIdentity, Role
-from netloader.probing import Probe, probe_source
-from netloader.protocol.context import Timings
-from netloader.report import ProgressCallback, PullReport
-from netloader.server import HoldingServer, ServerOptions
+from netloader.server.server import HoldingServer, ServerOptions
+from netloader.session.driver import FEW_SPANS
 from netloader.transports import registry
 from netloader.transports.base import Transport
 

@@ -134,7 +134,7 @@ class RefusedError(NetloaderError):
     """The peer refused, and said why.
 
     Args:
-        code: Which kind of refusal (see :class:`netloader.messages.RefusalCode`).
+        code: Which kind of refusal (see :class:`netloader.core.messages.RefusalCode`).
         message: The peer's reason.
         hint: The peer's advice.
         retry_after: Seconds after which the peer suggests another try, or None when trying again is pointless.

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from netloader import library
-from netloader.probing import Probe
-from netloader.report import PullReport
+from netloader import api
+from netloader.client.probe import Probe
+from netloader.core.report import PullReport
 
 if TYPE_CHECKING:
     import torch
@@ -37,23 +37,23 @@ _log = logging.getLogger("netloader")
 
 def pull(tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> PullReport:
     """:func:`netloader.pull`, waiting for its result. Same arguments, result and errors."""
-    return _wait_for(partial(library.pull, tensors, *args, **kwargs), "netloader-pull")
+    return _wait_for(partial(api.pull, tensors, *args, **kwargs), "netloader-pull")
 
 
 def pull_new(**kwargs: Any) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors."""
-    return _wait_for(partial(library.pull_new, **kwargs), "netloader-pull")
+    return _wait_for(partial(api.pull_new, **kwargs), "netloader-pull")
 
 
 def probe(*args: Any, **kwargs: Any) -> Probe:
     """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors."""
-    return _wait_for(partial(library.probe, *args, **kwargs), "netloader-probe")
+    return _wait_for(partial(api.probe, *args, **kwargs), "netloader-probe")
 
 
 class SyncServer:
     """A running server, seen from code without an event loop. Made by :func:`serve`."""
 
-    def __init__(self, server: library.Server, portal: BlockingPortal) -> None:
+    def __init__(self, server: api.Server, portal: BlockingPortal) -> None:
         self._server = server
         self._portal = portal
 
@@ -81,7 +81,7 @@ def serve(*args: Any, **kwargs: Any) -> Iterator[SyncServer]:
     """Serve tensors until the block ends. Arguments and errors as for :class:`netloader.Server`."""
     with (
         start_blocking_portal(name="netloader-server") as portal,
-        portal.wrap_async_context_manager(library.Server(*args, **kwargs)) as server,
+        portal.wrap_async_context_manager(api.Server(*args, **kwargs)) as server,
     ):
         yield SyncServer(server, portal)
 

@@ -15,10 +15,10 @@ from typing import get_args
 import msgspec
 import msgspec.inspect as mi
 
-from netloader import messages as m
-from netloader.identity import ModelIdentity
-from netloader.manifest import Manifest, TensorSpec
-from netloader.protocol import FINAL, TABLE, Side, State
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import Manifest, TensorSpec
+from netloader.core.protocol import FINAL, TABLE, Side, State
 
 DOCS = Path(__file__).parent.parent / "docs"
 STATE_MACHINE, PROTOCOL = DOCS / "state-machine.md", DOCS / "protocol.md"
@@ -29,7 +29,7 @@ Moves = Mapping[tuple[State, State], tuple[str, ...]]
 
 _PAGE = """# The state machine
 
-Made by `scripts/protocol_docs.py` from the table in `netloader/protocol/states.py`; do not edit.
+Made by `scripts/protocol_docs.py` from the table in `netloader/core/protocol/table.py`; do not edit.
 What each state is for, and what crosses the wire, is in [protocol.md](protocol.md).
 
 A session is one object on either side. It is given events and answers with effects; it does no I/O itself. Events in
@@ -149,7 +149,7 @@ def codes_part() -> str:
     for code in get_args(m.RefusalCode):
         found = re.search(rf'^    "{code}",  # (.+)$', source, re.MULTILINE)
         if found is None:
-            raise SystemExit(f"netloader/messages.py says nothing about the refusal code {code!r}")
+            raise SystemExit(f"netloader/core/messages.py says nothing about the refusal code {code!r}")
         lines.append(f"| `{code}` | {found[1]} |")
     return "\n".join(lines)
 

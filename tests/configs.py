@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from netloader.addresses import Address
 from netloader.config import load_config
-from netloader.config_fields import SourceEntry
+from netloader.config.fields import SourceEntry
+from netloader.core.addresses import Address
 from netloader.errors import ConfigError, shown
 
 ROOT = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from netloader.plan import Plan
+from netloader.core.plan import Plan
 from netloader.tensors import DTYPES, Memory
 
 LARGEST = 5000

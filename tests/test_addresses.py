@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netloader.addresses import Address, is_wildcard, parse_address, parse_host
+from netloader.core.addresses import Address, is_wildcard, parse_address, parse_host
 from netloader.errors import ConfigError, NetloaderError
 
 LABEL = st.from_regex(r"[A-Za-z_]([A-Za-z0-9_-]{0,20}[A-Za-z0-9_])?", fullmatch=True)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from netloader.checkpoint import make_demo_checkpoint, open_checkpoint, write_checkpoint
 from netloader.checkpoint.writing import FORMAT_NAMES
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import ITEM_BYTES
 from netloader.errors import CheckpointError, NetloaderError
-from netloader.identity import ModelIdentity
-from netloader.manifest import ITEM_BYTES
 from netloader.tensors import DTYPES, hold
 from tests.tensor_sets import Sketch, build, sketches
 

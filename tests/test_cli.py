@@ -26,7 +26,7 @@ from netloader.checkpoint import make_demo_checkpoint, open_checkpoint
 from netloader.cli import main
 from netloader.cli.arguments import size
 from netloader.cli.console import exit_for
-from netloader.demo import compare_checkpoints
+from netloader.cli.demo_run import compare_checkpoints
 from netloader.errors import (
     AttemptFailed,
     CheckpointError,

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netloader.config import FORMAT_NAMES, Config, ConfigErrors, listen_port_for, load_config
-from netloader.config_fields import FIELDS
+from netloader.config.fields import FIELDS
 from netloader.errors import ConfigError
 from tests.configs import GOOD, HUGE, ROOT, entry, error_of, label
 

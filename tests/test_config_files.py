@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloader.addresses import Address
 from netloader.config import Config, ConfigErrors, Token, load_config
-from netloader.config_fields import FIELDS
+from netloader.config.fields import FIELDS
+from netloader.core.addresses import Address
 from tests.configs import GOOD, HUGE, ROOT, SECRET, entry, error_of
 
 

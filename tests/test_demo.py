@@ -16,8 +16,8 @@ import pytest
 import xxhash
 
 from netloader.checkpoint import make_demo_checkpoint
-from netloader.demo import compare_checkpoints
-from netloader.plan import block_bytes_for
+from netloader.cli.demo_run import compare_checkpoints
+from netloader.core.plan import block_bytes_for
 from tests.commands import no_traceback, run
 
 Stored = tuple[str, list[int], bytes]

@@ -12,10 +12,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import DIGEST_BYTES, compute_root, manifest_digest
+from netloader.core.plan import MIN_BLOCK_BYTES
 from netloader.errors import ManifestError, TransportUnavailable
-from netloader.identity import ModelIdentity
-from netloader.manifest import DIGEST_BYTES, compute_root, manifest_digest
-from netloader.plan import MIN_BLOCK_BYTES
 from netloader.tensors import ALGORITHMS, DEFAULT, Holding, digest_of, digest_plan, digests, hold
 from netloader.transports.base import BlockView
 from tests.tensor_sets import Sketch, build, sketches

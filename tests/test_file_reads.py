@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from netloader.vllm.file_reads import FileReads, Traced
+from netloader.vllm.load.file_reads import FileReads, Traced
 
 VALUES = {"weight": torch.arange(12.0).reshape(3, 4) / 7, "bias": torch.arange(3.0) + 5}
 

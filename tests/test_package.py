@@ -139,6 +139,26 @@ def test_every_public_name_resolves() -> None:
         netloader.nonsense  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("netloader.cli", ("main",)),
+        ("netloader.config", ("Config", "ConfigErrors", "FORMAT_NAMES", "load_config")),
+        ("netloader.errors", ("NetloaderError", "PeerLost")),
+        ("netloader.progress", ("ProgressBar", "ProgressLog")),
+        ("netloader.sync", ("probe", "pull", "pull_new", "serve")),
+        ("netloader.transports.base", ("BlockView", "Channel", "Landed", "Pending", "Setup", "Signals", "Transport")),
+        ("netloader.transports.conformance", ("check_transport", "pair_maker")),
+        ("netloader.transports.faults", ("Fault", "FaultKind", "Faults", "FaultyTransport")),
+        ("netloader.transports.hccl_devices", ("hold_still", "move_again")),
+        ("netloader.vllm.plugin", ("register",)),
+    ],
+)
+def test_import_paths_of_0_1_lead_where_they_did(path: str, names: tuple[str, ...]) -> None:
+    module = importlib.import_module(path)
+    assert [name for name in names if not hasattr(module, name)] == []
+
+
 def test_import_pulls_in_nothing_heavy_where_it_is_installed() -> None:
     program = "import json, sys, netloader; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(run(Path(sys.executable), "-c", program))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from netloader.codecs.packed import pack, staging_bytes, staging_for, unpack, worth_packing
 from netloader.codecs.raw import grouped_buffers, spans
+from netloader.core.plan import make_plan
 from netloader.errors import ManifestError, TransportUnavailable
-from netloader.plan import make_plan
 from netloader.tensors import describe
 from tests.tensor_sets import Sketch, build, differing, sketches
 

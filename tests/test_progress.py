@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netloader.progress import ProgressBar, ProgressLog, Rate, byte_text, time_text
-from netloader.report import Progress
+from netloader.core.report import Progress
+from netloader.observe.progress import ProgressBar, ProgressLog, Rate, byte_text, time_text
 
 MB = 1_000_000
 

@@ -12,8 +12,8 @@ from typing import get_args
 
 import pytest
 
-from netloader.identity import ModelIdentity
-from netloader.messages import RefusalCode
+from netloader.core.identity import ModelIdentity
+from netloader.core.messages import RefusalCode
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "refusals.md"

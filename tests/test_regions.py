@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netloader.codecs.regions import Regions, left_of, objects, regions_of, regions_over, total
-from netloader.plan import make_plan
+from netloader.core.plan import make_plan
 from netloader.tensors import describe
-from netloader.transports._lanes import calls
-from netloader.transports._vectored import MOST_REGIONS, Message, readv, recvmsg, sendmsg, vmsplice
+from netloader.transports.io.stream import calls
+from netloader.transports.io.syscalls import MOST_REGIONS, Message, readv, recvmsg, sendmsg, vmsplice
 from tests.tensor_sets import Sketch, build, sketches
 from tests.transports.bytesview import BytesView
 

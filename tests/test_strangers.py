@@ -20,15 +20,16 @@ import pytest
 import torch
 
 from netloader import ModelIdentity
-from netloader import messages as m
 from netloader.checkpoint import make_demo_checkpoint, open_checkpoint
+from netloader.cli.demo_run import compare_checkpoints
 from netloader.codecs.frames import server_messages
-from netloader.demo import compare_checkpoints
+from netloader.core import messages as m
+from netloader.core.plan import make_plan
 from netloader.errors import PeerLost
-from netloader.plan import make_plan
 from netloader.tensors import hold
 from netloader.transports.base import Setup
-from netloader.transports.gloo import _MARK, _RECEIPT, GlooTransport, _tag
+from netloader.transports.gloo import GlooTransport
+from netloader.transports.gloo.transport import _MARK, _RECEIPT, _tag
 from tests.commands import PATIENCE, Serving, command, serving
 from tests.drivers import kit
 

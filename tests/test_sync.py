@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from netloader import NetloaderError, library, sync
+from netloader import NetloaderError, api, sync
 
 WAIT = 30.0
 
@@ -57,7 +57,7 @@ def test_an_interrupt_comes_through_where_the_loop_hangs(
         os.kill(os.getpid(), signal.SIGINT)
         assert go.wait(WAIT)
 
-    monkeypatch.setattr(library, "pull", hangs)
+    monkeypatch.setattr(api, "pull", hangs)
     monkeypatch.setattr(sync, "_END", 0.05)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec, compare, is_dense
+from netloader.core.plan import MIN_BLOCK_BYTES, make_plan
 from netloader.errors import LocalProtocolError, ManifestError, TransportUnavailable
-from netloader.identity import ModelIdentity
-from netloader.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec, compare, is_dense
-from netloader.plan import MIN_BLOCK_BYTES, make_plan
 from netloader.tensors import DTYPES, Memory, MemoryBlock, describe, destination, hold
 from tests.tensor_sets import Sketch, build, copy_blocks, differing, memory_bytes, sketches
 

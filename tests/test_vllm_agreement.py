@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
-from netloader.vllm.agreement import (
+from netloader.vllm.model.agreement import (
     REPORT_BYTES,
     AgreementError,
     Report,

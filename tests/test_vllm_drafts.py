@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloader.vllm.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
 
 EMBEDDINGS = ["model.embed_tokens.weight", "model.embed_tokens.weight_scale"]
 HEAD = ["lm_head.weight", "model.layers.61.shared_head.head.weight"]

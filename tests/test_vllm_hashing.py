@@ -12,15 +12,15 @@ import xxhash
 
 from netloader import sync
 from netloader.config import Config
-from netloader.identity import ModelIdentity
-from netloader.report import PullReport
+from netloader.core.identity import ModelIdentity
+from netloader.core.report import PullReport
 from netloader.tensors import digests
-from netloader.vllm import recording
-from netloader.vllm.copies import Keep
-from netloader.vllm.keeping import keep_policy
-from netloader.vllm.offering import Offered, offered
-from netloader.vllm.recording import Before, Record, record
-from netloader.vllm.weights import RawWeights, named_raw_tensors
+from netloader.vllm.model.copies import Keep
+from netloader.vllm.model.snapshot import RawWeights, named_raw_tensors
+from netloader.vllm.serve import recording
+from netloader.vllm.serve.raw_holding import Offered, offered
+from netloader.vllm.serve.recording import Before, Record, record
+from netloader.vllm.serve.retention import keep_policy
 
 ORIGINAL = xxhash.xxh3_128
 

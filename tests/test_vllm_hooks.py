@@ -14,11 +14,12 @@ import torch
 
 from netloader import sync
 from netloader.config import load_config
+from netloader.core.identity import ModelIdentity
 from netloader.errors import NetloaderError, NoSourceLeft
-from netloader.identity import ModelIdentity
 from netloader.tensors import hold
-from netloader.transports import hccl_devices
-from netloader.vllm import hooks, server_loop, serving
+from netloader.transports.hccl import devices
+from netloader.vllm.live import hooks
+from netloader.vllm.serve import server_loop, serving
 
 MODULE = "tests_stand_in_worker"
 WEIGHT = torch.arange(1000, dtype=torch.float32)
@@ -212,7 +213,7 @@ def test_no_communicator_is_opened_until_memory_was_measured(monkeypatch: pytest
 
     def measure(self: Any) -> int:
         with pytest.raises(NetloaderError, match="measuring its memory") as caught:
-            hccl_devices.device_of("npu:7").check_may_open()
+            devices.device_of("npu:7").check_may_open()
         assert caught.value.retry_after > 0  # type: ignore[attr-defined]
         return 42
 
@@ -220,4 +221,4 @@ def test_no_communicator_is_opened_until_memory_was_measured(monkeypatch: pytest
     hooks.hold_still_until_profiled("cpu")
     hooks.hold_still_until_profiled(name)
     assert one.determine_available_memory() == 42
-    hccl_devices.device_of("npu:7").check_may_open()
+    devices.device_of("npu:7").check_may_open()

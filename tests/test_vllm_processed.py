@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from netloader.tensors import mappings
-from netloader.vllm.processed import survey
+from netloader.vllm.model.processed import survey
 
 SIZES = (1 << 32, (1 << 32) + 4096, 5_000_000_000, 300 << 30, (1 << 40) - 1)
 """Sizes in bytes that a layer may note: 4 GiB to 1 TiB."""
@@ -76,7 +76,7 @@ def test_memory_of_a_tensor_counts_wherever_it_lies(monkeypatch: pytest.MonkeyPa
         def nbytes(self) -> int:
             return 4096
 
-    monkeypatch.setattr("netloader.vllm.processed._place", lambda walk: walk.found.tensors.update(walk.named))
+    monkeypatch.setattr("netloader.vllm.model.processed._place", lambda walk: walk.found.tensors.update(walk.named))
     monkeypatch.setattr(torch.nn.Parameter, "untyped_storage", lambda self: Storage())
     with maps(monkeypatch, tmp_path / "maps", "7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /usr/lib/some.so"):
         found = problems_of(before=(6 << 30) - 1, inside=(6 << 30) + 64, past=(6 << 30) + 4096)

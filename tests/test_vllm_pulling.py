@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from netloader import sync
-from netloader.addresses import Address
 from netloader.config import Config, load_config
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity
 from netloader.errors import (
     NetloaderError,
     PeerLost,
@@ -18,9 +19,8 @@ from netloader.errors import (
     RemoteProtocolError,
     TransferTimeout,
 )
-from netloader.identity import ModelIdentity
-from netloader.vllm import pulling
-from netloader.vllm.pulling import ask_sources, pull_raw
+from netloader.vllm.load import pulling
+from netloader.vllm.load.pulling import ask_sources, pull_raw
 
 A, B = Address("a", 1024), Address("b", 1024)
 FOUND = ModelIdentity(model="m")

@@ -20,18 +20,18 @@ import pytest
 import torch
 
 from netloader import sync
-from netloader.addresses import parse_address
 from netloader.config import Config, load_config
+from netloader.core.addresses import parse_address
+from netloader.core.identity import ModelIdentity
+from netloader.core.protocol import State
 from netloader.errors import NetloaderError
-from netloader.identity import ModelIdentity
-from netloader.protocol import State
 from netloader.tensors import hold
 from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
-from netloader.vllm import serving
-from netloader.vllm.announce import AddressFile
-from netloader.vllm.janitor import Janitor
-from netloader.vllm.pulling import pull_raw
+from netloader.vllm.load.pulling import pull_raw
+from netloader.vllm.serve import serving
+from netloader.vllm.serve.address_file import AddressFile
+from netloader.vllm.serve.file_cleanup import Janitor
 
 WAIT = 60.0
 STOP_WITHIN = 2.0

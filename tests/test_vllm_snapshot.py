@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from netloader import tensors
 from netloader.config import Config
-from netloader.identity import ModelIdentity
-from netloader.vllm import copies
-from netloader.vllm.agreement import REPORT_BYTES, Report, disagreement, load_digest
-from netloader.vllm.announce import AddressFile, AddressFileError
-from netloader.vllm.copies import Keep, is_full
-from netloader.vllm.fresh import FreshValues, NotRestored
-from netloader.vllm.keeping import copied_lines, hint_for, keep_policy, kept_text
-from netloader.vllm.load_state import PlainState, apply_load_state, load_state_of
-from netloader.vllm.weights import RawWeights, UnnamedTensors, digest_of, named_raw_tensors
+from netloader.core.identity import ModelIdentity
+from netloader.vllm.model import copies
+from netloader.vllm.model.agreement import REPORT_BYTES, Report, disagreement, load_digest
+from netloader.vllm.model.copies import Keep, is_full
+from netloader.vllm.model.initial_values import FreshValues, NotRestored
+from netloader.vllm.model.load_state import PlainState, apply_load_state, load_state_of
+from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, digest_of, named_raw_tensors
+from netloader.vllm.serve.address_file import AddressFile, AddressFileError
+from netloader.vllm.serve.retention import copied_lines, hint_for, keep_policy, kept_text
 
 
 class Tiny(torch.nn.Module):

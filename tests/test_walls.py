@@ -26,7 +26,7 @@ ALLOWED = {
 # These may not be there at all when a module is imported, so they come in inside functions.
 ONLY_IN_FUNCTIONS = ("vllm", "torch_npu")
 # The one process-wide object: the server that target and draft model share.
-GLOBALS = ("vllm/serving.py",)
+GLOBALS = ("vllm/serve/serving.py",)
 NEVER = ("pickle", "marshal", "shelve", "dill", "cloudpickle")
 
 

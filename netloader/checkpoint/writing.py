@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from netloader.checkpoint.reading import INDEX_SUFFIX, WEIGHT_SUFFIX
+from netloader.core.manifest import ITEM_BYTES
 from netloader.errors import CheckpointError
-from netloader.manifest import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch

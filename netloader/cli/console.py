@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from netloader.config_files import read_token
+from netloader.config.files import read_token
+from netloader.core.report import ProgressCallback
 from netloader.errors import (
     CheckpointError,
     ConfigError,
@@ -20,8 +21,7 @@ from netloader.errors import (
     TransportUnavailable,
     VerificationError,
 )
-from netloader.progress import ProgressBar, ProgressLog
-from netloader.report import ProgressCallback
+from netloader.observe.progress import ProgressBar, ProgressLog
 
 __all__ = [
     "Exit",

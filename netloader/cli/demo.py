@@ -1,4 +1,4 @@
-"""``netloader demo``: the arguments of :func:`netloader.demo.run_demo`."""
+"""``netloader demo``: the arguments of :func:`netloader.cli.demo_run.run_demo`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import anyio
 
 from netloader.cli.console import Exit, say
-from netloader.demo import run_demo
+from netloader.cli.demo_run import run_demo
 from netloader.transports.faults import Fault
 
 __all__ = ["run"]

@@ -23,7 +23,7 @@ import anyio.to_thread
 from anyio.abc import Process
 
 from netloader.errors import ConfigError, NetloaderError, TransferTimeout
-from netloader.progress import byte_text
+from netloader.observe.progress import byte_text
 
 __all__ = ["Comparison", "compare_checkpoints", "run_demo"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import anyio
 import msgspec
 
-from netloader import library
+from netloader import api
 from netloader.cli.console import Exit, say, token_from
-from netloader.identity import ModelIdentity
-from netloader.manifest import compare
-from netloader.probing import Probe
-from netloader.progress import byte_text
+from netloader.client.probe import Probe
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import compare
+from netloader.observe.progress import byte_text
 
 __all__ = ["run"]
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 
 async def _probe(options: argparse.Namespace) -> Probe:
-    return await library.probe(
+    return await api.probe(
         options.source,
         role=options.role,
         layouts=("checkpoint", "raw", "processed"),

@@ -12,10 +12,10 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from netloader import checkpoint, library
+from netloader import api, checkpoint
 from netloader.cli.console import Exit, error_lines, exit_for, progress_shown, say, token_from, whole_error
+from netloader.core.report import PullReport
 from netloader.errors import ConfigError, DigestMismatch, NoSourceLeft
-from netloader.report import PullReport
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 async def _pull(options: argparse.Namespace) -> tuple[PullReport, list[Path]]:
     with progress_shown(options.progress_every, "pulled") as progress:
-        tensors, report = await library.pull_new(
+        tensors, report = await api.pull_new(
             sources=options.sources,
             role=options.role,
             transport=options.transport,

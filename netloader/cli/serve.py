@@ -19,13 +19,13 @@ import anyio
 import anyio.to_thread
 
 from netloader import checkpoint
+from netloader.api import Server
 from netloader.cli.console import Exit, say, token_from
+from netloader.core.identity import ModelIdentity
+from netloader.core.protocol import State
+from netloader.core.report import Progress
 from netloader.errors import ConfigError
-from netloader.identity import ModelIdentity
-from netloader.library import Server
-from netloader.progress import ProgressLog
-from netloader.protocol import State
-from netloader.report import Progress
+from netloader.observe.progress import ProgressLog
 from netloader.tensors import hold
 from netloader.transports import registry
 from netloader.transports.base import Transport

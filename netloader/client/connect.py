@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from netloader.addresses import Address
 from netloader.codecs.frames import server_messages
-from netloader.control import ControlConnection
+from netloader.core.addresses import Address
+from netloader.core.identity import Layout, Role
+from netloader.core.messages import Ability, ServerMessage
+from netloader.core.protocol import ClientTerms
+from netloader.core.protocol.context import Timings
 from netloader.errors import PeerLost
-from netloader.identity import Layout, Role
-from netloader.messages import Ability, ServerMessage
-from netloader.protocol import ClientTerms
-from netloader.protocol.context import Timings
+from netloader.session.connection import ControlConnection
 from netloader.transports.base import Transport
 
 __all__ = ["ClientOptions", "abilities_of", "client_terms", "connect"]

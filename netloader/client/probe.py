@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import anyio
 
-from netloader.addresses import Address
-from netloader.contact import ClientOptions, abilities_of, client_terms, connect
-from netloader.driver import SessionDriver
+from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity
+from netloader.core.messages import ServerMessage
+from netloader.core.protocol import Session, Side
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
 from netloader.errors import TransferTimeout
-from netloader.identity import ModelIdentity
-from netloader.messages import ServerMessage
-from netloader.protocol import Session, Side
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
+from netloader.session.driver import SessionDriver
 from netloader.transports.base import Transport
 
 __all__ = ["Probe", "probe_source"]

@@ -1,6 +1,6 @@
 """The client: pulls from sources until every block is verified or no source is left.
 
-Knows nothing of torch: what it fills comes as a :class:`~netloader.client_session.Destination`; ``netloader.pull`` puts
+Knows nothing of torch: what it fills comes as a :class:`~netloader.client.session.Destination`; ``netloader.pull`` puts
 tensors in front of it.
 """
 
@@ -15,11 +15,18 @@ from typing import Literal, Protocol
 
 import anyio
 
-from netloader.addresses import Address, parse_address
-from netloader.candidates import Candidates
-from netloader.client_session import ClientSession, Destination, Digest
-from netloader.contact import ClientOptions, abilities_of, client_terms, connect
-from netloader.driver import FEW_TENSORS
+from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
+from netloader.client.session import ClientSession, Destination, Digest
+from netloader.core.addresses import Address, parse_address
+from netloader.core.identity import ModelIdentity, Role, passed_on
+from netloader.core.ledger import Ledger
+from netloader.core.manifest import manifest_digest
+from netloader.core.messages import MAX_SOURCES
+from netloader.core.plan import Plan
+from netloader.core.protocol import ClientTerms, Session, Side, State
+from netloader.core.protocol import events as e
+from netloader.core.report import Progress, ProgressCallback, PullReport, SourceShare
+from netloader.core.sources import Candidates
 from netloader.errors import (
     AttemptFailed,
     ConfigError,
@@ -32,16 +39,9 @@ from netloader.errors import (
     TransportError,
     TransportUnavailable,
 )
-from netloader.holdings import Holding
-from netloader.identity import ModelIdentity, Role, passed_on
-from netloader.ledger import Ledger
-from netloader.manifest import manifest_digest
-from netloader.messages import MAX_SOURCES
-from netloader.plan import Plan
-from netloader.protocol import ClientTerms, Session, Side, State
-from netloader.protocol import events as e
-from netloader.relays import Supply
-from netloader.report import Progress, ProgressCallback, PullReport, SourceShare
+from netloader.server.catalog import Holding
+from netloader.server.redirects import Supply
+from netloader.session.driver import FEW_TENSORS
 from netloader.transports.base import BlockView, Transport
 
 __all__ = ["RelayServer", "pull_from"]

@@ -11,19 +11,19 @@ from typing import Protocol
 
 import anyio
 
-from netloader.backlog import Backlog
-from netloader.control import ControlConnection
-from netloader.driver import Move, SessionDriver, looked_up
+from netloader.core.ledger import Ledger
+from netloader.core.manifest import Manifest
+from netloader.core.messages import Outcome, ServerMessage
+from netloader.core.plan import Plan, to_ranges
+from netloader.core.protocol import Session, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
+from netloader.core.report import Phases, SourceShare
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, NetloaderError, TransportError
-from netloader.ledger import Ledger
-from netloader.manifest import Manifest
-from netloader.messages import Outcome, ServerMessage
-from netloader.plan import Plan, to_ranges
-from netloader.protocol import Session, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.relays import Supply
-from netloader.report import Phases, SourceShare
+from netloader.server.redirects import Supply
+from netloader.session.block_queue import Backlog
+from netloader.session.connection import ControlConnection
+from netloader.session.driver import Move, SessionDriver, looked_up
 from netloader.transports.base import BlockView, Channel, Transport
 
 __all__ = ["ClientSession", "Destination"]

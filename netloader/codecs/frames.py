@@ -12,9 +12,19 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
 
+from netloader.core.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header
+from netloader.core.messages import (
+    PROTOCOL,
+    Agree,
+    Announce,
+    ClientMessage,
+    Hello,
+    Identify,
+    ServerMessage,
+    Verdict,
+    Want,
+)
 from netloader.errors import LocalProtocolError, RemoteProtocolError, shown
-from netloader.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header
-from netloader.messages import PROTOCOL, Agree, Announce, ClientMessage, Hello, Identify, ServerMessage, Verdict, Want
 
 __all__ = [
     "CLIENT_FRAME_CAP",

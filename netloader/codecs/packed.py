@@ -1,7 +1,7 @@
 """A block of many small spans as one staging tensor, for transports whose cost is per operation and not per byte.
 
-One copy on each side buys one operation instead of up to :data:`~netloader.plan.MAX_SPANS`. A block of a single span
-gains nothing by it and goes as :mod:`~netloader.codecs.raw`.
+One copy on each side buys one operation instead of up to :data:`~netloader.core.plan.MAX_SPANS`. A block of a single
+span gains nothing by it and goes as :mod:`~netloader.codecs.raw`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from netloader.addresses import Address
-from netloader.config_fields import FIELDS, FORMAT_NAMES, ConfigErrors, Int8Cache, SourceEntry, key_text, raise_all
-from netloader.config_files import Token, from_file, read_config_file, read_token
+from netloader.config.fields import FIELDS, FORMAT_NAMES, ConfigErrors, Int8Cache, SourceEntry, key_text, raise_all
+from netloader.config.files import Token, from_file, read_config_file, read_token
+from netloader.core.addresses import Address
 from netloader.errors import ConfigError, shown
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
-from netloader.addresses import ALLOWED_HOST, Address, parse_address, parse_host
+from netloader.core.addresses import ALLOWED_HOST, Address, parse_address, parse_host
 from netloader.errors import ConfigError, shown
 
 __all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Field", "Int8Cache", "SourceEntry", "key_text", "raise_all"]

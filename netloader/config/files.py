@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
-from netloader.config_fields import key_text, raise_all
+from netloader.config.fields import key_text, raise_all
 from netloader.errors import ConfigError, shown
 
 __all__ = ["Token", "from_file", "read_config_file", "read_token"]

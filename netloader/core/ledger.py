@@ -12,9 +12,9 @@ import heapq
 from collections.abc import Hashable, Iterable
 from collections.abc import Set as AbstractSet
 
+from netloader.core.manifest import DIGEST_BYTES
+from netloader.core.plan import Plan, Ranges, expand, to_ranges
 from netloader.errors import DigestMismatch, LocalProtocolError, RootMismatch, shown
-from netloader.manifest import DIGEST_BYTES
-from netloader.plan import Plan, Ranges, expand, to_ranges
 
 __all__ = ["BlockState", "Ledger"]
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from netloader.identity import Layout, ModelIdentity, Role
-from netloader.manifest import Manifest
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.manifest import Manifest
 
 __all__ = [
     "MAX_RANGES",

@@ -12,8 +12,8 @@ from itertools import accumulate, repeat
 
 import msgspec
 
+from netloader.core.manifest import Manifest
 from netloader.errors import ManifestError
-from netloader.manifest import Manifest
 
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
@@ -145,7 +145,7 @@ def make_plan(manifest: Manifest, block_bytes: int) -> Plan:
     :data:`MAX_SPANS` spans. Aliases and empty tensors have no bytes and appear in no block.
 
     Args:
-        manifest: A manifest that passed :meth:`~netloader.manifest.Manifest.check`.
+        manifest: A manifest that passed :meth:`~netloader.core.manifest.Manifest.check`.
         block_bytes: Size of a block, from :data:`MIN_BLOCK_BYTES` to :data:`MAX_BLOCK_BYTES`.
 
     Returns:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from netloader.core.identity import ModelIdentity
+from netloader.core.protocol.events import Announcement
 from netloader.errors import AttemptFailed
-from netloader.identity import ModelIdentity
-from netloader.protocol.events import Announcement
 
 __all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare"]
 

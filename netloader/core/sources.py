@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from netloader.addresses import Address
+from netloader.core.addresses import Address
 
 __all__ = ["Candidates"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
-from netloader.report import Progress
+from netloader.core.report import Progress
 
 __all__ = ["ProgressBar", "ProgressLog", "Rate", "byte_text", "time_text"]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from netloader.core.identity import Layout, Role
+from netloader.core.plan import Plan
+from netloader.core.protocol.events import Announcement, Held, NotHeld
 from netloader.errors import LocalProtocolError
-from netloader.identity import Layout, Role
-from netloader.plan import Plan
-from netloader.protocol.events import Announcement, Held, NotHeld
-from netloader.relays import Supply
+from netloader.server.redirects import Supply
 from netloader.transports.base import BlockView
 
 __all__ = ["Holding", "Holdings", "Memory"]

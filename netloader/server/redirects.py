@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import anyio
 
-from netloader.addresses import Address, is_loopback, parse_address
+from netloader.core.addresses import Address, is_loopback, parse_address
+from netloader.core.ledger import BlockState, Ledger
 from netloader.errors import ConfigError
-from netloader.ledger import BlockState, Ledger
 
 __all__ = ["Relays", "Supply", "seen_from"]
 

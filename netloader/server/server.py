@@ -1,6 +1,6 @@
 """The server: accepts clients and serves what it holds, many at once, beside whatever else the process does.
 
-Knows nothing of torch: what it serves comes as :class:`~netloader.holdings.Holding` objects; ``netloader.Server`` puts
+Knows nothing of torch: what it serves comes as :class:`~netloader.server.catalog.Holding` objects; ``netloader.Server`` puts
 tensors in front of it.
 """
 
@@ -20,17 +20,17 @@ import anyio
 from anyio.abc import SocketListener, SocketStream, TaskGroup
 
 from netloader.codecs.frames import client_messages
-from netloader.control import ControlConnection
+from netloader.core.identity import Layout, Role
+from netloader.core.messages import Ability
+from netloader.core.protocol import ServerTerms, Session, Side, State
+from netloader.core.protocol.context import Timings
 from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
-from netloader.holdings import Holding, Holdings
-from netloader.identity import Layout, Role
-from netloader.messages import Ability
-from netloader.protocol import ServerTerms, Session, Side, State
-from netloader.protocol.context import Timings
-from netloader.relays import Relays, Supply
-from netloader.server_session import ServerSession, SessionInfo
+from netloader.server.admission import Turns
+from netloader.server.catalog import Holding, Holdings
+from netloader.server.redirects import Relays, Supply
+from netloader.server.session import ServerSession, SessionInfo
+from netloader.session.connection import ControlConnection
 from netloader.transports.base import Transport
-from netloader.turns import Turns
 
 __all__ = ["HoldingServer", "ServerOptions"]
 
@@ -246,7 +246,7 @@ class HoldingServer:
         return tuple(session.info() for session in self._sessions)
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
-        """Serve `holding`; see :meth:`netloader.holdings.Holdings.add`."""
+        """Serve `holding`; see :meth:`netloader.server.catalog.Holdings.add`."""
         self._holdings.add(holding, supply)
         identity = holding.announcement.identity
         _log.info(

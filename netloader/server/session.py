@@ -10,25 +10,25 @@ from functools import partial
 
 import anyio
 
-from netloader.backlog import Backlog, groups
-from netloader.closing import close_pending
-from netloader.control import ControlConnection
-from netloader.driver import Move, SessionDriver, few_spans, looked_up
+from netloader.core.messages import ClientMessage
+from netloader.core.plan import Ranges, expand, to_ranges
+from netloader.core.protocol import Session, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
     RefusedError,
     TransportUnavailable,
 )
-from netloader.holdings import Holding, Holdings
-from netloader.messages import ClientMessage
-from netloader.plan import Ranges, expand, to_ranges
-from netloader.protocol import Session, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.relays import Relays, Supply, seen_from
+from netloader.server.admission import Turns
+from netloader.server.catalog import Holding, Holdings
+from netloader.server.redirects import Relays, Supply, seen_from
+from netloader.session.block_queue import Backlog, groups
+from netloader.session.closing import close_pending
+from netloader.session.connection import ControlConnection
+from netloader.session.driver import Move, SessionDriver, few_spans, looked_up
 from netloader.transports.base import BlockView, Channel, Transport, depth_of
-from netloader.turns import Turns
 
 __all__ = ["ServerSession", "SessionInfo"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import anyio
 
+from netloader.core.plan import Plan, Ranges, expand, in_groups
 from netloader.errors import RemoteProtocolError
-from netloader.plan import Plan, Ranges, expand, in_groups
 
 __all__ = ["Backlog", "groups"]
 

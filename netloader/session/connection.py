@@ -8,10 +8,10 @@ from typing import Generic, TypeVar
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
-from netloader.addresses import unmapped
 from netloader.codecs.frames import LARGE_FRAME, FrameDecoder
+from netloader.core.addresses import unmapped
+from netloader.core.messages import ClientMessage, ServerMessage
 from netloader.errors import PeerLost
-from netloader.messages import ClientMessage, ServerMessage
 
 __all__ = ["ControlConnection"]
 

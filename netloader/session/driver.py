@@ -19,17 +19,17 @@ from typing import Generic, NoReturn, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from netloader.closing import Lent, forget_frames
 from netloader.codecs.frames import encode_frame
-from netloader.control import ControlConnection
+from netloader.core.messages import Announce, ClientMessage, Ending, ServerMessage
+from netloader.core.plan import Plan
+from netloader.core.protocol import FINAL, Session, Side, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
+from netloader.core.protocol.announcement import examine
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
-from netloader.messages import Announce, ClientMessage, Ending, ServerMessage
-from netloader.plan import Plan
-from netloader.protocol import FINAL, Session, Side, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.protocol.announcement import examine
-from netloader.signals import SignalBox
+from netloader.session.closing import Lent, forget_frames
+from netloader.session.connection import ControlConnection
+from netloader.session.setup_mailbox import SignalBox
 from netloader.transports.base import Channel, Setup, depth_of
 
 __all__ = ["FEW_SPANS", "FEW_TENSORS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]

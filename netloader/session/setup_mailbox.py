@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import anyio
 
+from netloader.core.protocol import events as e
 from netloader.errors import PeerLost, RemoteProtocolError
-from netloader.protocol import events as e
 
 __all__ = ["SignalBox"]
 

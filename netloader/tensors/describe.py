@@ -14,15 +14,15 @@ from types import MappingProxyType
 import torch
 
 from netloader.codecs.npu_formats import PLAIN, format_of
+from netloader.core.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
 from netloader.errors import ManifestError
-from netloader.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
 from netloader.tensors.mappings import not_writable
 from netloader.tensors.memory import TOGETHER, Memory
 
 __all__ = ["DTYPES", "describe"]
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({n: getattr(torch, n) for n in ITEM_BYTES if hasattr(torch, n)})
-"""The dtypes of :data:`~netloader.manifest.ITEM_BYTES` that this torch has."""
+"""The dtypes of :data:`~netloader.core.manifest.ITEM_BYTES` that this torch has."""
 
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from netloader.core.manifest import Manifest, TensorSpec
+from netloader.core.plan import Plan
 from netloader.errors import LocalProtocolError, ManifestError
-from netloader.manifest import Manifest, TensorSpec
-from netloader.plan import Plan
 from netloader.tensors.describe import DTYPES, describe
 from netloader.tensors.memory import Memory, MemoryBlock
 
@@ -68,7 +68,7 @@ class Destination:
         """Allocate memory for a manifest that the server announced. Its contents are undefined until they are pulled.
 
         Args:
-            manifest: Passed :meth:`~netloader.manifest.Manifest.check`.
+            manifest: Passed :meth:`~netloader.core.manifest.Manifest.check`.
 
         Raises:
             LocalProtocolError: There are tensors already.

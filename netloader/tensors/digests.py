@@ -11,10 +11,10 @@ import torch
 import xxhash
 
 from netloader.codecs.regions import objects, regions_of
+from netloader.codecs.staging import joined, staging
+from netloader.core.manifest import DIGEST_BYTES
+from netloader.core.plan import Plan
 from netloader.errors import ManifestError, TransportUnavailable, shown
-from netloader.manifest import DIGEST_BYTES
-from netloader.plan import Plan
-from netloader.tensors.staging import joined, staging
 
 if TYPE_CHECKING:
     from netloader.tensors.memory import Memory
@@ -56,7 +56,7 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
         algorithm: One of :data:`ALGORITHMS`.
 
     Returns:
-        :data:`~netloader.manifest.DIGEST_BYTES` bytes, over the block's bytes in the order of its spans.
+        :data:`~netloader.core.manifest.DIGEST_BYTES` bytes, over the block's bytes in the order of its spans.
 
     Raises:
         ManifestError: The algorithm is unknown.

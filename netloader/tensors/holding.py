@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from netloader.identity import ModelIdentity
-from netloader.manifest import compute_root, manifest_digest
-from netloader.plan import block_bytes_for, make_plan
-from netloader.protocol.events import Announcement
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import compute_root, manifest_digest
+from netloader.core.plan import block_bytes_for, make_plan
+from netloader.core.protocol.events import Announcement
 from netloader.tensors.describe import describe
 from netloader.tensors.digests import DEFAULT, digest_plan
 from netloader.tensors.memory import Memory

@@ -15,9 +15,9 @@ import torch
 
 from netloader.codecs.npu_formats import is_private
 from netloader.codecs.regions import Regions, regions_over
+from netloader.core.manifest import Manifest
+from netloader.core.plan import Block, Plan, in_groups
 from netloader.errors import ManifestError, TransportUnavailable
-from netloader.manifest import Manifest
-from netloader.plan import Block, Plan, in_groups
 from netloader.tensors.private import PlainCopies, PlainCopy
 
 __all__ = ["TOGETHER", "Memory", "MemoryBlock"]

@@ -14,7 +14,8 @@ from functools import partial
 import anyio
 
 from netloader.errors import ChannelBusy, ChannelClosed, PeerLost, TransferTimeout
-from netloader.transports._pairs import (
+from netloader.transports.base import BlockView, Channel, depth_of
+from netloader.transports.conformance_kit import (
     PATIENCE,
     Failed,
     LocalSignals,
@@ -31,7 +32,6 @@ from netloader.transports._pairs import (
     raises,
     within,
 )
-from netloader.transports.base import BlockView, Channel, depth_of
 
 __all__ = [
     "CHECKS",

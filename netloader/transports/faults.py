@@ -16,9 +16,9 @@ from pathlib import Path
 import anyio
 
 from netloader.errors import ConfigError, PeerLost
-from netloader.transports._copies import copy_of, flip, head
-from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup, Transport
+from netloader.transports.fault_blocks import copy_of, flip, head
+from netloader.transports.io.channel_state import ChannelState
 
 __all__ = ["Fault", "FaultKind", "Faults", "FaultyTransport", "Side"]
 

@@ -10,8 +10,8 @@ import anyio
 import anyio.lowlevel
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports._state import ChannelState, LoopEvent
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
+from netloader.transports.io.channel_state import ChannelState, LoopEvent
 
 __all__ = ["DEFAULT_CAPACITY", "MemoryHub", "MemoryTransport"]
 

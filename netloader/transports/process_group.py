@@ -20,9 +20,9 @@ import anyio
 
 from netloader.codecs.packed import pack, staging_for, unpack, worth_packing
 from netloader.errors import MemoryStillInUse, TransferTimeout, TransportError
-from netloader.transports._state import ChannelState, came_in_time
-from netloader.transports._worker import Job, Worker
 from netloader.transports.base import BlockView, Landed
+from netloader.transports.io.channel_state import ChannelState, came_in_time
+from netloader.transports.io.worker import Job, Worker
 
 if TYPE_CHECKING:
     import torch

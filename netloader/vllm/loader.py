@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from netloader.config import load_config
-from netloader.vllm.reloading import ReloadRefused, remember, was_processed, weights_for_reload
+from netloader.vllm.live.reloading import ReloadRefused, remember, was_processed, weights_for_reload
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.vllm.loading import Load
+    from netloader.vllm.load.loading import Load
 
 __all__ = ["loader_class"]
 
@@ -35,7 +35,7 @@ def loader_class() -> type[Any]:
             self._current: Load | None = None
 
         def download_model(self, model_config: Any) -> None:
-            from netloader.vllm.fallback import fallback_loader
+            from netloader.vllm.model.fallback import fallback_loader
 
             if self._config.source:
                 log.info("netloader: nothing is downloaded ahead, since there is a SOURCE to pull from")
@@ -82,7 +82,7 @@ def loader_class() -> type[Any]:
             return model
 
         def _new_load(self, vllm_config: Any, model_config: Any) -> Load:
-            from netloader.vllm.loading import Load
+            from netloader.vllm.load.loading import Load
 
             return Load(vllm_config, model_config, self.load_config, self._config)
 

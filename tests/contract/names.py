@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netloader.vllm.hooks import CHANGES, PROFILES, WAKES
+from netloader.vllm.live.hooks import CHANGES, PROFILES, WAKES
 
 OLDEST = "0.23.0"
 """The release that the current vllm-ascend pairs with."""
@@ -127,7 +127,7 @@ NAMES = (
     Name("vllm.model_executor.model_loader.reload.layerwise", "initialize_online_processing", ("layer",)),
     Name("vllm.model_executor.model_loader.reload.utils", "get_layer_tensors", ("layer",)),
     Name("vllm.model_executor.model_loader.weight_utils", "default_weight_loader", ("param", "loaded_weight")),
-    # --- what is wrapped, by name: netloader/vllm/hooks.py ---
+    # --- what is wrapped, by name: netloader/vllm/live/hooks.py ---
     *(
         Name("vllm.v1.worker.gpu_worker", f"Worker.{name}", optional=name in LATER)
         for name in (*CHANGES, WAKES, PROFILES)

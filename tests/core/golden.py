@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from netloader import messages as m
 from netloader.codecs.frames import encode_frame
-from netloader.identity import ModelIdentity
-from netloader.manifest import Manifest, TensorSpec
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import Manifest, TensorSpec
 
 FILE = Path(__file__).with_name("golden.json")
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import msgspec
 
-from netloader import messages as m
 from netloader.codecs.frames import client_messages, encode_frame, server_messages
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
+from netloader.core.ledger import BlockState, Ledger
+from netloader.core.manifest import Manifest, TensorSpec, compute_root, manifest_digest
+from netloader.core.plan import Plan, Ranges, expand, make_plan, to_ranges
+from netloader.core.protocol import FINAL, ClientTerms, ServerTerms, Session, Side, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
+from netloader.core.protocol.announcement import examine
 from netloader.errors import DigestMismatch, LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError
-from netloader.identity import ModelIdentity
-from netloader.ledger import BlockState, Ledger
-from netloader.manifest import Manifest, TensorSpec, compute_root, manifest_digest
-from netloader.plan import Plan, Ranges, expand, make_plan, to_ranges
-from netloader.protocol import FINAL, ClientTerms, ServerTerms, Session, Side, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.protocol.announcement import examine
 
 BLOCK = 1024
 ABILITIES = (m.Ability("memory"), m.Ability("gloo", {"host": "h"}))

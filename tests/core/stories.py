@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from netloader import messages as m
 from netloader.codecs.frames import encode_frame
+from netloader.core import messages as m
+from netloader.core.protocol import State
 from netloader.errors import (
     NetloaderError,
     RefusedError,
 )
-from netloader.protocol import State
 from tests.core.pair import Pair, Peer, Weights, client_terms, server_terms
 
 SAME = Weights()

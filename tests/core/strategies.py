@@ -6,10 +6,10 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from netloader import messages as m
-from netloader.identity import Layout, ModelIdentity, Role
-from netloader.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec
-from netloader.plan import Ranges, to_ranges
+from netloader.core import messages as m
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec
+from netloader.core.plan import Ranges, to_ranges
 
 # Names as checkpoints have them, and names as nobody should have them.
 names = st.from_regex(r"[a-z]{1,6}(\.[a-z0-9_]{1,8}){0,3}", fullmatch=True) | st.text(

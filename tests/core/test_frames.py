@@ -13,7 +13,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netloader import messages as m
 from netloader.codecs.frames import (
     CLIENT_FRAME_CAP,
     LARGE_FRAME,
@@ -23,9 +22,10 @@ from netloader.codecs.frames import (
     encode_frame,
     server_messages,
 )
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import MAX_TENSORS, Manifest, TensorSpec, manifest_digest
 from netloader.errors import LocalProtocolError, RemoteProtocolError
-from netloader.identity import ModelIdentity
-from netloader.manifest import MAX_TENSORS, Manifest, TensorSpec, manifest_digest
 from tests.core import golden, strategies
 
 CLIENT_KINDS, SERVER_KINDS = get_args(m.ClientMessage), get_args(m.ServerMessage)

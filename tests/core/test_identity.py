@@ -8,14 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from netloader.identity import (
-    Difference,
-    ModelIdentity,
-    Severity,
-    differences,
-    is_digest,
-    quantised_unknown_how,
-)
+from netloader.core.identity import Difference, ModelIdentity, Severity, differences, is_digest, quantised_unknown_how
 from tests.core.strategies import identities
 
 FIELDS = ModelIdentity.__struct_fields__

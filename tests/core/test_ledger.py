@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from netloader import ledger as ledger_module
+from netloader.core import ledger as ledger_module
+from netloader.core.ledger import BlockState, Ledger
+from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root
+from netloader.core.plan import Plan, expand, make_plan, to_ranges
 from netloader.errors import DigestMismatch, LocalProtocolError, RootMismatch
-from netloader.ledger import BlockState, Ledger
-from netloader.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root
-from netloader.plan import Plan, expand, make_plan, to_ranges
 
 BLOCK = 1024
 

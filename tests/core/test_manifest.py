@@ -9,8 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netloader.errors import ManifestError
-from netloader.manifest import (
+from netloader.core.manifest import (
     DIGEST_BYTES,
     ITEM_BYTES,
     MAX_DIMS,
@@ -23,7 +22,8 @@ from netloader.manifest import (
     is_dense,
     manifest_digest,
 )
-from netloader.plan import MAX_BLOCK_BYTES, make_plan
+from netloader.core.plan import MAX_BLOCK_BYTES, make_plan
+from netloader.errors import ManifestError
 from tests.core.strategies import LONG_NAME, dtypes, manifests
 
 A = TensorSpec("a", "bfloat16", (4, 3))

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netloader import plan as plan_module
-from netloader.errors import ManifestError
-from netloader.manifest import ITEM_BYTES, Manifest, TensorSpec
-from netloader.plan import (
+from netloader.core import plan as plan_module
+from netloader.core.manifest import ITEM_BYTES, Manifest, TensorSpec
+from netloader.core.plan import (
     DEFAULT_BLOCK_BYTES,
     MAX_BLOCK_BYTES,
     MAX_BLOCKS,
@@ -23,6 +22,7 @@ from netloader.plan import (
     make_plan,
     to_ranges,
 )
+from netloader.errors import ManifestError
 from tests.core.strategies import manifests
 
 block_sizes = st.sampled_from([1024, 1025, 4096, 65536]) | st.integers(MIN_BLOCK_BYTES, 1 << 18)

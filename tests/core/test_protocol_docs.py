@@ -8,11 +8,18 @@ from typing import get_args
 import msgspec
 import pytest
 
-from netloader import messages as m
 from netloader.codecs.frames import CLIENT_FRAME_CAP, SERVER_FRAME_CAP
-from netloader.plan import DEFAULT_BLOCK_BYTES, MAX_BLOCK_BYTES, MAX_BLOCKS, MAX_SPANS, MIN_BLOCK_BYTES, block_bytes_for
-from netloader.protocol import TABLE, Side, State
-from netloader.protocol.context import Timings
+from netloader.core import messages as m
+from netloader.core.plan import (
+    DEFAULT_BLOCK_BYTES,
+    MAX_BLOCK_BYTES,
+    MAX_BLOCKS,
+    MAX_SPANS,
+    MIN_BLOCK_BYTES,
+    block_bytes_for,
+)
+from netloader.core.protocol import TABLE, Side, State
+from netloader.core.protocol.context import Timings
 from scripts import protocol_docs as docs
 
 PAGE = docs.PROTOCOL.read_text()

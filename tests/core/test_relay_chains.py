@@ -7,8 +7,8 @@ from collections.abc import Hashable
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from netloader.ledger import Ledger
-from netloader.relays import Relays, Supply
+from netloader.core.ledger import Ledger
+from netloader.server.redirects import Relays, Supply
 
 NODES = range(6)
 nodes = st.sampled_from(NODES)

@@ -10,14 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from netloader import messages as m
 from netloader.codecs.frames import encode_frame
-from netloader.identity import ModelIdentity
-from netloader.ledger import Ledger
-from netloader.messages import Ability
-from netloader.protocol import ClientTerms, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
+from netloader.core.ledger import Ledger
+from netloader.core.messages import Ability
+from netloader.core.protocol import ClientTerms, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
 from tests.core.pair import BLOCK, Pair, Peer, Weights, client_terms, server_terms
 from tests.core.strategies import any_message
 

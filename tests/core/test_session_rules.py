@@ -6,7 +6,14 @@ import dataclasses
 
 import pytest
 
-from netloader import messages as m
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
+from netloader.core.ledger import Ledger
+from netloader.core.plan import expand
+from netloader.core.protocol import ClientTerms, ServerTerms, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
+from netloader.core.protocol.context import Timings
 from netloader.errors import (
     DigestMismatch,
     NetloaderError,
@@ -14,13 +21,6 @@ from netloader.errors import (
     RemoteProtocolError,
     TransferTimeout,
 )
-from netloader.identity import ModelIdentity
-from netloader.ledger import Ledger
-from netloader.plan import expand
-from netloader.protocol import ClientTerms, ServerTerms, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.protocol.context import Timings
 from tests.core.pair import Pair, Weights, client_terms, server_terms
 from tests.core.stories import (
     SAME,

@@ -8,8 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from netloader import messages as m
 from netloader.codecs.frames import encode_frame
+from netloader.core import messages as m
+from netloader.core.manifest import Manifest, TensorSpec, manifest_digest
+from netloader.core.messages import Ability
+from netloader.core.plan import expand
+from netloader.core.protocol import State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
 from netloader.errors import (
     ManifestError,
     NetloaderError,
@@ -19,12 +25,6 @@ from netloader.errors import (
     TransferTimeout,
     TransportUnavailable,
 )
-from netloader.manifest import Manifest, TensorSpec, manifest_digest
-from netloader.messages import Ability
-from netloader.plan import expand
-from netloader.protocol import State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
 from tests.core.pair import IDENTITY, Pair, Weights, client_terms, run, server_terms
 from tests.core.stories import (
     SAME,

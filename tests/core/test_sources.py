@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from netloader.addresses import Address
-from netloader.candidates import Candidates
+from netloader.core.addresses import Address
+from netloader.core.sources import Candidates
 
 POOL = [Address("h", port) for port in range(1, 9)]
 ONE, TWO, THREE, FOUR = POOL[:4]

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netloader import messages as m
+from netloader.core import messages as m
+from netloader.core.protocol import FINAL, TABLE, Session, Side, State
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
+from netloader.core.protocol.session import HANDLERS
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
-from netloader.protocol import FINAL, TABLE, Session, Side, State
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.protocol.session import HANDLERS
 from tests.core.pair import Pair, Weights, client_terms, server_terms, snapshots
 from tests.core.strategies import codes, message_strategies, ranges, short_text, sources
 

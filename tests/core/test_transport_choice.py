@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 
+from netloader.core.messages import Ability
+from netloader.core.protocol.transport_choice import choose_transport, passed_over
 from netloader.errors import TransportUnavailable
-from netloader.messages import Ability
-from netloader.protocol.choice import choose_transport, passed_over
 from tests.core.strategies import abilities
 
 TCP, GLOO, SHM = Ability("tcp"), Ability("gloo"), Ability("shm", {"host": "a", "user": "1"})

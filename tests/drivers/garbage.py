@@ -10,9 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from netloader import messages as m
 from netloader.codecs.frames import encode_frame
-from netloader.identity import ModelIdentity
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
 
 NONCE = bytes(m.NONCE_BYTES)
 _TIMEOUT = 30.0

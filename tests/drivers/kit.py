@@ -16,17 +16,17 @@ import pytest
 import torch
 from anyio.abc import SocketAttribute, SocketStream
 
-from netloader import messages as m
-from netloader.addresses import Address
-from netloader.client import pull_from
+from netloader.client.connect import ClientOptions
+from netloader.client.pull import pull_from
 from netloader.codecs.frames import FrameDecoder, client_messages, encode_frame, server_messages
-from netloader.contact import ClientOptions
+from netloader.core import messages as m
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity
+from netloader.core.protocol.context import Timings
+from netloader.core.report import ProgressCallback, PullReport
 from netloader.errors import PeerLost
-from netloader.identity import ModelIdentity
-from netloader.protocol.context import Timings
-from netloader.report import ProgressCallback, PullReport
-from netloader.server import HoldingServer, ServerOptions
-from netloader.server_session import ServerSession
+from netloader.server.server import HoldingServer, ServerOptions
+from netloader.server.session import ServerSession
 from netloader.tensors import destination, digest_of, hold
 from netloader.tensors.holding import Holding
 from netloader.transports import registry

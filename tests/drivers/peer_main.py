@@ -20,12 +20,12 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from netloader.addresses import Address
-from netloader.client import pull_from
-from netloader.contact import ClientOptions
+from netloader.client.connect import ClientOptions
+from netloader.client.pull import pull_from
+from netloader.core.addresses import Address
+from netloader.core.protocol.context import Timings
+from netloader.core.report import Progress, PullReport
 from netloader.errors import NetloaderError, NoSourceLeft
-from netloader.protocol.context import Timings
-from netloader.report import Progress, PullReport
 from netloader.tensors import destination, digest_of
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from tests.drivers import kit

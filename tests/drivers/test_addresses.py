@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 import netloader
-from netloader.addresses import Address, parse_address
+from netloader.core.addresses import Address, parse_address
 from netloader.errors import ConfigError, NoSourceLeft
 from tests.drivers import kit
 

@@ -6,7 +6,7 @@ import anyio
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from netloader.turns import Turns
+from netloader.server.admission import Turns
 
 
 class TurnsMachine(RuleBasedStateMachine):

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import netloader.server
-from netloader import messages as m
-from netloader import server_session
+import netloader.server.server
 from netloader.codecs.frames import encode_frame
+from netloader.core import messages as m
+from netloader.core.protocol import State
+from netloader.core.protocol.context import Timings
+from netloader.core.protocol.listen import prove
 from netloader.errors import (
     NetloaderError,
     PeerLost,
@@ -26,9 +28,7 @@ from netloader.errors import (
     TransferTimeout,
     TransportError,
 )
-from netloader.protocol import State
-from netloader.protocol.context import Timings
-from netloader.protocol.listen import prove
+from netloader.server import session as server_session
 from netloader.transports.base import Channel
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
@@ -474,7 +474,7 @@ async def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -
 
 
 async def test_a_stranger_is_followed_by_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netloader.server, "_STRAY_PAUSE", 60.0)
+    monkeypatch.setattr(netloader.server.server, "_STRAY_PAUSE", 60.0)
     hub, into = kit.Hub(), kit.blank(SOURCE)
     async with kit.serving(hub.transport, HOLDING) as server:
         for _ in range(3):  # those who keep the rules are followed by none

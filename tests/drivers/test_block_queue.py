@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloader import backlog as module
-from netloader.backlog import Backlog, groups
+from netloader.core.manifest import Manifest, TensorSpec
+from netloader.core.plan import Plan, make_plan, to_ranges
 from netloader.errors import RemoteProtocolError
-from netloader.manifest import Manifest, TensorSpec
-from netloader.plan import Plan, make_plan, to_ranges
+from netloader.session import block_queue as module
+from netloader.session.block_queue import Backlog, groups
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 

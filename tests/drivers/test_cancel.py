@@ -11,9 +11,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from netloader.addresses import Address
+from netloader.core.addresses import Address
+from netloader.core.protocol import State
 from netloader.errors import NoSourceLeft
-from netloader.protocol import State
 from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport

@@ -10,15 +10,15 @@ from contextlib import AsyncExitStack
 import anyio
 import pytest
 
-import netloader.client
-import netloader.client_session
-import netloader.driver
-import netloader.server_session
-from netloader import messages as m
-from netloader.addresses import Address
+import netloader.client.pull
+import netloader.client.session
+import netloader.server.session
+import netloader.session.driver
+from netloader.core import messages as m
+from netloader.core.addresses import Address
+from netloader.core.protocol.context import Timings
+from netloader.core.report import Progress
 from netloader.errors import NoSourceLeft
-from netloader.protocol.context import Timings
-from netloader.report import Progress
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import jumping, kit, peers
 
@@ -108,7 +108,7 @@ def test_sources_that_bring_nothing_do_not_hold_up_a_complete_pull(names: tuple[
             assert [session.session.error for session in good.ended] == [None]
             return times[True], ended
 
-    modules = (netloader.client, netloader.client_session, netloader.driver, netloader.server_session)
+    modules = (netloader.client.pull, netloader.client.session, netloader.session.driver, netloader.server.session)
     last, ended = jumping.run(story, *modules)
     assert ended - last <= AT_ONCE
 

@@ -12,9 +12,9 @@ import torch
 from anyio.abc import SocketAttribute, SocketListener, SocketStream
 
 from netloader.codecs.frames import client_messages
-from netloader.control import ControlConnection
+from netloader.core.messages import Accepted, Announce, ChannelOffer, ClientMessage, Grant, Identify, Want, Welcome
 from netloader.errors import PeerLost
-from netloader.messages import Accepted, Announce, ChannelOffer, ClientMessage, Grant, Identify, Want, Welcome
+from netloader.session.connection import ControlConnection
 from tests.drivers import kit
 
 MUCH = 16 << 20

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import netloader
-from netloader.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity
 
 TENSORS = 200_000
 LONGEST = 0.05

@@ -7,10 +7,10 @@ import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import netloader
-from netloader import server_session
+from netloader.core.protocol import State
+from netloader.core.report import PullReport
 from netloader.errors import LocalProtocolError, NoSourceLeft, RefusedError
-from netloader.protocol import State
-from netloader.report import PullReport
+from netloader.server import session as server_session
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
 

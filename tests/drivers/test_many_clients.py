@@ -18,20 +18,20 @@ from anyio.abc import TaskGroup, TaskStatus
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from netloader import client as client_module
-from netloader import client_session as client_session_module
-from netloader import driver as driver_module
-from netloader import server_session as server_session_module
-from netloader.addresses import Address
-from netloader.client import pull_from
-from netloader.contact import ClientOptions
+from netloader.client import pull as client_module
+from netloader.client import session as client_session_module
+from netloader.client.connect import ClientOptions
+from netloader.client.pull import pull_from
+from netloader.core.addresses import Address
+from netloader.core.protocol import State
+from netloader.core.protocol.context import Timings
+from netloader.core.report import Progress, PullReport
 from netloader.errors import NoSourceLeft
-from netloader.holdings import Holding
-from netloader.protocol import State
-from netloader.protocol.context import Timings
-from netloader.relays import Supply
-from netloader.report import Progress, PullReport
-from netloader.server import HoldingServer
+from netloader.server import session as server_session_module
+from netloader.server.catalog import Holding
+from netloader.server.redirects import Supply
+from netloader.server.server import HoldingServer
+from netloader.session import driver as driver_module
 from netloader.tensors import destination, digest_of
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from tests.drivers import jumping, kit

@@ -8,13 +8,13 @@ from contextlib import AsyncExitStack
 import anyio
 import pytest
 
-from netloader import messages as m
-from netloader.addresses import Address
 from netloader.codecs.frames import server_messages
+from netloader.core import messages as m
+from netloader.core.addresses import Address
+from netloader.core.protocol import State
+from netloader.core.protocol.context import Timings
+from netloader.core.report import PullReport
 from netloader.errors import NoSourceLeft, PeerLost, TransferTimeout, TransportError
-from netloader.protocol import State
-from netloader.protocol.context import Timings
-from netloader.report import PullReport
 from netloader.transports.gloo import GlooTransport
 from tests.drivers import kit, peers
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import netloader
-from netloader.addresses import Address
+from netloader.core.addresses import Address
+from netloader.core.identity import differences
+from netloader.core.protocol import State
+from netloader.core.report import Progress, PullReport
 from netloader.errors import ConfigError, NoSourceLeft, RefusedError
-from netloader.identity import differences
-from netloader.protocol import State
-from netloader.report import Progress, PullReport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
 
@@ -173,7 +173,7 @@ async def test_a_full_queue_is_busy_and_says_when_to_come_again(caplog: pytest.L
         assert isinstance(cause, RefusedError)
         assert (cause.code, cause.retry_after) == ("busy", 5.0)
         assert "MAX_CLIENTS" in caught.value.hint
-        told = [record.getMessage() for record in caplog.records if record.module == "client"]
+        told = [record.getMessage() for record in caplog.records if record.module == "pull"]
         assert f"source {kit.at(server)}: 1 clients are being served and 1 wait" in told[-1]
         # Whoever only looks is told at once.
         look = await netloader.probe(kit.at(server))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from netloader import messages as m
+from netloader.core import messages as m
+from netloader.core.identity import ModelIdentity
 from netloader.errors import NoSourceLeft
-from netloader.identity import ModelIdentity
 from netloader.tensors.holding import Holding
 from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
@@ -41,7 +41,7 @@ def refused(caplog: pytest.LogCaptureFixture) -> Refused:
             await kit.pull(into, [address], hub.transport, **options)
         if into is not None and like is not None and caught.value.total is None:
             assert kit.contents(into) == kit.contents(kit.blank(like)), "not one byte was written"
-        told = [r for r in caplog.records if r.module == "client" and r.levelno >= logging.WARNING]
+        told = [r for r in caplog.records if r.module == "pull" and r.levelno >= logging.WARNING]
         lines = [record.getMessage() for record in told]
         found = [line for line in lines if line.startswith(f"source {address}: ")]
         assert len(found) == 1, caplog.text

@@ -12,14 +12,14 @@ import anyio
 import pytest
 from anyio.abc import TaskGroup
 
-from netloader import client as client_module
-from netloader.addresses import Address
-from netloader.client import pull_from
-from netloader.contact import ClientOptions
+from netloader.client import pull as client_module
+from netloader.client.connect import ClientOptions
+from netloader.client.pull import pull_from
+from netloader.core.addresses import Address
+from netloader.core.protocol import State
+from netloader.core.report import Progress, PullReport
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
-from netloader.protocol import State
-from netloader.relays import Supply, seen_from
-from netloader.report import Progress, PullReport
+from netloader.server.redirects import Supply, seen_from
 from netloader.tensors import destination, digest_of
 from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from netloader import messages as m
-from netloader.addresses import Address
+from netloader.core import messages as m
+from netloader.core.addresses import Address
+from netloader.core.plan import Ranges
+from netloader.core.protocol.context import Timings
+from netloader.core.report import PullReport
 from netloader.errors import (
     DigestMismatch,
     NetloaderError,
@@ -24,9 +27,6 @@ from netloader.errors import (
     TransferTimeout,
     TransportUnavailable,
 )
-from netloader.plan import Ranges
-from netloader.protocol.context import Timings
-from netloader.report import PullReport
 from netloader.tensors.holding import Holding
 from netloader.transports.base import Channel, Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
@@ -483,7 +483,7 @@ async def test_a_server_that_lies_about_what_it_holds(changed: dict[str, Any], r
 
 
 async def test_a_server_with_a_digest_that_nobody_knows() -> None:
-    from netloader.manifest import compute_root
+    from netloader.core.manifest import compute_root
 
     hub, known = kit.Hub(), HOLDING.announcement
     root = compute_root(known.manifest, known.plan.block_bytes, "md2", known.digests)

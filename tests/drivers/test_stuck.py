@@ -10,13 +10,13 @@ from typing import Any
 import anyio
 import pytest
 
-from netloader import closing
 from netloader.errors import MemoryStillInUse, NoSourceLeft
+from netloader.session import closing
 from netloader.tensors import digest_of
-from netloader.transports import _crew, _lanes, _worker
-from netloader.transports._state import LoopEvent
-from netloader.transports._vectored import sendmsg
 from netloader.transports.base import Channel, Setup
+from netloader.transports.io import stream, thread_pool, worker
+from netloader.transports.io.channel_state import LoopEvent
+from netloader.transports.io.syscalls import sendmsg
 from netloader.transports.memory import MemoryTransport
 from netloader.transports.tcp import TcpTransport
 from tests.drivers import kit
@@ -28,7 +28,7 @@ HOLDING = kit.held(SOURCE)
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        *((_crew, "_PATIENCE"), (_crew, "_MOMENT"), (_worker, "_PATIENCE"), (_worker, "_AGAIN")),
+        *((thread_pool, "_PATIENCE"), (thread_pool, "_MOMENT"), (worker, "_PATIENCE"), (worker, "_AGAIN")),
         (closing, "_CLOSING"),
     ):
         monkeypatch.setattr(module, name, 0.1)
@@ -163,7 +163,7 @@ async def test_a_send_that_is_stuck_costs_its_session_and_retraction_says_so(
 ) -> None:
     """As with a page of a file on a server that does not answer: the thread waits in the system, for ever."""
     stuck = Stuck(sendmsg)
-    monkeypatch.setattr(_lanes, "sendmsg", stuck)
+    monkeypatch.setattr(stream, "sendmsg", stuck)
     transport = TcpTransport(lanes=1)
     caplog.set_level(logging.ERROR, "netloader")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import anyio
 import pytest
 
-from netloader import client_session
+from netloader.client import session as client_session
 from netloader.errors import DigestMismatch, NoSourceLeft, PeerLost
 from netloader.transports.base import BlockView, Channel, Landed, Setup
 from netloader.transports.faults import Faults, FaultyTransport

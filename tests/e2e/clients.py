@@ -22,8 +22,8 @@ from tests.e2e.engines import Engine
 if TYPE_CHECKING:
     import torch
 
-    from netloader.identity import ModelIdentity, Role
-    from netloader.report import Progress, PullReport
+    from netloader.core.identity import ModelIdentity, Role
+    from netloader.core.report import Progress, PullReport
 
 PULL_TIMEOUT = 240.0
 STALL_TIMEOUT = 120.0

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from netloader.vllm.announce import SERVING_PATTERN
+from netloader.vllm.serve.address_file import SERVING_PATTERN
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from netloader.identity import Role
+from netloader.core.identity import Role
 from tests.e2e import clients, engines
 from tests.e2e.hosts import DRAFT, MODEL, make_hosts
 from tests.models import PROMPTS, ModelStore

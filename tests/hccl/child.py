@@ -19,9 +19,10 @@ import torch
 import torch_npu
 
 import netloader
+from netloader.core.report import Progress
 from netloader.errors import NetloaderError
-from netloader.report import Progress
-from netloader.transports import hccl_devices, hccl_link
+from netloader.transports.hccl import devices
+from netloader.transports.hccl import link as hccl_link
 from tests.hccl import weights
 
 
@@ -37,7 +38,7 @@ def never(link: hccl_link.HcclLink) -> None:
 
 def status(device: str) -> dict[str, Any]:
     """What a seed looks like from inside."""
-    count, nbytes = hccl_devices.device_of(device).usage()
+    count, nbytes = devices.device_of(device).usage()
     npu: Any = torch.get_device_module("npu")
     npu.set_device(device)
     free, total = npu.mem_get_info(device)
@@ -67,10 +68,10 @@ async def serve(args: argparse.Namespace) -> None:
                 case "status":
                     say(**await asyncio.to_thread(status, args.device), sessions=len(server.sessions))
                 case "still":
-                    await asyncio.to_thread(hccl_devices.hold_still, args.device, "memory is being measured", 0.5)
+                    await asyncio.to_thread(devices.hold_still, args.device, "memory is being measured", 0.5)
                     say(still=True)
                 case "move":
-                    await asyncio.to_thread(hccl_devices.move_again, args.device)
+                    await asyncio.to_thread(devices.move_again, args.device)
                     say(still=False)
                 case "sleep":
                     await server.retract("target", reason="the weights are asleep")

@@ -14,7 +14,7 @@ from tests.hccl.processes import ROOT
 from tests.wheels import wheel_of
 
 RELEASES = ("2.10.0.post4", "2.13.0")
-SOURCES = sorted((ROOT / "netloader" / "transports").glob("hccl*.py"))
+SOURCES = sorted((ROOT / "netloader" / "transports" / "hccl").glob("*.py"))
 
 
 def torch_npu(release: str) -> Path:
@@ -50,7 +50,7 @@ def test_something_missing_is_found(tmp_path: Path) -> None:
 def test_nothing_is_used_that_is_not_checked() -> None:
     """Attributes of the group, its options and its works, as the transport's own code names them."""
     used: set[str] = set()
-    text = (ROOT / "netloader" / "transports" / "hccl_link.py").read_text("utf-8")
+    text = (ROOT / "netloader" / "transports" / "hccl" / "link.py").read_text("utf-8")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value)

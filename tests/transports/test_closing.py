@@ -11,13 +11,14 @@ import anyio
 import pytest
 
 from netloader.errors import ChannelClosed, MemoryStillInUse, PeerLost
-from netloader.transports import _crew, _state, _worker, link
-from netloader.transports._pairs import open_descriptors
-from netloader.transports._state import ChannelState, LoopEvent, came_in_time
+from netloader.transports import process_group
 from netloader.transports.base import BlockView, Channel, Transport
 from netloader.transports.conformance import TensorBlockView
+from netloader.transports.conformance_kit import open_descriptors
 from netloader.transports.faults import Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
+from netloader.transports.io import channel_state, thread_pool, worker
+from netloader.transports.io.channel_state import ChannelState, LoopEvent, came_in_time
 from netloader.transports.shm import ShmTransport
 from netloader.transports.tcp import TcpTransport
 from tests.transports.pairs import opened
@@ -38,8 +39,8 @@ over_each = pytest.mark.parametrize("make", TRANSPORTS.values(), ids=TRANSPORTS)
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        *((_crew, "_PATIENCE"), (_crew, "_MOMENT"), (_worker, "_PATIENCE"), (_worker, "_AGAIN")),
-        *((link, "_CLOSING"), (_state, "_SETTLING")),
+        *((thread_pool, "_PATIENCE"), (thread_pool, "_MOMENT"), (worker, "_PATIENCE"), (worker, "_AGAIN")),
+        *((process_group, "_CLOSING"), (channel_state, "_SETTLING")),
     ):
         monkeypatch.setattr(module, name, 0.1)
 

@@ -14,9 +14,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports import _gloo_guard as guard
-from netloader.transports import gloo
-from netloader.transports._gloo_store import Address, from_blob, plain_host, to_blob
 from netloader.transports.base import Channel
 from netloader.transports.conformance import (
     LocalSignals,
@@ -27,6 +24,9 @@ from netloader.transports.conformance import (
 )
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
+from netloader.transports.gloo import packet_filter as guard
+from netloader.transports.gloo import transport as gloo
+from netloader.transports.gloo.rendezvous import Address, from_blob, plain_host, to_blob
 from tests.preloaded import PYTHON
 from tests.transports import peer
 from tests.transports.pairs import opened, setup_for

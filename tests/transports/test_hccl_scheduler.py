@@ -10,9 +10,9 @@ import anyio.lowlevel
 import pytest
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports import hccl_windows
-from netloader.transports.hccl_notes import Go, GroupNote, Note, Open, Ready, Take, Withdraw
-from netloader.transports.hccl_windows import Windows
+from netloader.transports.hccl import scheduler
+from netloader.transports.hccl.messages import Go, GroupNote, Note, Open, Ready, Take, Withdraw
+from netloader.transports.hccl.scheduler import Windows
 
 STALL = 0.4
 
@@ -71,7 +71,7 @@ def ends() -> tuple[End, End]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hccl_windows, "_PATIENCE", (0.2, 0.2))
+    monkeypatch.setattr(scheduler, "_PATIENCE", (0.2, 0.2))
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from netloader.errors import TransferTimeout
-from netloader.transports import _landing
-from netloader.transports._landing import Operation
+from netloader.transports.io import operation as operation_module
+from netloader.transports.io.operation import Operation
 
 STALL = 8.0
 
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(_landing, "time", clock)
+    monkeypatch.setattr(operation_module, "time", clock)
     return clock
 
 

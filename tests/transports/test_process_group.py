@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout
-from netloader.transports._state import LoopEvent
-from netloader.transports._worker import Worker
 from netloader.transports.conformance import TensorBlockView
-from netloader.transports.link import MAX_STAGED, WINDOW, Link, LinkChannel
+from netloader.transports.io.channel_state import LoopEvent
+from netloader.transports.io.worker import Worker
+from netloader.transports.process_group import MAX_STAGED, WINDOW, Link, LinkChannel
 
 if TYPE_CHECKING:
     import torch

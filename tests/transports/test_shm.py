@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 
 from netloader.codecs.regions import regions_of, regions_over
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
-from netloader.transports import _meeting, _readv, shm
-from netloader.transports._flows import PipeReader, PipeWriter
-from netloader.transports._landing import Operation
-from netloader.transports._line import Line
-from netloader.transports._pipe import PIPE_BYTES, PipeEnd
 from netloader.transports.base import Channel
 from netloader.transports.conformance import CHECKS, Check, TensorBlockView, check_transport, pair_maker
-from netloader.transports.shm import ShmTransport
+from netloader.transports.io.operation import Operation
+from netloader.transports.shm import ShmTransport, handshake, process_memory
+from netloader.transports.shm import transport as shm
+from netloader.transports.shm.control_socket import Line
+from netloader.transports.shm.pipe import PIPE_BYTES, PipeEnd
+from netloader.transports.shm.remote_memory import PipeReader, PipeWriter
 from tests.transports.bytesview import BytesView, Pieces, like
 from tests.transports.pairs import opened
 from tests.transports.test_tcp import grouping, groups, numbered, setup, spans
@@ -364,7 +364,7 @@ async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: N
         if given == "nothing":
             ours.close()
             with pytest.raises(PeerLost, match="left while a channel"):
-                await _meeting._hear_descriptors(theirs)
+                await handshake._hear_descriptors(theirs)
             return
         descriptors = {
             "a ring": [file],  # what a server of an earlier state passes
@@ -374,7 +374,7 @@ async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: N
         }[given]
         socket.send_fds(ours, [b"ring" if given == "a ring" else b"pipes"], descriptors)
         with pytest.raises(TransportUnavailable, match="passed no pipes"):
-            await _meeting._hear_descriptors(theirs)
+            await handshake._hear_descriptors(theirs)
     finally:
         ours.close()
         theirs.close()
@@ -528,8 +528,8 @@ async def test_channels_to_several_peers_leave_the_permission_to_trace_this_proc
 ) -> None:
     """There is one for the whole process, nobody can ask for it, and others may have set it."""
     made: list[str] = []
-    real = _readv._libc()
-    monkeypatch.setattr(_readv, "_libc", lambda: _Calls(real, made))
+    real = process_memory._libc()
+    monkeypatch.setattr(process_memory, "_libc", lambda: _Calls(real, made))
     read_text = Path.read_text
 
     def like_yama(path: Path, *arguments: Any, **options: Any) -> str:
@@ -564,7 +564,7 @@ def test_regions_of_any_shape_are_read(remote: list[int], cut: int) -> None:
         start += nbytes
     into = bytearray(start)
     here = [memoryview(into)[at : at + cut] for at in range(0, start, cut)]
-    _readv.read(os.getpid(), regions_of(Pieces(*there)), regions_of(Pieces(*here)))
+    process_memory.read(os.getpid(), regions_of(Pieces(*there)), regions_of(Pieces(*here)))
     assert into == data[:start]
 
 
@@ -572,11 +572,11 @@ def test_reading_what_is_not_there_is_an_error() -> None:
     into = memoryview(bytearray(10))
     here = regions_of(Pieces(into))
     with pytest.raises(TransportError, match="can't be read"):
-        _readv.read(os.getpid(), regions_over([8], [10]), here)
+        process_memory.read(os.getpid(), regions_over([8], [10]), here)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
         with pytest.raises(PeerLost):
-            _readv.read(process.pid, here, here)
+            process_memory.read(process.pid, here, here)
 
 
 def test_what_it_says_about_itself() -> None:

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError
-from netloader.transports import _pacing, tcp
 from netloader.transports.base import BlockView, Channel, Setup
 from netloader.transports.conformance import CHECKS, Check, check_transport, pair_maker
+from netloader.transports.io import socket_options
 from netloader.transports.tcp import TcpTransport
+from netloader.transports.tcp import transport as tcp
 from tests.preloaded import PYTHON
 from tests.transports.bytesview import BytesView, like
 from tests.transports.pairs import PATIENCE, opened
@@ -384,7 +385,7 @@ async def test_congestion_control_is_chosen_within_a_host_and_where_bbr_would_pa
         ("10.1.2.3", "fd00::1", usual),
     ):
         with closing(socket.socket()) as sock:
-            _pacing.tune(sock, local, peer)
+            socket_options.tune(sock, local, peer)
             assert congestion(sock) == expected, (local, peer)
 
 
@@ -416,10 +417,12 @@ def send_room(sock: socket.socket) -> int:
 
 def test_little_is_on_its_way_within_a_host_and_as_much_as_the_system_likes_elsewhere() -> None:
     with closing(socket.socket()) as asked, closing(socket.socket()) as near, closing(socket.socket()) as far:
-        asked.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _pacing._HOST_SEND_BYTES)  # the system may allow less
+        asked.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, socket_options._HOST_SEND_BYTES
+        )  # the system may allow less
         usual = send_room(near)
-        _pacing.tune(near, "10.1.2.3", "10.1.2.3")
-        _pacing.tune(far, "10.1.2.3", "10.1.2.9")
+        socket_options.tune(near, "10.1.2.3", "10.1.2.3")
+        socket_options.tune(far, "10.1.2.3", "10.1.2.9")
         assert send_room(near) == send_room(asked) != usual
         assert send_room(far) == usual
 

@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 from netloader.errors import ChannelClosed
-from netloader.transports._state import ChannelState, LoopEvent
-from netloader.transports._worker import Worker
+from netloader.transports.io.channel_state import ChannelState, LoopEvent
+from netloader.transports.io.worker import Worker
 
 
 class Blocked:

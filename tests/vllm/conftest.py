@@ -37,7 +37,7 @@ def seeds(needs_vllm: None, models: ModelStore, tmp_path_factory: pytest.TempPat
 @pytest.fixture(autouse=True)
 def no_server_left() -> Iterator[None]:
     """End the process's server after each test."""
-    from netloader.vllm import serving
+    from netloader.vllm.serve import serving
 
     yield
     serving.stop_server()

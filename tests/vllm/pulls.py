@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from netloader import sync
-from netloader.holdings import Holding
+from netloader.server.catalog import Holding
 from netloader.transports import registry
 from netloader.transports.faults import Fault, Faults, FaultyTransport
-from netloader.vllm import serving
+from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
 

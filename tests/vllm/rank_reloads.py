@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm import serving
-from netloader.vllm.reloading import ReloadRefused
+from netloader.vllm.live.reloading import ReloadRefused
+from netloader.vllm.serve import serving
 from tests.vllm import harness
 from tests.vllm.pulls import extra, source_of
 from tests.vllm.rank_tasks import Rank

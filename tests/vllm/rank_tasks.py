@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from netloader.holdings import Holding
+from netloader.server.catalog import Holding
 from netloader.tensors import hold
-from netloader.vllm import loading, serving
-from netloader.vllm.agreement import AgreementError
-from netloader.vllm.loading import NothingPulled
+from netloader.vllm.load import loading
+from netloader.vllm.load.loading import NothingPulled
+from netloader.vllm.model.agreement import AgreementError
+from netloader.vllm.serve import serving
 from tests.vllm import harness
 from tests.vllm.drafts import KINDS, Pair, load_pair
 from tests.vllm.pulls import DRAFT, LogLines, extra, offered, source_of
@@ -192,7 +193,7 @@ def drafts(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
 
 def processed(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
     """Processed weights, pulled by all ranks; then by ranks of which one makes other weights than its source."""
-    from netloader.vllm.processed import survey
+    from netloader.vllm.model.processed import survey
     from tests.vllm.processed_method import VARIANT
 
     rank = Rank(models, arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from netloader.vllm.processed import possible
+from netloader.vllm.model.processed import possible
 
 __all__ = ["KNOWS_PROCESSED", "LOOKS_FOR_HEAD", "needs_head_search", "reload_in_place"]
 

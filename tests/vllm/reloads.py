@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from netloader.vllm.reloading import finish_reload
+from netloader.vllm.live.reloading import finish_reload
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import extra

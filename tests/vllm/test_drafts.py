@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from netloader import sync
-from netloader.holdings import Holding
-from netloader.vllm import loading, serving
-from netloader.vllm.load_state import load_state_of
+from netloader.server.catalog import Holding
+from netloader.vllm.load import loading
+from netloader.vllm.model.load_state import load_state_of
+from netloader.vllm.serve import serving
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.drafts import KINDS, Pair, load_pair

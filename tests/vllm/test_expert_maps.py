@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from netloader.vllm.expert_maps import configured_experts, expert_maps
+from netloader.vllm.model.expert_maps import configured_experts, expert_maps
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seeds, load, offered, source_of

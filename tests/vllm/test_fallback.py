@@ -14,12 +14,13 @@ import torch
 import netloader.tensors
 from netloader import sync
 from netloader.errors import ConfigError, MemoryStillInUse, NetloaderError, PeerLost
-from netloader.transports import _crew, _worker
 from netloader.transports.base import BlockView
 from netloader.transports.faults import Fault
-from netloader.vllm import loading, serving
-from netloader.vllm.loading import NothingPulled
-from netloader.vllm.weights import named_raw_tensors
+from netloader.transports.io import thread_pool, worker
+from netloader.vllm.load import loading
+from netloader.vllm.load.loading import NothingPulled
+from netloader.vllm.model.snapshot import named_raw_tensors
+from netloader.vllm.serve import serving
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import NAME, LogLines, Seeds, extra, load, pull, source_of
@@ -313,7 +314,7 @@ def test_where_a_thread_may_still_write_the_load_fails_instead_of_falling_back(
         asked.extend(options["layouts"])
         return probe(*arguments, **options)
 
-    for module, name in ((_crew, "_PATIENCE"), (_crew, "_MOMENT"), (_worker, "_AGAIN")):
+    for module, name in ((thread_pool, "_PATIENCE"), (thread_pool, "_MOMENT"), (worker, "_AGAIN")):
         monkeypatch.setattr(module, name, 0.1)
     monkeypatch.setattr(loading, "fallback_loader", lambda *_: _StuckLoader())
     monkeypatch.setattr(sync, "probe", asks)

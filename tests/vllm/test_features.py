@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from netloader.server import HoldingServer
-from netloader.vllm import loading
-from netloader.vllm.support import why_not
+from netloader.server.server import HoldingServer
+from netloader.vllm.load import loading
+from netloader.vllm.model.support import why_not
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seeds, extra, load, source_of
@@ -271,7 +271,7 @@ class _Towers(torch.nn.Module):
 
 def test_towers_of_a_multimodal_model_travel_like_all_other_modules() -> None:
     from netloader.tensors import hold
-    from netloader.vllm.weights import named_raw_tensors
+    from netloader.vllm.model.snapshot import named_raw_tensors
 
     tensors = named_raw_tensors(_Towers())
     names = [spec.name for spec in hold(tensors, _identity()).announcement.manifest.tensors]
@@ -280,7 +280,7 @@ def test_towers_of_a_multimodal_model_travel_like_all_other_modules() -> None:
 
 
 def _identity() -> Any:
-    from netloader.identity import ModelIdentity
+    from netloader.core.identity import ModelIdentity
 
     return ModelIdentity(model="m")
 

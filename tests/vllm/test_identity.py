@@ -13,10 +13,10 @@ import pytest
 import torch
 import vllm.distributed
 
-from netloader.vllm import identities
-from netloader.vllm.quantisation import quantisation_text
-from netloader.vllm.topology import Topology, topology_of
-from netloader.vllm.tying import could_adopt, tied_by_files
+from netloader.vllm.load.tied_embeddings import could_adopt, tied_by_files
+from netloader.vllm.model import identity as identities
+from netloader.vllm.model.quantisation import quantisation_text
+from netloader.vllm.model.topology import Topology, topology_of
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.releases import LOOKS_FOR_HEAD

@@ -10,8 +10,9 @@ import torch
 
 from netloader import sync
 from netloader.errors import NoSourceLeft
-from netloader.vllm import copies, serving
-from netloader.vllm.offering import Offered
+from netloader.vllm.model import copies
+from netloader.vllm.serve import serving
+from netloader.vllm.serve.raw_holding import Offered
 from tests.models import ModelStore
 from tests.vllm.pulls import LogLines, Seeds, load, pull
 

@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm import serving
-from netloader.vllm.reloading import ReloadRefused
-from netloader.vllm.weights import named_raw_tensors
+from netloader.vllm.live.reloading import ReloadRefused
+from netloader.vllm.model.snapshot import named_raw_tensors
+from netloader.vllm.serve import serving
 from tests.models import DENSE, ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seed, Seeds, extra, load, offered, pull, source_of

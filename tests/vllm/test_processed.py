@@ -13,8 +13,9 @@ from netloader import sync
 from netloader.errors import NetloaderError
 from netloader.tensors import mappings
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm import adopting, serving
-from netloader.vllm.processed import FACTS, survey
+from netloader.vllm.load import processed_pull
+from netloader.vllm.model.processed import FACTS, survey
+from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, load, offered, pull, source_of
@@ -230,7 +231,7 @@ def test_an_engine_that_does_not_know_processed_weights_takes_none(
 ) -> None:
     disk = harness.load(harness.engine_config(folder))
     _seed, holding = offered(folder, {})
-    monkeypatch.setattr(adopting, "possible", lambda: False)
+    monkeypatch.setattr(processed_pull, "possible", lambda: False)
     with source_of(holding) as source:
         assert pull(folder, source).raw == disk.raw
     line = log_lines.one("default loader", "could not pull: processed weights: ")
@@ -251,7 +252,10 @@ def test_weights_that_change_after_they_were_taken_over_end_the_load(
         model.get_parameter("model.norm.weight").data[0] += 1
 
     monkeypatch.setattr(base_loader, "process_weights_after_loading", and_change)
-    with source_of(holding) as source, pytest.raises(adopting.NotAdopted, match="post-processing changed tensors"):
+    with (
+        source_of(holding) as source,
+        pytest.raises(processed_pull.NotAdopted, match="post-processing changed tensors"),
+    ):
         load(bare, source)
     server = serving.running_server()
     assert server is not None

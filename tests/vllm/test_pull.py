@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from netloader import sync
-from netloader.vllm import serving
-from netloader.vllm.announce import SERVING_PATTERN
+from netloader.vllm.serve import serving
+from netloader.vllm.serve.address_file import SERVING_PATTERN
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import DRAFT, NAME, LogLines, Seeds, extra, load, pull, source_of
@@ -162,8 +162,8 @@ def test_weights_that_are_not_to_be_kept_do_not_outlive_post_processing(
 ) -> None:
     import weakref
 
-    from netloader.vllm import loading
-    from netloader.vllm.recording import Record, record
+    from netloader.vllm.load import loading
+    from netloader.vllm.serve.recording import Record, record
 
     raw: dict[str, weakref.ref[torch.Tensor]] = {}
     alive: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from netloader.vllm.quantisation import quantisation_text
+from netloader.vllm.model.quantisation import quantisation_text
 from tests.models import ModelStore, strip_weights
 from tests.vllm import harness, slim_method
 from tests.vllm.pulls import LogLines, load, offered, source_of

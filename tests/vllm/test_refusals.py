@@ -15,11 +15,14 @@ import msgspec
 import pytest
 import torch
 
+from netloader.core.identity import ModelIdentity, Severity, differences
 from netloader.errors import MemoryStillInUse
-from netloader.identity import ModelIdentity, Severity, differences
-from netloader.vllm import loading, processed, reloading, serving
-from netloader.vllm.agreement import Report
-from netloader.vllm.reloading import ReloadRefused
+from netloader.vllm.live import reloading
+from netloader.vllm.live.reloading import ReloadRefused
+from netloader.vllm.load import loading
+from netloader.vllm.model import processed
+from netloader.vllm.model.agreement import Report
+from netloader.vllm.serve import serving
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.drafts import KINDS, load_pair

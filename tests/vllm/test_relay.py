@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from netloader import sync
-from netloader.protocol import State
+from netloader.core.protocol import State
 from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from tests.models import ModelStore

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm import serving
-from netloader.vllm.reloading import ReloadRefused
+from netloader.vllm.live.reloading import ReloadRefused
+from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seeds, extra, load, offered, pull, source_of

@@ -9,7 +9,9 @@ import pytest
 
 from netloader import tensors
 from netloader.errors import NetloaderError
-from netloader.vllm import loading, recording, serving, settling, weights
+from netloader.vllm.load import loading
+from netloader.vllm.model import snapshot
+from netloader.vllm.serve import choose_layout, recording, serving
 from tests.models import ModelStore
 from tests.vllm.pulls import LogLines, Seeds, load, pull, source_of
 
@@ -19,7 +21,7 @@ KIND = "llama-bf16"
 ERRORS = [MemoryError("none left"), RecursionError("too deep"), RuntimeError("CUDA out of memory")]
 FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
-    "offering the weights": [(weights.RawWeights, "settle"), (settling.Settling, "serve")],
+    "offering the weights": [(snapshot.RawWeights, "settle"), (choose_layout.Settling, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
 }
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from netloader.errors import NetloaderError
-from netloader.vllm import hooks, reloading, serving
-from netloader.vllm.reloading import ReloadRefused
+from netloader.vllm.live import hooks, reloading
+from netloader.vllm.live.reloading import ReloadRefused
+from netloader.vllm.serve import serving
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seeds, extra, load, pull, source_of

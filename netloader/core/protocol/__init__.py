@@ -1,6 +1,6 @@
 """The conversation between one client and one server, as a pure state machine: events in, effects out, no I/O."""
 
-from netloader.protocol.session import ClientTerms, ServerTerms, Session
-from netloader.protocol.states import FINAL, TABLE, Row, Side, State
+from netloader.core.protocol.session import ClientTerms, ServerTerms, Session
+from netloader.core.protocol.table import FINAL, TABLE, Row, Side, State
 
 __all__ = ["FINAL", "TABLE", "ClientTerms", "Row", "ServerTerms", "Session", "Side", "State"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
+from netloader.core.plan import make_plan
+from netloader.core.protocol.effects import Examine
+from netloader.core.protocol.events import Announcement
 from netloader.errors import ManifestError, RemoteProtocolError, RootMismatch
-from netloader.identity import ModelIdentity
-from netloader.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
-from netloader.plan import make_plan
-from netloader.protocol.effects import Examine
-from netloader.protocol.events import Announcement
 
 __all__ = ["examine"]
 

@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.manifest import Manifest
+from netloader.core.messages import NONCE_BYTES, Ability, Identify, RefusalCode
+from netloader.core.plan import Ranges
+from netloader.core.protocol.events import Announcement
+from netloader.core.protocol.table import Side
 from netloader.errors import LocalProtocolError, NetloaderError, RefusedError
-from netloader.identity import Layout, ModelIdentity, Role
-from netloader.manifest import Manifest
-from netloader.messages import NONCE_BYTES, Ability, Identify, RefusalCode
-from netloader.plan import Ranges
-from netloader.protocol.events import Announcement
-from netloader.protocol.states import Side
 
 __all__ = ["ClientTerms", "Context", "Refuse", "ServerTerms", "Timings"]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netloader.identity import Layout, ModelIdentity, Role
-from netloader.messages import Announce, ClientMessage, ServerMessage
-from netloader.plan import Ranges
-from netloader.protocol.context import ClientTerms
-from netloader.protocol.events import Announcement
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.messages import Announce, ClientMessage, ServerMessage
+from netloader.core.plan import Ranges
+from netloader.core.protocol.context import ClientTerms
+from netloader.core.protocol.events import Announcement
 
 __all__ = [
     "AcceptChannel",

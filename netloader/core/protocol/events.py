@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import Manifest
+from netloader.core.messages import ClientMessage, Ending, Outcome, RefusalCode, ServerMessage
+from netloader.core.plan import Plan, Ranges
 from netloader.errors import NetloaderError, RemoteProtocolError, TransportError
-from netloader.identity import ModelIdentity
-from netloader.manifest import Manifest
-from netloader.messages import ClientMessage, Ending, Outcome, RefusalCode, ServerMessage
-from netloader.plan import Plan, Ranges
 
 __all__ = [
     "Announcement",

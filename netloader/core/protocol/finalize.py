@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from netloader import messages as m
-from netloader.errors import NetloaderError, PeerLost, RefusedError, TransferTimeout
-from netloader.protocol import effects as f
-from netloader.protocol.context import Context
-from netloader.protocol.events import (
+from netloader.core import messages as m
+from netloader.core.protocol import effects as f
+from netloader.core.protocol.context import Context
+from netloader.core.protocol.events import (
     Cancelled,
     ChannelDown,
     ChannelFailed,
@@ -18,6 +17,7 @@ from netloader.protocol.events import (
     Garbled,
     TimedOut,
 )
+from netloader.errors import NetloaderError, PeerLost, RefusedError, TransferTimeout
 
 __all__ = [
     "channel_failed",

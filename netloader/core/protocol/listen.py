@@ -6,11 +6,11 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
-from netloader import messages as m
+from netloader.core import messages as m
+from netloader.core.protocol import effects as f
+from netloader.core.protocol.context import Context, Refuse
+from netloader.core.protocol.events import Connected
 from netloader.errors import LocalProtocolError, RefusedError
-from netloader.protocol import effects as f
-from netloader.protocol.context import Context, Refuse
-from netloader.protocol.events import Connected
 
 __all__ = ["client_connected", "client_welcome", "prove", "server_connected", "server_hello"]
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from netloader import messages as m
-from netloader.errors import LocalProtocolError, RefusedError, RemoteProtocolError
-from netloader.protocol import effects as f
-from netloader.protocol.choice import choose_transport, passed_over
-from netloader.protocol.context import Context, Refuse
-from netloader.protocol.events import (
+from netloader.core import messages as m
+from netloader.core.protocol import effects as f
+from netloader.core.protocol.context import Context, Refuse
+from netloader.core.protocol.events import (
     ChannelOffered,
     ChannelOpened,
     Examined,
@@ -18,6 +16,8 @@ from netloader.protocol.events import (
     SignalPosted,
     UpstreamChanged,
 )
+from netloader.core.protocol.transport_choice import choose_transport, passed_over
+from netloader.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 
 __all__ = [
     "client_announce",

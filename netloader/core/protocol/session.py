@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-from netloader import messages as m
+from netloader.core import messages as m
+from netloader.core.protocol import effects as f
+from netloader.core.protocol import events as e
+from netloader.core.protocol import finalize, listen, planning, transfer, validate
+from netloader.core.protocol.context import ClientTerms, Context, Refuse, ServerTerms
+from netloader.core.protocol.table import FINAL, TABLE, Side, State
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
@@ -19,11 +24,6 @@ from netloader.errors import (
     TransportError,
     VerificationError,
 )
-from netloader.protocol import effects as f
-from netloader.protocol import events as e
-from netloader.protocol import finalize, listen, planning, transfer, validate
-from netloader.protocol.context import ClientTerms, Context, Refuse, ServerTerms
-from netloader.protocol.states import FINAL, TABLE, Side, State
 
 __all__ = ["HANDLERS", "ClientTerms", "ServerTerms", "Session"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import enum
 
-from netloader import messages as m
-from netloader.protocol import events as e
+from netloader.core import messages as m
+from netloader.core.protocol import events as e
 
 __all__ = ["FINAL", "TABLE", "Row", "Side", "State"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from netloader import messages as m
-from netloader.errors import LocalProtocolError, RemoteProtocolError
-from netloader.plan import Ranges, expand
-from netloader.protocol import effects as f
-from netloader.protocol.context import Context
-from netloader.protocol.events import (
+from netloader.core import messages as m
+from netloader.core.plan import Ranges, expand
+from netloader.core.protocol import effects as f
+from netloader.core.protocol.context import Context
+from netloader.core.protocol.events import (
     BlocksGone,
     BlocksReady,
     BlocksReceived,
@@ -19,6 +18,7 @@ from netloader.protocol.events import (
     BlocksWanted,
     ChannelOpened,
 )
+from netloader.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = [
     "client_gone",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from netloader.core.messages import Ability
 from netloader.errors import TransportUnavailable
-from netloader.messages import Ability
 
 __all__ = ["choose_transport", "passed_over"]
 

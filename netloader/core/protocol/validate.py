@@ -5,13 +5,13 @@ from __future__ import annotations
 import hmac
 from collections.abc import Sequence
 
-from netloader import messages as m
+from netloader.core import messages as m
+from netloader.core.identity import Difference, Severity, differences
+from netloader.core.protocol import effects as f
+from netloader.core.protocol.context import Context, Refuse
+from netloader.core.protocol.events import Held, NotHeld, Queued, TurnTaken
+from netloader.core.protocol.listen import prove
 from netloader.errors import LocalProtocolError, RefusedError, RemoteProtocolError
-from netloader.identity import Difference, Severity, differences
-from netloader.protocol import effects as f
-from netloader.protocol.context import Context, Refuse
-from netloader.protocol.events import Held, NotHeld, Queued, TurnTaken
-from netloader.protocol.listen import prove
 
 __all__ = [
     "client_accepted",

@@ -30,13 +30,13 @@ import torch
 from torch.distributed import ProcessGroupGloo
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports import _gloo_guard as guard
-from netloader.transports._gloo_store import Address, LocalStore, Rendezvous, plain_host
-from netloader.transports._pacing import tune
-from netloader.transports._state import LoopEvent
-from netloader.transports._worker import Job, Worker
 from netloader.transports.base import Channel, Pending, Setup
-from netloader.transports.link import WINDOW, Link, LinkChannel
+from netloader.transports.gloo import packet_filter as guard
+from netloader.transports.gloo.rendezvous import Address, LocalStore, Rendezvous, plain_host
+from netloader.transports.io.channel_state import LoopEvent
+from netloader.transports.io.socket_options import tune
+from netloader.transports.io.worker import Job, Worker
+from netloader.transports.process_group import WINDOW, Link, LinkChannel
 
 __all__ = ["GlooTransport"]
 
@@ -45,7 +45,7 @@ _CLIENT, _SERVER = 0, 1
 
 _SPENT = 2
 """Pairs made in vain before the real one, so that the number which a stranger could say (and repeat, no more: see
-`_gloo_guard`) never reads as an operation that gloo would end the process over."""
+`packet_filter`) never reads as an operation that gloo would end the process over."""
 
 _DATA, _MARK, _RECEIPT = range(3)
 _KINDS = 4
@@ -108,7 +108,7 @@ class _Operation:
 
 
 class _GlooLink(Link):
-    """One end of a group of two; see :class:`~netloader.transports.link.Link`.
+    """One end of a group of two; see :class:`~netloader.transports.process_group.Link`.
 
     When a connection is lost, gloo wakes those who wait for operations that have not begun, but not who waits for one
     of which some bytes have moved: that thread would never come back. So each block is followed by a mark without
@@ -201,7 +201,7 @@ class _GlooLink(Link):
                 self._listener = None
 
     def send(self, tensor: torch.Tensor) -> _Operation:
-        """Start sending; see :class:`~netloader.transports.link.Link`."""
+        """Start sending; see :class:`~netloader.transports.process_group.Link`."""
         group, peer, nbytes = self._open(), 1 - self._rank, tensor.numel()
         with _translated(PeerLost):
             receipt = group.recv([self._nothing], peer, _tag(_RECEIPT, nbytes))
@@ -210,7 +210,7 @@ class _GlooLink(Link):
         return _Operation(receipt, (data, mark))
 
     def recv(self, tensor: torch.Tensor) -> _Operation:
-        """Start receiving; see :class:`~netloader.transports.link.Link`."""
+        """Start receiving; see :class:`~netloader.transports.process_group.Link`."""
         group, peer, nbytes = self._open(), 1 - self._rank, tensor.numel()
         with _translated(PeerLost):
             data = group.recv([tensor], peer, _tag(_DATA, nbytes))
@@ -218,7 +218,7 @@ class _GlooLink(Link):
         return _Operation(mark, (data,), confirms=nbytes)
 
     def finish(self, work: _Operation) -> None:
-        """Wait for an operation; see :class:`~netloader.transports.link.Link`."""
+        """Wait for an operation; see :class:`~netloader.transports.process_group.Link`."""
         if work.over:
             return
         work.over = True  # also when it fails: gloo forgets the outcome once it was told
@@ -229,7 +229,7 @@ class _GlooLink(Link):
                 self._receipts.append(receipt)
 
     def progress(self) -> int:
-        """Bytes that moved; see :class:`~netloader.transports.link.Link`."""
+        """Bytes that moved; see :class:`~netloader.transports.process_group.Link`."""
         with self._lock:
             return 0 if self._wire is None else guard.progress(self._wire)
 
@@ -244,7 +244,7 @@ class _GlooLink(Link):
                 guard.visit(self._listener, self._expected)
 
     def close(self) -> None:
-        """Free everything; see :class:`~netloader.transports.link.Link`."""
+        """Free everything; see :class:`~netloader.transports.process_group.Link`."""
         self.abort()
         self._receipts.clear()
         self._group = None

@@ -20,11 +20,11 @@ import torch
 from netloader.codecs.npu_formats import gather, scatter
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.base import BlockView
-from netloader.transports.hccl_devices import blocking_wait, device_of
-from netloader.transports.link import Link
+from netloader.transports.hccl.devices import blocking_wait, device_of
+from netloader.transports.process_group import Link
 
 if TYPE_CHECKING:
-    from netloader.transports.hccl_store import Exchange
+    from netloader.transports.hccl.store import Exchange
 
 __all__ = ["FLOOR", "LEEWAY", "SLOWEST", "WINDOW_BYTES", "HcclLink"]
 
@@ -63,7 +63,7 @@ class _Operation:
 
 
 class HcclLink(Link):
-    """One end of a pair; see :class:`~netloader.transports.link.Link`.
+    """One end of a pair; see :class:`~netloader.transports.process_group.Link`.
 
     Args:
         rank: Ours. The receiver of weights is 0: that rank listens on its host for the rendezvous, and the side that
@@ -120,7 +120,7 @@ class HcclLink(Link):
             self._group = ProcessGroupHCCL(self._exchange, self._rank, 2, options)
 
     def enter(self) -> None:
-        """Choose device and stream of this thread; see :class:`~netloader.transports.link.Link`."""
+        """Choose device and stream of this thread; see :class:`~netloader.transports.process_group.Link`."""
         npu: Any = torch.get_device_module("npu")
         with _translated(TransportError):
             npu.set_device(self.device)
@@ -199,21 +199,21 @@ class HcclLink(Link):
             self._idle_since = None
 
     def stage(self, nbytes: int) -> torch.Tensor:
-        """Staging memory on the device; see :class:`~netloader.transports.link.Link`."""
+        """Staging memory on the device; see :class:`~netloader.transports.process_group.Link`."""
         with _translated(TransportError):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def reaches(self, block: BlockView) -> bool:
-        """Not what a server keeps in the host's memory; see :class:`~netloader.transports.link.Link`."""
+        """Not what a server keeps in the host's memory; see :class:`~netloader.transports.process_group.Link`."""
         return all(span.device.type == "npu" for span in block.tensors())
 
     def pack(self, block: BlockView, staging: torch.Tensor) -> torch.Tensor:
-        """Gather a block; see :class:`~netloader.transports.link.Link`."""
+        """Gather a block; see :class:`~netloader.transports.process_group.Link`."""
         with _translated(TransportError):
             return gather(block.tensors(), staging)
 
     def unpack(self, staging: torch.Tensor, block: BlockView) -> None:
-        """Spread a block; see :class:`~netloader.transports.link.Link`."""
+        """Spread a block; see :class:`~netloader.transports.process_group.Link`."""
         with _translated(TransportError):
             scatter(staging, block.tensors())
             torch.get_device_module("npu").current_stream().synchronize()
@@ -229,7 +229,7 @@ class HcclLink(Link):
             return self._post(tensor, sends=False)
 
     def finish(self, work: _Operation) -> None:
-        """Wait for an operation; see :class:`~netloader.transports.link.Link`."""
+        """Wait for an operation; see :class:`~netloader.transports.process_group.Link`."""
         with _translated(PeerLost):
             self._await(work)
         self._left -= 1
@@ -253,7 +253,10 @@ class HcclLink(Link):
             self._exchange.abort()
 
     def close(self) -> None:
-        """Free everything, now or when the device may be touched; see :class:`~netloader.transports.link.Link`."""
+        """Free everything, now or as soon as the device may be touched.
+
+        See :class:`~netloader.transports.process_group.Link`.
+        """
         self.abort()
         self._account.turns.give(self)
         group, self._group = self._group, None

@@ -16,7 +16,7 @@ from typing import Protocol
 import anyio
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports.hccl_notes import Go, GroupNote, Note, Open, Ready, Take, Withdraw
+from netloader.transports.hccl.messages import Go, GroupNote, Note, Open, Ready, Take, Withdraw
 
 __all__ = ["Turn", "Windows"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import Store
 
 from netloader.errors import PeerLost, TransferTimeout
-from netloader.transports._state import LoopEvent
+from netloader.transports.io.channel_state import LoopEvent
 
 __all__ = ["MAX_KEYS", "MAX_VALUE", "Exchange"]
 

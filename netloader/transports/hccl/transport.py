@@ -19,22 +19,22 @@ import anyio
 import msgspec
 
 from netloader.errors import MemoryStillInUse, NetloaderError, PeerLost, TransferTimeout, TransportError
-from netloader.transports._state import ChannelState
-from netloader.transports._worker import Worker
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
-from netloader.transports.hccl_devices import device_of
-from netloader.transports.hccl_notes import GroupNote, Line, Value, Waiting
-from netloader.transports.hccl_windows import Windows
+from netloader.transports.hccl.devices import device_of
+from netloader.transports.hccl.messages import GroupNote, Line, Value, Waiting
+from netloader.transports.hccl.scheduler import Windows
+from netloader.transports.io.channel_state import ChannelState
+from netloader.transports.io.worker import Worker
 
 if TYPE_CHECKING:
-    from netloader.transports.hccl_link import HcclLink
-    from netloader.transports.hccl_store import Exchange
-    from netloader.transports.link import LinkChannel
+    from netloader.transports.hccl.link import HcclLink
+    from netloader.transports.hccl.store import Exchange
+    from netloader.transports.process_group import LinkChannel
 
 __all__ = ["HcclTransport"]
 
 _CLIENT, _SERVER = 0, 1
-"""Ranks: the side that receives is 0; see :class:`~netloader.transports.hccl_link.HcclLink`."""
+"""Ranks: the side that receives is 0; see :class:`~netloader.transports.hccl.link.HcclLink`."""
 
 _TO_CLIENT, _TO_SERVER = 0, 1
 """The groups of a channel. The second is made when the client sends for the first time, which netloader never does: all
@@ -68,8 +68,8 @@ class _Half:
 
     def __init__(self, number: int, rank: int, setup: Setup, line: Line) -> None:
         # Here, so that `missing` can say in peace why it would not work.
-        from netloader.transports.hccl_link import HcclLink
-        from netloader.transports.hccl_store import Exchange
+        from netloader.transports.hccl.link import HcclLink
+        from netloader.transports.hccl.store import Exchange
 
         self._number = number
         self._rank = rank
@@ -84,15 +84,15 @@ class _Half:
     # --- the device's turn ------------------------------------------------------------------------------------------
 
     async def take(self) -> None:
-        """See :class:`~netloader.transports.hccl_windows.Turn`."""
+        """See :class:`~netloader.transports.hccl.scheduler.Turn`."""
         await self._worker.run(partial(self.link.take_turn, connecting=self.channel is None))
 
     def give(self) -> None:
-        """See :class:`~netloader.transports.hccl_windows.Turn`."""
+        """See :class:`~netloader.transports.hccl.scheduler.Turn`."""
         self.link.give_turn()
 
     def check_pace(self) -> None:
-        """See :class:`~netloader.transports.hccl_windows.Turn`."""
+        """See :class:`~netloader.transports.hccl.scheduler.Turn`."""
         self.link.check_pace()
 
     def _done(self) -> None:
@@ -108,7 +108,7 @@ class _Half:
 
     async def connect(self) -> LinkChannel:
         """Meet the peer, then have the first operation, which connects."""
-        from netloader.transports.link import LinkChannel
+        from netloader.transports.process_group import LinkChannel
 
         try:
             await self._line.during(self._meet)
@@ -152,7 +152,7 @@ class _Half:
 
     async def send(self, channel: LinkChannel, blocks: Sequence[BlockView]) -> None:
         """Send blocks in windows: each begins when both ends have their device's turn."""
-        from netloader.transports.hccl_link import WINDOW_BYTES
+        from netloader.transports.hccl.link import WINDOW_BYTES
 
         rest = list(blocks)
         self.link.busy(sends=True)
@@ -418,7 +418,7 @@ class HcclTransport:
 
         Raises:
             RefusedError: Nothing may be opened on this device now (see
-                :func:`~netloader.transports.hccl_devices.hold_still`); it says when to ask again.
+                :func:`~netloader.transports.hccl.devices.hold_still`); it says when to ask again.
         """
         channel = await self._prepared(_SERVER, setup)
         return msgspec.msgpack.encode(_Offer(setup.device, _version())), _Waiting(channel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from netloader.addresses import unmapped
+from netloader.core.addresses import unmapped
 
 __all__ = ["tune"]
 

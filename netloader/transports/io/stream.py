@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from netloader.codecs.regions import Regions, regions_of
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports._landing import Operation
-from netloader.transports._vectored import MOST_REGIONS, Message, recvmsg, sendmsg
 from netloader.transports.base import BlockView
+from netloader.transports.io.operation import Operation
+from netloader.transports.io.syscalls import MOST_REGIONS, Message, recvmsg, sendmsg
 
 __all__ = ["CALL_BYTES", "LONGEST_CALL", "Lane", "Placed", "calls", "share"]
 

@@ -10,9 +10,9 @@ import anyio
 import anyio.lowlevel
 
 from netloader.errors import MemoryStillInUse
-from netloader.transports._landing import Operation
-from netloader.transports._state import came_in_time
-from netloader.transports._worker import Job, Worker
+from netloader.transports.io.channel_state import came_in_time
+from netloader.transports.io.operation import Operation
+from netloader.transports.io.worker import Job, Worker
 
 __all__ = ["Crew"]
 

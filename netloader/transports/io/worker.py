@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 
 from netloader.errors import ChannelClosed
-from netloader.transports._state import LoopEvent, came_in_time
+from netloader.transports.io.channel_state import LoopEvent, came_in_time
 
 __all__ = ["Job", "Worker"]
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 
 from netloader.errors import PeerLost
-from netloader.transports._landing import Operation
+from netloader.transports.io.operation import Operation
 
 __all__ = ["LONGEST_MESSAGE", "Line"]
 

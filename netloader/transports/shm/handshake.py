@@ -19,10 +19,18 @@ import anyio
 import msgspec
 
 from netloader.errors import PeerLost, TransportError, TransportUnavailable
-from netloader.transports._flows import Flow, MemoryReader, MemoryShower, Pipe, PipeReader, PipeWriter, Shared
-from netloader.transports._line import LONGEST_MESSAGE, Line
-from netloader.transports._pipe import PipeEnd
-from netloader.transports._readv import read
+from netloader.transports.shm.control_socket import LONGEST_MESSAGE, Line
+from netloader.transports.shm.pipe import PipeEnd
+from netloader.transports.shm.process_memory import read
+from netloader.transports.shm.remote_memory import (
+    Flow,
+    MemoryReader,
+    MemoryShower,
+    Pipe,
+    PipeReader,
+    PipeWriter,
+    Shared,
+)
 
 __all__ = ["Meeting", "credentials"]
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from netloader.codecs.regions import Regions
 from netloader.errors import TransportError
-from netloader.transports._vectored import readv, vmsplice
+from netloader.transports.io.syscalls import readv, vmsplice
 
 __all__ = ["PIPE_BYTES", "PipeEnd"]
 

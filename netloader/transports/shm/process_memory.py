@@ -12,7 +12,7 @@ from typing import Any
 
 from netloader.codecs.regions import Regions, total
 from netloader.errors import PeerLost, TransportError, TransportUnavailable
-from netloader.transports._vectored import MOST_REGIONS
+from netloader.transports.io.syscalls import MOST_REGIONS
 
 __all__ = ["read"]
 

@@ -15,13 +15,13 @@ from typing import Protocol
 
 from netloader.codecs.regions import Regions, left_of, regions_of, total
 from netloader.errors import PeerLost, TransportError
-from netloader.transports._landing import Operation
-from netloader.transports._lanes import CALL_BYTES, Placed, calls, share
-from netloader.transports._line import Line
-from netloader.transports._pipe import PipeEnd
-from netloader.transports._readv import read
-from netloader.transports._vectored import MOST_REGIONS
 from netloader.transports.base import BlockView
+from netloader.transports.io.operation import Operation
+from netloader.transports.io.stream import CALL_BYTES, Placed, calls, share
+from netloader.transports.io.syscalls import MOST_REGIONS
+from netloader.transports.shm.control_socket import Line
+from netloader.transports.shm.pipe import PipeEnd
+from netloader.transports.shm.process_memory import read
 
 __all__ = ["Flow", "MemoryReader", "MemoryShower", "Pipe", "PipeReader", "PipeWriter", "Shared"]
 

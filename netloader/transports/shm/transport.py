@@ -22,13 +22,13 @@ import anyio.lowlevel
 import msgspec
 
 from netloader.errors import TransferTimeout, TransportError, TransportUnavailable
-from netloader.transports._crew import Crew
-from netloader.transports._flows import Flow
-from netloader.transports._landing import Operation
-from netloader.transports._meeting import Meeting, credentials
-from netloader.transports._sockets import KEY_BYTES, Door, dial, knock
-from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
+from netloader.transports.io.channel_state import ChannelState
+from netloader.transports.io.listener import KEY_BYTES, Door, dial, knock
+from netloader.transports.io.operation import Operation
+from netloader.transports.io.thread_pool import Crew
+from netloader.transports.shm.handshake import Meeting, credentials
+from netloader.transports.shm.remote_memory import Flow
 
 __all__ = ["ShmTransport"]
 

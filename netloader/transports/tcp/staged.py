@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from netloader.codecs.regions import Regions, regions_over
-from netloader.tensors.staging import joined, staging
-from netloader.transports._landing import Operation
-from netloader.transports._lanes import Lane, Placed
+from netloader.codecs.staging import joined, staging
 from netloader.transports.base import BlockView
+from netloader.transports.io.operation import Operation
+from netloader.transports.io.stream import Lane, Placed
 
 __all__ = ["STAGING_BYTES", "StagedLane"]
 

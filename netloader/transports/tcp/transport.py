@@ -19,15 +19,15 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from netloader.addresses import unmapped
+from netloader.core.addresses import unmapped
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports._crew import Crew
-from netloader.transports._landing import Operation
-from netloader.transports._lanes import Lane, Placed, share
-from netloader.transports._pacing import tune
-from netloader.transports._sockets import KEY_BYTES, Door, begin_dialling, connected, knock, socket_address
-from netloader.transports._state import ChannelState
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
+from netloader.transports.io.channel_state import ChannelState
+from netloader.transports.io.listener import KEY_BYTES, Door, begin_dialling, connected, knock, socket_address
+from netloader.transports.io.operation import Operation
+from netloader.transports.io.socket_options import tune
+from netloader.transports.io.stream import Lane, Placed, share
+from netloader.transports.io.thread_pool import Crew
 
 __all__ = ["TcpTransport"]
 
@@ -211,7 +211,7 @@ class TcpTransport:
 def _lane(sock: socket.socket, setup: Setup, staged: int | None) -> Lane:
     if staged is None and setup.device.partition(":")[0] == "cpu":
         return Lane(sock, setup.stall)
-    from netloader.transports._staged import StagedLane
+    from netloader.transports.tcp.staged import StagedLane
 
     return StagedLane(sock, setup.stall, setup.device, staged)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from netloader.config import FORMAT_NAMES
 from netloader.errors import ManifestError, NetloaderError
-from netloader.vllm.guarding import serving_only
-from netloader.vllm.serving import ROLES, running_server
+from netloader.vllm.serve.guard import serving_only
+from netloader.vllm.serve.serving import ROLES, running_server
 
 __all__ = ["CHANGES", "PROFILES", "WAKES", "hold_still_until_profiled", "watch_worker"]
 
@@ -77,7 +77,7 @@ def hold_still_until_profiled(device: str) -> None:
 
     Ends by itself after ten minutes, for an engine that never measures.
     """
-    from netloader.transports.hccl_devices import hold_still
+    from netloader.transports.hccl.devices import hold_still
 
     if not device.startswith("npu"):
         return
@@ -102,7 +102,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _changing(method: str, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    from netloader.vllm.reloading import abandon_reload, finish_reload
+    from netloader.vllm.live.reloading import abandon_reload, finish_reload
 
     # Where our loader is asked for the weights it retracts later: when all that is to come is there and verified.
     given = args[0] if args else kwargs.get("weights_iterator")
@@ -144,7 +144,7 @@ def _waking(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any
 
 
 def _profiling(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    from netloader.transports.hccl_devices import move_again
+    from netloader.transports.hccl.devices import move_again
 
     try:
         return original(worker, *args, **kwargs)

@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from netloader.config import Config
+from netloader.core.identity import Role
 from netloader.errors import ManifestError, MemoryStillInUse, NetloaderError
-from netloader.identity import Role
-from netloader.vllm.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
-from netloader.vllm.copies import Keep
-from netloader.vllm.fallback import fallback_loader
-from netloader.vllm.guarding import serving_only
-from netloader.vllm.keeping import keep_policy, named, quantised_modules
-from netloader.vllm.offering import offered
-from netloader.vllm.pulling import pull_raw
-from netloader.vllm.registered import buffers_of, computed_names
-from netloader.vllm.serving import ROLES, WorkerServer, running_server
-from netloader.vllm.topology import topology_of
-from netloader.vllm.weights import Settled, named_raw_tensors, same_bits
+from netloader.vllm.load.pulling import pull_raw
+from netloader.vllm.model.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
+from netloader.vllm.model.copies import Keep
+from netloader.vllm.model.fallback import fallback_loader
+from netloader.vllm.model.registered import buffers_of, computed_names
+from netloader.vllm.model.snapshot import Settled, named_raw_tensors, same_bits
+from netloader.vllm.model.topology import topology_of
+from netloader.vllm.serve.guard import serving_only
+from netloader.vllm.serve.raw_holding import offered
+from netloader.vllm.serve.retention import keep_policy, named, quantised_modules
+from netloader.vllm.serve.serving import ROLES, WorkerServer, running_server
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.protocol.events import Announcement
+    from netloader.core.protocol.events import Announcement
 
 __all__ = ["ReloadRefused", "abandon_reload", "finish_reload", "remember", "was_processed", "weights_for_reload"]
 

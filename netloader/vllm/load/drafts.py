@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from netloader.identity import Role
+from netloader.core.identity import Role
 
 __all__ = ["left_out", "named_like_target", "shares_with_target"]
 

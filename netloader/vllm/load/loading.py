@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from netloader.config import Config
+from netloader.core.identity import ModelIdentity, is_digest
+from netloader.core.report import PullReport
 from netloader.errors import MemoryStillInUse, NetloaderError, RemoteProtocolError, shown
-from netloader.identity import ModelIdentity, is_digest
-from netloader.report import PullReport
-from netloader.vllm.adopting import ProcessedPull
-from netloader.vllm.agreement import (
+from netloader.vllm.live.hooks import hold_still_until_profiled, watch_worker
+from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.load.file_reads import FileReads, Traced
+from netloader.vllm.load.processed_pull import ProcessedPull
+from netloader.vllm.load.pulling import ask_sources, check_transports, only_processed, pull_raw
+from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
+from netloader.vllm.model.agreement import (
     Report,
     disagreement,
     exchange,
@@ -25,30 +30,25 @@ from netloader.vllm.agreement import (
     mixture,
     roots_wanted,
 )
-from netloader.vllm.drafts import left_out, named_like_target, shares_with_target
-from netloader.vllm.expert_maps import expert_maps
-from netloader.vllm.fallback import fallback_loader
-from netloader.vllm.file_reads import FileReads, Traced
-from netloader.vllm.fresh import FreshValues
-from netloader.vllm.guarding import HINT, described, refuse, serving_only
-from netloader.vllm.hooks import hold_still_until_profiled, watch_worker
-from netloader.vllm.identities import fingerprint_of_model, identity_of, role_of
-from netloader.vllm.keeping import named
-from netloader.vllm.load_state import apply_load_state, load_state_of
-from netloader.vllm.pulling import ask_sources, check_transports, only_processed, pull_raw
-from netloader.vllm.quantisation import why_unknown
-from netloader.vllm.recording import Before, Record, record
-from netloader.vllm.serving import WorkerServer, worker_server
-from netloader.vllm.settling import Settling
-from netloader.vllm.support import why_not
-from netloader.vllm.topology import topology_of
-from netloader.vllm.tying import adopt_untied, could_adopt, tied_by_files
-from netloader.vllm.weights import named_raw_tensors
+from netloader.vllm.model.expert_maps import expert_maps
+from netloader.vllm.model.fallback import fallback_loader
+from netloader.vllm.model.identity import fingerprint_of_model, identity_of, role_of
+from netloader.vllm.model.initial_values import FreshValues
+from netloader.vllm.model.load_state import apply_load_state, load_state_of
+from netloader.vllm.model.quantisation import why_unknown
+from netloader.vllm.model.snapshot import named_raw_tensors
+from netloader.vllm.model.support import why_not
+from netloader.vllm.model.topology import topology_of
+from netloader.vllm.serve.choose_layout import Settling
+from netloader.vllm.serve.guard import HINT, described, refuse, serving_only
+from netloader.vllm.serve.recording import Before, Record, record
+from netloader.vllm.serve.retention import named
+from netloader.vllm.serve.serving import WorkerServer, worker_server
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.protocol.events import Announcement
+    from netloader.core.protocol.events import Announcement
 
 __all__ = ["Load", "NothingPulled"]
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from netloader.errors import NetloaderError
-from netloader.vllm.load_state import apply_load_state
-from netloader.vllm.processed import FACTS, fact_names, flag_problems, possible, survey
-from netloader.vllm.weights import digest_of
+from netloader.vllm.model.load_state import apply_load_state
+from netloader.vllm.model.processed import FACTS, fact_names, flag_problems, possible, survey
+from netloader.vllm.model.snapshot import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from netloader.report import PullReport
+    from netloader.core.report import PullReport
 
 __all__ = ["Adopted", "NotAdopted", "ProcessedPull", "Registrations", "adopt_processed", "check_adopted"]
 

@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from netloader import sync
-from netloader.addresses import Address
 from netloader.config import Config
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity, Role
+from netloader.core.report import PullReport
 from netloader.errors import ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
-from netloader.identity import ModelIdentity, Role
-from netloader.progress import ProgressLog
-from netloader.report import PullReport
+from netloader.observe.progress import ProgressLog
 from netloader.transports import registry
-from netloader.vllm.server_loop import ServerLost
+from netloader.vllm.serve.server_loop import ServerLost
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.vllm.serving import WorkerServer
+    from netloader.vllm.serve.serving import WorkerServer
 
 __all__ = ["ask_sources", "check_transports", "only_processed", "pull_raw"]
 
@@ -120,7 +120,7 @@ def pull_raw(
         spent: Seconds of TIMEOUT, and of WAIT within it, that asking the sources has taken already: the other ranks
             reckon with one TIMEOUT.
         server: This worker's server, which passes on what is there while the rest is being pulled (RELAY). It goes on
-            until :meth:`~netloader.vllm.serving.WorkerServer.withdraw`.
+            until :meth:`~netloader.vllm.serve.serving.WorkerServer.withdraw`.
 
     Raises:
         MemoryStillInUse: Nothing else may fill the tensors any more.

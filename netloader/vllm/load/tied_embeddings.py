@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from netloader.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity
 
 __all__ = ["adopt_untied", "could_adopt", "tied_by_files"]
 

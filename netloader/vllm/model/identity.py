@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from netloader.checkpoint import fingerprint_of
-from netloader.identity import ModelIdentity, Role
-from netloader.vllm.quantisation import quantisation_text
-from netloader.vllm.topology import Topology
+from netloader.core.identity import ModelIdentity, Role
+from netloader.vllm.model.quantisation import quantisation_text
+from netloader.vllm.model.topology import Topology
 
 __all__ = ["fingerprint_of_model", "identity_of", "role_of"]
 

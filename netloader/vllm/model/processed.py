@@ -21,14 +21,14 @@ import msgspec
 
 from netloader.errors import NetloaderError
 from netloader.tensors.mappings import ANY, HEAP, mapped
-from netloader.vllm.load_state import TRAVELS
-from netloader.vllm.registered import buffers_of, parameters_of, unset_names, weights_of
+from netloader.vllm.model.load_state import TRAVELS
+from netloader.vllm.model.registered import buffers_of, parameters_of, unset_names, weights_of
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.identity import ModelIdentity
-    from netloader.protocol.events import Announcement
+    from netloader.core.identity import ModelIdentity
+    from netloader.core.protocol.events import Announcement
     from netloader.tensors import Memory
 
 __all__ = [
@@ -368,7 +368,7 @@ def _place(walk: _Walk) -> None:
 
 
 def _elsewhere(found: Survey, name: str, tensor: torch.Tensor) -> None:
-    from netloader.vllm.weights import digest_of
+    from netloader.vllm.model.snapshot import digest_of
 
     if not tensor.numel():  # a placeholder: nothing to send, and the client's is as good
         found.facts[name] = f"{tensor.device.type} empty {tensor.dtype} {tuple(tensor.shape)}"

@@ -16,7 +16,7 @@ No method is known by its name here. What counts follows from how vLLM makes the
 3. Where none of this exists, the method was asked for by arguments alone: the same fresh object is all there is to
    compare, and the text says so.
 4. An object with content that can't be told leaves the text empty. For a quantised model that means "not known", which
-   never counts as equal (:func:`netloader.identity.differences`).
+   never counts as equal (:func:`netloader.core.identity.differences`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from netloader.identity import ModelIdentity, quantised_unknown_how
+from netloader.core.identity import ModelIdentity, quantised_unknown_how
 
 __all__ = ["contents_of", "quantisation_text", "why_unknown"]
 

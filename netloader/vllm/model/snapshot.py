@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from netloader.manifest import DIGEST_BYTES
-from netloader.vllm.copies import Copies, Keep, make_copies
-from netloader.vllm.fresh import bits_of
-from netloader.vllm.processed import outside
-from netloader.vllm.registered import weights_of
+from netloader.core.manifest import DIGEST_BYTES
+from netloader.vllm.model.copies import Copies, Keep, make_copies
+from netloader.vllm.model.initial_values import bits_of
+from netloader.vllm.model.processed import outside
+from netloader.vllm.model.registered import weights_of
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.protocol.events import Announcement
+    from netloader.core.protocol.events import Announcement
 
 __all__ = ["RawWeights", "Settled", "UnnamedTensors", "digest_of", "named_raw_tensors", "same_bits"]
 

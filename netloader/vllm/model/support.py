@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from netloader.vllm.expert_maps import moving_experts, unreadable_map
+from netloader.vllm.model.expert_maps import moving_experts, unreadable_map
 
 if TYPE_CHECKING:
     import torch

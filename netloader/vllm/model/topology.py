@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from netloader.vllm.expert_maps import configured_experts
+from netloader.vllm.model.expert_maps import configured_experts
 
 __all__ = ["Topology", "topology_of"]
 

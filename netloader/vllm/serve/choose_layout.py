@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netloader.config import Config
-from netloader.identity import ModelIdentity
-from netloader.vllm.keeping import hint_for, kept_text, named
-from netloader.vllm.processed import hold_processed
-from netloader.vllm.recording import Recorded
-from netloader.vllm.serving import WorkerServer
+from netloader.core.identity import ModelIdentity
+from netloader.vllm.model.processed import hold_processed
+from netloader.vllm.serve.recording import Recorded
+from netloader.vllm.serve.retention import hint_for, kept_text, named
+from netloader.vllm.serve.serving import WorkerServer
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class Settling:
                 model, sizes, f"post-processing left {len(settled.lost)} raw tensors behind: {some}", hint
             )
             return
-        from netloader.vllm.offering import Offered, offered
+        from netloader.vllm.serve.raw_holding import Offered, offered
 
         target = self.server.serves("target") if self.shares else None
         target = target if isinstance(target, Offered) else None

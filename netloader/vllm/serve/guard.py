@@ -11,9 +11,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from netloader.core.identity import Role
 from netloader.errors import NetloaderError
-from netloader.identity import Role
-from netloader.vllm.serving import ROLES, WorkerServer
+from netloader.vllm.serve.serving import ROLES, WorkerServer
 
 __all__ = ["HINT", "described", "refuse", "serving_only"]
 

@@ -13,12 +13,12 @@ import torch
 
 from netloader.errors import ManifestError
 from netloader.tensors import Memory
-from netloader.vllm.weights import Settled, same_bits
+from netloader.vllm.model.snapshot import Settled, same_bits
 
 if TYPE_CHECKING:
-    from netloader.manifest import Manifest
-    from netloader.plan import Plan
-    from netloader.protocol.events import Announcement
+    from netloader.core.manifest import Manifest
+    from netloader.core.plan import Plan
+    from netloader.core.protocol.events import Announcement
     from netloader.transports.base import BlockView
 
 __all__ = ["Offered", "offered"]

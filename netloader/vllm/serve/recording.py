@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from netloader.config import Config
+from netloader.core.identity import ModelIdentity
 from netloader.errors import NetloaderError
-from netloader.identity import ModelIdentity
-from netloader.vllm.guarding import HINT, described
-from netloader.vllm.keeping import copied_lines, keep_policy, named, quantised_modules
-from netloader.vllm.load_state import PlainState
-from netloader.vllm.weights import RawWeights, UnnamedTensors, named_raw_tensors
+from netloader.vllm.model.load_state import PlainState
+from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
+from netloader.vllm.serve.guard import HINT, described
+from netloader.vllm.serve.retention import copied_lines, keep_policy, named, quantised_modules
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.protocol.events import Announcement
+    from netloader.core.protocol.events import Announcement
 
 __all__ = ["Before", "Record", "Recorded", "record"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from netloader.config import Config
-from netloader.vllm.copies import Copies, Keep
-from netloader.vllm.weights import Settled
+from netloader.vllm.model.copies import Copies, Keep
+from netloader.vllm.model.snapshot import Settled
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
+from netloader.api import Server
 from netloader.errors import NetloaderError
-from netloader.library import Server
 
 __all__ = ["ANSWER_WITHIN", "ServerLoop", "ServerLost"]
 

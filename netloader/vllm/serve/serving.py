@@ -14,18 +14,18 @@ from functools import partial
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
-from netloader import library
-from netloader.addresses import Address, is_wildcard
+from netloader import api
+from netloader.api import Server
 from netloader.config import Config, listen_port_for
+from netloader.core.addresses import Address, is_wildcard
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.manifest import DIGEST_BYTES
+from netloader.core.report import PullReport
 from netloader.errors import ConfigError, ManifestError, NetloaderError
-from netloader.holdings import Holding
-from netloader.identity import Layout, ModelIdentity, Role
-from netloader.library import Server
-from netloader.manifest import DIGEST_BYTES
-from netloader.report import PullReport
-from netloader.vllm.announce import AddressFile, AddressFileError, serving_line
-from netloader.vllm.janitor import Janitor
-from netloader.vllm.server_loop import ServerLoop, ServerLost
+from netloader.server.catalog import Holding
+from netloader.vllm.serve.address_file import AddressFile, AddressFileError, serving_line
+from netloader.vllm.serve.file_cleanup import Janitor
+from netloader.vllm.serve.server_loop import ServerLoop, ServerLost
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ class WorkerServer:
         held = self._ask(self._server.holdings.held)
         relay = None if any(h.announcement.identity.role == identity.role for h in held) else self._server
         # Not given up before it has ended: until then it may write to the tensors.
-        return self._loop.ask_to_the_end(partial(library.pull, tensors, identity, relay=relay, **options))
+        return self._loop.ask_to_the_end(partial(api.pull, tensors, identity, relay=relay, **options))
 
     def withdraw(self, role: Role, reason: str, *, grace: float = 0.0, sources: Sequence[str] = ()) -> None:
         """Stop passing on what was pulled for `role`: its memory is free to change when this returns.

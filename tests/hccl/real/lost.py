@@ -16,7 +16,7 @@ import torch_npu
 from torch._C._distributed_c10d import FileStore
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
-from netloader.transports.hccl_devices import blocking_wait
+from netloader.transports.hccl.devices import blocking_wait
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch_npu
 
 import netloader
-from netloader.report import PullReport
+from netloader.core.report import PullReport
 
 FRACTAL_NZ = 29
 

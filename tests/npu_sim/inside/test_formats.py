@@ -10,10 +10,10 @@ import torch_npu
 
 import netloader
 from netloader.codecs import npu_formats
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import Manifest
+from netloader.core.plan import make_plan
 from netloader.errors import ManifestError, NoSourceLeft, TransportUnavailable
-from netloader.identity import ModelIdentity
-from netloader.manifest import Manifest
-from netloader.plan import make_plan
 from netloader.tensors import describe, digest_of, hold
 from tests.hccl import weights
 from tests.npu_sim.inside.kit import FRACTAL_NZ, packed, pulled, tiled
@@ -79,7 +79,7 @@ async def test_formats_that_differ_are_refused_before_the_first_byte(caplog: pyt
     with pytest.raises(NoSourceLeft, match="format is 'nd' here and 'fractal-nz' at the server"):
         await pulled({name: tiled(value, SERVER) for name, value in theirs.items()}, into)
     assert all(torch.equal(into[name].cpu(), ours[name]) for name in into)
-    (line,) = [r.getMessage() for r in caplog.records if r.module == "client"]
+    (line,) = [r.getMessage() for r in caplog.records if r.module == "pull"]
     assert (
         "3 tensors differ from what the server holds; bf16: format is 'nd' here and 'fractal-nz' at the server" in line
     )

@@ -19,11 +19,13 @@ from torch_npu import _hccl as sim
 from torch_npu._memory import accounts
 
 from netloader.errors import PeerLost, RefusedError, TransferTimeout, TransportError
-from netloader.transports import _worker, hccl, hccl_devices, hccl_link
 from netloader.transports.base import Signals
 from netloader.transports.conformance import LocalSignals, TensorBlockView, local_signals
-from netloader.transports.hccl import HcclTransport
-from netloader.transports.hccl_notes import Go, Open, Ready, Take, Value, Waiting, _encode
+from netloader.transports.hccl import HcclTransport, devices
+from netloader.transports.hccl import link as hccl_link
+from netloader.transports.hccl import transport as hccl
+from netloader.transports.hccl.messages import Go, Open, Ready, Take, Value, Waiting, _encode
+from netloader.transports.io import worker
 from tests.npu_sim.inside.pairs import CLIENT, SERVER, Placed, pair, setup_for
 
 _opened: list[LocalSignals] = []
@@ -39,7 +41,7 @@ def nothing_left() -> Iterator[None]:
     assert not sim.open_now
     assert "TORCH_HCCL_BLOCKING_WAIT" not in os.environ
     for device in (CLIENT, SERVER):
-        account = hccl_devices.device_of(device)
+        account = devices.device_of(device)
         assert account.usage() == (0, 0)
         account.turns.take("test", 0.0)
         account.turns.give("test")
@@ -59,7 +61,7 @@ def block(number: int, data: bytes, device: str) -> TensorBlockView:
 async def test_one_communicator_of_point_to_point_size_and_it_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     before = len(sim.created)
     async with pair() as (server, client), anyio.create_task_group() as tasks:
-        assert hccl_devices.device_of(SERVER).usage() == (1, 40 << 20)
+        assert devices.device_of(SERVER).usage() == (1, 40 << 20)
         tasks.start_soon(server.send, [block(0, b"abc", SERVER)])
         await client.recv([block(0, bytes(3), CLIENT)])
     assert sim.created[before:] == ["0:1", "0:1"]  # one at each end: both are in this process
@@ -74,7 +76,7 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
         npu.set_device(rank)
         options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
         options.global_ranks_in_group = [0, 1]
-        with hccl_devices.blocking_wait():
+        with devices.blocking_wait():
             group = torch_npu._C._distributed_c10d.ProcessGroupHCCL(store, rank, 2, options)
         tensor = torch.full((1 << 20,), rank, dtype=torch.uint8, device=f"npu:{rank}")
         first = torch.empty(1, dtype=torch.uint8, device=f"npu:{rank}")  # with this one both ends meet
@@ -108,16 +110,16 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
 async def test_links_of_one_device_take_turns_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hccl_link, "WINDOW_BYTES", 4 << 20)
     holders: list[object] = []
-    take = hccl_devices.TurnLock.take
+    take = devices.TurnLock.take
 
-    def noted(self: hccl_devices.TurnLock, who: object, *args: Any) -> None:
+    def noted(self: devices.TurnLock, who: object, *args: Any) -> None:
         take(self, who, *args)
-        if self is hccl_devices.device_of(SERVER).turns:
+        if self is devices.device_of(SERVER).turns:
             holders.append(who)
 
-    monkeypatch.setattr(hccl_devices.TurnLock, "take", noted)
+    monkeypatch.setattr(devices.TurnLock, "take", noted)
     async with pair() as (one, client_one), pair(client="npu:2") as (two, client_two):
-        turns = hccl_devices.device_of(SERVER).turns
+        turns = devices.device_of(SERVER).turns
         await anyio.to_thread.run_sync(turns.take, "starter", 1.0)
         del holders[:]
         async with anyio.create_task_group() as tasks:
@@ -270,7 +272,7 @@ async def test_a_turn_is_kept_until_the_call_has_really_returned(monkeypatch: py
         raise PeerLost("HCCL gave up")
 
     monkeypatch.setattr(hccl_link.HcclLink, "_post", stuck)
-    monkeypatch.setattr(_worker, "_PATIENCE", 0.1)
+    monkeypatch.setattr(worker, "_PATIENCE", 0.1)
     monkeypatch.setattr(hccl, "_CLOSING", 0.1)
     ours, theirs = signals()
     transport = HcclTransport()
@@ -279,7 +281,7 @@ async def test_a_turn_is_kept_until_the_call_has_really_returned(monkeypatch: py
     await theirs.post(_encode(Take(0, 1)))
     with pytest.raises(TransferTimeout):
         await transport.accept(pending)
-    turns = hccl_devices.device_of(SERVER).turns
+    turns = devices.device_of(SERVER).turns
     assert inside.is_set()
     try:
         with pytest.raises(TransferTimeout, match="1 other links"):
@@ -338,7 +340,7 @@ async def test_a_receiver_that_says_for_ever_that_it_waits_for_its_turn(
         ends.append(signals)
         return signals
 
-    turns = hccl_devices.device_of(SERVER).turns
+    turns = devices.device_of(SERVER).turns
     async with pair(stall=0.5, heard=heard) as (server, _), anyio.create_task_group() as tasks:
         if wants:
             await ends[0].post(_encode(Ready(0, 1)))
@@ -372,7 +374,7 @@ async def test_a_sender_that_wants_to_send_more_than_is_wanted_is_left() -> None
 
 async def test_two_ends_on_one_device_fail_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     # As if in two processes: each has its own account of the device.
-    monkeypatch.setattr(hccl_link, "device_of", hccl_devices.Device)
+    monkeypatch.setattr(hccl_link, "device_of", devices.Device)
     monkeypatch.setattr(sim, "_making", _Forgetful())
     ours, theirs = signals()
     transport = HcclTransport()
@@ -431,18 +433,18 @@ async def test_no_communicator_fits() -> None:
 
 
 async def test_while_memory_is_measured_nothing_is_opened_or_freed() -> None:
-    device = hccl_devices.device_of(SERVER)
+    device = devices.device_of(SERVER)
     async with pair():
-        await anyio.to_thread.run_sync(hccl_devices.hold_still, SERVER, "profiling", 2.5)
+        await anyio.to_thread.run_sync(devices.hold_still, SERVER, "profiling", 2.5)
         ours, _ = signals()
         with pytest.raises(RefusedError, match="profiling") as caught:
             await HcclTransport().offer(setup_for(ours, SERVER))
         assert (caught.value.code, caught.value.retry_after) == ("busy", 2.5)
     assert device.usage()[0] == 1  # closed, but not freed
     assert len(sim.open_now) == 1
-    await anyio.to_thread.run_sync(hccl_devices.move_again, SERVER)
+    await anyio.to_thread.run_sync(devices.move_again, SERVER)
     assert device.usage() == (0, 0)
-    await anyio.to_thread.run_sync(hccl_devices.move_again, SERVER)
+    await anyio.to_thread.run_sync(devices.move_again, SERVER)
     async with pair():
         pass
 
@@ -451,7 +453,7 @@ async def test_memory_is_measured_from_between_offer_and_connection_on() -> None
     ours, theirs = signals()
     transport = HcclTransport()
     offer, pending = await transport.offer(setup_for(ours, SERVER))
-    await anyio.to_thread.run_sync(hccl_devices.hold_still, SERVER, "profiling", 1.0)
+    await anyio.to_thread.run_sync(devices.hold_still, SERVER, "profiling", 1.0)
 
     async def connect() -> None:
         with pytest.raises(PeerLost, match="profiling"):
@@ -461,16 +463,16 @@ async def test_memory_is_measured_from_between_offer_and_connection_on() -> None
         tasks.start_soon(connect)
         with pytest.raises(RefusedError, match="profiling"):
             await transport.accept(pending)
-    hccl_devices.move_again(SERVER)
+    devices.move_again(SERVER)
 
 
 def test_measuring_waits_for_a_communicator_that_is_being_made() -> None:
-    account = hccl_devices.device_of(SERVER)
+    account = devices.device_of(SERVER)
     account.turns.take("maker", 1.0)
     with pytest.raises(TransferTimeout):
-        hccl_devices.hold_still(SERVER, "profiling", 1.0, wait=0.0)
+        devices.hold_still(SERVER, "profiling", 1.0, wait=0.0)
     account.turns.give("maker")
-    hccl_devices.move_again(SERVER)
+    devices.move_again(SERVER)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +543,7 @@ def test_the_switch_is_put_back_whatever_it_was(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TORCH_HCCL_BLOCKING_WAIT", "0")
 
     def make() -> None:
-        with hccl_devices.blocking_wait():
+        with devices.blocking_wait():
             assert os.environ["TORCH_HCCL_BLOCKING_WAIT"] == "1"
             raise ValueError("not made")
 
@@ -551,7 +553,7 @@ def test_the_switch_is_put_back_whatever_it_was(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_turns_are_in_order_and_may_be_given_up() -> None:
-    lock = hccl_devices.TurnLock()
+    lock = devices.TurnLock()
     lock.take("a", 1.0)
     with pytest.raises(TransferTimeout, match="1 other links"):
         lock.take("b", 0.0)

@@ -19,14 +19,14 @@ from torch_npu import _memory as memory
 
 import netloader
 from netloader.config import Config
-from netloader.identity import ModelIdentity
-from netloader.plan import make_plan
-from netloader.report import PullReport
+from netloader.core.identity import ModelIdentity
+from netloader.core.plan import make_plan
+from netloader.core.report import PullReport
 from netloader.tensors import Holding, digest_of, hold
-from netloader.vllm.copies import Copies, Keep
-from netloader.vllm.keeping import copied_lines, hint_for, keep_policy, kept_text
-from netloader.vllm.offering import Offered, offered
-from netloader.vllm.weights import RawWeights, Settled, named_raw_tensors
+from netloader.vllm.model.copies import Copies, Keep
+from netloader.vllm.model.snapshot import RawWeights, Settled, named_raw_tensors
+from netloader.vllm.serve.raw_holding import Offered, offered
+from netloader.vllm.serve.retention import copied_lines, hint_for, keep_policy, kept_text
 from tests.npu_sim.inside.kit import FRACTAL_NZ
 
 SERVER, CLIENT = "npu:1", "npu:0"

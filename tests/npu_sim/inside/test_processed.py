@@ -20,13 +20,13 @@ from torch_npu._traffic import traffic
 
 import netloader
 from netloader.codecs.npu_formats import format_of
+from netloader.core.identity import ModelIdentity
+from netloader.core.report import PullReport
 from netloader.errors import NoSourceLeft
-from netloader.identity import ModelIdentity
-from netloader.report import PullReport
 from netloader.tensors import hold
-from netloader.vllm.adopting import Adopted, NotAdopted, check_adopted
-from netloader.vllm.processed import FACTS, Survey, survey
-from netloader.vllm.weights import digest_of
+from netloader.vllm.load.processed_pull import Adopted, NotAdopted, check_adopted
+from netloader.vllm.model.processed import FACTS, Survey, survey
+from netloader.vllm.model.snapshot import digest_of
 from tests.npu_sim.inside.kit import FRACTAL_NZ
 
 SERVER, CLIENT = "npu:1", "npu:0"

@@ -19,17 +19,17 @@ from torch_npu import _hccl as sim
 from torch_npu._traffic import traffic
 
 import netloader
-from netloader import client_session
-from netloader.addresses import Address
-from netloader.identity import ModelIdentity
-from netloader.protocol import State
-from netloader.report import Progress, PullReport
+from netloader.client import session as client_session
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity
+from netloader.core.protocol import State
+from netloader.core.report import Progress, PullReport
 from netloader.tensors import hold
-from netloader.transports import hccl_devices, hccl_link, hccl_windows
 from netloader.transports.conformance import TensorBlockView
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
-from netloader.transports.hccl import HcclTransport
-from netloader.transports.hccl_notes import Line, Note, Withdraw
+from netloader.transports.hccl import HcclTransport, devices, scheduler
+from netloader.transports.hccl import link as hccl_link
+from netloader.transports.hccl.messages import Line, Note, Withdraw
 from tests.npu_sim.inside.kit import tiled
 from tests.npu_sim.inside.pairs import pair
 
@@ -52,7 +52,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     assert not sim.open_now
     for name in DEVICES:
-        account = hccl_devices.device_of(name)
+        account = devices.device_of(name)
         assert account.usage() == (0, 0)
         account.turns.take("test", 0.0)
         account.turns.give("test")
@@ -177,7 +177,7 @@ async def test_a_relay_gives_what_it_has_while_its_parent_sends_nothing_and_then
         last.start(tasks, seed)
         await until(lambda: last.verified == HELD_BYTES, "the relay passes on what it has")
         assert first.verified == HELD_BYTES, "and waits for its parent meanwhile"
-        assert not hccl_devices.device_of("npu:1").turns._line, "without its device's turn"
+        assert not devices.device_of("npu:1").turns._line, "without its device's turn"
         assert serves(relay)
         passed = [one.sends for one in traffic.journal if one.device == 1]
         assert passed.count(False) == passed.count(True) == HELD_AFTER
@@ -242,9 +242,9 @@ async def test_devices_that_send_to_each_other_at_once_give_way(monkeypatch: pyt
         await post(self, note)
 
     monkeypatch.setattr(Line, "post", noted)
-    monkeypatch.setattr(hccl_windows, "_PATIENCE", (0.02, 0.03))
+    monkeypatch.setattr(scheduler, "_PATIENCE", (0.02, 0.03))
     async with pair(stall=10.0) as (down, at_down), pair(stall=10.0, server="npu:0", client="npu:1") as (up, at_up):
-        turns = [hccl_devices.device_of(name).turns for name in ("npu:0", "npu:1")]
+        turns = [devices.device_of(name).turns for name in ("npu:0", "npu:1")]
         for turn in turns:
             await anyio.to_thread.run_sync(turn.take, "starter", 1.0)
         into = [TensorBlockView.zeros(0, 3 << 20, device) for device in ("npu:0", "npu:1")]

@@ -17,9 +17,10 @@ from torch_npu._memory import accounts
 
 from netloader.codecs.npu_formats import format_of
 from netloader.errors import RefusedError
-from netloader.transports import hccl_devices
-from netloader.vllm import copies, serving, weights
-from netloader.vllm.processed import survey
+from netloader.transports.hccl import devices as hccl_devices
+from netloader.vllm.model import copies, snapshot
+from netloader.vllm.model.processed import survey
+from netloader.vllm.serve import serving
 from tests.models import ModelStore, strip_weights
 from tests.vllm import harness
 from tests.vllm.npu import platform
@@ -155,7 +156,7 @@ def test_a_full_device_sends_the_copies_to_the_host(
         finally:
             accounts.limit = before
 
-    monkeypatch.setattr(weights, "make_copies", full)
+    monkeypatch.setattr(snapshot, "make_copies", full)
     three(from_disk(models.get("llama-w8a8")), models.get("llama-w8a8"), tmp_path, INT8_CACHE="hbm").same()
     assert log_lines.one("INT8_CACHE=hbm: the device is full, the copies go to the host's memory (NPU out of memory")
     assert "originals kept: INT8_CACHE=hbm: 3186808 bytes on cpu" in log_lines.one("serves target at")

@@ -1,0 +1,1 @@
+"""The client: one pull from one or several sources."""

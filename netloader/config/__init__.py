@@ -1,0 +1,31 @@
+"""The configuration of a worker: its fields, the file that they may come from, and the struct."""
+
+from netloader.config.config import (
+    FORMAT_NAMES,
+    HIGHEST_PORT,
+    LOWEST_PORT,
+    Config,
+    ConfigErrors,
+    Int8Cache,
+    Override,
+    PortDecision,
+    SourceEntry,
+    Token,
+    listen_port_for,
+    load_config,
+)
+
+__all__ = [
+    "FORMAT_NAMES",
+    "HIGHEST_PORT",
+    "LOWEST_PORT",
+    "Config",
+    "ConfigErrors",
+    "Int8Cache",
+    "Override",
+    "PortDecision",
+    "SourceEntry",
+    "Token",
+    "listen_port_for",
+    "load_config",
+]

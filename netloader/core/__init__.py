@@ -1,0 +1,1 @@
+"""What can be said and decided without any I/O: the standard library and msgspec, nothing else."""

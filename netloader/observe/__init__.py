@@ -1,0 +1,1 @@
+"""Watching a transfer: how far it is."""

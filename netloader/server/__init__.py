@@ -1,0 +1,1 @@
+"""The server: what it holds, whom it admits, and one session for each client."""

@@ -1,0 +1,1 @@
+"""What several transports share: worker threads, sockets, system calls, and the state of a channel."""

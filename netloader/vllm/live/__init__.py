@@ -1,0 +1,1 @@
+"""What happens to a live engine: sleep, reload, updates in place."""

@@ -1,0 +1,1 @@
+"""Loading a model: pulled from a source, or read by the default loader."""

@@ -1,0 +1,1 @@
+"""What a worker offers of its model, and the server that offers it."""
