@@ -19,9 +19,10 @@ from netloader.core.identity import ModelIdentity
 from netloader.vllm.model import copies
 from netloader.vllm.model.agreement import REPORT_BYTES, Report, disagreement, load_digest
 from netloader.vllm.model.copies import Keep, is_full
+from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.initial_values import FreshValues, NotRestored
 from netloader.vllm.model.load_state import PlainState, apply_load_state, load_state_of
-from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, digest_of, named_raw_tensors
+from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError
 from netloader.vllm.serve.retention import copied_lines, hint_for, keep_policy, kept_text
 

@@ -17,6 +17,7 @@ import anyio
 
 from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
 from netloader.client.session import ClientSession, Destination, Digest
+from netloader.codecs.block_view import BlockView
 from netloader.core.addresses import Address, parse_address
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.ledger import Ledger
@@ -39,10 +40,10 @@ from netloader.errors import (
     TransportError,
     TransportUnavailable,
 )
-from netloader.server.catalog import Holding
-from netloader.server.redirects import Supply
 from netloader.session.driver import FEW_TENSORS
-from netloader.transports.base import BlockView, Transport
+from netloader.session.holding import Holding
+from netloader.session.relay_progress import Supply
+from netloader.transports.base import Transport
 
 __all__ = ["RelayServer", "pull_from"]
 

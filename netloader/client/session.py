@@ -11,6 +11,7 @@ from typing import Protocol
 
 import anyio
 
+from netloader.codecs.block_view import BlockView
 from netloader.core.ledger import Ledger
 from netloader.core.manifest import Manifest
 from netloader.core.messages import Outcome, ServerMessage
@@ -20,11 +21,11 @@ from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.core.report import Phases, SourceShare
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, NetloaderError, TransportError
-from netloader.server.redirects import Supply
 from netloader.session.block_queue import Backlog
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import Move, SessionDriver, looked_up
-from netloader.transports.base import BlockView, Channel, Transport
+from netloader.session.relay_progress import Supply
+from netloader.transports.base import Channel, Transport
 
 __all__ = ["ClientSession", "Destination"]
 

@@ -14,7 +14,7 @@ import torch
 from netloader.errors import ManifestError, TransportUnavailable
 
 if TYPE_CHECKING:
-    from netloader.transports.base import BlockView
+    from netloader.codecs.block_view import BlockView
 
 __all__ = ["pack", "staging_bytes", "staging_for", "unpack", "worth_packing"]
 

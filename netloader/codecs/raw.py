@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from netloader.transports.base import BlockView
+    from netloader.codecs.block_view import BlockView
 
 __all__ = ["grouped_buffers", "spans"]
 

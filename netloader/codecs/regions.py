@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from netloader.transports.base import BlockView
+    from netloader.codecs.block_view import BlockView
 
 __all__ = ["Regions", "left_of", "objects", "regions_of", "regions_over", "total"]
 

@@ -17,6 +17,7 @@ __all__ = [
     "is_wildcard",
     "parse_address",
     "parse_host",
+    "seen_from",
     "unmapped",
 ]
 
@@ -143,6 +144,23 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def seen_from(source: str, peer_host: str, local_host: str) -> str:
+    """An address as a peer can use it: one on this very host goes by the name that the peer has for this host.
+
+    Args:
+        source: The address as we use it.
+        peer_host: Address of the peer.
+        local_host: Our address, as the peer sees it.
+    """
+    try:
+        address = parse_address(source)
+    except ConfigError:
+        return source
+    if is_loopback(address.host) and not is_loopback(peer_host):
+        return str(Address(local_host, address.port))
+    return source
 
 
 def _fault_of_host(host: str) -> str | None:

@@ -4,51 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from netloader.core.identity import Layout, Role
-from netloader.core.plan import Plan
-from netloader.core.protocol.events import Announcement, Held, NotHeld
+from netloader.core.protocol.events import Held, NotHeld
 from netloader.errors import LocalProtocolError
-from netloader.server.redirects import Supply
-from netloader.transports.base import BlockView
+from netloader.session.holding import Holding
+from netloader.session.relay_progress import Supply
 
-__all__ = ["Holding", "Holdings", "Memory"]
-
-
-class Memory(Protocol):
-    """Where a holding's blocks live."""
-
-    def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
-        """Views of these blocks, in this order.
-
-        Raises:
-            ManifestError: Some of the memory is gone.
-        """
-        ...
-
-    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
-        """Those of these blocks that can't be served any more, with the reason."""
-        ...
-
-
-class Holding(Protocol):
-    """One set of tensors that can be served."""
-
-    @property
-    def announcement(self) -> Announcement:
-        """What is said about it to clients."""
-        ...
-
-    @property
-    def device(self) -> str:
-        """Where it lives, as torch names it."""
-        ...
-
-    @property
-    def memory(self) -> Memory:
-        """Its blocks."""
-        ...
+__all__ = ["Holdings"]
 
 
 @dataclass(frozen=True, slots=True)

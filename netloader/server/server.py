@@ -1,7 +1,7 @@
 """The server: accepts clients and serves what it holds, many at once, beside whatever else the process does.
 
-Knows nothing of torch: what it serves comes as :class:`~netloader.server.catalog.Holding` objects; ``netloader.Server`` puts
-tensors in front of it.
+Knows nothing of torch: what it serves comes as :class:`~netloader.session.holding.Holding` objects;
+``netloader.Server`` puts tensors in front of it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from netloader.core.protocol import ServerTerms, Session, Side, State
 from netloader.core.protocol.context import Timings
 from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
 from netloader.server.admission import Turns
-from netloader.server.catalog import Holding, Holdings
-from netloader.server.redirects import Relays, Supply
+from netloader.server.catalog import Holdings
+from netloader.server.redirects import Relays
 from netloader.server.session import ServerSession, SessionInfo
 from netloader.session.connection import ControlConnection
+from netloader.session.holding import Holding
+from netloader.session.relay_progress import Supply
 from netloader.transports.base import Transport
 
 __all__ = ["HoldingServer", "ServerOptions"]

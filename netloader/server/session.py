@@ -10,6 +10,8 @@ from functools import partial
 
 import anyio
 
+from netloader.codecs.block_view import BlockView
+from netloader.core.addresses import seen_from
 from netloader.core.messages import ClientMessage
 from netloader.core.plan import Ranges, expand, to_ranges
 from netloader.core.protocol import Session, State
@@ -22,13 +24,15 @@ from netloader.errors import (
     TransportUnavailable,
 )
 from netloader.server.admission import Turns
-from netloader.server.catalog import Holding, Holdings
-from netloader.server.redirects import Relays, Supply, seen_from
+from netloader.server.catalog import Holdings
+from netloader.server.redirects import Relays
 from netloader.session.block_queue import Backlog, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import Move, SessionDriver, few_spans, looked_up
-from netloader.transports.base import BlockView, Channel, Transport, depth_of
+from netloader.session.holding import Holding
+from netloader.session.relay_progress import Supply
+from netloader.transports.base import Channel, Transport, depth_of
 
 __all__ = ["ServerSession", "SessionInfo"]
 

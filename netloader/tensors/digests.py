@@ -17,8 +17,8 @@ from netloader.core.plan import Plan
 from netloader.errors import ManifestError, TransportUnavailable, shown
 
 if TYPE_CHECKING:
+    from netloader.codecs.block_view import BlockView
     from netloader.tensors.memory import Memory
-    from netloader.transports.base import BlockView
 
 __all__ = ["ALGORITHMS", "DEFAULT", "digest_blocks", "digest_of", "digest_plan"]
 

@@ -54,7 +54,7 @@ class _Kept(NamedTuple):
 
 
 class MemoryBlock:
-    """One block where it lives; see :class:`~netloader.transports.base.BlockView`.
+    """One block where it lives; see :class:`~netloader.codecs.block_view.BlockView`.
 
     Keeps the memory alive, also when the tensors are dropped meanwhile, and so does each byte view taken from it.
 

@@ -8,42 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    import torch
+from netloader.codecs.block_view import BlockView
 
 __all__ = ["BlockView", "Channel", "Landed", "Pending", "Setup", "Signals", "Transport", "depth_of"]
-
-
-class BlockView(Protocol):
-    """One block's bytes, where they live: memory of the caller's own tensors, not a copy."""
-
-    @property
-    def number(self) -> int:
-        """Number of the block."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in all."""
-        ...
-
-    def tensors(self) -> Sequence[torch.Tensor]:
-        """The spans in order: one-dimensional, contiguous ``uint8`` tensors over the caller's memory, where that is.
-
-        What is received goes to the channel's device. What is sent may lie in the CPU's memory, in part or as a whole,
-        while the channel's device is another one: a server keeps copies there.
-        """
-        ...
-
-    def buffers(self) -> Sequence[memoryview]:
-        """The spans in order, as writable byte views.
-
-        Raises:
-            TransportUnavailable: The memory is not the CPU's.
-        """
-        ...
 
 
 Landed = Callable[[BlockView], None]

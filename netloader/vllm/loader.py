@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from netloader.config import load_config
+from netloader.vllm.live.hooks import hold_still_until_profiled, watch_worker
 from netloader.vllm.live.reloading import ReloadRefused, remember, was_processed, weights_for_reload
+from netloader.vllm.serve.guard import serving_only
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +72,13 @@ def loader_class() -> type[Any]:
             load = self._current = self._new_load(vllm_config, model_config)
             try:
                 load.prepare(prefix)
+                watched = watch_worker(str(vllm_config.parallel_config.worker_cls))
                 with load.building, load.post_processing:  # weights that were pulled processed are left alone by vLLM
                     model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.settle(model)
+                if watched and load.is_last:  # nothing more is loaded: vLLM measures its memory next
+                    with serving_only("holding transfers still until vLLM has measured its memory", None):
+                        hold_still_until_profiled(load.device)
                 remember(model, load.announcement, str(model_config.model))
             except BaseException as error:
                 load.abandon(error)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from netloader.core.ledger import Ledger
-from netloader.server.redirects import Relays, Supply
+from netloader.server.redirects import Relays
+from netloader.session.relay_progress import Supply
 
 NODES = range(6)
 nodes = st.sampled_from(NODES)

@@ -28,10 +28,10 @@ from netloader.core.protocol.context import Timings
 from netloader.core.report import Progress, PullReport
 from netloader.errors import NoSourceLeft
 from netloader.server import session as server_session_module
-from netloader.server.catalog import Holding
-from netloader.server.redirects import Supply
 from netloader.server.server import HoldingServer
 from netloader.session import driver as driver_module
+from netloader.session.holding import Holding
+from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from tests.drivers import jumping, kit

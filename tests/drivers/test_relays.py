@@ -15,11 +15,11 @@ from anyio.abc import TaskGroup
 from netloader.client import pull as client_module
 from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
-from netloader.core.addresses import Address
+from netloader.core.addresses import Address, seen_from
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
-from netloader.server.redirects import Supply, seen_from
+from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
 from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side

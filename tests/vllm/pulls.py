@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from netloader import sync
-from netloader.server.catalog import Holding
+from netloader.session.holding import Holding
 from netloader.transports import registry
 from netloader.transports.faults import Fault, Faults, FaultyTransport
 from netloader.vllm.serve import serving

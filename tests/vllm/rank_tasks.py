@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from netloader.server.catalog import Holding
+from netloader.session.holding import Holding
 from netloader.tensors import hold
 from netloader.vllm.load import loading
 from netloader.vllm.load.loading import NothingPulled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from netloader import sync
-from netloader.server.catalog import Holding
+from netloader.session.holding import Holding
 from netloader.vllm.load import loading
 from netloader.vllm.model.load_state import load_state_of
 from netloader.vllm.serve import serving

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from netloader.vllm.model.snapshot import digest_of
+from netloader.vllm.model.digest import digest_of
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,6 @@ from netloader.config import Config
 from netloader.core.identity import ModelIdentity, is_digest
 from netloader.core.report import PullReport
 from netloader.errors import MemoryStillInUse, NetloaderError, RemoteProtocolError, shown
-from netloader.vllm.live.hooks import hold_still_until_profiled, watch_worker
 from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
 from netloader.vllm.load.file_reads import FileReads, Traced
 from netloader.vllm.load.processed_pull import ProcessedPull
@@ -92,7 +91,6 @@ class Load:
         self._record = Record()
         self.building = FileReads()
         self._traced = Traced()
-        self._watched = False
         self._load = self._fingerprint = self._maps = ""
         self._asked = 0.0
         self._shares = shares_with_target(vllm_config, self._role)
@@ -124,6 +122,17 @@ class Load:
         return self._record.announcement
 
     @property
+    def device(self) -> str:
+        """Where the model is built, as torch names it."""
+        wanted = self._load_config.device
+        return str(self._vllm_config.device_config.device if wanted is None else wanted)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this worker loads no other model after it."""
+        return not (self._role == "target" and _has_draft(self._vllm_config))
+
+    @property
     def post_processing(self) -> AbstractContextManager[object]:
         """What vLLM's post-processing of the model has to run in."""
         return nullcontext() if self._processed is None else self._processed.context
@@ -145,7 +154,7 @@ class Load:
         for warning in self._config.warnings:
             log.warning("netloader: %s", warning)
         check_transports(self._config)
-        self._processed = ProcessedPull(self._vllm_config, self._model_config, self._device(), prefix)
+        self._processed = ProcessedPull(self._vllm_config, self._model_config, self.device, prefix)
         if self._config.fallback:
             _ = self._fallback  # its errors belong here, also when it is not needed in the end
         elif not self._sources:
@@ -160,18 +169,13 @@ class Load:
 
     def _open_server(self) -> None:
         with serving_only("starting the server", None):
-            self._watched = watch_worker(str(self._vllm_config.parallel_config.worker_cls))
-            self._server = worker_server(self._config, self._rank, self._device())
+            self._server = worker_server(self._config, self._rank, self.device)
         server = self._server
         if server is not None:
             with serving_only("announcing what is being loaded", server):
                 server.expect(self._role, "the model is still being loaded")
-                if self._role == "target" and _has_draft(self._vllm_config):
+                if not self.is_last:
                     server.expect("draft", "the draft model is loaded after its target")
-
-    def _device(self) -> str:
-        wanted = self._load_config.device
-        return str(self._vllm_config.device_config.device if wanted is None else wanted)
 
     def _could_adopt(self) -> bool:
         return self._identity.tied is None and could_adopt(self._model_config)
@@ -458,9 +462,6 @@ class Load:
             self._processed.check(model)
         with serving_only("offering the weights", self._server, [self._role]):
             self._serve(model)
-        if self._watched and not (self._role == "target" and _has_draft(self._vllm_config)):
-            with serving_only("holding transfers still until vLLM has measured its memory", None):
-                hold_still_until_profiled(self._device())  # nothing more is loaded: vLLM measures its memory next
 
     def _serve(self, model: torch.nn.Module) -> None:
         if self._server is None or not self._server.running:

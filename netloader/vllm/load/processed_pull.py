@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from netloader.errors import NetloaderError
+from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.load_state import apply_load_state
 from netloader.vllm.model.processed import FACTS, fact_names, flag_problems, possible, survey
-from netloader.vllm.model.snapshot import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,9 +25,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.quantisation import contents_of
 from netloader.vllm.model.registered import buffers_of
-from netloader.vllm.model.snapshot import digest_of
 
 if TYPE_CHECKING:
     import torch

@@ -368,7 +368,7 @@ def _place(walk: _Walk) -> None:
 
 
 def _elsewhere(found: Survey, name: str, tensor: torch.Tensor) -> None:
-    from netloader.vllm.model.snapshot import digest_of
+    from netloader.vllm.model.digest import digest_of
 
     if not tensor.numel():  # a placeholder: nothing to send, and the client's is as good
         found.facts[name] = f"{tensor.device.type} empty {tensor.dtype} {tuple(tensor.shape)}"

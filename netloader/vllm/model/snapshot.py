@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from netloader.core.manifest import DIGEST_BYTES
 from netloader.vllm.model.copies import Copies, Keep, make_copies
+from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.initial_values import bits_of
 from netloader.vllm.model.processed import outside
 from netloader.vllm.model.registered import weights_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from netloader.core.protocol.events import Announcement
 
-__all__ = ["RawWeights", "Settled", "UnnamedTensors", "digest_of", "named_raw_tensors", "same_bits"]
+__all__ = ["RawWeights", "Settled", "UnnamedTensors", "named_raw_tensors", "same_bits"]
 
 ALWAYS_HELD_BYTES = 4096
 """Tensors up to this size are copied whatever the settings say: scales that vLLM folds away and drops."""
@@ -51,22 +52,6 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         start = f"{prefix}." if prefix else ""
         for name, tensor in weights_of(module):
             yield start + name, tensor
-
-
-def digest_of(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's dtype, shape and elements (in row-major order), in hex."""
-    import torch
-    import xxhash
-
-    from netloader.codecs.npu_formats import is_private, to_plain
-
-    found = tensor.detach()
-    # Tiles count as the rows that they stand for: those travel.
-    plain = (to_plain(found) if is_private(found) else found).cpu().contiguous()
-    digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    if plain.numel():
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class UnnamedTensors:

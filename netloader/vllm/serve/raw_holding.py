@@ -16,10 +16,10 @@ from netloader.tensors import Memory
 from netloader.vllm.model.snapshot import Settled, same_bits
 
 if TYPE_CHECKING:
+    from netloader.codecs.block_view import BlockView
     from netloader.core.manifest import Manifest
     from netloader.core.plan import Plan
     from netloader.core.protocol.events import Announcement
-    from netloader.transports.base import BlockView
 
 __all__ = ["Offered", "offered"]
 

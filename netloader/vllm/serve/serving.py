@@ -22,7 +22,7 @@ from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import DIGEST_BYTES
 from netloader.core.report import PullReport
 from netloader.errors import ConfigError, ManifestError, NetloaderError
-from netloader.server.catalog import Holding
+from netloader.session.holding import Holding
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError, serving_line
 from netloader.vllm.serve.file_cleanup import Janitor
 from netloader.vllm.serve.server_loop import ServerLoop, ServerLost

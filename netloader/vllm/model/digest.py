@@ -1,0 +1,26 @@
+"""The digest of one tensor: what a rank compares its own tensors by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["digest_of"]
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """Digest of a tensor's dtype, shape and elements (in row-major order), in hex."""
+    import torch
+    import xxhash
+
+    from netloader.codecs.npu_formats import is_private, to_plain
+
+    found = tensor.detach()
+    # Tiles count as the rows that they stand for: those travel.
+    plain = (to_plain(found) if is_private(found) else found).cpu().contiguous()
+    digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    if plain.numel():
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
