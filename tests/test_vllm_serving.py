@@ -31,7 +31,7 @@ from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTranspor
 from netloader.vllm.load.pulling import pull_raw
 from netloader.vllm.serve import serving
 from netloader.vllm.serve.address_file import AddressFile
-from netloader.vllm.serve.file_cleanup import Janitor
+from netloader.vllm.serve.file_cleanup import FileCleanup
 
 WAIT = 60.0
 STOP_WITHIN = 2.0
@@ -408,10 +408,10 @@ def test_the_address_file_goes_also_when_the_worker_is_killed(tmp_path: Path) ->
 def test_an_address_file_that_another_worker_wrote_since_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "rank0.txt"
     file.write_text("10.0.0.1:1", encoding="ascii")
-    janitor = Janitor(file, "10.0.0.2:2")
+    janitor = FileCleanup(file, "10.0.0.2:2")
     other = tmp_path / "other"
     other.write_text("10.0.0.3:3", encoding="ascii")
-    second = Janitor(other, "10.0.0.3:3")
+    second = FileCleanup(other, "10.0.0.3:3")
     janitor.release()
     second.release()
     deadline = time.monotonic() + WAIT

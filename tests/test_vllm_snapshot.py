@@ -20,7 +20,7 @@ from netloader.vllm.model import copies
 from netloader.vllm.model.agreement import REPORT_BYTES, Report, disagreement, load_digest
 from netloader.vllm.model.copies import Keep, is_full
 from netloader.vllm.model.digest import digest_of
-from netloader.vllm.model.initial_values import FreshValues, NotRestored
+from netloader.vllm.model.initial_values import InitialValues, NotRestored
 from netloader.vllm.model.load_state import PlainState, apply_load_state, load_state_of
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError
@@ -235,7 +235,7 @@ def test_fresh_values_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int
         mixed.view(torch.uint8).view(-1)[0] = 1
     tensors = {"uniform": uniform, "mixed": mixed}
     before = {name: digest_of(tensor) for name, tensor in tensors.items()}
-    fresh = FreshValues(tensors)
+    fresh = InitialValues(tensors)
     for tensor in tensors.values():
         if tensor.numel():
             tensor.view(-1).view(torch.uint8).fill_(1 if dtype == torch.bool else 0x5A)
@@ -246,7 +246,7 @@ def test_fresh_values_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int
 
 def test_a_nan_keeps_its_bits() -> None:
     tensor = torch.full((3,), 0x7FA5, dtype=torch.int16).view(torch.bfloat16)
-    fresh = FreshValues({"nan": tensor})
+    fresh = InitialValues({"nan": tensor})
     tensor.zero_()
     fresh.restore()
     assert tensor.view(torch.int16).tolist() == [0x7FA5] * 3
@@ -255,7 +255,7 @@ def test_a_nan_keeps_its_bits() -> None:
 def test_a_large_unknown_tensor_that_stays_empty_is_reported() -> None:
     large = torch.arange(2 << 20, dtype=torch.float32)
     covered = large.clone()
-    fresh = FreshValues({"large": large, "covered": covered})
+    fresh = InitialValues({"large": large, "covered": covered})
     fresh.restore()
     covered.fill_(1)
     with pytest.raises(NotRestored, match="large") as caught:
@@ -269,7 +269,7 @@ def test_a_large_tensor_that_is_zero_in_the_checkpoint_counts_as_filled(dtype: t
     mixed = torch.arange(1 << 20, dtype=torch.int64).view(dtype).view(64, -1)
     large = mixed.t() if turned else mixed
     left, partly = large.clone(), large.clone()
-    fresh = FreshValues({"large": large, "left": left, "partly": partly})
+    fresh = InitialValues({"large": large, "left": left, "partly": partly})
     fresh.restore()
     assert float(left.abs().max()) <= 1, "what a loader leaves out is as good as zero"
     large.zero_()
@@ -283,7 +283,7 @@ def test_a_large_tensor_that_is_zero_in_the_checkpoint_counts_as_filled(dtype: t
 def test_what_was_filled_when_the_model_was_built_comes_back_whatever_its_size() -> None:
     large = torch.arange(2 << 20, dtype=torch.float32)
     before = digest_of(large)
-    fresh = FreshValues({"large": large}, {"large"})
+    fresh = InitialValues({"large": large}, {"large"})
     large.zero_()
     fresh.restore()
     fresh.check_filled()

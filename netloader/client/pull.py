@@ -27,7 +27,7 @@ from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.report import Progress, ProgressCallback, PullReport, SourceShare
-from netloader.core.sources import Candidates
+from netloader.core.sources import Sources
 from netloader.errors import (
     AttemptFailed,
     ConfigError,
@@ -172,7 +172,7 @@ class _Pull:
         self._sessions: set[ClientSession] = set()
         self._pinning = anyio.Lock()
         self._changed = anyio.Event()
-        self._candidates = Candidates((), tries=1, until=0.0)
+        self._candidates = Sources((), tries=1, until=0.0)
         self._source = ""
         self._scope = anyio.CancelScope()
         self._workers = anyio.CancelScope()
@@ -214,7 +214,7 @@ class _Pull:
             self._manifest_digest = (
                 manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
             )
-        self._candidates = Candidates(sources, tries=options.tries, until=self._began + options.wait)
+        self._candidates = Sources(sources, tries=options.tries, until=self._began + options.wait)
         async with anyio.create_task_group() as tasks:
             with self._workers:
                 async with anyio.create_task_group() as workers:

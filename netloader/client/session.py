@@ -21,7 +21,7 @@ from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.core.report import Phases, SourceShare
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, NetloaderError, TransportError
-from netloader.session.block_queue import Backlog
+from netloader.session.block_queue import BlockQueue
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import Move, SessionDriver, looked_up
 from netloader.session.relay_progress import Supply
@@ -147,7 +147,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._seconds_per_byte = 0.0
         self.parked = False
         self.dismissed = False
-        self._granted = Backlog(_OPEN_GRANTS, f"the source sent more than {_OPEN_GRANTS} grants ahead")
+        self._granted = BlockQueue(_OPEN_GRANTS, f"the source sent more than {_OPEN_GRANTS} grants ahead")
         self._verify_seconds = 0.0
         self.share = share
         self.denied = ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from netloader.core.addresses import Address
 
-__all__ = ["Candidates"]
+__all__ = ["Sources"]
 
 _PAUSE = (0.2, 5.0)
 """Seconds until a source that was not ready is tried again: first, and at most."""
@@ -38,7 +38,7 @@ class _Candidate:
     waits_for: frozenset[Address] = frozenset()  # it sent us to these; worth another try when they are gone
 
 
-class Candidates:
+class Sources:
     """The sources of one pull.
 
     A source is tried in the order given, relays that a server named before the servers themselves. One that says "not

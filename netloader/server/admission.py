@@ -6,10 +6,10 @@ from collections.abc import Hashable
 
 import anyio
 
-__all__ = ["Turns"]
+__all__ = ["Admission"]
 
 
-class Turns:
+class Admission:
     """A limited number of turns, and a queue of limited length for them.
 
     Changing the account never waits, so there is no moment at which a cancelled client could lose a turn.

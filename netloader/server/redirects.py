@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from netloader.core.addresses import Address, seen_from
 
-__all__ = ["Relays"]
+__all__ = ["Redirects"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class _Child:
     port: int
 
 
-class Relays:
+class Redirects:
     """Whom a server serves, and which of those pass on what they get.
 
     Args:

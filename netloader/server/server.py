@@ -25,9 +25,9 @@ from netloader.core.messages import Ability
 from netloader.core.protocol import ServerTerms, Session, Side, State
 from netloader.core.protocol.context import Timings
 from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
-from netloader.server.admission import Turns
+from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
-from netloader.server.redirects import Relays
+from netloader.server.redirects import Redirects
 from netloader.server.session import ServerSession, SessionInfo
 from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
@@ -171,9 +171,9 @@ class HoldingServer:
         self._sessions: set[ServerSession] = set()
         self._strangers: dict[ServerSession, None] = {}
         self._changed = anyio.Event()
-        self._relays = Relays(options.fan_out)
-        self._turns = Turns(options.max_clients, options.max_queue)
-        self._looks = Turns(*_LOOKS)
+        self._relays = Redirects(options.fan_out)
+        self._turns = Admission(options.max_clients, options.max_queue)
+        self._looks = Admission(*_LOOKS)
         self._strays = _Nuisance("a connection that was no client's", logging.INFO, 1)
         self._failures = _Nuisance("a session failed", logging.WARNING, 20)
         self._unaccepted = _Nuisance("a connection could not be accepted", logging.WARNING, 1)

@@ -23,10 +23,10 @@ from netloader.errors import (
     RefusedError,
     TransportUnavailable,
 )
-from netloader.server.admission import Turns
+from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
-from netloader.server.redirects import Relays
-from netloader.session.block_queue import Backlog, groups
+from netloader.server.redirects import Redirects
+from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import Move, SessionDriver, few_spans, looked_up
@@ -109,13 +109,13 @@ class ServerSession(SessionDriver[ClientMessage]):
         connection: ControlConnection[ClientMessage],
         *,
         holdings: Holdings,
-        turns: Turns,
-        looks: Turns,
+        turns: Admission,
+        looks: Admission,
         transports: Mapping[str, Transport],
         setup_timeout: float,
         stall: float,
         label: str,
-        relays: Relays,
+        relays: Redirects,
         placed: Callable[[], None],
     ) -> None:
         super().__init__(session, connection, device="cpu", label=label)
@@ -133,7 +133,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._absent: set[int] = set()
         self._chain: tuple[str, ...] = ()
         self._holding: Holding | None = None
-        self._asked = Backlog(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
+        self._asked = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
         self._sent_at = 0.0
         self._send_bytes = _SEND_BYTES[0]
@@ -215,7 +215,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             _log.info("%s: TRANSFER over %s", self.label, self.session.transport)
             self.spawn(lambda: self.move_blocks(self._next_send), lambda _: None)
 
-    def _take_turn(self, turns: Turns) -> None:
+    def _take_turn(self, turns: Admission) -> None:
         elsewhere = self._elsewhere()
         if elsewhere is not None:
             self.feed(elsewhere)
@@ -257,7 +257,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self.spawn(lambda: self._follow(supply), lambda event: event)
         return e.TurnTaken(supply.node, self._chain)
 
-    async def _wait_for_turn(self, turns: Turns) -> e.Event:
+    async def _wait_for_turn(self, turns: Admission) -> e.Event:
         while not turns.has(self):
             self.feed(e.Queued(f"all {turns.total} turns are taken", turns.before(self)))
             with anyio.move_on_after(_QUEUE_NEWS):

@@ -10,13 +10,13 @@ import anyio
 from netloader.core.plan import Plan, Ranges, expand, in_groups
 from netloader.errors import RemoteProtocolError
 
-__all__ = ["Backlog", "groups"]
+__all__ = ["BlockQueue", "groups"]
 
 _CALL_SPANS = 4096
 """Pieces of memory in one call of a channel: while it runs, those of the next call are looked up."""
 
 
-class Backlog:
+class BlockQueue:
     """Blocks in the order in which they are to be moved, put in by messages and taken out for calls of the channel.
 
     Args:

@@ -29,7 +29,7 @@ from netloader.core.protocol.announcement import examine
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
 from netloader.session.closing import Lent, forget_frames
 from netloader.session.connection import ControlConnection
-from netloader.session.setup_mailbox import SignalBox
+from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup, depth_of
 
 __all__ = ["FEW_SPANS", "FEW_TENSORS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
@@ -103,7 +103,7 @@ class SessionDriver(Generic[M]):
         self.clock = PhaseClock()
         self._connection = connection
         self._device = device
-        self._signals = SignalBox(self.feed)
+        self._signals = SetupMailbox(self.feed)
         self._channel: Channel | None = None
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()

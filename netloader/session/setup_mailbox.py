@@ -10,7 +10,7 @@ import anyio
 from netloader.core.protocol import events as e
 from netloader.errors import PeerLost, RemoteProtocolError
 
-__all__ = ["SignalBox"]
+__all__ = ["SetupMailbox"]
 
 _SIGNALS = 256
 _SIGNAL_BYTES = 1 << 20
@@ -19,7 +19,7 @@ _SIGNAL_BYTES = 1 << 20
 _NO_SIGNALS = "the control connection ended while a channel was being set up"
 
 
-class SignalBox:
+class SetupMailbox:
     """The signals of one session: implements :class:`netloader.transports.base.Signals`."""
 
     def __init__(self, feed: Callable[[e.Event], None]) -> None:

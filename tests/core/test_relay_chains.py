@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from netloader.core.ledger import Ledger
-from netloader.server.redirects import Relays
+from netloader.server.redirects import Redirects
 from netloader.session.relay_progress import Supply
 
 NODES = range(6)
@@ -115,7 +115,7 @@ TestChains = Chains.TestCase
 
 
 def test_a_newcomer_is_sent_to_the_newest_relay_of_the_same_holding() -> None:
-    relays = Relays(fan_out=1)
+    relays = Redirects(fan_out=1)
     target, draft = object(), object()
     assert relays.instead(target, (), "10.0.0.9", "10.0.0.1") == ()
     relays.join("a", target, "10.0.0.2", 7000)
@@ -129,7 +129,7 @@ def test_a_newcomer_is_sent_to_the_newest_relay_of_the_same_holding() -> None:
 
 
 def test_a_relay_on_the_servers_own_host_is_named_by_the_address_that_others_can_reach() -> None:
-    relays = Relays(fan_out=1)
+    relays = Redirects(fan_out=1)
     holding = object()
     relays.join("a", holding, "127.0.0.1", 7000)
     assert relays.instead(holding, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.1:7000",)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from netloader.core.addresses import Address
-from netloader.core.sources import Candidates
+from netloader.core.sources import Sources
 
 POOL = [Address("h", port) for port in range(1, 9)]
 ONE, TWO, THREE, FOUR = POOL[:4]
@@ -14,7 +14,7 @@ WAIT = 30.0
 
 
 def test_the_order_given_is_the_order_tried() -> None:
-    candidates = Candidates([TWO, ONE, TWO], tries=2, until=0.0)
+    candidates = Sources([TWO, ONE, TWO], tries=2, until=0.0)
     assert candidates.take(0.0, work=True) == TWO
     assert candidates.take(0.0, work=True) == ONE
     assert candidates.take(0.0, work=True) is None
@@ -22,7 +22,7 @@ def test_the_order_given_is_the_order_tried() -> None:
 
 
 def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over() -> None:
-    candidates = Candidates([ONE], tries=2, until=10.0)
+    candidates = Sources([ONE], tries=2, until=10.0)
     now = 0.0
     times = []
     while (due := candidates.next_due(now)) is not None:
@@ -36,7 +36,7 @@ def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over(
 
 
 def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
-    candidates = Candidates([ONE, TWO], tries=2, until=0.0)
+    candidates = Sources([ONE, TWO], tries=2, until=0.0)
     assert candidates.take(0.0, work=True) == ONE
     candidates.again(ONE, 1.0, last=True)
     assert candidates.take(1.0, work=True) == TWO
@@ -46,7 +46,7 @@ def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
 
 
 def test_a_pause_that_was_asked_for_is_kept() -> None:
-    candidates = Candidates([ONE], tries=2, until=100.0)
+    candidates = Sources([ONE], tries=2, until=100.0)
     candidates.take(0.0, work=True)
     candidates.later(ONE, 0.0, at_least=7.0)
     due = candidates.next_due(0.0)
@@ -55,7 +55,7 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
 
 
 def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
-    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates = Sources([ONE], tries=2, until=0.0)
     candidates.take(0.0, work=True)
     assert candidates.redirect(ONE, [TWO, THREE], 0.0)
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {TWO, THREE}
@@ -69,7 +69,7 @@ def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid
 
 
 def test_two_that_name_each_other_hold_nobody_back() -> None:
-    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates = Sources([ONE], tries=2, until=0.0)
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.take(0.0, work=True) == TWO
@@ -78,7 +78,7 @@ def test_two_that_name_each_other_hold_nobody_back() -> None:
 
 
 def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
-    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates = Sources([ONE], tries=2, until=0.0)
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.can_be_spared(TWO)
@@ -89,7 +89,7 @@ def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
 
 
 def test_one_that_rests_is_woken_by_work_only() -> None:
-    candidates = Candidates([ONE], tries=2, until=0.0)
+    candidates = Sources([ONE], tries=2, until=0.0)
     candidates.take(0.0, work=True)
     candidates.rest(ONE)
     assert candidates.take(1.0, work=False) is None
@@ -110,7 +110,7 @@ class AnyOutcome(RuleBasedStateMachine):
     @initialize(ours=st.lists(st.sampled_from(POOL), min_size=1, max_size=4))
     def begin(self, ours: list[Address]) -> None:
         self.ours = ours
-        self.candidates = Candidates(ours, tries=2, until=WAIT)
+        self.candidates = Sources(ours, tries=2, until=WAIT)
 
     @rule(work=st.booleans())
     def take(self, work: bool) -> None:
@@ -180,7 +180,7 @@ TestAnyOutcome = AnyOutcome.TestCase
 
 def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_once() -> None:
     seed, relay, parent = Address("s", 1), Address("r", 1), Address("p", 1)
-    candidates = Candidates([seed], tries=2, until=0.0)
+    candidates = Sources([seed], tries=2, until=0.0)
     assert candidates.take(1.0, work=True) == seed
     assert candidates.redirect(seed, [relay], 1.0)
     assert candidates.take(1.0, work=True) == relay

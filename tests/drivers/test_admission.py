@@ -6,13 +6,13 @@ import anyio
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from netloader.server.admission import Turns
+from netloader.server.admission import Admission
 
 
 class TurnsMachine(RuleBasedStateMachine):
     @initialize(total=st.integers(1, 3), queue=st.integers(0, 3))
     def start(self, total: int, queue: int) -> None:
-        self.turns = Turns(total, queue)
+        self.turns = Admission(total, queue)
         self.total, self.queue = total, queue
         self.served: list[int] = []
         self.waiting: list[int] = []
@@ -55,7 +55,7 @@ TestTurns = TurnsMachine.TestCase
 
 
 async def test_whoever_waits_is_woken_by_its_turn() -> None:
-    turns = Turns(1, 1)
+    turns = Admission(1, 1)
     assert turns.enter("first")
     assert turns.enter("second")
     async with anyio.create_task_group() as tasks:

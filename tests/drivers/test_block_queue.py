@@ -13,7 +13,7 @@ from netloader.core.manifest import Manifest, TensorSpec
 from netloader.core.plan import Plan, make_plan, to_ranges
 from netloader.errors import RemoteProtocolError
 from netloader.session import block_queue as module
-from netloader.session.block_queue import Backlog, groups
+from netloader.session.block_queue import BlockQueue, groups
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 
@@ -24,7 +24,7 @@ def plan_of(sizes: list[int]) -> Plan:
 
 async def all_taken(plan: Plan, cuts: list[int], nbytes: int, spans: int) -> list[list[int]]:
     """Everything that is taken after all blocks were put in, in messages of so many."""
-    waiting = Backlog(1 << 10, "too many")
+    waiting = BlockQueue(1 << 10, "too many")
     put = 0
     for count in [*cuts, len(plan.blocks)]:
         numbers = range(put, min(put + count, len(plan.blocks)))
@@ -67,7 +67,7 @@ def test_groups_hold_all_blocks_in_order(sizes: list[int], spans: int) -> None:
 
 
 async def test_a_peer_that_brings_too_much_is_told_so() -> None:
-    waiting = Backlog(2, "the peer has more than 2 open")
+    waiting = BlockQueue(2, "the peer has more than 2 open")
     waiting.put(((0, 1),))
     waiting.put(((1, 2),))
     with pytest.raises(RemoteProtocolError, match="more than 2 open"):
@@ -76,7 +76,7 @@ async def test_a_peer_that_brings_too_much_is_told_so() -> None:
 
 
 async def test_who_waits_is_told_of_the_end() -> None:
-    waiting = Backlog(4, "too many")
+    waiting = BlockQueue(4, "too many")
     told: list[bool] = []
 
     async def wait() -> None:
@@ -91,7 +91,7 @@ async def test_who_waits_is_told_of_the_end() -> None:
 
 async def test_what_was_dropped_is_not_taken() -> None:
     plan = plan_of([100, 2048, 2048])
-    waiting = Backlog(4, "too many")
+    waiting = BlockQueue(4, "too many")
     waiting.put(((0, 2),))
     assert await waiting.wait()
     waiting.drop()

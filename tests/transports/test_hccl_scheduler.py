@@ -12,7 +12,7 @@ import pytest
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.hccl import scheduler
 from netloader.transports.hccl.messages import Go, GroupNote, Note, Open, Ready, Take, Withdraw
-from netloader.transports.hccl.scheduler import Windows
+from netloader.transports.hccl.scheduler import Scheduler
 
 STALL = 0.4
 
@@ -50,7 +50,7 @@ class End:
     said: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.windows = Windows(0, self._post, self.turn, STALL)
+        self.windows = Scheduler(0, self._post, self.turn, STALL)
 
     async def _post(self, note: Note) -> None:
         await anyio.lowlevel.checkpoint()

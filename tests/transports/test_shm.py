@@ -27,7 +27,7 @@ from netloader.transports.conformance import CHECKS, Check, TensorBlockView, che
 from netloader.transports.io.operation import Operation
 from netloader.transports.shm import ShmTransport, handshake, process_memory
 from netloader.transports.shm import transport as shm
-from netloader.transports.shm.control_socket import Line
+from netloader.transports.shm.control_socket import ControlSocket
 from netloader.transports.shm.pipe import PIPE_BYTES, PipeEnd
 from netloader.transports.shm.remote_memory import PipeReader, PipeWriter
 from tests.transports.bytesview import BytesView, Pieces, like
@@ -390,8 +390,8 @@ def ends() -> Iterator[tuple[PipeWriter, PipeReader, socket.socket, socket.socke
     sent, to_writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     received, to_reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     spare = PipeEnd(os.dup(reading.fileno()))
-    writer = PipeWriter(Line(sent, None, 0.2), writing, spare)
-    reader = PipeReader(Line(received, None, 0.2), reading)
+    writer = PipeWriter(ControlSocket(sent, None, 0.2), writing, spare)
+    reader = PipeReader(ControlSocket(received, None, 0.2), reading)
     yield writer, reader, to_writer, to_reader
     for end in (writer, reader):
         end.close()

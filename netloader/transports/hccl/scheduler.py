@@ -18,7 +18,7 @@ import anyio
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.hccl.messages import Go, GroupNote, Note, Open, Ready, Take, Withdraw
 
-__all__ = ["Turn", "Windows"]
+__all__ = ["Scheduler", "Turn"]
 
 _PATIENCE = (0.2, 0.3)
 """How long a turn is held for a peer that waits for its own, in stall times. By chance, so that of two ends that hold
@@ -45,7 +45,7 @@ class Turn(Protocol):
         ...
 
 
-class Windows:
+class Scheduler:
     """One end of a group.
 
     Belongs to one event loop. Whatever is awaited here needs somebody who listens to the peer and calls :meth:`heard`.

@@ -22,7 +22,7 @@ from netloader.errors import MemoryStillInUse, NetloaderError, PeerLost, Transfe
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.hccl.devices import device_of
 from netloader.transports.hccl.messages import GroupNote, Line, Value, Waiting
-from netloader.transports.hccl.scheduler import Windows
+from netloader.transports.hccl.scheduler import Scheduler
 from netloader.transports.io.channel_state import ChannelState
 from netloader.transports.io.worker import Worker
 
@@ -78,7 +78,7 @@ class _Half:
         self.exchange: Exchange = Exchange(setup.timeout)
         self.link: HcclLink = HcclLink(rank, setup.device, self.exchange, setup.timeout, setup.stall)
         self._worker = Worker(f"netloader-hccl-{next(_numbers)}", self.link.abort)
-        self.windows = Windows(number, line.post, self, setup.stall)
+        self.windows = Scheduler(number, line.post, self, setup.stall)
         self.channel: LinkChannel | None = None
 
     # --- the device's turn ------------------------------------------------------------------------------------------

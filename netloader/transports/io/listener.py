@@ -16,7 +16,7 @@ from netloader.errors import PeerLost, TransferTimeout, TransportError
 
 __all__ = [
     "KEY_BYTES",
-    "Door",
+    "Listener",
     "begin_dialling",
     "connected",
     "dial",
@@ -145,7 +145,7 @@ async def knock(connections: Sequence[socket.socket], key: bytes, answer: bytes)
             raise TransportError("what answers at the server's data port is not the server")
 
 
-class Door:
+class Listener:
     """Server: a listening socket that lets in one peer, with as many connections as agreed.
 
     A connection that comes from elsewhere, knows no key, or says nothing costs itself, nothing else.

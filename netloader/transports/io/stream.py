@@ -17,7 +17,7 @@ from netloader.transports.base import BlockView
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.syscalls import MOST_REGIONS, Message, recvmsg, sendmsg
 
-__all__ = ["CALL_BYTES", "LONGEST_CALL", "Lane", "Placed", "calls", "share"]
+__all__ = ["CALL_BYTES", "LONGEST_CALL", "Placed", "Stream", "calls", "share"]
 
 CALL_BYTES = 16 << 20
 """What one call sends at least, of several blocks when they are smaller. One that receives ends with its block, since
@@ -87,7 +87,7 @@ def calls(
         yield regions, places
 
 
-class Lane:
+class Stream:
     """One connected stream socket.
 
     Args:

@@ -14,7 +14,7 @@ from netloader.transports.io.channel_state import came_in_time
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.worker import Job, Worker
 
-__all__ = ["Crew"]
+__all__ = ["ThreadPool"]
 
 _PATIENCE = 10.0
 """Seconds that threads which were told to return may take: mostly they are back at once, and at the latest when the
@@ -28,7 +28,7 @@ _MOMENT = 0.5
 """Seconds for the threads beside one that is stuck."""
 
 
-class Crew:
+class ThreadPool:
     """Threads that carry out the operations of a channel.
 
     Args:

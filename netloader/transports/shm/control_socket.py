@@ -14,7 +14,7 @@ from collections.abc import Callable
 from netloader.errors import PeerLost
 from netloader.transports.io.operation import Operation
 
-__all__ = ["LONGEST_MESSAGE", "Line"]
+__all__ = ["LONGEST_MESSAGE", "ControlSocket"]
 
 LONGEST_MESSAGE = 1 << 15
 
@@ -22,7 +22,7 @@ _TICKS = 8
 """Looks at the clock within the stall time."""
 
 
-class Line:
+class ControlSocket:
     """One connected socket of messages, and whom it leads to.
 
     Args:

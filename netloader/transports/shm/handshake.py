@@ -19,7 +19,7 @@ import anyio
 import msgspec
 
 from netloader.errors import PeerLost, TransportError, TransportUnavailable
-from netloader.transports.shm.control_socket import LONGEST_MESSAGE, Line
+from netloader.transports.shm.control_socket import LONGEST_MESSAGE, ControlSocket
 from netloader.transports.shm.pipe import PipeEnd
 from netloader.transports.shm.process_memory import read
 from netloader.transports.shm.remote_memory import (
@@ -32,7 +32,7 @@ from netloader.transports.shm.remote_memory import (
     Shared,
 )
 
-__all__ = ["Meeting", "credentials"]
+__all__ = ["Handshake", "credentials"]
 
 _PROBE_BYTES = 32
 _PIPES = b"pipes"
@@ -57,7 +57,7 @@ class _Verdict(msgspec.Struct, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=1000)]
 
 
-class Meeting:
+class Handshake:
     """Both ends find out which of them may read the other's memory, and make pipes where one may not.
 
     Neither changes what it allows: there is one such setting (Yama's permitted tracer) in a whole process, it can't be
@@ -142,13 +142,13 @@ class Meeting:
         for pipe in pipes:
             pipe.close()
 
-    def _line(self, sock: socket.socket) -> Line:
+    def _line(self, sock: socket.socket) -> ControlSocket:
         """A line to the peer, which knows its process by a descriptor of its own."""
         try:
             process = None if self._process is None else os.dup(self._process)
         except OSError as error:
             raise TransportError(f"no channel can be opened: {error}", hint="raise the limit of open files") from error
-        return Line(sock, process, self._stall)
+        return ControlSocket(sock, process, self._stall)
 
     def _forget_process(self) -> None:
         process, self._process = self._process, None

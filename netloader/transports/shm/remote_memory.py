@@ -19,7 +19,7 @@ from netloader.transports.base import BlockView
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.stream import CALL_BYTES, Placed, calls, share
 from netloader.transports.io.syscalls import MOST_REGIONS
-from netloader.transports.shm.control_socket import Line
+from netloader.transports.shm.control_socket import ControlSocket
 from netloader.transports.shm.pipe import PipeEnd
 from netloader.transports.shm.process_memory import read
 
@@ -67,7 +67,7 @@ class Flow(Protocol):
 class MemoryShower:
     """The sender's end where the receiver reads its memory: says where each block lies, and waits until it was read."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: ControlSocket) -> None:
         self._line = line
 
     def begin(self, blocks: Sequence[BlockView], operation: Operation) -> list[Work]:
@@ -113,7 +113,7 @@ class MemoryReader:
         threads: Threads that read.
     """
 
-    def __init__(self, line: Line, pid: int, threads: int) -> None:
+    def __init__(self, line: ControlSocket, pid: int, threads: int) -> None:
         self._line = line
         self._pid = pid
         self._threads = threads
@@ -224,7 +224,7 @@ class PipeWriter:
         other: The end that the receiver has, too: a pipe that nobody can read from would raise a signal here.
     """
 
-    def __init__(self, line: Line, pipe: PipeEnd, other: PipeEnd) -> None:
+    def __init__(self, line: ControlSocket, pipe: PipeEnd, other: PipeEnd) -> None:
         self._line = line
         self._pipe = pipe
         self._other = other
@@ -272,7 +272,7 @@ class PipeReader:
         pipe: To read from.
     """
 
-    def __init__(self, line: Line, pipe: PipeEnd) -> None:
+    def __init__(self, line: ControlSocket, pipe: PipeEnd) -> None:
         self._line = line
         self._pipe = pipe
 

@@ -24,10 +24,10 @@ import msgspec
 from netloader.errors import TransferTimeout, TransportError, TransportUnavailable
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.io.channel_state import ChannelState
-from netloader.transports.io.listener import KEY_BYTES, Door, dial, knock
+from netloader.transports.io.listener import KEY_BYTES, Listener, dial, knock
 from netloader.transports.io.operation import Operation
-from netloader.transports.io.thread_pool import Crew
-from netloader.transports.shm.handshake import Meeting, credentials
+from netloader.transports.io.thread_pool import ThreadPool
+from netloader.transports.shm.handshake import Handshake, credentials
 from netloader.transports.shm.remote_memory import Flow
 
 __all__ = ["ShmTransport"]
@@ -51,7 +51,7 @@ class _Offer(msgspec.Struct, frozen=True):
 class _ShmPending:
     """A server's door, and what was said about it."""
 
-    def __init__(self, door: Door, setup: Setup) -> None:
+    def __init__(self, door: Listener, setup: Setup) -> None:
         self.door = door
         self.setup = setup
 
@@ -71,7 +71,7 @@ class _ShmChannel:
         self._incoming = incoming
         self._stall = stall
         self._state = ChannelState("shm channel", self.depth)
-        self._crew = Crew("shm", self._cut)
+        self._crew = ThreadPool("shm", self._cut)
 
     async def send(self, blocks: Sequence[BlockView]) -> None:
         """See :class:`netloader.transports.base.Channel`."""
@@ -142,7 +142,7 @@ class ShmTransport:
         except OSError as error:
             listener.close()
             raise TransportError(f"no socket can be opened for clients of this host: {error}") from error
-        door = Door(listener, key=offer.key, answer=offer.answer, count=2, stranger=_stranger)
+        door = Listener(listener, key=offer.key, answer=offer.answer, count=2, stranger=_stranger)
         return msgspec.msgpack.encode(offer), _ShmPending(door, setup)
 
     async def accept(self, pending: Pending) -> Channel:
@@ -178,7 +178,7 @@ class ShmTransport:
         """Find out how bytes can go each way, and make the channel. Owns the sockets."""
         # A client sends nothing, as a rule: it needs no more than one pipe.
         pipes = self._threads_here() if serving else 1
-        meeting = Meeting(outgoing, incoming, pipes, setup.stall)
+        meeting = Handshake(outgoing, incoming, pipes, setup.stall)
         try:
             with anyio.fail_after(setup.timeout):
                 await meeting.hold(reading=self._reading)

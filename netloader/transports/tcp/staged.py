@@ -14,9 +14,9 @@ from netloader.codecs.regions import Regions, regions_over
 from netloader.codecs.staging import joined, staging
 from netloader.transports.base import BlockView
 from netloader.transports.io.operation import Operation
-from netloader.transports.io.stream import Lane, Placed
+from netloader.transports.io.stream import Placed, Stream
 
-__all__ = ["STAGING_BYTES", "StagedLane"]
+__all__ = ["STAGING_BYTES", "StagedStream"]
 
 STAGING_BYTES = 8 << 20
 """Staging memory of one lane: large enough that copying it out of a device is done at full speed."""
@@ -25,7 +25,7 @@ _FEW = 4
 """Pieces up to which each is copied from the host by itself; more come to the device together."""
 
 
-class StagedLane(Lane):
+class StagedStream(Stream):
     """One connected stream socket, for tensors that a socket can't reach.
 
     Args:
@@ -42,7 +42,7 @@ class StagedLane(Lane):
         self._stages: dict[str, torch.Tensor] = {}  # by direction: both may be used at once
 
     def send(self, blocks: Sequence[Placed], operation: Operation) -> None:
-        """Send blocks in order; see :class:`Lane`."""
+        """Send blocks in order; see :class:`Stream`."""
         stage = self._stage("send")
         with torch.inference_mode():
             for place, block in blocks:
@@ -57,7 +57,7 @@ class StagedLane(Lane):
                         self.put(_start_of(stage, nbytes), operation)
 
     def receive(self, blocks: Sequence[Placed], operation: Operation) -> None:
-        """Fill blocks in order; see :class:`Lane`."""
+        """Fill blocks in order; see :class:`Stream`."""
         stage = self._stage("receive")
         for pieces, places in self._portions(blocks):
             nbytes = sum(piece.numel() for piece in pieces)

@@ -23,11 +23,11 @@ from netloader.core.addresses import unmapped
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.io.channel_state import ChannelState
-from netloader.transports.io.listener import KEY_BYTES, Door, begin_dialling, connected, knock, socket_address
+from netloader.transports.io.listener import KEY_BYTES, Listener, begin_dialling, connected, knock, socket_address
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.socket_options import tune
-from netloader.transports.io.stream import Lane, Placed, share
-from netloader.transports.io.thread_pool import Crew
+from netloader.transports.io.stream import Placed, Stream, share
+from netloader.transports.io.thread_pool import ThreadPool
 
 __all__ = ["TcpTransport"]
 
@@ -49,7 +49,7 @@ class _Offer(msgspec.Struct, frozen=True):
 class _TcpPending:
     """A server's door, and what was said about it."""
 
-    def __init__(self, door: Door, setup: Setup) -> None:
+    def __init__(self, door: Listener, setup: Setup) -> None:
         self.door = door
         self.setup = setup
 
@@ -70,7 +70,7 @@ class _TcpChannel:
         self._stall = setup.stall
         self._lanes = [_lane(sock, setup, staged) for sock in connections]
         self._state = ChannelState("tcp channel", self.depth)
-        self._crew = Crew("tcp", self._cut)
+        self._crew = ThreadPool("tcp", self._cut)
         self._moved = {"send": 0, "recv": 0}
         self._receives = 0  # stays above 0, when one is cut short
 
@@ -160,7 +160,7 @@ class TcpTransport:
             listener.close()
             raise TransportError(f"no data port can be opened at {setup.local_host}: {error}") from error
         offer = _Offer(port, lanes, secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES))
-        door = Door(
+        door = Listener(
             listener,
             key=offer.key,
             answer=offer.answer,
@@ -208,12 +208,12 @@ class TcpTransport:
             raise
 
 
-def _lane(sock: socket.socket, setup: Setup, staged: int | None) -> Lane:
+def _lane(sock: socket.socket, setup: Setup, staged: int | None) -> Stream:
     if staged is None and setup.device.partition(":")[0] == "cpu":
-        return Lane(sock, setup.stall)
-    from netloader.transports.tcp.staged import StagedLane
+        return Stream(sock, setup.stall)
+    from netloader.transports.tcp.staged import StagedStream
 
-    return StagedLane(sock, setup.stall, setup.device, staged)
+    return StagedStream(sock, setup.stall, setup.device, staged)
 
 
 def _lanes_for() -> int:

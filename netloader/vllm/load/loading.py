@@ -32,7 +32,7 @@ from netloader.vllm.model.agreement import (
 from netloader.vllm.model.expert_maps import expert_maps
 from netloader.vllm.model.fallback import fallback_loader
 from netloader.vllm.model.identity import fingerprint_of_model, identity_of, role_of
-from netloader.vllm.model.initial_values import FreshValues
+from netloader.vllm.model.initial_values import InitialValues
 from netloader.vllm.model.load_state import apply_load_state, load_state_of
 from netloader.vllm.model.quantisation import why_unknown
 from netloader.vllm.model.snapshot import named_raw_tensors
@@ -294,7 +294,7 @@ class Load:
 
     def _pull(
         self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], unsupported: str
-    ) -> tuple[FreshValues | None, Report]:
+    ) -> tuple[InitialValues | None, Report]:
         """Pull if there is something to pull from; never raises what another rank would have to wait for."""
         why = self._config.why_no_source(self._rank) or unsupported
         serves = self._server is not None
@@ -307,7 +307,7 @@ class Load:
         try:
             without = self._left_out(tensors, {**self._built, **self._stated})
             wanted = {name: tensor for name, tensor in tensors.items() if name not in without}
-            fresh = FreshValues(wanted, self._traced.filled)
+            fresh = InitialValues(wanted, self._traced.filled)
             identity = msgspec.structs.replace(self._identity, fingerprint=files)
             report = pull_raw(wanted, identity, self._sources, self._config, self._asked, self._server)
             theirs = report.identity
@@ -334,7 +334,7 @@ class Load:
         return fresh, Report("pulled", self._rank, root=report.root, load=theirs.load, fingerprint=known, serves=serves)
 
     def _pull_processed(
-        self, model: torch.nn.Module, fresh: FreshValues | None, began: float, why_not_raw: NetloaderError
+        self, model: torch.nn.Module, fresh: InitialValues | None, began: float, why_not_raw: NetloaderError
     ) -> Report:
         """No raw weights could be pulled: take processed ones, where sources hold nothing else."""
         failed = Report("failed", self._rank, reason=str(why_not_raw), serves=self._server is not None)
@@ -379,7 +379,7 @@ class Load:
             log.info("netloader: rank %d: %s: %s", self._rank, self._role, line)
 
     def _load_by_default(
-        self, model: torch.nn.Module, mine: Report, why_not_kept: str, fresh: FreshValues | None
+        self, model: torch.nn.Module, mine: Report, why_not_kept: str, fresh: InitialValues | None
     ) -> None:
         if mine.outcome == "pulled":
             reason = f"what was pulled is not kept: {why_not_kept}"

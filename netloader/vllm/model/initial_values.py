@@ -15,7 +15,7 @@ from netloader.errors import NetloaderError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FreshValues", "NotRestored", "bits_of"]
+__all__ = ["InitialValues", "NotRestored", "bits_of"]
 
 READ_WHOLE_BYTES = 4 << 20
 COPY_BUDGET_BYTES = 256 << 20
@@ -46,7 +46,7 @@ class _Fresh:
     unknown: bool = False
 
 
-class FreshValues:
+class InitialValues:
     """What the tensors hold before a pull begins.
 
     A tensor whose elements are all equal is remembered by one of them, other small ones are copied. A large tensor
@@ -119,7 +119,7 @@ def _is_uniform(tensor: torch.Tensor) -> bool:
 
 
 def _is_marked(tensor: torch.Tensor) -> bool:
-    """Whether it is as :meth:`FreshValues.restore` leaves what is unknown: zero after the mark."""
+    """Whether it is as :meth:`InitialValues.restore` leaves what is unknown: zero after the mark."""
     bits = bits_of(tensor)
     return int(_first(bits)) == _MARK and int(bits.count_nonzero()) == 1
 

@@ -12,7 +12,7 @@ import logging
 import subprocess
 from pathlib import Path
 
-__all__ = ["Janitor"]
+__all__ = ["FileCleanup"]
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ exec 3<&0
 """
 
 
-class Janitor:
+class FileCleanup:
     """Waits for the end of this process, then removes a file, unless it holds something else by then.
 
     Where no such helper can be started, the file is not removed; that is logged.

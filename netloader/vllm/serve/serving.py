@@ -24,7 +24,7 @@ from netloader.core.report import PullReport
 from netloader.errors import ConfigError, ManifestError, NetloaderError
 from netloader.session.holding import Holding
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError, serving_line
-from netloader.vllm.serve.file_cleanup import Janitor
+from netloader.vllm.serve.file_cleanup import FileCleanup
 from netloader.vllm.serve.server_loop import ServerLoop, ServerLost
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class WorkerServer:
         self._rank = rank
         self._host_name = host_name
         self._file = None if config.output_prefix is None else AddressFile(config.output_prefix, rank)
-        self._janitor: Janitor | None = None
+        self._janitor: FileCleanup | None = None
         self._stopped = False
         self._paused: dict[Role, tuple[Holding, ...]] = {}
         make = partial(
@@ -311,7 +311,7 @@ class WorkerServer:
         except AddressFileError as error:
             log.error("netloader: rank %d: %s", self._rank, error)  # noqa: TRY400 - the message says it all
         else:
-            self._janitor = self._janitor or Janitor(self._file.path, self.address)
+            self._janitor = self._janitor or FileCleanup(self._file.path, self.address)
 
 
 _here: WorkerServer | None = None
