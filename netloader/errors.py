@@ -9,7 +9,7 @@ failed (never tensor contents).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 __all__ = [
     "AttemptFailed",
@@ -274,12 +274,14 @@ class AttemptFailed(NetloaderError):
     Args:
         source: The address.
         cause: What happened there.
+        times: Tries that failed there in this way; `cause` is of the last one.
     """
 
-    def __init__(self, source: str, cause: NetloaderError) -> None:
+    def __init__(self, source: str, cause: NetloaderError, times: int = 1) -> None:
         super().__init__(f"{source}: {cause.message}", hint=cause.hint)
         self.source = source
         self.cause = cause
+        self.times = times
         self.story = cause.story
 
 
@@ -294,9 +296,39 @@ class NoSourceLeft(NetloaderError):
 
     def __init__(self, attempts: Sequence[AttemptFailed], *, verified: int = 0, total: int | None = None) -> None:
         of_total = "" if total is None else f" ({verified} of {total} bytes were verified)"
-        tries = "; ".join(a.message for a in attempts) or "no source was given"
+        told = (f"{a.message} ({a.times} times)" if a.times > 1 else a.message for a in attempts)
+        tries = "; ".join(told) or "no source was given"
         hints = list(dict.fromkeys(a.hint for a in attempts if a.hint))
         super().__init__(f"no source could be pulled from{of_total}: {tries}", hint="; ".join(hints))
         self.attempts = tuple(attempts)
         self.verified = verified
         self.total = total
+
+
+SOON_OVER = frozenset({"not-ready", "busy", "gone"})
+"""Codes of refusals that may be over soon."""
+
+
+def next_step(error: NetloaderError, *, progressed: bool) -> Literal["again", "last", "later", "drop"]:
+    """What an error of a session with a source means for that source.
+
+    Args:
+        error: Why the session ended.
+        progressed: Whether it had brought blocks before.
+
+    Returns:
+        Whether the source is worth another try: ``again`` at once, ``last`` after all others, ``later`` after a pause
+        (as long as one waits), or not at all (``drop``).
+    """
+    code = error.code if isinstance(error, RefusedError) else ""
+    if code in SOON_OVER:
+        return "later"
+    if isinstance(error, TransferTimeout | TransportUnavailable):
+        return "drop"
+    # It is there, and gave us up as too slow: this process or its host may have stood still for a while.
+    if code == "timeout":
+        return "last" if progressed else "drop"
+    # Where a channel broke, the other end's farewell may be heard before the channel itself is seen to be broken.
+    if isinstance(error, TransportError) or code == "transport":
+        return "again" if progressed else "later"
+    return "drop"

@@ -1,45 +1,36 @@
 """The client: pulls from sources until every block is verified or no source is left.
 
-Knows nothing of torch: what it fills comes as a :class:`~netloader.client.session.Destination`; ``netloader.pull`` puts
-tensors in front of it.
+Decides nothing: :mod:`netloader.core.pull` does. Knows nothing of torch: what it fills comes as a
+:class:`~netloader.client.session.Destination`; ``netloader.pull`` puts tensors in front of it.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import anyio
+from anyio.abc import TaskGroup
 
 from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
 from netloader.client.session import ClientSession, Destination, Digest
 from netloader.codecs.block_view import BlockView
-from netloader.core.addresses import Address, parse_address
+from netloader.core import pull_moves as p
+from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, passed_on
-from netloader.core.ledger import Ledger
 from netloader.core.manifest import manifest_digest
-from netloader.core.messages import MAX_SOURCES
 from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
-from netloader.core.report import Progress, ProgressCallback, PullReport, SourceShare
-from netloader.core.sources import Sources
-from netloader.errors import (
-    AttemptFailed,
-    ConfigError,
-    MemoryStillInUse,
-    NetloaderError,
-    NoSourceLeft,
-    PeerLost,
-    RefusedError,
-    TransferTimeout,
-    TransportError,
-    TransportUnavailable,
-)
+from netloader.core.pull import Pull, PullTerms
+from netloader.core.report import Progress, ProgressCallback, PullReport
+from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
 from netloader.session.driver import FEW_TENSORS
 from netloader.session.holding import Holding
 from netloader.session.relay_progress import Supply
@@ -49,23 +40,13 @@ __all__ = ["RelayServer", "pull_from"]
 
 _log = logging.getLogger("netloader")
 
-_SOON_OVER = ("not-ready", "busy", "gone")
-"""Refusals that may be over soon."""
-
-_IMPATIENCE = 2.0
-"""Seconds without a block after which a source may be left when another one could take over its blocks."""
-
-_SEVERAL = 2
-"""Sources at once from which on one can be slower than another."""
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 _RELAY_RETRACTION = 1.0
 """Seconds that clients of a relay whose own pull failed may take to let go of its memory."""
 
 _FAREWELL = 0.05
 """Seconds that the goodbyes may take once every block is verified: the pull has what it came for."""
-
-_QUEUE_LOOK = 0.25
-"""Seconds between two looks whether the first source lets us wait, so that the second one may be asked meanwhile."""
 
 
 class RelayServer(Protocol):
@@ -142,7 +123,7 @@ async def pull_from(
 
 
 class _Pull:
-    """One pull: the sources it tries, and what came of it."""
+    """One pull: carries out what :class:`~netloader.core.pull.Pull` decides."""
 
     def __init__(
         self,
@@ -154,250 +135,187 @@ class _Pull:
         progress: ProgressCallback | None,
         relay: RelayServer | None,
     ) -> None:
-        self._relay = relay
-        self._relaying = False
-        self._manifest_digest = ""
         self._destination = destination
         self._identity = identity
         self._transports = {transport.name: transport for transport in transports}
-        self._unfit_transports: dict[Address, set[str]] = {}
         self._digest = digest
         self._options = options
         self._progress = progress
-        self._ledger = Ledger(options.expect_root, "EXPECT_ROOT" if options.expect_root else "")
-        self._supply = Supply(self._ledger)
+        self._relay = relay
+        self._relaying = False
+        self._manifest_digest = ""
         self._report = PullReport()
-        self._attempts: dict[tuple[str, str], AttemptFailed] = {}
         self._began = time.monotonic()
-        self._sessions: set[ClientSession] = set()
-        self._pinning = anyio.Lock()
+        self._events: deque[p.Event] = deque()
+        self._telling = False
+        self._sessions: dict[int, ClientSession] = {}
         self._changed = anyio.Event()
-        self._candidates = Sources((), tries=1, until=0.0)
-        self._source = ""
         self._scope = anyio.CancelScope()
-        self._workers = anyio.CancelScope()
-        self._callers_error: Exception | None = None
+        self._tasks: TaskGroup | None = None
+        self._error: Exception | None = None
         self._memory_in_use: MemoryStillInUse | None = None
 
     async def run(self, sources: Sequence[Address]) -> PullReport:
-        try:
-            with self._scope:
-                self._scope.deadline = anyio.current_time() + self._options.timeout
-                await self._pull_all(sources)
-        finally:
-            given = self._ledger.complete and self._memory_in_use is None
-            if self._relay is not None and self._relaying and not given:
-                # The memory is the caller's again: nobody may read it any more.
-                with anyio.CancelScope(shield=True):  # each of its steps has a deadline
-                    await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
-            if self._memory_in_use is not None:
-                raise self._memory_in_use
-        if self._callers_error is not None:
-            raise self._callers_error
-        if not self._ledger.complete:
-            if self._scope.cancelled_caught:
-                late = TransferTimeout(f"the pull did not end within {self._options.timeout:g} s", hint="raise TIMEOUT")
-                self._failed(self._source or "all sources", late)
-            verified, total = self._ledger.verified_bytes, self._ledger.total_bytes
-            raise NoSourceLeft(tuple(self._attempts.values()), verified=verified, total=total)
-        return self._account()
-
-    @property
-    def _role(self) -> Role:
-        return self._options.role if self._identity is None else self._identity.role
-
-    async def _pull_all(self, sources: Sequence[Address]) -> None:
-        """Pull from several sources at once until all blocks are verified, or nothing is left to try."""
         options, manifest = self._options, self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
             self._manifest_digest = (
                 manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
             )
-        self._candidates = Sources(sources, tries=options.tries, until=self._began + options.wait)
-        async with anyio.create_task_group() as tasks:
-            with self._workers:
-                async with anyio.create_task_group() as workers:
+        terms = PullTerms(
+            began=self._began,
+            adopts=manifest is None,
+            stripe=options.stripe,
+            tries=options.tries,
+            wait=options.wait,
+            expect_root=options.expect_root,
+        )
+        self._pull = Pull(sources, terms, random.Random())  # noqa: S311 - spreads clients, no secret
+        self._supply = Supply(self._pull.ledger)
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as self._tasks:
+                    self._carry_out(self._pull.begin(time.monotonic()))
+                    await self._wait_until_over()
+        finally:
+            given = self._pull.ledger.complete and self._memory_in_use is None
+            if self._relay is not None and self._relaying and not given:
+                # The memory is the caller's again: nobody may read it any more.
+                with anyio.CancelScope(shield=True):  # each of its steps has a deadline
+                    await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
+            if self._memory_in_use is not None:
+                raise self._memory_in_use
+        if self._error is not None:
+            raise self._error
+        return self._account()
 
-                    def begin(number: int) -> None:
-                        if number == _SEVERAL:
-                            tasks.start_soon(self._watch_slow_ones)
-                        if number < max(1, options.stripe):
-                            workers.start_soon(self._work, partial(begin, number + 1))
+    @property
+    def _role(self) -> Role:
+        return self._options.role if self._identity is None else self._identity.role
 
-                    begin(0)
-            tasks.cancel_scope.cancel()
+    async def _wait_until_over(self) -> None:
+        """Tell the pull when a moment has come that it waits for, and when its time is up."""
+        last = self._began + self._options.timeout
+        while not self._pull.over:
+            self._changed = anyio.Event()
+            wake_at = self._pull.wake_at(time.monotonic())
+            until = last if wake_at is None else min(wake_at, last)
+            with anyio.move_on_after(max(0.0, until - time.monotonic())) as waited:
+                await self._changed.wait()
+            if waited.cancelled_caught:
+                self._tell(p.TimeIsUp(self._options.timeout) if until == last else p.Moment())
 
-    async def _work(self, busy: Callable[[], None]) -> None:
-        """Pull from one source after the other; `busy` is called at the first one, and has another worker begin."""
-        candidates, called = self._candidates, False
-        while not (self._ledger.complete or self._memory_in_use):
-            changed = self._changed
-            now = time.monotonic()
-            # Before the first source is accepted there is one at a time: the first one in the list decides the root.
-            queued = sum(session.session.queued for session in self._sessions)
-            alone = self._ledger.plan is None and candidates.running > queued
-            source = None if alone else candidates.take(now, work=self._ledger.plan is None or self._ledger.idle)
-            if source is not None:
-                if not called:
-                    called = True
-                    busy()
-                await self._try(source)
-                self._change()
-                continue
-            due = now + _QUEUE_LOOK if alone else candidates.next_due(now)
-            if due is None and not candidates.running:
-                return
-            with anyio.move_on_after(None if due is None else max(0.0, due - now)):
-                await changed.wait()
-
-    async def _try(self, source: Address) -> None:
-        """One session with `source`, and what follows from how it went."""
-        before = self._report.sources[str(source)].blocks if str(source) in self._report.sources else 0
-        error = await self._session_with(source)
-        if self._memory_in_use is not None:
-            return  # whatever comes of the source: no other one may fill this memory
-        now = time.monotonic()
-        if error is None:
-            self._candidates.rest(source)
+    def _tell(self, event: p.Event) -> None:
+        """Tell the pull what happened, and carry out what follows. What happens meanwhile is told afterwards."""
+        self._events.append(event)
+        if self._telling:
             return
-        share = self._report.sources.get(str(source))
-        progressed = share is not None and share.blocks > before
-        if isinstance(error, RefusedError) and error.sources:
-            relays = _named(error.sources)
-            if error.code == "gone":
-                _log.info("source %s: %s; it had them from %s", source, error.message, ", ".join(map(str, relays)))
-                self._failed(str(source), error)
-                self._candidates.gone(source, relays, now, error.retry_after)
-                return
-            if self._candidates.redirect(source, relays, now):
-                _log.info("source %s: %s; going on to %s", source, error.message, ", ".join(map(str, relays)))
-                return
-        self._failed(str(source), error)
-        if self._candidates.can_be_spared(source) and (isinstance(error, PeerLost) or _says(error, "gone")):
-            # It was there when it was named to us, and while it is waited for, whoever named it is not asked again.
-            self._candidates.drop(source)
-            return
-        match _what_next(error, progressed=progressed):
-            case "later":
-                self._candidates.later(source, now, error.retry_after if isinstance(error, RefusedError) else None)
-            case "again":
-                self._candidates.again(source, now)
-            case "last":
-                self._candidates.again(source, now, last=True)
-            case _:
-                self._candidates.drop(source)
+        self._telling = True
+        try:
+            while self._events:
+                event = self._events.popleft()
+                self._carry_out(self._pull.handle(event, time.monotonic()))
+                if isinstance(event, p.Landed):
+                    self._tell_progress(event.session)
+        finally:
+            self._telling = False
+            self._changed.set()
 
-    async def _watch_slow_ones(self) -> None:
-        """Leave a session that moves nothing while others have nothing left to do."""
-        while True:
-            await anyio.sleep(_IMPATIENCE / 4)
-            if any(session.parked for session in self._sessions):
-                for session in self._sessions:
-                    if not session.parked and session.overdue(_IMPATIENCE):
-                        session.feed(e.Cancelled("its blocks are taken over by faster sources", "timeout"))
+    def _carry_out(self, commands: Sequence[p.Command]) -> None:
+        for command in commands:
+            match command:
+                case p.Connect():
+                    self._start(partial(self._session_with, command))
+                case p.Allocate():
+                    self._start(partial(self._allocate, command))
+                case p.PassOn(announcement):
+                    self._pass_on(announcement)
+                case p.Log(level, text):
+                    _log.log(_LEVELS[level], "%s", text)
+                case p.Done():
+                    self._farewell()
+                case p.Failed(error):
+                    self._error = self._error or error
+                    self._scope.cancel()
+                case _:
+                    session = self._sessions.get(command.session)
+                    if session is not None:
+                        session.carry_out(command)
 
-    def _change(self) -> None:
-        """Wake whoever waits for blocks or candidates."""
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
-        for session in tuple(self._sessions):
-            session.wake()
+    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self._tasks is None:
+            raise LocalProtocolError("the pull has not begun")
+        self._tasks.start_soon(work)
 
-    def _dismiss_all(self) -> None:
-        """Every block is verified: no source is waited for any more, whatever it is doing."""
-        self._workers.deadline = anyio.current_time() + _FAREWELL
-        for session in tuple(self._sessions):
-            session.dismiss(self._workers.deadline)
-        self._change()
+    async def _allocate(self, command: p.Allocate) -> None:
+        error = None
+        try:
+            await anyio.to_thread.run_sync(self._destination.adopt, command.manifest)
+        except NetloaderError as caught:
+            error = caught
+        self._tell(p.Adopted(command.session, error))
 
-    def _failed(self, source: str, error: NetloaderError) -> None:
-        """Account for a try that failed. A source that is waited for says the same again and again: told once."""
-        attempt = AttemptFailed(source, error)
-        # By kind, not by text: that may hold a number, and another one each time.
-        key = (source, error.code if isinstance(error, RefusedError) else type(error).__name__)
-        known = key in self._attempts
-        self._attempts.setdefault(key, attempt)
-        self._report.retries += 1
-        _log.log(logging.DEBUG if known else logging.WARNING, "source %s: %s", source, error)
-
-    async def _session_with(self, source: Address) -> NetloaderError | None:
-        """One session with one source; the error that ended it, or None."""
-        self._source = str(source)
+    async def _session_with(self, command: p.Connect) -> None:
+        """One session with one source, to its end."""
+        source, number = command.source, command.session
         began = time.monotonic()
         try:
             connection = await connect(source, self._options.connect_timeout)
         except PeerLost as error:
-            return error
+            self._tell(p.Ended(number, error))
+            return
         finally:
             self._report.phases.connect += time.monotonic() - began
-        if self._ledger.complete:  # by another session, meanwhile
+        if self._pull.over:  # meanwhile, by other sessions
             await connection.aclose()
-            return None
-        usable = {name: self._transports[name] for name in self._transports if name not in self._unfit(source)}
-        terms = self._terms(usable.values())
-        session = ClientSession(
-            Session(Side.CLIENT, client=terms),
+            return
+        usable = {name: transport for name, transport in self._transports.items() if name not in command.unfit}
+        session = self._sessions[number] = ClientSession(
+            Session(Side.CLIENT, client=self._terms(command, usable.values())),
             connection,
+            number=number,
             source=str(source),
-            ledger=self._ledger,
+            ledger=self._pull.ledger,
+            tell=self._tell,
             destination=self._destination,
             digest=self._digest,
             transports=usable,
-            share=self._report.sources.setdefault(str(source), SourceShare()),
             setup_timeout=self._options.timings.plan,
             stall=self._options.timings.stall,
             supply=self._supply,
-            pinning=self._pinning,
-            pinned=self._pinned,
-            progressed=partial(self._tell_progress, str(source)),
         )
-        self._sessions.add(session)
+        self._tell(p.Connected(number))
+        ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
         try:
             await session.run()
-        except Exception as error:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
+            ended = session.session.error
+        except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
             _log.exception("source %s: unexpected error, the source is left", source)
-            return NetloaderError(
-                f"unexpected {type(error).__name__}: {error}",
+            ended = NetloaderError(
+                f"unexpected {type(bug).__name__}: {bug}",
                 hint="this is a bug in netloader: the log has the details",
             )
         finally:
-            self._sessions.discard(session)
+            del self._sessions[number]
             session.add_phases(self._report.phases)
-            if session.session.announcement is not None:  # here: a complete pull does not wait for every goodbye
+            if session.session.announcement is not None:  # also when a complete pull did not wait for a goodbye
                 self._report.identity = session.session.announcement.identity
             if session.lent.in_use is not None:
-                self._memory_in_use = session.lent.in_use
+                self._memory_in_use = ended = session.lent.in_use
                 self._scope.cancel()
-        if self._memory_in_use is not None:
-            return self._memory_in_use
-        if session.dismissed:
-            return None
-        if session.session.error is None and session.denied and not self._ledger.complete:
-            text = f"it could not give every block: {session.denied}"
-            hint = "add a source that holds all of them"
-            lacking = RefusedError("gone", text, hint=hint, sources=session.elsewhere)
-            lacking.story = session.session.story
-            return lacking
-        if self._goes_otherwise(source, session, usable):
-            return await self._session_with(source)
-        return session.session.error
+            chosen = session.session.transport
+            self._tell(
+                p.Ended(
+                    number,
+                    ended,
+                    transport=chosen,
+                    others=chosen in usable and len(usable) > 1,
+                    opened=State.TRANSFER in session.clock.seconds(),
+                    story=session.session.story,
+                )
+            )
 
-    def _unfit(self, source: Address) -> set[str]:
-        """Transports that turned out not to work with `source`, whatever both sides said about themselves."""
-        return self._unfit_transports.setdefault(source, set())
-
-    def _goes_otherwise(self, source: Address, session: ClientSession, usable: Mapping[str, Transport]) -> bool:
-        """Whether the chosen transport could not be set up, and another one may do."""
-        error, chosen = session.session.error, session.session.transport
-        unfit = isinstance(error, TransportUnavailable) or _says(error, "transport")
-        if not unfit or chosen not in usable or len(usable) == 1 or State.TRANSFER in session.clock.seconds():
-            return False
-        self._unfit(source).add(chosen)
-        _log.warning("source %s: not by %s: %s", source, chosen, error)
-        return True
-
-    def _terms(self, transports: Iterable[Transport]) -> ClientTerms:
+    def _terms(self, command: p.Connect, transports: Iterable[Transport]) -> ClientTerms:
         options, relay = self._options, self._relay
         return replace(
             client_terms(options, abilities_of(transports, self._destination.device)),
@@ -405,74 +323,48 @@ class _Pull:
             manifest=self._destination.manifest,
             manifest_digest=self._manifest_digest,
             role=self._role,
-            root=self._ledger.root,
-            pinned_by=self._ledger.pinned_by,
+            root=command.root,
+            pinned_by=command.pinned_by,
             node=self._supply.node,
             relay=0 if relay is None else relay.port,
             follow=options.follow,
-            avoid=tuple(str(address) for address in self._candidates.avoid[-MAX_SOURCES:]),
+            avoid=command.avoid,
             max_hops=options.max_hops,
         )
 
-    def _pinned(self, announcement: e.Announcement) -> None:
+    def _pass_on(self, announcement: e.Announcement) -> None:
         """The first source was accepted: others may pull from us from here on."""
         self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
         theirs = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)
-        if self._relay is not None and not self._relaying:
+        if self._relay is not None:
             self._relaying = True
             self._relay.add(_Relayed(own, _RelayMemory(self._destination), self._destination.device), self._supply)
 
-    def _tell_progress(self, source: str) -> None:
+    def _farewell(self) -> None:
+        """Every block is verified: no source is waited for any more, whatever it is doing."""
+        self._scope.deadline = anyio.current_time() + _FAREWELL
+        for session in self._sessions.values():
+            session.hurry(self._scope.deadline)
+
+    def _tell_progress(self, session: int) -> None:
         self._supply.notify()
-        if self._ledger.complete:
-            self._dismiss_all()
-        if self._progress is not None and self._callers_error is None:
-            seconds = time.monotonic() - self._began
-            total = self._ledger.total_bytes or 0
-            try:
-                self._progress(Progress(self._ledger.verified_bytes, total, seconds, source))
-            except Exception as error:  # noqa: BLE001 - the caller's own: raised to the caller, once all is closed
-                self._callers_error = error
-                self._scope.cancel()
+        if self._progress is None or self._error is not None:
+            return
+        ledger, seconds = self._pull.ledger, time.monotonic() - self._began
+        source = self._sessions[session].source
+        try:
+            self._progress(Progress(ledger.verified_bytes, ledger.total_bytes or 0, seconds, source))
+        except Exception as error:  # noqa: BLE001 - the caller's own: raised to the caller, once all is closed
+            self._error = error
+            self._scope.cancel()
 
     def _account(self) -> PullReport:
-        report, plan = self._report, self._ledger.plan
-        report.root = self._ledger.root
-        report.nbytes, report.blocks = self._ledger.verified_bytes, self._ledger.verified_blocks
-        report.tensors = 0 if plan is None else len(plan.manifest.tensors)
+        report, ledger = self._report, self._pull.ledger
+        report.root = ledger.root
+        report.nbytes, report.blocks = ledger.verified_bytes, ledger.verified_blocks
+        report.tensors = 0 if ledger.plan is None else len(ledger.plan.manifest.tensors)
         report.seconds = time.monotonic() - self._began
-        report.attempts = tuple(self._attempts.values())
+        report.sources, report.retries, report.attempts = self._pull.shares, self._pull.retries, self._pull.attempts
         return report
-
-
-def _says(error: NetloaderError | None, code: str) -> bool:
-    """Whether it is a refusal with this code."""
-    return isinstance(error, RefusedError) and error.code == code
-
-
-def _what_next(error: NetloaderError, *, progressed: bool) -> Literal["again", "last", "later", "drop"]:
-    """Whether a source is worth another try: at once, after all others, after a pause (within WAIT), or not at all."""
-    if isinstance(error, RefusedError) and error.code in _SOON_OVER:
-        return "later"
-    if isinstance(error, TransferTimeout | TransportUnavailable):
-        return "drop"
-    # It is there, and gave us up as too slow: this process or its host may have stood still for a while.
-    if _says(error, "timeout"):
-        return "last" if progressed else "drop"
-    # Where a channel broke, the other end's farewell may be heard before the channel itself is seen to be broken.
-    if isinstance(error, TransportError) or _says(error, "transport"):
-        return "again" if progressed else "later"
-    return "drop"
-
-
-def _named(sources: Sequence[str]) -> list[Address]:
-    """The addresses that a server named; what makes no sense is left out, since it is a peer's word."""
-    found = []
-    for text in sources:
-        try:
-            found.append(parse_address(text))
-        except ConfigError as error:
-            _log.debug("a server named a source that is no address: %s", error.message)
-    return found

@@ -19,8 +19,8 @@ _RELAY_PAUSE = 0.05
 _RELAY_WAIT = 5.0
 """Seconds after which a relay that is still not ready is given up."""
 
-_MAX_RELAYS = 4096
-"""Relays that one pull remembers: what servers name is bounded by this."""
+_MAX_KNOWN = 4096
+"""Sources that one pull remembers: what servers name is bounded by this."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,13 @@ class _Candidate:
     due: float = 0.0
     running: bool = False
     resting: bool = False  # it had nothing to do; worth another session when blocks become pending again
+    last_resort: bool = False  # slower than others: worth another session when none of those is left
     waits_for: frozenset[Address] = frozenset()  # it sent us to these; worth another try when they are gone
+
+    @property
+    def rank(self) -> tuple[bool, bool, int]:
+        """In which order sources are tried: relays first, those that were too slow last."""
+        return self.last_resort, self.via is None, self.order
 
 
 class Sources:
@@ -49,17 +55,17 @@ class Sources:
         sources: In the order to try.
         tries: Sessions with one source that may break after they brought something.
         until: When waiting for sources that are not ready ends.
+        chance: Spreads the pauses of clients that wait for one source.
     """
 
-    def __init__(self, sources: Iterable[Address], *, tries: int, until: float) -> None:
+    def __init__(self, sources: Iterable[Address], *, tries: int, until: float, chance: random.Random) -> None:
         self._tries = tries
         self._until = until
+        self._chance = chance
         self._order = 0
         self._known: dict[Address, _Candidate] = {}
         self._failed: dict[Address, None] = {}
-        for source in sources:
-            if source not in self._known:
-                self._known[source] = _Candidate(tries, until, _PAUSE[0], self._next())
+        self.add(sources)
 
     @property
     def avoid(self) -> tuple[Address, ...]:
@@ -70,6 +76,20 @@ class Sources:
     def running(self) -> int:
         """Sources that are being pulled from."""
         return sum(c.running for c in self._known.values())
+
+    def add(self, sources: Iterable[Address]) -> None:
+        """Sources to try after those that are known; one that is known already stays what it is."""
+        for source in sources:
+            if source not in self._known and len(self._known) < _MAX_KNOWN:
+                self._known[source] = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
+
+    def lose(self, source: Address) -> None:
+        """A source is not offered any more: it is not tried again; a session with it goes on."""
+        candidate = self._known.get(source)
+        if candidate is not None and candidate.running:
+            candidate.tries, candidate.until = 0, 0.0
+        else:
+            self._known.pop(source, None)
 
     def can_be_spared(self, source: Address) -> bool:
         """Whether `source` is a relay, and whoever named it is still there to name another one or to serve us."""
@@ -83,25 +103,38 @@ class Sources:
             now: The time.
             work: Whether any block is waiting to be fetched.
         """
-        for source, candidate in sorted(self._known.items(), key=lambda item: (item[1].via is None, item[1].order)):
+        alone = not self.running
+        for source, candidate in sorted(self._known.items(), key=lambda item: item[1].rank):
             if candidate.running or candidate.due > now or self._held_back(candidate):
+                continue
+            if candidate.last_resort and not alone:
                 continue
             if candidate.resting and not work:
                 continue
-            candidate.running, candidate.resting = True, False
+            candidate.running, candidate.resting, candidate.last_resort = True, False, False
             candidate.waits_for = frozenset()
             return source
         return None
 
     def next_due(self, now: float) -> float | None:
         """When :meth:`take` may have something, as far as time decides; None when time alone brings nothing."""
-        waiting = [c.due for c in self._known.values() if not c.running and not c.resting and not self._held_back(c)]
+        alone = not self.running
+        waiting = [
+            c.due
+            for c in self._known.values()
+            if not (c.running or c.resting or self._held_back(c)) and (alone or not c.last_resort)
+        ]
         return max(now, min(waiting)) if waiting else None
 
     def rest(self, source: Address) -> None:
         """It had nothing more to do for us; it may be asked again when that changes."""
         candidate = self._known[source]
         candidate.running, candidate.resting = False, True
+
+    def demote(self, source: Address, now: float) -> None:
+        """It was left since others are faster: worth another try once no other source is being pulled from."""
+        candidate = self._known[source]
+        candidate.running, candidate.last_resort, candidate.due = False, True, now
 
     def again(self, source: Address, now: float, *, last: bool = False) -> None:
         """Its session broke after it had brought something: worth another try at once, a limited number of times.
@@ -133,9 +166,9 @@ class Sources:
         if now >= candidate.until:
             self.drop(source)
             return
-        pause = candidate.pause * random.uniform(0.5, 1.5)  # noqa: S311 - spreads clients, no secret
+        pause = candidate.pause * self._chance.uniform(0.5, 1.5)
         if at_least is not None and candidate.via is None:
-            pause = max(pause, at_least * random.uniform(1.0, 1.25))  # noqa: S311 - as above
+            pause = max(pause, at_least * self._chance.uniform(1.0, 1.25))
         candidate.due = min(now + pause, candidate.until)
         candidate.pause = min(candidate.pause * 2, _PAUSE[1])
 
@@ -151,9 +184,11 @@ class Sources:
             Whether any of them is worth trying; the source waits for them then.
         """
         candidate = self._known[source]
-        usable = [r for r in relays if r != source and r not in self._failed]
+        usable = [
+            r for r in relays if r != source and r not in self._failed and not self._waits_in_a_circle(r, candidate)
+        ]
         for relay in usable:
-            if relay not in self._known and len(self._known) < _MAX_RELAYS:
+            if relay not in self._known and len(self._known) < _MAX_KNOWN:
                 self._known[relay] = _Candidate(
                     self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=source, due=now
                 )
@@ -181,7 +216,7 @@ class Sources:
         # One that is known already keeps its pause: two that name each other would be asked without end.
         for other in others:
             new = other != source and other not in self._known and other not in self._failed
-            if new and len(self._known) < _MAX_RELAYS:
+            if new and len(self._known) < _MAX_KNOWN:
                 self._known[other] = _Candidate(
                     self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=via or source, due=now
                 )

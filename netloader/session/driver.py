@@ -221,6 +221,8 @@ class SessionDriver(Generic[M]):
                 self._noted = text
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
+            case f.NoteQueued():
+                self.queued()
             case f.Examine():
                 self._examine(effect)
             case f.DeliverSignal(data):
@@ -268,6 +270,9 @@ class SessionDriver(Generic[M]):
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:
         """Called when the peer tells which relays its blocks come through; nothing to be done for a plain pull."""
+
+    def queued(self) -> None:
+        """Called when the server lets this session wait for its turn."""
 
     def gave_up(self) -> e.Cancelled:
         """What is told to the peer when :meth:`run` is cancelled."""

@@ -155,6 +155,8 @@ class Peer:
             case f.NoteChain(node, chain):
                 assert not self.pair.client_node or self.pair.client_node not in (node, *chain), "a circle"
                 self.chains.append((node, *chain))
+            case f.NoteQueued(position):
+                assert position >= 0
             case f.DeliverSignal(data):
                 self.signals_delivered.append(data)
             case f.ReturnBlocks(ranges, _, _):

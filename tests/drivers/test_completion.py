@@ -176,7 +176,8 @@ async def test_what_a_source_says_again_and_again_is_accounted_for_once_whatever
     async with kit.fake_server(loads) as fake:
         with pytest.raises(NoSourceLeft) as caught:
             await kit.pull(kit.blank(SOURCE), [fake.address], HUB.transport, wait=kit.PATIENCE)
+    assert [attempt.times for attempt in caught.value.attempts] == [3, 1]
     assert [attempt.cause.message for attempt in caught.value.attempts] == [
-        "1 of 4 parts are loaded",
+        "3 of 4 parts are loaded",
         "4 of 4 parts are loaded",
     ]

@@ -140,7 +140,6 @@ class Context:
         granted: Blocks granted and neither received (client) nor sent (server).
         early_wants: Requests that came before this end of the channel was open (server).
         probing: The session only looks.
-        queued: The server said that others come first (client).
         released: The server said goodbye after the verdict: both free their ends, and the connection may end.
         deadline: Seconds that the running timer was set to, or None.
         error: Why the session failed.
@@ -166,7 +165,6 @@ class Context:
     granted: set[int] = field(default_factory=set)
     early_wants: list[Ranges] = field(default_factory=list)
     probing: bool = False
-    queued: bool = False
     released: bool = False
     deadline: float | None = None
     error: NetloaderError | None = None

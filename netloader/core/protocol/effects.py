@@ -26,6 +26,7 @@ __all__ = [
     "LookUp",
     "Note",
     "NoteChain",
+    "NoteQueued",
     "Pin",
     "ReceiveBlocks",
     "ReturnBlocks",
@@ -165,6 +166,17 @@ class NoteChain:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteQueued:
+    """Client: the server lets this session wait for its turn.
+
+    Attributes:
+        position: Clients that come first.
+    """
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class CloseChannel:
     """Close the channel, if there is one -> ChannelDown."""
 
@@ -179,6 +191,7 @@ Effect = (
     | SetTimer
     | Note
     | NoteChain
+    | NoteQueued
     | LookUp
     | TakeTurn
     | AcceptChannel

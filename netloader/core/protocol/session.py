@@ -193,11 +193,6 @@ class Session:
         return tuple(self._ctx.story)
 
     @property
-    def queued(self) -> bool:
-        """Whether the server said that others come first."""
-        return self._ctx.queued
-
-    @property
     def identify(self) -> m.Identify | None:
         """What the client said that it wants; None before it did, and on a client."""
         return self._ctx.identify

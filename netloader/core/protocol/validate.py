@@ -126,13 +126,13 @@ def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
 
 def client_waiting(ctx: Context, event: m.Waiting) -> Sequence[f.Effect]:
     """The server lives, but our turn has not come."""
-    ctx.queued = True
-    return [f.Note(f"waiting for a turn: {event.reason}"), f.SetTimer(ctx.client.timings.validate)]
+    note = f.Note(f"waiting for a turn: {event.reason}")
+    return [note, f.NoteQueued(event.position), f.SetTimer(ctx.client.timings.validate)]
 
 
 def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:
     """The server says that identities match; see for ourselves."""
-    ctx.peer_identity, ctx.queued = event.identity, False
+    ctx.peer_identity = event.identity
     notes: list[f.Effect] = []
     terms = ctx.client
     if terms.identity is None and (event.identity.role != terms.role or event.identity.layout not in terms.layouts):

@@ -12,7 +12,7 @@ from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role
 from netloader.core.report import PullReport
-from netloader.errors import ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
+from netloader.errors import SOON_OVER, ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
 from netloader.observe.progress import ProgressLog
 from netloader.transports import registry
 from netloader.vllm.serve.server_loop import ServerLost
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 _ASK_TIMEOUT = 10.0
 _ASK_PAUSE = 0.5
-_SOON_OVER = ("not-ready", "busy", "gone")
 
 
 def check_transports(config: Config) -> None:
@@ -98,7 +97,7 @@ def only_processed(sources: Sequence[Address], role: Role, config: Config, spent
 
 def _soon_over(error: NetloaderError) -> bool:
     if isinstance(error, RefusedError):
-        return error.code in _SOON_OVER
+        return error.code in SOON_OVER
     return isinstance(error, PeerLost)
 
 

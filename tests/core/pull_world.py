@@ -1,0 +1,328 @@
+"""A simulated fleet around one pull: sources with a script each, a clock that jumps, no socket."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from netloader.core import pull_moves as p
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity
+from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
+from netloader.core.plan import Plan, expand, make_plan, to_ranges
+from netloader.core.protocol.events import Announcement
+from netloader.core.pull import Pull, PullTerms
+from netloader.errors import (
+    DigestMismatch,
+    NetloaderError,
+    NoSourceLeft,
+    PeerLost,
+    RefusedError,
+    RootMismatch,
+    TransferTimeout,
+    TransportUnavailable,
+)
+
+BLOCK = 1024
+SILENCE = 30.0
+"""Seconds after which the session of a source that says nothing ends by its deadline."""
+
+LATENCY = 0.01
+MOMENTS = 50
+STEPS = 5000
+
+
+def announcement(blocks: int, salt: bytes = b"") -> Announcement:
+    """Weights of so many blocks; other `salt`, other weights of equal shape."""
+    manifest = Manifest((TensorSpec("w", "uint8", (blocks * BLOCK,)),))
+    plan = make_plan(manifest, BLOCK)
+    digests = b"".join(digest_of(number, salt) for number in range(blocks))
+    known = manifest_digest(manifest)
+    root = compute_root(manifest, BLOCK, "test", digests, known_digest=known)
+    return Announcement(ModelIdentity(model="w"), manifest, known, plan, "test", digests, root)
+
+
+def digest_of(number: int, salt: bytes) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "big") + salt, digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one source behaves; every default is that of a good one.
+
+    Attributes:
+        per_block: Seconds that a block takes.
+        queue: Seconds that a client waits for its turn.
+        ready_at: Before that it says "not ready"; `absent`: before that nobody is there.
+        dies_after: Blocks of each session after which the connection is lost; never when None.
+        dead_from: From then on nobody is there.
+        lacks: Blocks that it does not have.
+        salt: Whose weights it holds.
+        lies_at: Block that arrives with other bytes.
+        silent: It says nothing when it is connected; `mute`: it never sends a block.
+        relays: Whom it sends newcomers to, by number, before it serves them itself.
+        only: Transport that works with it; all do when empty.
+    """
+
+    per_block: float = 0.01
+    queue: float = 0.0
+    ready_at: float = 0.0
+    absent: bool = False
+    dies_after: int | None = None
+    dead_from: float = float("inf")
+    lacks: frozenset[int] = frozenset()
+    salt: bytes = b""
+    lies_at: int | None = None
+    silent: bool = False
+    mute: bool = False
+    relays: tuple[int, ...] = ()
+    only: str = ""
+
+    @property
+    def reliable(self) -> bool:
+        """Whether it gives everything that it has to whoever waits long enough."""
+        faults = self.dies_after is not None or self.lies_at is not None or self.silent or self.mute
+        return not faults and self.dead_from == float("inf") and not self.salt and not self.relays
+
+
+TRANSPORTS = ("fast", "plain")
+
+
+@dataclass
+class _Talk:
+    source: Source
+    transport: str
+    asked: deque[int] = field(default_factory=deque)
+    sent: int = 0
+    opened: bool = False
+    sending: bool = False
+    over: bool = False
+
+
+@dataclass
+class World:
+    """One pull and its sources.
+
+    Attributes:
+        blocks: Blocks of the model.
+        sources: By number; addresses are made of these.
+        given: Numbers of the sources that the pull is told, in order.
+    """
+
+    blocks: int
+    sources: Sequence[Source]
+    given: Sequence[int]
+    stripe: int = 2
+    wait: float = 0.0
+    timeout: float = 10_000.0
+    adopts: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.now = 0.0
+        self.outcome: p.Done | NoSourceLeft | None = None
+        self.connects: Counter[int] = Counter()
+        self.asked: Counter[int] = Counter()
+        self.verified: Counter[int] = Counter()
+        self.ended_at = self.last_block_at = 0.0
+        self._count = itertools.count()
+        self._queue: list[tuple[float, int, p.Event]] = []
+        self._talks: dict[int, _Talk] = {}
+        self._announced = {salt: announcement(self.blocks, salt) for salt in (b"", b"other")}
+        expect = self._announced[b""].root if any(s.salt for s in self.sources) else ""
+        terms = PullTerms(adopts=self.adopts, stripe=self.stripe, wait=self.wait, expect_root=expect)
+        self.pull = Pull([self._address(n) for n in self.given], terms, random.Random(self.seed))
+
+    @staticmethod
+    def _address(number: int) -> Address:
+        return Address("10.0.0.1", 1000 + number)
+
+    @property
+    def plan(self) -> Plan:
+        return self._announced[b""].plan
+
+    def run(self) -> None:
+        """Live to the end; checks what always holds at each step."""
+        last, moments, steps = -1.0, 0, 0
+        self._carry_out(self.pull.begin(self.now))
+        while self.outcome is None:
+            self._check()
+            steps += 1
+            assert steps < STEPS, "it goes on and on"
+            wake = self.pull.wake_at(self.now)
+            due = self._queue[0][0] if self._queue else None
+            times = [at for at in (wake, due, self.timeout) if at is not None]
+            at = max(min(times), self.now)  # a source may be overdue already when another one begins to wait
+            assert wake is not None or due is not None, "it waits for nothing"
+            self.now = at
+            if at == self.timeout:
+                self._tell(p.TimeIsUp(self.timeout))
+            elif due is not None and due <= at:
+                event = heapq.heappop(self._queue)[2]
+                self._tell(event)
+            else:
+                self._tell(p.Moment())
+                moments = moments + 1 if self.now == last else 0
+                last = self.now
+                assert moments < MOMENTS, "the same moment comes again and again"
+            assert sum(self.connects.values()) <= self._most_connects(), "it connects without end"
+        self.ended_at = self.now
+        self._check()
+
+    def _most_connects(self) -> int:
+        # While it waits, a source is asked again after pauses of 0.1 s and more, soon of 2.5 s and more.
+        return len(self.sources) * (12 + 10 * len(self.sources) + int(self.wait))
+
+    def _tell(self, event: p.Event) -> None:
+        complete = self.pull.ledger.complete
+        if isinstance(event, p.Landed) and event.session in self._talks:
+            self.verified.update(number for number, _ in event.blocks)
+        self._carry_out(self.pull.handle(event, self.now))
+        if self.pull.ledger.complete and not complete:
+            self.last_block_at = self.now
+            assert isinstance(self.outcome, p.Done), "every block is there, and it goes on"
+
+    def _check(self) -> None:
+        ledger = self.pull.ledger
+        ledger.check_invariants()
+        assert all(count == 1 for count in self.verified.values()), "a block counts twice"
+        if isinstance(self.outcome, p.Done):
+            assert ledger.complete
+            assert ledger.root == self._announced[b""].root
+        elif self.outcome is not None:
+            assert not ledger.complete
+            assert self.outcome.attempts, "it failed without a reason"
+
+    # --- what the pull wants ----------------------------------------------------------------------------------------
+
+    def _later(self, seconds: float, event: p.Event) -> None:
+        heapq.heappush(self._queue, (self.now + seconds, next(self._count), event))
+
+    def _carry_out(self, commands: Sequence[p.Command]) -> None:
+        for command in commands:
+            assert self.outcome is None, f"{command} after the end"
+            match command:
+                case p.Connect():
+                    self._connect(command)
+                case p.Allocate(session, _):
+                    self._later(0.5, p.Adopted(session))
+                case p.Accept(session):
+                    self._accept(session)
+                case p.Ask(session, ranges):
+                    self._ask(session, expand(ranges))
+                case p.Refuse(session, error):
+                    self._end(session, error)
+                case p.Leave(session, reason):
+                    self._end(session, NetloaderError(reason))
+                case p.Finish(session) | p.Dismiss(session):
+                    self._end(session, None)
+                case p.Done():
+                    self.outcome = command
+                case p.Failed(NoSourceLeft() as error):
+                    self.outcome = error
+                case p.PassOn() | p.Log():
+                    pass
+
+    def _end(self, number: int, error: NetloaderError | None, seconds: float = LATENCY) -> None:
+        talk = self._talks.get(number)
+        if talk is None or talk.over:
+            return
+        talk.over = True
+        transport = talk.transport
+        others = len(TRANSPORTS) > 1
+        self._later(seconds, p.Ended(number, error, transport, others and bool(transport), talk.opened, ("story",)))
+        # What was on its way does not arrive any more.
+        self._queue = [
+            entry
+            for entry in self._queue
+            if isinstance(entry[2], p.Ended | p.Adopted) or getattr(entry[2], "session", None) != number
+        ]
+        heapq.heapify(self._queue)
+
+    def _connect(self, command: p.Connect) -> None:
+        index = command.source.port - 1000
+        source, number = self.sources[index], command.session
+        self.connects[index] += 1
+        assert sum(not talk.over for talk in self._talks.values()) < max(1, self.stripe), "more sources than allowed"
+        usable = [name for name in TRANSPORTS if name not in command.unfit]
+        talk = self._talks[number] = _Talk(source, "")
+        gone = self.now >= source.dead_from or (source.absent and self.now < source.ready_at)
+        if gone:
+            self._end(number, PeerLost("nobody is there"))
+            return
+        self._later(0.0, p.Connected(number))
+        if source.silent:
+            self._end(number, TransferTimeout("it says nothing"), SILENCE)
+        elif self.now < source.ready_at:
+            self._end(number, RefusedError("not-ready", f"loading, {self.now} s", retry_after=1.0))
+        elif any(str(self._address(relay)) not in command.avoid for relay in source.relays):
+            named = tuple(str(self._address(relay)) for relay in source.relays)
+            self._end(number, RefusedError("busy", "others pass it on", retry_after=5.0, sources=named))
+        elif command.root and command.root != self._announced[source.salt].root:
+            self._end(number, RootMismatch(command.root, "other", command.pinned_by))
+        elif not usable:
+            self._end(number, TransportUnavailable("none is left"))
+        else:
+            talk.transport = usable[0]
+            if source.queue:
+                self._later(LATENCY, p.Queued(number))
+            self._later(LATENCY + source.queue, p.Announced(number, self._announced[source.salt]))
+
+    def _accept(self, number: int) -> None:
+        talk = self._talks[number]
+        if talk.over:
+            return
+        if talk.source.only and talk.transport != talk.source.only:
+            self._end(number, TransportUnavailable("it can't be set up"))
+            return
+        talk.opened = True
+        self._later(LATENCY, p.Opened(number))
+        self._later(LATENCY, p.WantsWork(number))
+
+    def _ask(self, number: int, numbers: Sequence[int]) -> None:
+        talk = self._talks[number]
+        assert talk.opened, "asked before the channel was open"
+        if talk.over:
+            return
+        self.asked.update(numbers)
+        lacking = [n for n in numbers if n in talk.source.lacks]
+        talk.asked.extend(n for n in numbers if n not in talk.source.lacks)
+        if lacking:
+            self._later(0.0, p.Denied(number, to_ranges(lacking), "it was dropped"))
+            if not talk.asked:
+                self._later(0.0, p.WantsWork(number))
+        if talk.asked and not talk.sending:
+            talk.sending = True
+            self._send(number, talk)
+
+    def _send(self, number: int, talk: _Talk) -> None:
+        """All that was asked for, block by block."""
+        source = talk.source
+        if source.mute:
+            self._end(number, TransferTimeout("no block came"), SILENCE)
+            return
+        at = 0.0
+        while talk.asked:
+            block = talk.asked.popleft()
+            at += source.per_block
+            if source.lies_at == block:
+                self._end(number, DigestMismatch(block, ("w",), "a", "b"), at)
+                return
+            if talk.sent == source.dies_after or self.now + at >= source.dead_from:
+                self._end_after(number, PeerLost("the connection broke"), at)
+                return
+            talk.sent += 1
+            self._later(at, p.Landed(number, [(block, digest_of(block, source.salt))]))
+        self._later(at, p.WantsWork(number))
+        talk.sending = False
+
+    def _end_after(self, number: int, error: NetloaderError, seconds: float) -> None:
+        """The session ends once what was sent before has landed."""
+        talk = self._talks[number]
+        talk.over = True
+        self._later(seconds, p.Ended(number, error, talk.transport, others=True, opened=True, story=("story",)))

@@ -1,0 +1,285 @@
+"""The decisions of a pull, over any fleet: sources that are slow, dead, lying, loading, full, or lead elsewhere.
+
+Safe: no block counts twice, a pull ends complete and verified or failed with a reason, and nothing is waited for once
+every block is there. Alive: while honest, reachable sources hold every block and time is left, the pull completes, and
+what it fetches twice is bounded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from netloader.core import pull as pull_module
+from netloader.core import pull_moves as p
+from netloader.core.addresses import Address
+from netloader.core.ledger import Ledger
+from netloader.core.pull import Pull, PullTerms
+from netloader.core.sources import Sources
+from netloader.errors import NetloaderError, NoSourceLeft, PeerLost, RefusedError
+from tests.core.pull_world import Source, World, announcement
+
+SECONDS = st.sampled_from([0.0, 0.5, 3.0, 20.0])
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    """A fleet in which the first source may be anything; relays are named by sources, and are sources."""
+    blocks = draw(st.integers(0, 12))
+    count = draw(st.integers(1, 5))
+    sources = []
+    for number in range(count):
+        source = draw(
+            st.builds(
+                Source,
+                per_block=st.sampled_from([0.01, 0.01, 1.0, 60.0]),
+                queue=SECONDS,
+                ready_at=SECONDS,
+                absent=st.booleans(),
+                dies_after=st.none() | st.none() | st.integers(0, 5),
+                dead_from=st.just(float("inf")) | st.sampled_from([0.0, 0.05, 2.0]),
+                lacks=st.just(frozenset()) | st.frozensets(st.integers(0, max(0, blocks - 1)), max_size=3),
+                salt=st.sampled_from([b"", b"", b"", b"other"]),
+                lies_at=st.none() | st.none() | st.integers(0, 5),
+                silent=st.sampled_from([False, False, False, True]),
+                mute=st.sampled_from([False, False, False, True]),
+                relays=st.just(()) | st.lists(st.integers(0, count - 1), max_size=2, unique=True).map(tuple),
+                only=st.sampled_from(["", "", "plain"]),
+            )
+        )
+        if number in source.relays or blocks == 0:
+            source = Source(per_block=source.per_block, queue=source.queue)
+        sources.append(source)
+    given_sources = draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
+    return World(
+        blocks,
+        sources,
+        given_sources,
+        stripe=draw(st.integers(1, 4)),
+        wait=draw(st.sampled_from([0.0, 30.0])),
+        timeout=draw(st.sampled_from([5.0, 100_000.0, 100_000.0])),
+        adopts=draw(st.booleans()),
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+def ready_in_time(world: World, source: Source) -> bool:
+    """Whether the pull waits long enough for it. The last try comes when the wait is over."""
+    return source.ready_at == 0.0 or source.ready_at < world.wait - 5.0
+
+
+def live(world: World) -> None:
+    world.run()
+    honest = [world.sources[n] for n in world.given if world.sources[n].reliable]
+    honest = [source for source in honest if ready_in_time(world, source)]
+    held = set().union(*(set(range(world.blocks)) - source.lacks for source in honest)) if honest else set()
+    if honest and held == set(range(world.blocks)) and world.timeout > 10_000.0:
+        assert isinstance(world.outcome, p.Done), f"honest sources held every block: {world.outcome}"
+    # Blocks are asked for again only where a session was lost, left, or denied them.
+    sessions = sum(world.connects.values())
+    assert sum(world.asked.values()) <= world.blocks * (1 + sessions)
+    if isinstance(world.outcome, p.Done):
+        assert world.ended_at == world.last_block_at or not world.blocks
+
+
+FIRST_IS_BUSY = World(6, [Source(queue=20.0), Source()], [0, 1])
+LOADING = World(6, [Source(ready_at=20.0)], [0], wait=30.0)
+SLOW_AND_FAST = World(8, [Source(per_block=60.0), Source()], [0, 1])
+A_RELAY_DIES = World(6, [Source(relays=(1,)), Source(dies_after=2)], [0])
+EACH_HAS_A_PART = World(6, [Source(lacks=frozenset({0, 1})), Source(lacks=frozenset({5}))], [0, 1])
+TWO_NAME_EACH_OTHER = World(4, [Source(relays=(1,)), Source(relays=(0,)), Source()], [0, 1, 2])
+ANOTHER_TRANSPORT = World(4, [Source(only="plain")], [0])
+BREAKS_OFF_ONCE = World(4, [Source(dies_after=3)], [0])
+FAST_IS_A_LIAR = World(9, [Source(per_block=60.0), Source(lies_at=0, ready_at=3.0)], [0, 1], wait=30.0, timeout=1e5)
+ONE_LACKS_A_BLOCK = World(4, [Source(lacks=frozenset({0}))], [0])
+COMPLETE = (
+    *(FIRST_IS_BUSY, LOADING, SLOW_AND_FAST, A_RELAY_DIES, EACH_HAS_A_PART, TWO_NAME_EACH_OTHER),
+    *(ANOTHER_TRANSPORT, BREAKS_OFF_ONCE, FAST_IS_A_LIAR),
+)
+
+
+@settings(max_examples=max(300, settings().max_examples), suppress_health_check=[HealthCheck.too_slow])
+@given(worlds())
+def test_a_pull_is_safe_and_alive(world: World) -> None:
+    live(fresh(world))
+
+
+@pytest.mark.parametrize("number", range(len(COMPLETE)))
+def test_what_can_be_completed_is(number: int) -> None:
+    live(world := fresh(COMPLETE[number]))
+    assert isinstance(world.outcome, p.Done)
+
+
+def fresh(world: World) -> World:
+    """The same world, not lived in yet: an example is run more than once."""
+    return World(
+        world.blocks,
+        world.sources,
+        world.given,
+        stripe=world.stripe,
+        wait=world.wait,
+        timeout=world.timeout,
+        adopts=world.adopts,
+        seed=world.seed,
+    )
+
+
+# --- the same, with a bug in it ---------------------------------------------------------------------------------------
+
+
+def _waits_for_the_last_goodbye(self: Pull) -> Iterator[p.Command]:
+    if not self._sessions:
+        yield from _complete(self)
+
+
+def _always_parks(self: Pull, session: Any, now: float) -> Iterator[p.Command]:
+    asked = list(self._ask(session)) if session.open and not session.finished else []
+    yield from asked
+    session.parked = not asked
+
+
+def _forgets_what_was_lost(self: Ledger, session: int) -> tuple[()]:
+    self._in_flight_bytes.pop(session, None)
+    return ()
+
+
+def _first_is_never_alone(self: Pull) -> bool:
+    return False
+
+
+def _drops_whoever_redirects(self: Sources, source: Address, relays: Any, now: float) -> bool:
+    led = _redirect(self, source, relays, now)
+    if led:
+        self.drop(source)
+    return led
+
+
+def _tires_at_once(self: Sources, source: Address, now: float, *, last: bool = False) -> None:
+    self.drop(source)
+
+
+def _waits_without_pauses(self: Sources, source: Address, now: float, at_least: float | None = None) -> None:
+    self._known[source].running = False
+
+
+_complete, _redirect, _gone = Pull._complete, Sources.redirect, Sources.gone
+
+BUGS: dict[str, tuple[object, str, Callable[..., Any]]] = {
+    "a complete pull waits for its sessions": (Pull, "_complete", _waits_for_the_last_goodbye),
+    "sessions park although nothing can come back": (Pull, "_give_work", _always_parks),
+    "parked sessions are never woken": (Pull, "_wake", lambda self, now: ()),
+    "blocks of a lost session stay in flight": (Ledger, "lose", _forgets_what_was_lost),
+    "a source that redirected is forgotten": (Sources, "redirect", _drops_whoever_redirects),
+    "a source that breaks off is left for good": (Sources, "again", _tires_at_once),
+    "sources are asked again without a pause": (Sources, "later", _waits_without_pauses),
+    "no transport but the first is tried": (Pull, "_goes_otherwise", staticmethod(lambda event: False)),
+    "what a source lacks is asked of it again": (Ledger, "_queue_of", lambda self, session: (self._queue, frozenset())),
+    "a second source is never asked": (Pull, "_full", lambda self: bool(self._count)),
+    "a refusal that will be over soon is final": (
+        pull_module,
+        "next_step",
+        lambda error, *, progressed: "again" if progressed else "drop",
+    ),
+    "more sources at once than allowed": (Pull, "_full", lambda self: False),
+}
+
+
+@pytest.mark.parametrize("bug", list(BUGS))
+def test_a_bug_in_a_decision_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, broken = BUGS[bug]
+    monkeypatch.setattr(owner, name, broken)
+
+    @settings(
+        max_examples=500,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(worlds())
+    def lived(world: World) -> None:
+        live(fresh(world))
+
+    def tried() -> None:
+        for known in COMPLETE:
+            live(world := fresh(known))
+            assert isinstance(world.outcome, p.Done)
+        live(fresh(ONE_LACKS_A_BLOCK))
+        lived()
+
+    with pytest.raises((AssertionError, NetloaderError)):
+        tried()
+
+
+# --- single decisions -------------------------------------------------------------------------------------------------
+
+ONE, TWO, THREE = (Address("h", port) for port in (1, 2, 3))
+
+
+def begun(*sources: Address, **terms: Any) -> tuple[Pull, list[p.Command]]:
+    pull = Pull(sources, PullTerms(**terms), random.Random(1))
+    return pull, pull.begin(0.0)
+
+
+def test_the_first_source_is_alone_until_it_is_accepted_unless_it_lets_us_wait() -> None:
+    pull, commands = begun(ONE, TWO)
+    assert [c.source for c in commands if isinstance(c, p.Connect)] == [ONE]
+    (second,) = pull.handle(p.Queued(1), 1.0)
+    assert isinstance(second, p.Connect)
+    assert second.source == TWO
+
+
+def test_what_is_pinned_and_what_failed_is_told_to_the_next_source() -> None:
+    pull, _ = begun(ONE, TWO, stripe=2)
+    known = announcement(3)
+    commands = pull.handle(p.Announced(1, known), 0.1)
+    accepted, passed_on, connect = commands
+    assert isinstance(accepted, p.Accept)
+    assert isinstance(passed_on, p.PassOn)
+    assert isinstance(connect, p.Connect)
+    assert (connect.root, connect.pinned_by) == (known.root, str(ONE))
+
+
+def test_memory_is_provided_for_one_source_and_the_next_has_to_hold_the_same_tensors() -> None:
+    pull, _ = begun(ONE, TWO, adopts=True)
+    pull.handle(p.Queued(1), 0.0)
+    (allocate,) = pull.handle(p.Announced(1, announcement(3)), 0.1)
+    assert isinstance(allocate, p.Allocate)
+    assert pull.handle(p.Announced(2, announcement(4)), 0.2) == []
+    pull.handle(p.Ended(1, PeerLost("gone")), 0.3)
+    refused = [c for c in pull.handle(p.Adopted(1), 0.4) if isinstance(c, p.Refuse)]
+    assert [c.session for c in refused] == [2]
+    assert "other tensors" in str(refused[0].error)
+
+
+def test_failures_are_counted_by_source_and_kind() -> None:
+    pull, _ = begun(ONE, wait=100.0)
+    now = 0.0
+    for number in range(1, 6):
+        pull.handle(p.Ended(number, RefusedError("not-ready", f"{number} of 9 parts are loaded")), now)
+        now = pull.wake_at(now) or now
+        pull.handle(p.Moment(), now)
+    (attempt,) = pull.attempts
+    assert (attempt.times, pull.retries) == (5, 5)
+    (failed,) = [c for c in pull.handle(p.TimeIsUp(7.0), now) if isinstance(c, p.Failed)]
+    assert "5 of 9 parts are loaded (5 times)" in str(failed.error)
+    assert "within 7 s" in str(failed.error)
+    assert isinstance(failed.error, NoSourceLeft)
+
+
+def test_sources_may_appear_and_vanish() -> None:
+    pull, _ = begun(ONE, stripe=3)
+    pull.handle(p.Announced(1, announcement(3)), 0.0)
+    (connect,) = pull.handle(p.Found([TWO, ONE]), 0.1)
+    assert isinstance(connect, p.Connect)
+    assert connect.source == TWO
+    assert pull.handle(p.Lost(TWO), 0.2) == []
+    again = pull.handle(p.Ended(2, PeerLost("broke")), 0.3)
+    assert not [c for c in again if isinstance(c, p.Connect)]
+    assert pull.wake_at(0.3) is None
