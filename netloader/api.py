@@ -24,7 +24,7 @@ from netloader.core.protocol.context import Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.errors import ConfigError
 from netloader.server.server import HoldingServer, ServerOptions
-from netloader.session.driver import FEW_SPANS
+from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
 from netloader.transports.base import Transport
 

@@ -31,8 +31,8 @@ from netloader.core.protocol import events as e
 from netloader.core.pull import Pull, PullTerms
 from netloader.core.report import Progress, ProgressCallback, PullReport
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
-from netloader.session.driver import FEW_TENSORS
 from netloader.session.holding import Holding
+from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Transport
 

@@ -22,7 +22,8 @@ from netloader.core.report import Phases
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, TransportError
 from netloader.session.block_queue import BlockQueue
 from netloader.session.connection import ControlConnection
-from netloader.session.driver import Move, SessionDriver, looked_up
+from netloader.session.driver import Move, SessionDriver
+from netloader.session.off_loop import looked_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from netloader.core import pull_moves as p
 from netloader.core.addresses import Address, parse_address
 from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
-from netloader.core.plan import Plan
 from netloader.core.protocol.events import Announcement
+from netloader.core.pull_state import Failures, SessionState
 from netloader.core.report import SourceShare
 from netloader.core.sources import Sources
 from netloader.errors import (
@@ -40,20 +40,8 @@ from netloader.errors import (
 
 __all__ = ["Pull", "PullTerms"]
 
-_WINDOW_BYTES = (32 << 20, 2 << 30)
-"""Bytes asked for ahead, at first and at most: enough to keep a fast link busy while requests travel."""
-
-_WINDOW_SECONDS = 0.5
-"""What may be asked for ahead, in seconds at the rate seen: what others may have to wait for when a source is slow."""
-
 _REQUEST_PART = 2
 """Part of a window that has to be free before more is asked for: how often a source is given more."""
-
-_IMPATIENCE = 2.0
-"""Seconds without a block after which a source may be left when another one could take over its blocks."""
-
-_LATE = 4
-"""A block that takes this many times as long as blocks took until now is overdue."""
 
 _TAKEN_OVER = "its blocks are taken over by faster sources"
 
@@ -79,60 +67,6 @@ class PullTerms:
     expect_root: str = ""
 
 
-@dataclass(slots=True, eq=False)
-class _Session:
-    """One conversation with one source, and how fast it brings blocks."""
-
-    number: int
-    source: Address
-    queued: bool = False
-    open: bool = False
-    finished: bool = False
-    leaving: bool = False
-    slow: bool = False
-    dismissed: bool = False
-    parked: bool = False  # nothing to do until blocks of other sessions become pending again
-    denied: str = ""
-    elsewhere: tuple[str, ...] = ()
-    blocks: int = 0
-    nbytes: int = 0
-    began: float = 0.0
-    moved: float = 0.0
-
-    @property
-    def seconds_per_byte(self) -> float:
-        """How long a byte took on average; 0 before one came."""
-        return max(self.moved - self.began, 1e-3) / self.nbytes if self.nbytes else 0.0
-
-    def window(self, plan: Plan) -> int:
-        """Bytes that may be asked for ahead."""
-        if not self.nbytes:
-            return _WINDOW_BYTES[0]
-        return int(min(max(_WINDOW_SECONDS / self.seconds_per_byte, 2 * plan.block_bytes), _WINDOW_BYTES[1]))
-
-    def overdue_at(self, plan: Plan) -> float:
-        """When the next block has taken much longer than one takes at the rate seen."""
-        # A source that brought nothing yet is given more time: it may be at the far end of a slow line.
-        usual = plan.block_bytes * self.seconds_per_byte if self.nbytes else _IMPATIENCE
-        return self.moved + max(_IMPATIENCE, _LATE * usual)
-
-
-@dataclass(slots=True)
-class _Failures:
-    """Tries that failed: for each source and kind of failure the last one, and how many there were."""
-
-    retries: int = 0
-    by_kind: dict[tuple[str, str], AttemptFailed] = field(default_factory=dict)
-
-    def add(self, source: str, error: NetloaderError) -> bool:
-        """Account for one; whether it is the first of its kind."""
-        self.retries += 1
-        key = (source, error.code if isinstance(error, RefusedError) else type(error).__name__)
-        known = self.by_kind.get(key)
-        self.by_kind[key] = AttemptFailed(source, error, times=1 if known is None else known.times + 1)
-        return known is None
-
-
 class Pull:
     """One pull.
 
@@ -151,14 +85,14 @@ class Pull:
         self.shares: dict[str, SourceShare] = {}
         self._terms = terms
         self._sources = Sources(sources, tries=terms.tries, until=terms.began + terms.wait, chance=chance)
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, SessionState] = {}
         self._count = 0
         self._unfit: dict[Address, set[str]] = {}
-        self._failures = _Failures()
+        self._failures = Failures()
         self._adopts = terms.adopts
         self._adopted = ""  # digest of the manifest that memory was provided for
-        self._allocating: _Session | None = None
-        self._to_pin: list[tuple[_Session, Announcement]] = []
+        self._allocating: SessionState | None = None
+        self._to_pin: list[tuple[SessionState, Announcement]] = []
         self._over = False
         self._last = ""
 
@@ -234,7 +168,7 @@ class Pull:
 
     def _of_session(
         self,
-        session: _Session,
+        session: SessionState,
         event: p.Connected | p.Queued | p.Announced | p.Opened | p.WantsWork | p.Denied | p.Landed,
         now: float,
     ) -> Iterator[p.Command]:
@@ -290,7 +224,7 @@ class Pull:
     def _connect(self, source: Address) -> p.Connect:
         self._count += 1
         self._last = str(source)
-        self._sessions[self._count] = _Session(self._count, source)
+        self._sessions[self._count] = SessionState(self._count, source)
         return p.Connect(
             self._count,
             source,
@@ -316,7 +250,7 @@ class Pull:
             self._to_pin.pop(0)
             yield from self._pin(session, announcement)
 
-    def _allocated(self, session: _Session | None, error: NetloaderError | None) -> Iterator[p.Command]:
+    def _allocated(self, session: SessionState | None, error: NetloaderError | None) -> Iterator[p.Command]:
         if self._allocating is None:
             raise LocalProtocolError("memory was provided that nobody asked for")
         self._allocating = None
@@ -328,7 +262,7 @@ class Pull:
             yield p.Refuse(asked.number, error)
         yield from self._pin_next()
 
-    def _pin(self, session: _Session, announcement: Announcement) -> Iterator[p.Command]:
+    def _pin(self, session: SessionState, announcement: Announcement) -> Iterator[p.Command]:
         first = self.ledger.plan is None
         try:
             if self._adopted and announcement.manifest_digest != self._adopted:
@@ -346,7 +280,7 @@ class Pull:
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
-    def _moving(self) -> list[_Session]:
+    def _moving(self) -> list[SessionState]:
         """Sessions that fetch blocks."""
         return [
             s
@@ -354,7 +288,7 @@ class Pull:
             if s.open and not (s.parked or s.leaving) and self.ledger.in_flight_bytes(s.number)
         ]
 
-    def _landed(self, session: _Session, blocks: Sequence[tuple[int, bytes]], now: float) -> Iterator[p.Command]:
+    def _landed(self, session: SessionState, blocks: Sequence[tuple[int, bytes]], now: float) -> Iterator[p.Command]:
         plan = self.ledger.plan
         if plan is None:
             raise LocalProtocolError("blocks landed before a plan was agreed")
@@ -374,7 +308,7 @@ class Pull:
             share.nbytes += nbytes
         session.moved = now
 
-    def _give_work(self, session: _Session, now: float) -> Iterator[p.Command]:
+    def _give_work(self, session: SessionState, now: float) -> Iterator[p.Command]:
         """Ask for blocks; with none to ask for, finish, or park while blocks of others may come back."""
         if not session.open or session.finished or session.leaving:
             return
@@ -391,7 +325,7 @@ class Pull:
         else:
             session.parked = True
 
-    def _ask(self, session: _Session) -> Iterator[p.Command]:
+    def _ask(self, session: SessionState) -> Iterator[p.Command]:
         """Fill the session's window."""
         plan = self.ledger.plan
         if plan is None or session.finished or session.leaving:
@@ -410,7 +344,7 @@ class Pull:
         if ranges:
             yield p.Ask(session.number, ranges)
 
-    def _finish(self, session: _Session) -> p.Finish:
+    def _finish(self, session: SessionState) -> p.Finish:
         session.finished, session.parked = True, False
         outcome: Outcome = "complete" if self.ledger.complete else "partial"
         share = self.shares.get(str(session.source), SourceShare())
@@ -449,7 +383,7 @@ class Pull:
         yield self._failed(self._last or "all sources", late)
         yield from self._fail()
 
-    def _ended(self, session: _Session, event: p.Ended, now: float) -> Iterator[p.Command]:
+    def _ended(self, session: SessionState, event: p.Ended, now: float) -> Iterator[p.Command]:
         """One session is over: what follows for its source."""
         source, error = session.source, event.error
         self.ledger.lose(session.number)

@@ -29,8 +29,9 @@ from netloader.server.redirects import Redirects
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
-from netloader.session.driver import Move, SessionDriver, few_spans, looked_up
+from netloader.session.driver import Move, SessionDriver
 from netloader.session.holding import Holding
+from netloader.session.off_loop import few_spans, looked_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport, depth_of
 

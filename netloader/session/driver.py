@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Generic, NoReturn, TypeVar
 
@@ -21,7 +21,6 @@ from anyio.abc import TaskGroup
 
 from netloader.codecs.frames import encode_frame
 from netloader.core.messages import Announce, ClientMessage, Ending, ServerMessage
-from netloader.core.plan import Plan
 from netloader.core.protocol import FINAL, Session, Side, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
@@ -29,10 +28,11 @@ from netloader.core.protocol.announcement import examine
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
 from netloader.session.closing import Lent, forget_frames
 from netloader.session.connection import ControlConnection
+from netloader.session.off_loop import FEW_TENSORS, framed
 from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup, depth_of
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "Move", "PhaseClock", "SessionDriver", "few_spans", "looked_up"]
+__all__ = ["Move", "PhaseClock", "SessionDriver"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -41,13 +41,6 @@ M = TypeVar("M", bound=ClientMessage | ServerMessage)
 R = TypeVar("R")
 
 _log = logging.getLogger("netloader")
-
-FEW_TENSORS = 2048
-"""Tensors of a manifest that is dealt with in the event loop, larger ones beside it: as many take about 5 ms there."""
-
-FEW_SPANS = 512
-"""Pieces of memory that are looked up in the event loop, more of them beside it: as many take 0.3 to 2.6 ms there, and
-a request for a model of large tensors has no more."""
 
 _LINGER = 0.5
 """Seconds that the last messages of a session may take to leave."""
@@ -174,7 +167,7 @@ class SessionDriver(Generic[M]):
             self._writing = True
             try:
                 while self._outbox and not self._connection_lost:
-                    await self._connection.send(await _framed(self._outbox.popleft()))
+                    await self._connection.send(await framed(self._outbox.popleft()))
                 if not self._connection_lost:
                     await self._connection.finish()
             except NetloaderError as error:
@@ -429,7 +422,7 @@ class SessionDriver(Generic[M]):
         """Send what did not leave at once; most sessions have nothing of the kind."""
         while self._outbox:
             try:
-                frame = await _framed(self._outbox.popleft())
+                frame = await framed(self._outbox.popleft())
             except LocalProtocolError as error:
                 self._writing = False
                 self.feed(_as_event(error))
@@ -472,23 +465,6 @@ class SessionDriver(Generic[M]):
                 continue
             with anyio.move_on_after(left):
                 await self._deadline_moved.wait()
-
-
-async def _framed(message: bytes | Announce) -> bytes:
-    """A frame; one that is still to be made is made beside the event loop."""
-    return message if isinstance(message, bytes) else await anyio.to_thread.run_sync(encode_frame, message)
-
-
-def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
-    """Whether blocks are made of so few pieces that looking them up need not be done beside the event loop."""
-    return sum(len(plan.blocks[number].tensors) for number in numbers) <= FEW_SPANS
-
-
-async def looked_up(look: Callable[[Plan, Sequence[int]], R], plan: Plan, numbers: Sequence[int]) -> R:
-    """What `look` finds about blocks: at once where they have few pieces, else beside the event loop."""
-    if few_spans(plan, numbers):
-        return look(plan, numbers)
-    return await anyio.to_thread.run_sync(look, plan, numbers)
 
 
 async def _raise(error: Exception) -> NoReturn:

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 
 from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
-from netloader.core import pull as pull_module
+from netloader.core import pull_state
 from netloader.core.addresses import Address, seen_from
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
@@ -365,7 +365,7 @@ async def test_a_source_that_dies_loses_only_its_own_blocks(carrier: Transport) 
 
 
 async def test_a_source_that_hangs_is_left_when_others_have_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_module, "_IMPATIENCE", 0.1)
+    monkeypatch.setattr(pull_state, "_IMPATIENCE", 0.1)
     hub = kit.Hub()
     async with (
         held_seed(hub.transport) as (stuck, _),

@@ -125,14 +125,15 @@ def pull_raw(
         MemoryStillInUse: Nothing else may fill the tensors any more.
         NetloaderError: Nothing was pulled, or not all; any of the tensors may have been written then.
     """
-    began = time.monotonic()
     try:
         if server is not None and server.running and config.relay:
+            began = time.monotonic()
             try:
                 return server.pull(tensors, identity, **_options(sources, config, spent))
             except ServerLost as error:
                 log.warning("netloader: nothing is passed on while the weights are pulled: %s", error)
-        return sync.pull(tensors, identity, **_options(sources, config, spent + time.monotonic() - began))
+                spent += time.monotonic() - began
+        return sync.pull(tensors, identity, **_options(sources, config, spent))
     except MemoryStillInUse as error:
         log.error("netloader: nothing else may fill this memory: %s", error)  # noqa: TRY400 - the message says it all
         raise

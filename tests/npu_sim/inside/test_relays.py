@@ -19,7 +19,7 @@ from torch_npu import _hccl as sim
 from torch_npu._traffic import traffic
 
 import netloader
-from netloader.client import session as client_session
+from netloader.core import pull_state
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.protocol import State
@@ -47,7 +47,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many windows in little data, slow enough to meet each other; in the end no communicator and no turn is left."""
     monkeypatch.setattr(sim, "LATENCY", 0.01)
     monkeypatch.setattr(hccl_link, "WINDOW_BYTES", WINDOW)
-    monkeypatch.setattr(client_session, "_WINDOW_BYTES", (4 * WINDOW, 4 * WINDOW))
+    monkeypatch.setattr(pull_state, "_WINDOW_BYTES", (4 * WINDOW, 4 * WINDOW))
     traffic.journal.clear()
     yield
     assert not sim.open_now
