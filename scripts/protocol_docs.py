@@ -43,7 +43,7 @@ In the charts, dotted arrows lead to failure, and arrows that stay in a state ar
 def moves(side: Side) -> dict[tuple[State, State], tuple[str, ...]]:
     """The table of one side, with all events that lead from one state to another together."""
     found: dict[tuple[State, State], list[str]] = {}
-    for (whose, before, kind), after in TABLE.items():
+    for (whose, before, kind), (_, after) in TABLE.items():
         if whose is side:
             name = f"*{kind.__name__}*" if issubclass(kind, m.Wire) else kind.__name__
             found.setdefault((before, after), []).append(name)

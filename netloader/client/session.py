@@ -154,8 +154,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             case p.Accept():
                 self.feed(e.Pinned())
             case p.Refuse(_, error):
-                refused = self.session.state in (State.PLAN, State.FINALIZE)
-                self.feed(e.PinRefused(error) if refused else e.Cancelled(error.message, error=error))
+                self.feed(e.WorkFailed(error))
             case p.Ask(_, ranges):
                 self.feed(e.BlocksWanted(ranges))
             case p.Finish(_, outcome, blocks, nbytes):
@@ -253,14 +252,14 @@ class ClientSession(SessionDriver[ServerMessage]):
             await self.channel().recv(views, landed)
             result: e.Event = e.BlocksReceived(to_ranges(numbers))
         except DigestMismatch as error:
-            result = e.BlocksRejected(error)
+            result = e.WorkFailed(error)
         except MemoryStillInUse:
             raise  # whatever else is wrong
         except TransportError:
             # Wrong bytes cut the channel for all its calls, and an earlier one is heard first.
             if self._rejected is None:
                 raise
-            result = e.BlocksRejected(self._rejected)
+            result = e.WorkFailed(self._rejected)
         finally:
             self._verify_seconds += sum(seconds)
         return lambda: self.feed(result)

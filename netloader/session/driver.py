@@ -407,7 +407,7 @@ class SessionDriver(Generic[M]):
             try:
                 messages = await self._connection.receive()
             except RemoteProtocolError as error:
-                self.feed(e.Garbled(error))
+                self.feed(e.Failed(error))
                 return
             except PeerLost as error:
                 self._lose(error.message)
@@ -472,8 +472,4 @@ async def _raise(error: Exception) -> NoReturn:
 
 
 def _as_event(error: NetloaderError) -> e.Event:
-    if isinstance(error, RemoteProtocolError):
-        return e.Garbled(error)
-    if isinstance(error, TransportError):
-        return e.ChannelFailed(error)
-    return e.Cancelled(error.message, error=error)
+    return e.WorkFailed(error) if isinstance(error, TransportError) else e.Failed(error)

@@ -245,7 +245,7 @@ class Peer:
                 self._pin(announcement, ok=ok)
             case f.AcceptChannel() | f.ConnectChannel() if not ok:
                 pair.broken = True
-                self.feed(e.ChannelFailed(PeerLost("could not connect")))
+                self.feed(e.WorkFailed(PeerLost("could not connect")))
             case f.AcceptChannel():
                 task.stage += 1
                 self.feed(e.ChannelOffered(b"offer") if task.stage == 1 else e.ChannelOpened())
@@ -263,7 +263,7 @@ class Peer:
             case f.SendBlocks(ranges):
                 if not ok or pair.broken:
                     pair.broken = True
-                    self.feed(e.ChannelFailed(PeerLost("the channel broke")))
+                    self.feed(e.WorkFailed(PeerLost("the channel broke")))
                     return
                 pair.wire.extend((n, pair.weights.content(n)) for n in expand(ranges))
                 self.feed(e.BlocksSent(ranges))
@@ -278,10 +278,8 @@ class Peer:
     def _examine(self, question: f.Examine) -> None:
         try:
             self.feed(e.Examined(examine(question)))
-        except RemoteProtocolError as error:
-            self.feed(e.Garbled(error))
         except NetloaderError as error:
-            self.feed(e.Cancelled(error.message, error=error))
+            self.feed(e.Failed(error))
 
     def _pin(self, announcement: e.Announcement, *, ok: bool) -> None:
         pair = self.pair
@@ -293,7 +291,7 @@ class Peer:
                 raise NetloaderError("no memory")
             pair.ledger.pin(announcement.root, announcement.plan, announcement.digests, "the source")
         except NetloaderError as error:
-            self.feed(e.PinRefused(error))
+            self.feed(e.WorkFailed(error))
             return
         self.feed(e.Pinned())
 
@@ -311,7 +309,7 @@ class Peer:
         for number in numbers:
             if not pair.wire:
                 if pair.broken:
-                    self.feed(e.ChannelFailed(PeerLost("the channel broke")))
+                    self.feed(e.WorkFailed(PeerLost("the channel broke")))
                 else:  # the rest is still to come
                     self.tasks.insert(0, Task(f.ReceiveBlocks(to_ranges(set(numbers) - set(arrived)))))
                 break
@@ -322,7 +320,7 @@ class Peer:
             try:
                 pair.ledger.verify(self.session, number, digest_of(content))
             except DigestMismatch as error:
-                self.feed(e.BlocksRejected(error))
+                self.feed(e.WorkFailed(error))
                 return
             arrived.append(number)
         if arrived:
@@ -428,7 +426,7 @@ class Pair:
                 to.feed(message)
             to.decoder.feed(b"")
         except RemoteProtocolError as error:
-            to.feed(e.Garbled(error))
+            to.feed(e.Failed(error))
 
     def lose(self, peer: Peer, reason: str) -> None:
         if not peer.lost:

@@ -44,7 +44,7 @@ def test_the_chart_and_the_table_show_every_row(side: Side) -> None:
         for part in onward.split("; "):
             events, after = part.split(" → ")
             shown |= {(state, event, State[after]) for event in events.split(", ")}
-    rows = {(before, kind, after) for (whose, before, kind), after in TABLE.items() if whose is side}
+    rows = {(before, kind, after) for (whose, before, kind), (_, after) in TABLE.items() if whose is side}
     assert {(a, event.strip("*"), b) for a, event, b in shown} == {(a, kind.__name__, b) for a, kind, b in rows}
     assert all(event.startswith("*") == issubclass(getattr(m, event.strip("*"), int), m.Wire) for _, event, _ in shown)
     arrows = re.findall(r'(\w+) -\.?->\|"([^"]*)"\| (\w+)', docs.diagram(side))

@@ -276,7 +276,7 @@ def test_many_ranges_are_cut_into_messages_that_fit() -> None:
 
 def test_every_error_reaches_the_peer_as_text_that_fits() -> None:
     pair = until_transfer()
-    pair.client.feed(e.BlocksRejected(NetloaderError("half \udcff" + "x" * 100_000)))
+    pair.client.feed(e.WorkFailed(NetloaderError("half \udcff" + "x" * 100_000)))
     (goodbye,) = [said for said in pair.client.said if isinstance(said, m.Goodbye)]
     assert len(goodbye.reason) <= m.MAX_TEXT
     pair.end()

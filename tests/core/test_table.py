@@ -11,10 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netloader.core import messages as m
-from netloader.core.protocol import FINAL, TABLE, Session, Side, State
+from netloader.core.protocol import FINAL, TABLE, Session, Side, State, finalize
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
-from netloader.core.protocol.session import HANDLERS
+from netloader.core.protocol.table import LATE
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
 from tests.core.pair import Pair, Weights, client_terms, server_terms, snapshots
 from tests.core.strategies import codes, message_strategies, ranges, short_text, sources
@@ -31,9 +31,13 @@ signals = st.binary(max_size=4)
 local_strategies: dict[type, st.SearchStrategy[Any]] = {
     e.Connected: st.builds(e.Connected, st.sampled_from([b"s" * 16, b""])),
     e.ConnectionLost: st.builds(e.ConnectionLost, short_text),
-    e.Garbled: st.builds(e.Garbled, st.just(RemoteProtocolError("noise"))),
+    e.Failed: st.builds(e.Failed, st.sampled_from([RemoteProtocolError("noise"), NetloaderError("a fault")])),
+    e.WorkFailed: st.builds(
+        e.WorkFailed,
+        st.sampled_from([NetloaderError("no memory"), TransportError("broken"), PeerLost("gone")]),
+    ),
     e.TimedOut: st.just(e.TimedOut()),
-    e.Cancelled: st.builds(e.Cancelled, short_text, codes | st.just("done"), st.none() | st.just(PeerLost("gone"))),
+    e.Cancelled: st.builds(e.Cancelled, short_text, codes | st.just("done")),
     e.Held: st.builds(e.Held, st.sampled_from([Weights(), Weights(0), Weights(2, b"x")]).map(Weights.announcement)),
     e.NotHeld: st.builds(e.NotHeld, codes, short_text, short_text, st.none() | st.floats(-1, 1e9), sources),
     e.Queued: st.builds(e.Queued, short_text | st.just("x" * 10_000), st.integers(0, 9)),
@@ -41,18 +45,15 @@ local_strategies: dict[type, st.SearchStrategy[Any]] = {
     e.UpstreamChanged: st.builds(e.UpstreamChanged, st.just(("ab",))),
     e.Examined: st.builds(e.Examined, st.just(Weights(3).announcement())),
     e.Pinned: st.just(e.Pinned()),
-    e.PinRefused: st.builds(e.PinRefused, st.just(NetloaderError("no memory"))),
     e.ChannelOffered: st.builds(e.ChannelOffered, signals),
     e.SignalPosted: st.builds(e.SignalPosted, signals),
     e.ChannelOpened: st.just(e.ChannelOpened()),
-    e.ChannelFailed: st.builds(e.ChannelFailed, st.sampled_from([TransportError("broken"), PeerLost("gone")])),
     e.ChannelDown: st.just(e.ChannelDown()),
     e.BlocksReady: st.builds(e.BlocksReady, blocks),
     e.BlocksGone: st.builds(e.BlocksGone, blocks, short_text | st.just("x" * 10_000), sources),
     e.BlocksSent: st.builds(e.BlocksSent, blocks),
     e.BlocksWanted: st.builds(e.BlocksWanted, blocks),
     e.BlocksReceived: st.builds(e.BlocksReceived, blocks),
-    e.BlocksRejected: st.builds(e.BlocksRejected, st.just(NetloaderError("other bytes"))),
     e.Finished: st.builds(e.Finished, st.sampled_from(get_args(m.Outcome)), st.integers(0, 9)),
 }
 
@@ -79,7 +80,7 @@ def moments() -> tuple[Session, ...]:
 
 def allowed(row: tuple[Side, State, type]) -> set[State]:
     """Where a row may lead: any row may fail for a reason."""
-    return {TABLE.get(row, State.FAILED), State.FAILED}
+    return {TABLE[row][1], State.FAILED} if row in TABLE else {State.FAILED}
 
 
 def check(session: Session, event: Any) -> None:
@@ -150,8 +151,24 @@ def test_any_sequence_of_events_keeps_to_the_table(session: Session, data: st.Da
         session.handle(event)
 
 
-def test_the_handlers_are_the_rows_of_the_table() -> None:
-    assert HANDLERS.keys() == TABLE.keys()
+def test_what_may_come_late_does_nothing_in_finalize_and_nothing_else_comes_late() -> None:
+    for side in Side:
+        rows = {
+            (state, kind) for (s, state, kind), (handler, _) in TABLE.items() if s is side and handler is finalize.late
+        }
+        assert rows == {(State.FINALIZE, kind) for kind in LATE[side]}
+
+
+@pytest.mark.parametrize("error", [NetloaderError("no memory"), TransportError("broken")])
+def test_failed_work_matters_until_finalize_and_any_other_failure_in_every_state(error: NetloaderError) -> None:
+    for session in moments():
+        if session.state in FINAL:
+            continue
+        for event in (e.WorkFailed(error), e.Failed(error)):
+            copied = copy.deepcopy(session)
+            copied.handle(event)
+            late = session.state is State.FINALIZE and isinstance(event, e.WorkFailed)
+            assert copied.error is (None if late else error)
 
 
 def test_final_states_have_no_rows() -> None:
@@ -161,7 +178,9 @@ def test_final_states_have_no_rows() -> None:
 def test_every_state_is_reachable_on_either_side() -> None:
     for side in Side:
         reached = {State.LISTEN}
-        while more := {after for (s, state, _), after in TABLE.items() if s is side and state in reached} - reached:
+        while (
+            more := {after for (s, state, _), (_, after) in TABLE.items() if s is side and state in reached} - reached
+        ):
             reached |= more
         assert reached == set(State)
 
@@ -180,13 +199,13 @@ def test_every_local_event_is_legal_somewhere() -> None:
 def test_whatever_the_state_a_session_can_be_ended() -> None:
     for side in Side:
         for state in State:
-            for kind in (e.ConnectionLost, e.TimedOut, e.Cancelled, e.Garbled):
+            for kind in (e.ConnectionLost, e.TimedOut, e.Cancelled, e.Failed):
                 assert state in FINAL or (side, state, kind) in TABLE
 
 
 def test_states_only_move_forward() -> None:
     order = list(State)
-    assert all(order.index(before) <= order.index(after) for (_, before, _), after in TABLE.items())
+    assert all(order.index(before) <= order.index(after) for (_, before, _), (_, after) in TABLE.items())
 
 
 def test_no_row_is_dead() -> None:
@@ -199,7 +218,7 @@ def test_no_row_is_dead() -> None:
                 for event in (EXAMPLES[kind], *variants(session, kind)):
                     copied = copy.deepcopy(session)
                     copied.handle(event)
-                    if copied.state is TABLE[row] and (copied.state is not State.FAILED or copied.error):
+                    if copied.state is TABLE[row][1] and (copied.state is not State.FAILED or copied.error):
                         taken.add(row)
     assert [f"{s.value} {b.name} {k.__name__}" for s, b, k in TABLE if (s, b, k) not in taken] == []
 
@@ -244,7 +263,8 @@ def variants(session: Session, kind: type) -> list[Any]:
 EXAMPLES: dict[type, Any] = {
     e.Connected: e.Connected(b"s" * 16),
     e.ConnectionLost: e.ConnectionLost("cut"),
-    e.Garbled: e.Garbled(RemoteProtocolError("noise")),
+    e.Failed: e.Failed(RemoteProtocolError("noise")),
+    e.WorkFailed: e.WorkFailed(PeerLost("gone")),
     e.TimedOut: e.TimedOut(),
     e.Cancelled: e.Cancelled("stopping"),
     e.Held: e.Held(Weights(3).announcement()),
@@ -254,18 +274,15 @@ EXAMPLES: dict[type, Any] = {
     e.UpstreamChanged: e.UpstreamChanged(("ab",)),
     e.Examined: e.Examined(Weights(3).announcement()),
     e.Pinned: e.Pinned(),
-    e.PinRefused: e.PinRefused(NetloaderError("no memory")),
     e.ChannelOffered: e.ChannelOffered(b""),
     e.SignalPosted: e.SignalPosted(b""),
     e.ChannelOpened: e.ChannelOpened(),
-    e.ChannelFailed: e.ChannelFailed(PeerLost("gone")),
     e.ChannelDown: e.ChannelDown(),
     e.BlocksReady: e.BlocksReady(((0, 1),)),
     e.BlocksGone: e.BlocksGone(((0, 1),), "freed"),
     e.BlocksSent: e.BlocksSent(((0, 1),)),
     e.BlocksWanted: e.BlocksWanted(((0, 1),)),
     e.BlocksReceived: e.BlocksReceived(((0, 1),)),
-    e.BlocksRejected: e.BlocksRejected(NetloaderError("other bytes")),
     e.Finished: e.Finished("partial"),
     m.Hello: m.Hello(protocol=1, nonce=b"c" * 16),
     m.Welcome: m.Welcome(protocol=1, nonce=b"s" * 16),

@@ -11,7 +11,7 @@ from netloader.core.manifest import Manifest
 from netloader.core.messages import NONCE_BYTES, Ability, Identify, RefusalCode
 from netloader.core.plan import Ranges
 from netloader.core.protocol.events import Announcement
-from netloader.core.protocol.table import Side
+from netloader.core.protocol.states import Side
 from netloader.errors import LocalProtocolError, NetloaderError, RefusedError
 
 __all__ = ["ClientTerms", "Context", "Refuse", "ServerTerms", "Timings"]

@@ -73,7 +73,7 @@ class TakeTurn:
 
 @dataclass(frozen=True, slots=True)
 class AcceptChannel:
-    """Server: have the transport make an offer -> ChannelOffered, then ChannelOpened; or ChannelFailed."""
+    """Server: have the transport make an offer -> ChannelOffered, then ChannelOpened; or WorkFailed."""
 
     transport: str
     peer_facts: dict[str, str]
@@ -81,7 +81,7 @@ class AcceptChannel:
 
 @dataclass(frozen=True, slots=True)
 class ConnectChannel:
-    """Client: connect to the offer -> ChannelOpened or ChannelFailed."""
+    """Client: connect to the offer -> ChannelOpened or WorkFailed."""
 
     transport: str
     offer: bytes
@@ -97,7 +97,7 @@ class DeliverSignal:
 
 @dataclass(frozen=True, slots=True)
 class Examine:
-    """Client: check what the server announced -> Examined; Cancelled or Garbled with what is wrong.
+    """Client: check what the server announced -> Examined; Failed with what is wrong.
 
     Attributes:
         announce: What it said.
@@ -114,7 +114,7 @@ class Examine:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Client: provide memory where that is still to be done, and pin root and plan -> Pinned or PinRefused."""
+    """Client: provide memory where that is still to be done, and pin root and plan -> Pinned or WorkFailed."""
 
     announcement: Announcement
 
@@ -133,7 +133,7 @@ class CheckBlocks:
 
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
-    """Server: put these blocks on the channel, after all earlier ones -> BlocksSent or ChannelFailed."""
+    """Server: put these blocks on the channel, after all earlier ones -> BlocksSent or WorkFailed."""
 
     ranges: Ranges
 
@@ -142,7 +142,7 @@ class SendBlocks:
 class ReceiveBlocks:
     """Client: receive these blocks, after all earlier ones, and check each.
 
-    -> BlocksReceived, BlocksRejected or ChannelFailed.
+    -> BlocksReceived or WorkFailed.
     """
 
     ranges: Ranges

@@ -11,36 +11,34 @@ from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import Manifest
 from netloader.core.messages import ClientMessage, Ending, Outcome, RefusalCode, ServerMessage
 from netloader.core.plan import Plan, Ranges
-from netloader.errors import NetloaderError, RemoteProtocolError, TransportError
+from netloader.errors import NetloaderError
 
 __all__ = [
     "Announcement",
     "BlocksGone",
     "BlocksReady",
     "BlocksReceived",
-    "BlocksRejected",
     "BlocksSent",
     "BlocksWanted",
     "Cancelled",
     "ChannelDown",
-    "ChannelFailed",
     "ChannelOffered",
     "ChannelOpened",
     "Connected",
     "ConnectionLost",
     "Event",
     "Examined",
+    "Failed",
     "Finished",
-    "Garbled",
     "Held",
     "NotHeld",
-    "PinRefused",
     "Pinned",
     "Queued",
     "SignalPosted",
     "TimedOut",
     "TurnTaken",
     "UpstreamChanged",
+    "WorkFailed",
 ]
 
 
@@ -86,10 +84,20 @@ class ConnectionLost:
 
 
 @dataclass(frozen=True, slots=True)
-class Garbled:
-    """The peer sent bytes that are no message."""
+class Failed:
+    """The session cannot go on: the peer sent bytes that are no message, or this side failed."""
 
-    error: RemoteProtocolError
+    error: NetloaderError
+
+
+@dataclass(frozen=True, slots=True)
+class WorkFailed:
+    """What this side did to move blocks failed: the ledger refused, the channel broke, or a block is a wrong one.
+
+    Not :class:`Failed`, because in FINALIZE it no longer matters: the client needs nothing more.
+    """
+
+    error: NetloaderError
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +107,15 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """This side gives up: it was cancelled, is stopping, or failed.
+    """This side gives up: it was cancelled, or is stopping.
 
     Attributes:
         reason: Why.
-        code: Which kind of ending the peer is told, when there is no `error`.
-        error: The failure on this side; None when there was none.
+        code: Which kind of ending the peer is told.
     """
 
     reason: str
     code: Ending = "internal"
-    error: NetloaderError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +181,6 @@ class Pinned:
 
 
 @dataclass(frozen=True, slots=True)
-class PinRefused:
-    """Client: the ledger, or whoever was to provide memory, did not accept."""
-
-    error: NetloaderError
-
-
-@dataclass(frozen=True, slots=True)
 class ChannelOffered:
     """Server: the transport has made an offer."""
 
@@ -198,13 +197,6 @@ class SignalPosted:
 @dataclass(frozen=True, slots=True)
 class ChannelOpened:
     """The channel is open."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelFailed:
-    """The channel could not be opened, or broke."""
-
-    error: TransportError
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,13 +242,6 @@ class BlocksReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class BlocksRejected:
-    """Client: a block landed that is not what was announced."""
-
-    error: NetloaderError
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
     """Client: it needs nothing more from this server."""
 
@@ -268,7 +253,8 @@ class Finished:
 LocalEvent = (
     Connected
     | ConnectionLost
-    | Garbled
+    | Failed
+    | WorkFailed
     | TimedOut
     | Cancelled
     | Held
@@ -278,18 +264,15 @@ LocalEvent = (
     | UpstreamChanged
     | Examined
     | Pinned
-    | PinRefused
     | ChannelOffered
     | SignalPosted
     | ChannelOpened
-    | ChannelFailed
     | ChannelDown
     | BlocksReady
     | BlocksGone
     | BlocksSent
     | BlocksWanted
     | BlocksReceived
-    | BlocksRejected
     | Finished
 )
 Event = LocalEvent | ClientMessage | ServerMessage

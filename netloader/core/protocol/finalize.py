@@ -10,22 +10,21 @@ from netloader.core.protocol.context import Context
 from netloader.core.protocol.events import (
     Cancelled,
     ChannelDown,
-    ChannelFailed,
     ConnectionLost,
     Event,
+    Failed,
     Finished,
-    Garbled,
     TimedOut,
+    WorkFailed,
 )
 from netloader.errors import NetloaderError, PeerLost, RefusedError, TransferTimeout
 
 __all__ = [
-    "channel_failed",
     "client_finished",
     "client_goodbye",
     "closed",
     "connection_lost",
-    "garbled",
+    "failed",
     "gave_up",
     "late",
     "left",
@@ -87,8 +86,8 @@ def lost_late(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
     return late(ctx, event) if ctx.released else connection_lost(ctx, event)
 
 
-def garbled(ctx: Context, event: Garbled) -> Sequence[f.Effect]:
-    """The peer does not speak the protocol."""
+def failed(ctx: Context, event: Failed | WorkFailed) -> Sequence[f.Effect]:
+    """Something failed, and the event says what."""
     raise event.error
 
 
@@ -104,9 +103,4 @@ def timed_out(ctx: Context, event: TimedOut) -> Sequence[f.Effect]:
 
 def gave_up(ctx: Context, event: Cancelled) -> Sequence[f.Effect]:
     """This side gives up."""
-    raise NetloaderError(event.reason or "this side gave up") if event.error is None else event.error
-
-
-def channel_failed(ctx: Context, event: ChannelFailed) -> Sequence[f.Effect]:
-    """The data path broke."""
-    raise event.error
+    raise NetloaderError(event.reason or "this side gave up")

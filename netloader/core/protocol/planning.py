@@ -12,7 +12,6 @@ from netloader.core.protocol.events import (
     ChannelOpened,
     Examined,
     Pinned,
-    PinRefused,
     SignalPosted,
     UpstreamChanged,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "client_examined",
     "client_offer",
     "client_open",
-    "client_pin_refused",
     "client_pinned",
     "client_upstream",
     "server_agree",
@@ -96,11 +94,6 @@ def _chosen(ctx: Context) -> None:
     """See that a transport was chosen: an event of a channel needs one."""
     if not ctx.transport:
         raise LocalProtocolError("a channel had news before a transport was chosen")
-
-
-def client_pin_refused(ctx: Context, event: PinRefused) -> Sequence[f.Effect]:
-    """The ledger is pinned to other weights, or there is no memory for these."""
-    raise event.error
 
 
 def server_agree(ctx: Context, event: m.Agree) -> Sequence[f.Effect]:

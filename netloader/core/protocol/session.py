@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import get_args
 
 from netloader.core import messages as m
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
-from netloader.core.protocol import finalize, listen, planning, transfer, validate
 from netloader.core.protocol.context import ClientTerms, Context, Refuse, ServerTerms
-from netloader.core.protocol.table import FINAL, TABLE, Side, State
+from netloader.core.protocol.states import FINAL, Side, State
+from netloader.core.protocol.table import TABLE
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
@@ -25,86 +25,9 @@ from netloader.errors import (
     VerificationError,
 )
 
-__all__ = ["HANDLERS", "ClientTerms", "ServerTerms", "Session"]
+__all__ = ["ClientTerms", "ServerTerms", "Session"]
 
-Handler = Callable[[Context, Any], Sequence[f.Effect]]
-_L, _V, _P, _T, _F = State.LISTEN, State.VALIDATE, State.PLAN, State.TRANSFER, State.FINALIZE
-
-_BOTH: Mapping[type, Handler] = {
-    e.ConnectionLost: finalize.connection_lost,
-    e.Garbled: finalize.garbled,
-    e.TimedOut: finalize.timed_out,
-    e.Cancelled: finalize.gave_up,
-    e.ChannelFailed: finalize.channel_failed,
-    m.Signal: planning.signal_came,
-    e.SignalPosted: planning.signal_posted,
-    m.Refusal: finalize.refused,
-    m.Goodbye: finalize.left,
-    e.NotHeld: validate.server_not_held,
-}
-"""Handlers that do the same in every state and on either side, unless a more special one is below."""
-
-_SPECIAL: Mapping[tuple[Side, State, type], Handler] = {
-    (Side.SERVER, _L, e.Connected): listen.server_connected,
-    (Side.SERVER, _L, m.Hello): listen.server_hello,
-    (Side.SERVER, _V, m.Identify): validate.server_identify,
-    (Side.SERVER, _V, e.Held): validate.server_held,
-    (Side.SERVER, _V, e.Queued): validate.server_queued,
-    (Side.SERVER, _V, e.TurnTaken): validate.server_turn,
-    (Side.SERVER, _P, m.Agree): planning.server_agree,
-    (Side.SERVER, _P, e.ChannelOffered): planning.server_offered,
-    (Side.SERVER, _P, m.Want): transfer.server_early_want,
-    (Side.SERVER, _P, e.ChannelOpened): transfer.server_open,
-    (Side.SERVER, _P, m.Verdict): finalize.server_verdict,
-    (Side.SERVER, _T, m.Want): transfer.server_want,
-    (Side.SERVER, _T, e.BlocksReady): transfer.server_ready,
-    (Side.SERVER, _T, e.BlocksGone): transfer.server_gone,
-    (Side.SERVER, _T, e.BlocksSent): transfer.server_sent,
-    (Side.SERVER, _P, e.UpstreamChanged): planning.server_upstream,
-    (Side.SERVER, _T, e.UpstreamChanged): planning.server_upstream,
-    (Side.SERVER, _T, m.Verdict): finalize.server_verdict,
-    (Side.SERVER, _F, m.Goodbye): finalize.late,
-    (Side.SERVER, _F, e.ConnectionLost): finalize.lost_late,
-    (Side.SERVER, _F, e.ChannelDown): finalize.closed,
-    (Side.CLIENT, _L, e.Connected): listen.client_connected,
-    (Side.CLIENT, _L, m.Welcome): listen.client_welcome,
-    (Side.CLIENT, _V, m.Waiting): validate.client_waiting,
-    (Side.CLIENT, _V, m.Accepted): validate.client_accepted,
-    (Side.CLIENT, _P, m.Announce): planning.client_announce,
-    (Side.CLIENT, _P, e.Examined): planning.client_examined,
-    (Side.CLIENT, _P, e.Pinned): planning.client_pinned,
-    (Side.CLIENT, _P, e.PinRefused): planning.client_pin_refused,
-    (Side.CLIENT, _P, m.ChannelOffer): planning.client_offer,
-    (Side.CLIENT, _P, e.ChannelOpened): planning.client_open,
-    (Side.CLIENT, _P, e.Finished): finalize.client_finished,
-    (Side.CLIENT, _T, e.BlocksWanted): transfer.client_wanted,
-    (Side.CLIENT, _T, m.Grant): transfer.client_grant,
-    (Side.CLIENT, _T, m.Gone): transfer.client_gone,
-    (Side.CLIENT, _P, m.Upstream): planning.client_upstream,
-    (Side.CLIENT, _T, m.Upstream): planning.client_upstream,
-    (Side.CLIENT, _T, e.BlocksReceived): transfer.client_received,
-    (Side.CLIENT, _T, e.BlocksRejected): transfer.client_rejected,
-    (Side.CLIENT, _T, e.Finished): finalize.client_finished,
-    (Side.CLIENT, _F, m.Goodbye): finalize.client_goodbye,
-    (Side.CLIENT, _F, e.ConnectionLost): finalize.lost_late,
-    (Side.CLIENT, _F, e.ChannelDown): finalize.closed,
-}
-
-_STILL_COUNTS = (e.ConnectionLost, e.Garbled, e.TimedOut, e.Cancelled, m.Refusal, m.Goodbye)
-"""What still matters in FINALIZE; other rows without a special handler there only say what may come late."""
-
-
-def _handler(side: Side, state: State, kind: type) -> Handler:
-    special = _SPECIAL.get((side, state, kind))
-    if special is not None:
-        return special
-    if state is _F and kind not in _STILL_COUNTS:
-        return finalize.late
-    return _BOTH[kind]
-
-
-HANDLERS: Mapping[tuple[Side, State, type], Handler] = {row: _handler(*row) for row in TABLE}
-"""One handler for each row of the table; building it fails when a row has none."""
+_P, _T, _F = State.PLAN, State.TRANSFER, State.FINALIZE
 
 _CODES: tuple[tuple[type[NetloaderError], m.RefusalCode], ...] = (
     (RootMismatch, "root"),
@@ -218,20 +141,16 @@ class Session:
         """
         if self._state in FINAL:
             return ()
-        before, row = self._state, (self._ctx.side, self._state, type(event))
-        after = TABLE.get(row)
+        move = TABLE.get((self._ctx.side, self._state, type(event)))
         try:
-            if after is None:
+            if move is None:
                 raise self._illegal(event)
-            effects = tuple(HANDLERS[row](self._ctx, event))
+            handler, after = move
+            effects = tuple(handler(self._ctx, event))
         except NetloaderError as error:
-            self._state = State.FAILED
-            self._tell(before, event)
+            self._enter(State.FAILED, event)
             return self._fail(error, event)
-        self._state = after
-        self._tell(before, event)
-        if after is State.DONE:
-            self._ctx.forget_blocks()
+        self._enter(after, event)
         for effect in effects:
             if isinstance(effect, f.SetTimer):
                 self._ctx.deadline = effect.seconds
@@ -263,15 +182,18 @@ class Session:
             return RemoteProtocolError(f"the peer broke the rules: {text}")
         return LocalProtocolError(text)
 
-    def _tell(self, before: State, event: e.Event) -> None:
-        self._ctx.story.append(f"{before.name} + {type(event).__name__} -> {self._state.name}")
+    def _enter(self, state: State, event: e.Event) -> None:
+        """Change the state; nothing else does."""
+        self._ctx.story.append(f"{self._state.name} + {type(event).__name__} -> {state.name}")
+        self._state = state
+        if state in FINAL:
+            self._ctx.forget_blocks()
 
     def _fail(self, error: NetloaderError, event: e.Event) -> tuple[f.Effect, ...]:
         error.story = tuple(self._ctx.story)
         if not error.hint:
             error.hint = next(hint for kind, hint in _HINTS if isinstance(error, kind))
         self._ctx.error = error
-        self._ctx.forget_blocks()
         if self._ctx.released or isinstance(event, m.Refusal | m.Goodbye | e.ConnectionLost):
             return (f.Close(),)
         code, message = _code(error), m.wire_text(error.message)
@@ -284,5 +206,5 @@ class Session:
                 sources=m.wire_sources(error.sources),
             )
             return (f.Send(refusal), f.Close())
-        ending = event.code if isinstance(event, e.Cancelled) and event.error is None else code
+        ending = event.code if isinstance(event, e.Cancelled) else code
         return (f.Send(m.Goodbye(code=ending, reason=message)), f.Close())

@@ -1,149 +1,105 @@
-"""The states of a session and the only table of legal moves.
+"""The only table of a session: side, state and kind of event -> handler and next state.
 
-House rules: whatever changes a state is in this table; the table does not know which side we are, the side is a value
-in it. A pair of state and event that is not listed leads to FAILED. The two final states have no rows: an ended session
-ignores what comes late. Any row may end in FAILED instead, when its handler finds a reason.
+A pair of state and event that is not listed leads to FAILED, and any row may do so instead, when its handler raises.
+The two final states have no rows: an ended session ignores what comes late.
 """
 
 from __future__ import annotations
 
-import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from netloader.core import messages as m
+from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
+from netloader.core.protocol import finalize, listen, planning, transfer, validate
+from netloader.core.protocol.context import Context
+from netloader.core.protocol.states import FINAL, Side, State
 
-__all__ = ["FINAL", "TABLE", "Row", "Side", "State"]
+__all__ = ["LATE", "TABLE", "Handler", "Row"]
 
-
-class Side(enum.Enum):
-    """Which end of the session."""
-
-    SERVER = "server"
-    CLIENT = "client"
-
-
-class State(enum.Enum):
-    """Where a session is."""
-
-    LISTEN = "listen"
-    VALIDATE = "validate"
-    PLAN = "plan"
-    TRANSFER = "transfer"
-    FINALIZE = "finalize"
-    DONE = "done"
-    FAILED = "failed"
-
-
-FINAL = frozenset({State.DONE, State.FAILED})
-
+Handler = Callable[[Context, Any], Sequence[f.Effect]]
 Row = tuple[Side, State, type]
 
-_L, _V, _P, _T, _F = State.LISTEN, State.VALIDATE, State.PLAN, State.TRANSFER, State.FINALIZE
-_WORKING = (_L, _V, _P, _T, _F)
+_SERVER, _CLIENT = Side.SERVER, Side.CLIENT
+_L, _V, _P, _T, _F = _WORKING = [state for state in State if state not in FINAL]
 
-_SERVER: dict[tuple[State, type], State] = {
-    (_L, e.Connected): _L,
-    (_L, m.Hello): _V,
-    (_V, m.Identify): _V,
-    (_V, e.Held): _V,
-    (_V, e.Queued): _V,
-    (_V, e.TurnTaken): _P,
-    (_P, m.Agree): _P,
-    (_P, e.ChannelOffered): _P,
-    (_P, m.Signal): _P,
-    (_P, e.SignalPosted): _P,
-    (_P, m.Want): _P,  # the client's end of the channel may open first
-    (_P, e.ChannelOpened): _T,
-    (_P, m.Verdict): _F,  # a probe ends here
-    (_T, m.Signal): _T,
-    (_T, e.SignalPosted): _T,
-    (_T, m.Want): _T,
-    (_T, e.BlocksReady): _T,
-    (_T, e.BlocksGone): _T,
-    (_T, e.BlocksSent): _T,
-    (_P, e.UpstreamChanged): _P,
-    (_T, e.UpstreamChanged): _T,
-    (_F, e.UpstreamChanged): _F,
-    (_T, m.Verdict): _F,
-    (_F, e.BlocksReady): _F,  # asked for before the verdict; the client no longer waits for them
-    (_F, e.BlocksGone): _F,
-    (_F, e.BlocksSent): _F,
-    (_F, e.ChannelOffered): _F,
-    (_F, e.ChannelOpened): _F,
-    (_F, m.Signal): _F,
-    (_F, e.SignalPosted): _F,
-    (_F, e.ChannelFailed): _F,  # the client may close its end first
-    (_F, e.NotHeld): _F,  # retracted, but the client needs nothing more
-    (_F, m.Goodbye): _F,  # the client did not wait for ours
-    (_F, e.ChannelDown): State.DONE,
+_ENDINGS: Mapping[type, Handler] = {
+    e.ConnectionLost: finalize.connection_lost,
+    e.Failed: finalize.failed,
+    e.WorkFailed: finalize.failed,
+    e.TimedOut: finalize.timed_out,
+    e.Cancelled: finalize.gave_up,
+    m.Goodbye: finalize.left,
 }
+"""What ends a session in any state and on either side, unless a row below says otherwise about FINALIZE."""
 
-_CLIENT: dict[tuple[State, type], State] = {
-    (_L, e.Connected): _L,
-    (_L, m.Welcome): _V,
-    (_V, m.Waiting): _V,
-    (_V, m.Accepted): _P,
-    (_P, m.Announce): _P,
-    (_P, e.Examined): _P,
-    (_P, e.Pinned): _P,
-    (_P, e.PinRefused): State.FAILED,
-    (_P, m.ChannelOffer): _P,
-    (_P, m.Signal): _P,
-    (_P, e.SignalPosted): _P,
-    (_P, e.ChannelOpened): _T,
-    (_P, e.Finished): _F,  # a probe, or other sessions were faster
-    (_T, m.Signal): _T,
-    (_T, e.SignalPosted): _T,
-    (_T, e.BlocksWanted): _T,
-    (_T, m.Grant): _T,
-    (_T, m.Gone): _T,
-    (_P, m.Upstream): _P,
-    (_T, m.Upstream): _T,
-    (_F, m.Upstream): _F,
-    (_T, e.BlocksReceived): _T,
-    (_T, e.BlocksRejected): State.FAILED,
-    (_T, e.Finished): _F,
-    (_F, m.Announce): _F,  # what was under way when the client had enough
-    (_F, m.ChannelOffer): _F,
-    (_F, m.Signal): _F,
-    (_F, m.Grant): _F,
-    (_F, m.Gone): _F,
-    (_F, e.Examined): _F,
-    (_F, e.Pinned): _F,
-    (_F, e.PinRefused): _F,
-    (_F, e.SignalPosted): _F,
-    (_F, e.ChannelOpened): _F,
-    (_F, e.BlocksWanted): _F,
-    (_F, e.BlocksReceived): _F,
-    (_F, e.BlocksRejected): _F,
-    (_F, e.Finished): _F,  # each AskForWork may find that there is nothing left
-    (_F, e.ChannelFailed): _F,
-    (_F, m.Goodbye): _F,
-    (_F, e.ChannelDown): State.DONE,
+LATE: Mapping[Side, frozenset[type]] = {
+    _SERVER: frozenset({m.Signal, m.Goodbye, e.BlocksReady, e.BlocksGone, e.BlocksSent, e.UpstreamChanged, e.NotHeld,
+                        e.ChannelOffered, e.ChannelOpened, e.SignalPosted, e.WorkFailed}),
+    _CLIENT: frozenset({m.Announce, m.ChannelOffer, m.Signal, m.Grant, m.Gone, m.Upstream,
+                        e.Examined, e.Pinned, e.ChannelOpened, e.SignalPosted, e.BlocksWanted, e.BlocksReceived,
+                        e.Finished, e.WorkFailed}),
+}  # fmt: skip
+"""What may still come in FINALIZE and no longer matters: it was under way when the client had enough."""
+
+TABLE: Mapping[Row, tuple[Handler, State]] = {
+    **{
+        (side, state, kind): (end, State.FAILED)
+        for side in Side
+        for state in _WORKING
+        for kind, end in _ENDINGS.items()
+    },
+    **{(_CLIENT, state, m.Refusal): (finalize.refused, State.FAILED) for state in _WORKING},
+    **{(_SERVER, state, e.NotHeld): (validate.server_not_held, State.FAILED) for state in _WORKING},
+    **{(side, _F, kind): (finalize.late, _F) for side in Side for kind in LATE[side]},
+    (_SERVER, _L, e.Connected): (listen.server_connected, _L),
+    (_SERVER, _L, m.Hello): (listen.server_hello, _V),
+    (_SERVER, _V, m.Identify): (validate.server_identify, _V),
+    (_SERVER, _V, e.Held): (validate.server_held, _V),
+    (_SERVER, _V, e.Queued): (validate.server_queued, _V),
+    (_SERVER, _V, e.TurnTaken): (validate.server_turn, _P),
+    (_SERVER, _P, m.Agree): (planning.server_agree, _P),
+    (_SERVER, _P, e.ChannelOffered): (planning.server_offered, _P),
+    (_SERVER, _P, m.Signal): (planning.signal_came, _P),
+    (_SERVER, _P, e.SignalPosted): (planning.signal_posted, _P),
+    (_SERVER, _P, e.UpstreamChanged): (planning.server_upstream, _P),
+    (_SERVER, _P, m.Want): (transfer.server_early_want, _P),  # the client's end of the channel may open first
+    (_SERVER, _P, e.ChannelOpened): (transfer.server_open, _T),
+    (_SERVER, _P, m.Verdict): (finalize.server_verdict, _F),  # a probe ends here
+    (_SERVER, _T, m.Signal): (planning.signal_came, _T),
+    (_SERVER, _T, e.SignalPosted): (planning.signal_posted, _T),
+    (_SERVER, _T, e.UpstreamChanged): (planning.server_upstream, _T),
+    (_SERVER, _T, m.Want): (transfer.server_want, _T),
+    (_SERVER, _T, e.BlocksReady): (transfer.server_ready, _T),
+    (_SERVER, _T, e.BlocksGone): (transfer.server_gone, _T),
+    (_SERVER, _T, e.BlocksSent): (transfer.server_sent, _T),
+    (_SERVER, _T, m.Verdict): (finalize.server_verdict, _F),
+    (_SERVER, _F, e.ConnectionLost): (finalize.lost_late, _F),
+    (_SERVER, _F, e.ChannelDown): (finalize.closed, State.DONE),
+    (_CLIENT, _L, e.Connected): (listen.client_connected, _L),
+    (_CLIENT, _L, m.Welcome): (listen.client_welcome, _V),
+    (_CLIENT, _V, m.Waiting): (validate.client_waiting, _V),
+    (_CLIENT, _V, m.Accepted): (validate.client_accepted, _P),
+    (_CLIENT, _P, m.Announce): (planning.client_announce, _P),
+    (_CLIENT, _P, e.Examined): (planning.client_examined, _P),
+    (_CLIENT, _P, e.Pinned): (planning.client_pinned, _P),
+    (_CLIENT, _P, m.ChannelOffer): (planning.client_offer, _P),
+    (_CLIENT, _P, m.Signal): (planning.signal_came, _P),
+    (_CLIENT, _P, e.SignalPosted): (planning.signal_posted, _P),
+    (_CLIENT, _P, m.Upstream): (planning.client_upstream, _P),
+    (_CLIENT, _P, e.ChannelOpened): (planning.client_open, _T),
+    (_CLIENT, _P, e.Finished): (finalize.client_finished, _F),  # a probe, or other sessions were faster
+    (_CLIENT, _T, m.Signal): (planning.signal_came, _T),
+    (_CLIENT, _T, e.SignalPosted): (planning.signal_posted, _T),
+    (_CLIENT, _T, m.Upstream): (planning.client_upstream, _T),
+    (_CLIENT, _T, e.BlocksWanted): (transfer.client_wanted, _T),
+    (_CLIENT, _T, m.Grant): (transfer.client_grant, _T),
+    (_CLIENT, _T, m.Gone): (transfer.client_gone, _T),
+    (_CLIENT, _T, e.BlocksReceived): (transfer.client_received, _T),
+    (_CLIENT, _T, e.Finished): (finalize.client_finished, _F),
+    (_CLIENT, _F, m.Goodbye): (finalize.client_goodbye, _F),
+    (_CLIENT, _F, e.ConnectionLost): (finalize.lost_late, _F),
+    (_CLIENT, _F, e.ChannelDown): (finalize.closed, State.DONE),
 }
-
-# The other endings are alike wherever they happen.
-for _state in _WORKING:
-    for _moves in (_SERVER, _CLIENT):
-        _moves[_state, e.ConnectionLost] = State.FAILED
-        _moves[_state, e.Garbled] = State.FAILED
-        _moves[_state, e.TimedOut] = State.FAILED
-        _moves[_state, e.Cancelled] = State.FAILED
-    _CLIENT[_state, m.Refusal] = State.FAILED
-    if _state is not _F:
-        _SERVER[_state, m.Goodbye] = State.FAILED
-        _CLIENT[_state, m.Goodbye] = State.FAILED
-# Expected once the server has said goodbye; FAILED before that.
-_CLIENT[_F, e.ConnectionLost] = _F
-_SERVER[_F, e.ConnectionLost] = _F
-for _state in (_P, _T):
-    _SERVER[_state, e.ChannelFailed] = State.FAILED
-    _CLIENT[_state, e.ChannelFailed] = State.FAILED
-for _state in (_L, _V, _P, _T):
-    _SERVER[_state, e.NotHeld] = State.FAILED  # not there, retracted, or this side is stopping
-
-TABLE: dict[Row, State] = {
-    **{(Side.SERVER, state, kind): after for (state, kind), after in _SERVER.items()},
-    **{(Side.CLIENT, state, kind): after for (state, kind), after in _CLIENT.items()},
-}
-"""Side, state and kind of event -> next state."""
+"""Side, state and kind of event -> handler and next state; a later line overrides an earlier one."""

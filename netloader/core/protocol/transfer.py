@@ -13,7 +13,6 @@ from netloader.core.protocol.events import (
     BlocksGone,
     BlocksReady,
     BlocksReceived,
-    BlocksRejected,
     BlocksSent,
     BlocksWanted,
     ChannelOpened,
@@ -24,7 +23,6 @@ __all__ = [
     "client_gone",
     "client_grant",
     "client_received",
-    "client_rejected",
     "client_wanted",
     "server_early_want",
     "server_gone",
@@ -169,8 +167,3 @@ def client_received(ctx: Context, event: BlocksReceived) -> Sequence[f.Effect]:
     """They landed and are what was announced."""
     ctx.granted.difference_update(_own(event, among=ctx.granted))
     return [f.AskForWork()]
-
-
-def client_rejected(ctx: Context, event: BlocksRejected) -> Sequence[f.Effect]:
-    """One is not what was announced: leave this server."""
-    raise event.error

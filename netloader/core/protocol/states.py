@@ -1,0 +1,30 @@
+"""The sides and the states of a session."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["FINAL", "Side", "State"]
+
+
+class Side(enum.Enum):
+    """Which end of the session."""
+
+    SERVER = "server"
+    CLIENT = "client"
+
+
+class State(enum.Enum):
+    """Where a session is."""
+
+    LISTEN = "listen"
+    VALIDATE = "validate"
+    PLAN = "plan"
+    TRANSFER = "transfer"
+    FINALIZE = "finalize"
+    DONE = "done"
+    FAILED = "failed"
+
+
+FINAL = frozenset({State.DONE, State.FAILED})
+"""An ended session ignores what comes late."""
