@@ -298,8 +298,6 @@ class _Pull:
         finally:
             del self._sessions[number]
             session.add_phases(self._report.phases)
-            if session.session.announcement is not None:  # also when a complete pull did not wait for a goodbye
-                self._report.identity = session.session.announcement.identity
             if session.lent.in_use is not None:
                 self._memory_in_use = ended = session.lent.in_use
                 self._scope.cancel()
@@ -335,7 +333,7 @@ class _Pull:
     def _pass_on(self, announcement: e.Announcement) -> None:
         """The first source was accepted: others may pull from us from here on."""
         self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
-        theirs = announcement.identity
+        theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)
         if self._relay is not None:
