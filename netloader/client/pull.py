@@ -253,6 +253,9 @@ class _Pull:
             await anyio.to_thread.run_sync(self._destination.adopt, command.manifest)
         except NetloaderError as caught:
             error = caught
+        except Exception as bug:  # noqa: BLE001 - as in a session
+            _log.exception("unexpected error, there is no memory for what a source announced")
+            error = _explained(bug)
         self._tell(p.Adopted(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
@@ -291,10 +294,7 @@ class _Pull:
             ended = session.session.error
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
             _log.exception("source %s: unexpected error, the source is left", source)
-            ended = NetloaderError(
-                f"unexpected {type(bug).__name__}: {bug}",
-                hint="this is a bug in netloader: the log has the details",
-            )
+            ended = _explained(bug)
         finally:
             del self._sessions[number]
             session.add_phases(self._report.phases)
@@ -366,3 +366,10 @@ class _Pull:
         report.seconds = time.monotonic() - self._began
         report.sources, report.retries, report.attempts = self._pull.shares, self._pull.retries, self._pull.attempts
         return report
+
+
+def _explained(bug: Exception) -> NetloaderError:
+    return NetloaderError(
+        f"unexpected {type(bug).__name__}: {bug}",
+        hint="this is a bug in netloader: the log has the details",
+    )

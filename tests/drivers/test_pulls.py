@@ -12,9 +12,11 @@ import torch
 import netloader
 from netloader.core.addresses import Address
 from netloader.core.identity import differences
+from netloader.core.manifest import Manifest
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
 from netloader.errors import ConfigError, NoSourceLeft, RefusedError
+from netloader.tensors.destination import Destination
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
 
@@ -314,3 +316,16 @@ def memory_prefix(tensors: kit.Tensors, blocks: int | None = None) -> bytes:
     if blocks is None:
         return b"".join(itertools.takewhile(lambda row: row != b"\x5a" * kit.BLOCK, cut))
     return b"".join(cut[:blocks])
+
+
+async def test_a_bug_where_memory_is_provided_costs_the_source_and_reaches_the_caller_as_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def adopt(destination: Destination, manifest: Manifest) -> None:
+        raise ZeroDivisionError(f"{destination.device}, {len(manifest.tensors)}")
+
+    monkeypatch.setattr(Destination, "adopt", adopt)
+    hub, source = kit.Hub(), kit.weights(rows=3)
+    async with kit.serving(hub.transport, kit.held(source)) as server:
+        with pytest.raises(NoSourceLeft, match=f"unexpected ZeroDivisionError: cpu, {len(source)}"):
+            await kit.pull(None, [kit.at(server)], hub.transport)
