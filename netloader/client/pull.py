@@ -178,13 +178,15 @@ class _Pull:
                     self._carry_out(self._pull.begin(time.monotonic()))
                     await self._wait_until_over()
         finally:
-            given = self._pull.ledger.complete and self._memory_in_use is None
-            if self._relay is not None and self._relaying and not given:
-                # The memory is the caller's again: nobody may read it any more.
-                with anyio.CancelScope(shield=True):  # each of its steps has a deadline
-                    await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
-            if self._memory_in_use is not None:
-                raise self._memory_in_use
+            try:
+                given = self._pull.ledger.complete and self._memory_in_use is None
+                if self._relay is not None and self._relaying and not given:
+                    # The memory is the caller's again: nobody may read it any more.
+                    with anyio.CancelScope(shield=True):  # each of its steps has a deadline
+                        await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
+            finally:
+                if self._memory_in_use is not None:
+                    raise self._memory_in_use
         if self._error is not None:
             raise self._error
         return self._account()
