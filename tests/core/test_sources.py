@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session
     candidates = Sources([ONE], tries=2, until=100.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
-    ends = {
+    ends: dict[str, Callable[[], object]] = {
         "rest": lambda: candidates.rest(ONE),
         "demote": lambda: candidates.demote(ONE, 1.0),
         "again": lambda: candidates.again(ONE, 1.0),
