@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -24,12 +25,12 @@ from netloader.config import Config, load_config
 from netloader.core.addresses import parse_address
 from netloader.core.identity import ModelIdentity
 from netloader.core.protocol import State
-from netloader.errors import NetloaderError
+from netloader.errors import MemoryStillInUse, NetloaderError
 from netloader.tensors import hold
 from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from netloader.vllm.load.pulling import pull_raw
-from netloader.vllm.serve import serving
+from netloader.vllm.serve import server_loop, serving
 from netloader.vllm.serve.address_file import AddressFile
 from netloader.vllm.serve.file_cleanup import FileCleanup
 
@@ -438,3 +439,32 @@ def test_a_child_that_was_forked_leaves_its_parents_server_alone(tmp_path: Path)
     process.join(WAIT)
     assert (tmp_path / "rank0.txt").exists()
     assert sync.probe(server.address).announcement.identity.model == "m"
+
+
+def test_what_a_loop_answers_in_the_moment_in_which_it_ends_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may say that a thread still writes into the memory, which nobody else may fill then."""
+    monkeypatch.setattr(server_loop, "_LOOK_AGAIN", 0.01)
+    server = started()
+    loop, looked = server._loop, threading.Event()
+
+    async def work() -> None:
+        await anyio.to_thread.run_sync(looked.wait)
+        raise MemoryStillInUse("the channel", writes=True, seconds=1.0)
+
+    def ends(self: server_loop.ServerLoop) -> bool:
+        looked.set()
+        _wait_for(answers[0].done)
+        return self is not loop
+
+    answers: list[Future[Any]] = []
+    begin = loop._begin
+
+    def begun(*arguments: Any) -> Future[Any]:
+        answers.append(begin(*arguments))
+        return answers[0]
+
+    monkeypatch.setattr(loop, "_begin", begun)
+    with monkeypatch.context() as patched:
+        patched.setattr(server_loop.ServerLoop, "alive", property(ends))
+        with pytest.raises(MemoryStillInUse):
+            loop.ask_to_the_end(work)

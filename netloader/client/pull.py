@@ -178,13 +178,15 @@ class _Pull:
                     self._carry_out(self._pull.begin(time.monotonic()))
                     await self._wait_until_over()
         finally:
-            given = self._pull.ledger.complete and self._memory_in_use is None
-            if self._relay is not None and self._relaying and not given:
-                # The memory is the caller's again: nobody may read it any more.
-                with anyio.CancelScope(shield=True):  # each of its steps has a deadline
-                    await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
-            if self._memory_in_use is not None:
-                raise self._memory_in_use
+            try:
+                given = self._pull.ledger.complete and self._memory_in_use is None
+                if self._relay is not None and self._relaying and not given:
+                    # The memory is the caller's again: nobody may read it any more.
+                    with anyio.CancelScope(shield=True):  # each of its steps has a deadline
+                        await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
+            finally:
+                if self._memory_in_use is not None:
+                    raise self._memory_in_use
         if self._error is not None:
             raise self._error
         return self._account()
@@ -253,6 +255,9 @@ class _Pull:
             await anyio.to_thread.run_sync(self._destination.adopt, command.manifest)
         except NetloaderError as caught:
             error = caught
+        except Exception as bug:  # noqa: BLE001 - as in a session
+            _log.exception("unexpected error, there is no memory for what a source announced")
+            error = _explained(bug)
         self._tell(p.Adopted(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
@@ -291,15 +296,10 @@ class _Pull:
             ended = session.session.error
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
             _log.exception("source %s: unexpected error, the source is left", source)
-            ended = NetloaderError(
-                f"unexpected {type(bug).__name__}: {bug}",
-                hint="this is a bug in netloader: the log has the details",
-            )
+            ended = _explained(bug)
         finally:
             del self._sessions[number]
             session.add_phases(self._report.phases)
-            if session.session.announcement is not None:  # also when a complete pull did not wait for a goodbye
-                self._report.identity = session.session.announcement.identity
             if session.lent.in_use is not None:
                 self._memory_in_use = ended = session.lent.in_use
                 self._scope.cancel()
@@ -335,7 +335,7 @@ class _Pull:
     def _pass_on(self, announcement: e.Announcement) -> None:
         """The first source was accepted: others may pull from us from here on."""
         self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
-        theirs = announcement.identity
+        theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)
         if self._relay is not None:
@@ -368,3 +368,10 @@ class _Pull:
         report.seconds = time.monotonic() - self._began
         report.sources, report.retries, report.attempts = self._pull.shares, self._pull.retries, self._pull.attempts
         return report
+
+
+def _explained(bug: Exception) -> NetloaderError:
+    return NetloaderError(
+        f"unexpected {type(bug).__name__}: {bug}",
+        hint="this is a bug in netloader: the log has the details",
+    )

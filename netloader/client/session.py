@@ -22,7 +22,7 @@ from netloader.core.report import Phases
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, TransportError
 from netloader.session.block_queue import BlockQueue
 from netloader.session.connection import ControlConnection
-from netloader.session.driver import Move, SessionDriver
+from netloader.session.driver import Move, SessionDriver, failing
 from netloader.session.off_loop import looked_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
@@ -271,7 +271,14 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     def _account_soon(self) -> None:
         """Account for what landed, but not more often than every so many seconds."""
-        self._loop.call_at(max(self._loop.time(), self._accounted + _LOOK_SECONDS), self._account)
+        self._loop.call_at(max(self._loop.time(), self._accounted + _LOOK_SECONDS), self._account_in_time)
+
+    def _account_in_time(self) -> None:
+        """Account for what landed. The event loop would log an error and go on, with blocks that nobody waits for."""
+        try:
+            self._account()
+        except Exception as error:  # noqa: BLE001 - raised where it ends the session
+            self.spawn(partial(failing, error), lambda _: None)
 
     def _account(self) -> None:
         """Tell the pull what landed."""

@@ -410,7 +410,7 @@ class Pull:
         if error is None:
             self._sources.rest(source)
             return
-        if session.slow:  # it did nothing wrong, and may be the only one in the end
+        if session.slow and error.message == _TAKEN_OVER:  # it did nothing wrong, and may be the only one in the end
             yield self._failed(source, error)
             self._sources.demote(source, now)
             return

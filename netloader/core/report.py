@@ -87,7 +87,7 @@ class PullReport:
         sources: What each source gave, by address, in the order of first use.
         retries: Tries that failed on the way.
         attempts: How they failed; what a source said again and again is there once.
-        identity: What the server said that it holds.
+        identity: What the source that was accepted first said that it holds; all others hold the same weights.
         announcement: What was pulled, as it can be announced in turn: every block was verified against its digests.
     """
 

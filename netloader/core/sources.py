@@ -34,6 +34,7 @@ class _Candidate:
     via: Address | None = None
     due: float = 0.0
     running: bool = False
+    lost: bool = False  # not offered any more: dropped when its session ends
     resting: bool = False  # it had nothing to do; worth another session when blocks become pending again
     last_resort: bool = False  # slower than others: worth another session when none of those is left
     waits_for: frozenset[Address] = frozenset()  # it sent us to these; worth another try when they are gone
@@ -80,6 +81,8 @@ class Sources:
     def add(self, sources: Iterable[Address]) -> None:
         """Sources to try after those that are known; one that is known already stays what it is."""
         for source in sources:
+            if source in self._known:
+                self._known[source].lost = False
             if source not in self._known and len(self._known) < _MAX_KNOWN:
                 self._known[source] = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
 
@@ -87,7 +90,7 @@ class Sources:
         """A source is not offered any more: it is not tried again; a session with it goes on."""
         candidate = self._known.get(source)
         if candidate is not None and candidate.running:
-            candidate.tries, candidate.until = 0, 0.0
+            candidate.lost = True
         else:
             self._known.pop(source, None)
 
@@ -130,11 +133,13 @@ class Sources:
         """It had nothing more to do for us; it may be asked again when that changes."""
         candidate = self._known[source]
         candidate.running, candidate.resting = False, True
+        self._drop_lost(source)
 
     def demote(self, source: Address, now: float) -> None:
         """It was left since others are faster: worth another try once no other source is being pulled from."""
         candidate = self._known[source]
         candidate.running, candidate.last_resort, candidate.due = False, True, now
+        self._drop_lost(source)
 
     def again(self, source: Address, now: float, *, last: bool = False) -> None:
         """Its session broke after it had brought something: worth another try at once, a limited number of times.
@@ -150,7 +155,7 @@ class Sources:
             candidate.order = self._next()
         candidate.tries -= 1
         candidate.due = now
-        if candidate.tries <= 0 or candidate.via is not None:
+        if candidate.tries <= 0 or candidate.via is not None or candidate.lost:
             self.drop(source)
 
     def later(self, source: Address, now: float, at_least: float | None = None) -> None:
@@ -163,7 +168,7 @@ class Sources:
         """
         candidate = self._known[source]
         candidate.running = False
-        if now >= candidate.until:
+        if now >= candidate.until or candidate.lost:
             self.drop(source)
             return
         pause = candidate.pause * self._chance.uniform(0.5, 1.5)
@@ -197,6 +202,7 @@ class Sources:
             return False
         candidate.running = False
         candidate.due = now
+        self._drop_lost(source)
         return True
 
     def gone(self, source: Address, others: Sequence[Address], now: float, at_least: float | None = None) -> None:
@@ -227,6 +233,10 @@ class Sources:
         if candidate is not None and candidate.via is not None:
             self._failed.pop(source, None)
             self._failed[source] = None
+
+    def _drop_lost(self, source: Address) -> None:
+        if self._known[source].lost:
+            self.drop(source)
 
     def _held_back(self, candidate: _Candidate) -> bool:
         """Whether one of the relays that it named may still be of use."""

@@ -21,7 +21,7 @@ from netloader.core.addresses import Address
 from netloader.core.ledger import Ledger
 from netloader.core.pull import Pull, PullTerms
 from netloader.core.sources import Sources
-from netloader.errors import NetloaderError, NoSourceLeft, PeerLost, RefusedError
+from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, PeerLost, RefusedError
 from tests.core.pull_world import Source, World, announcement
 
 SECONDS = st.sampled_from([0.0, 0.5, 3.0, 20.0])
@@ -256,6 +256,20 @@ def test_memory_is_provided_for_one_source_and_the_next_has_to_hold_the_same_ten
     refused = [c for c in pull.handle(p.Adopted(1), 0.4) if isinstance(c, p.Refuse)]
     assert [c.session for c in refused] == [2]
     assert "other tensors" in str(refused[0].error)
+
+
+def test_one_that_is_slow_in_ending_because_of_wrong_bytes_is_dropped_and_not_kept_as_a_last_resort() -> None:
+    pull, _ = begun(ONE, TWO, stripe=2)
+    for number in (1, 2):
+        pull.handle(p.Announced(number, announcement(3)), 0.0)
+        pull.handle(p.Opened(number), 0.0)
+        pull.handle(p.WantsWork(number), 0.0)
+    late = pull.wake_at(0.0)
+    assert late is not None
+    assert [c.session for c in pull.handle(p.Moment(), late) if isinstance(c, p.Leave)] == [1]
+    pull.handle(p.Ended(1, DigestMismatch(0, ("w",), "aa", "bb")), late)
+    commands = pull.handle(p.Ended(2, RefusedError("identity", "another model")), late)
+    assert [type(c) for c in commands if isinstance(c, p.Connect | p.Failed)] == [p.Failed]
 
 
 def test_failures_are_counted_by_source_and_kind() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -100,6 +102,24 @@ def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
     candidates.drop(ONE)
     assert not candidates.can_be_spared(TWO)
     assert not candidates.can_be_spared(THREE)
+
+
+@pytest.mark.parametrize("end", ["rest", "demote", "again", "later", "redirect", "gone"])
+def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session_ends(end: str) -> None:
+    candidates = Sources([ONE], tries=2, until=100.0, chance=random.Random(1))
+    candidates.take(0.0, work=True)
+    candidates.lose(ONE)
+    ends: dict[str, Callable[[], object]] = {
+        "rest": lambda: candidates.rest(ONE),
+        "demote": lambda: candidates.demote(ONE, 1.0),
+        "again": lambda: candidates.again(ONE, 1.0),
+        "later": lambda: candidates.later(ONE, 1.0),
+        "redirect": lambda: candidates.redirect(ONE, [TWO], 1.0),
+        "gone": lambda: candidates.gone(ONE, [TWO], 1.0),
+    }
+    ends[end]()
+    candidates.drop(TWO)
+    assert candidates.take(50.0, work=True) is None
 
 
 def test_one_that_rests_is_woken_by_work_only() -> None:

@@ -181,3 +181,33 @@ async def test_what_a_source_says_again_and_again_is_accounted_for_once_whatever
         "3 of 4 parts are loaded",
         "4 of 4 parts are loaded",
     ]
+
+
+async def test_what_was_pulled_is_named_as_its_source_did_whoever_was_refused_after_that() -> None:
+    """One that holds other weights is heard after the first was accepted, and is the last to close."""
+    other = kit.variant(fingerprint="ab", load_state={"has_own_lm_head": True})
+    last, accepted = Faults([Fault(FaultKind.HOLD, BLOCKS - 2)]), anyio.Event()
+
+    async def announces_others(wire: Wire) -> None:
+        await wire.hear_until(m.Hello)
+        await wire.say(kit.welcome(HUB.transport))
+        await wire.hear_until(m.Identify)
+        await wire.say(m.Waiting(reason="others come first", position=3))
+        await accepted.wait()
+        await wire.say(m.Accepted(identity=other), kit.announce(kit.held(kit.weights(1), other)))
+        await wire.hear_until(m.Goodbye)
+        last.release()
+        await anyio.sleep_forever()
+
+    def progress(step: Progress) -> None:
+        if step.verified:
+            accepted.set()
+
+    async with (
+        kit.serving(FaultyTransport(HUB.transport, last), HOLDING) as good,
+        kit.fake_server(announces_others) as bad,
+    ):
+        into, sources = kit.blank(SOURCE), [bad.address, kit.at(good)]
+        report = await kit.pull(into, sources, HUB.transport, progress=progress, stripe=2)
+    assert kit.contents(into) == kit.contents(SOURCE)
+    assert report.identity == kit.IDENTITY

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 import netloader
+from netloader.core import pull_moves as p
 from netloader.core.addresses import Address
 from netloader.core.identity import differences
+from netloader.core.manifest import Manifest
 from netloader.core.protocol import State
+from netloader.core.pull import Pull
 from netloader.core.report import Progress, PullReport
-from netloader.errors import ConfigError, NoSourceLeft, RefusedError
+from netloader.errors import ConfigError, LocalProtocolError, NoSourceLeft, RefusedError
+from netloader.tensors.destination import Destination
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
 
@@ -314,3 +318,39 @@ def memory_prefix(tensors: kit.Tensors, blocks: int | None = None) -> bytes:
     if blocks is None:
         return b"".join(itertools.takewhile(lambda row: row != b"\x5a" * kit.BLOCK, cut))
     return b"".join(cut[:blocks])
+
+
+async def test_a_bug_where_memory_is_provided_costs_the_source_and_reaches_the_caller_as_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def adopt(destination: Destination, manifest: Manifest) -> None:
+        raise ZeroDivisionError(f"{destination.device}, {len(manifest.tensors)}")
+
+    monkeypatch.setattr(Destination, "adopt", adopt)
+    hub, source = kit.Hub(), kit.weights(rows=3)
+    async with kit.serving(hub.transport, kit.held(source)) as server:
+        with pytest.raises(NoSourceLeft, match=f"unexpected ZeroDivisionError: cpu, {len(source)}"):
+            await kit.pull(None, [kit.at(server)], hub.transport)
+
+
+async def test_a_bug_in_the_account_of_blocks_ends_the_session_in_the_middle_of_a_receive_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A timer of the event loop accounts there: nobody waits for it."""
+    hub, held, handle = kit.Hub(), Faults([Fault(FaultKind.HOLD, 20)]), Pull.handle
+
+    broken = 0
+
+    def broken_once(core: Pull, event: p.Event, now: float) -> list[p.Command]:
+        nonlocal broken
+        if isinstance(event, p.Landed) and not broken:
+            broken += 1
+            held.release()
+            raise LocalProtocolError("it lost count")
+        return handle(core, event, now)
+
+    monkeypatch.setattr(Pull, "handle", broken_once)
+    source = kit.weights()
+    async with kit.serving(FaultyTransport(hub.transport, held), kit.held(source)) as server:
+        with anyio.fail_after(kit.PATIENCE / 2), pytest.raises(NoSourceLeft, match="it lost count"):
+            await kit.pull(kit.blank(source), [kit.at(server)], hub.transport)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -10,9 +11,11 @@ from typing import Any
 import anyio
 import pytest
 
+from netloader.client.connect import ClientOptions
+from netloader.client.pull import pull_from
 from netloader.errors import MemoryStillInUse, NoSourceLeft
 from netloader.session import closing
-from netloader.tensors import digest_of
+from netloader.tensors import destination, digest_of
 from netloader.transports.base import Channel, Setup
 from netloader.transports.io import stream, thread_pool, worker
 from netloader.transports.io.channel_state import LoopEvent
@@ -193,3 +196,44 @@ async def test_a_send_that_is_stuck_costs_its_session_and_retraction_says_so(
             assert not caplog.text
     finally:
         await stuck.let_go()
+
+
+class _Relay:
+    """A relay whose retraction goes on until it is cancelled."""
+
+    port = 1
+
+    def __init__(self) -> None:
+        self.retracting = anyio.Event()
+
+    def add(self, holding: Any, supply: Any = None) -> None:
+        """Nobody comes."""
+
+    async def retract(self, role: Any, **options: Any) -> None:
+        self.retracting.set()
+        await anyio.sleep_forever()
+
+
+async def test_memory_in_use_is_said_also_when_the_retraction_of_the_relay_is_cancelled(hashing: Stuck) -> None:
+    """By asyncio's own cancellation, from which nothing is shielded."""
+    transport, relay = TcpTransport(lanes=2), _Relay()
+    async with kit.serving(transport, HOLDING) as server:
+        options = ClientOptions()
+        pull = asyncio.create_task(
+            pull_from(
+                destination(kit.blank(SOURCE)),
+                kit.IDENTITY,
+                [kit.at(server)],
+                [transport],
+                hashing,
+                options,
+                relay=relay,
+            )
+        )
+        with anyio.fail_after(kit.PATIENCE):
+            await hashing.inside.wait()
+            pull.cancel()
+            await relay.retracting.wait()
+            pull.cancel()
+            with pytest.raises(MemoryStillInUse):
+                await pull

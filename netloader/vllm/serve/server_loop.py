@@ -119,7 +119,7 @@ class ServerLoop:
         answer: Future[_Result] = self._begin(math.inf, function, ())
         try:
             while not wait([answer], _LOOK_AGAIN).done:
-                if not self.alive:
+                if not self.alive and not answer.done():  # what came in the last moment is what became of the work
                     raise ServerLost("its event loop has ended")
         except BaseException:
             answer.cancel()  # the caller's thread is being ended: nobody is left to use what comes
