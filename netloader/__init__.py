@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from netloader.server.session import SessionInfo
+    from netloader.transports.base import Transport
+    from netloader.transports.conformance import check_transport
 
 __all__ = [
     "Address",
@@ -70,9 +72,11 @@ __all__ = [
     "SourceShare",
     "TensorSpec",
     "TransferTimeout",
+    "Transport",
     "TransportError",
     "TransportUnavailable",
     "VerificationError",
+    "check_transport",
     "differences",
     "load_config",
     "parse_address",
@@ -91,6 +95,8 @@ _HOMES = {
     "core.manifest": ("Manifest", "TensorSpec"),
     "core.report": ("Phases", "Progress", "PullReport", "SourceShare"),
     "server.session": ("SessionInfo",),
+    "transports.base": ("Transport",),
+    "transports.conformance": ("check_transport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

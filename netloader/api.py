@@ -27,6 +27,7 @@ from netloader.server.server import HoldingServer, ServerOptions
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
 from netloader.transports.base import Transport
+from netloader.transports.contract_0_1 import adapted
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +179,7 @@ def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dic
             found.extend(available.transports)
             reasons |= available.reasons
         else:
-            found.append(item)
+            found.append(adapted(item))
     return tuple(found), reasons
 
 

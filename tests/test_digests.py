@@ -12,6 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloader.codecs.regions import Regions, regions_of
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, compute_root, manifest_digest
 from netloader.core.plan import MIN_BLOCK_BYTES
@@ -204,6 +205,12 @@ class OnDevice:
 
     def buffers(self) -> Sequence[memoryview]:
         raise TransportUnavailable("not the CPU's memory")
+
+    def regions(self) -> Regions[int]:
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        pass
 
 
 @given(sizes=st.lists(st.sampled_from([1, 1000, (1 << 20) - 1, 1 << 20, (2 << 20) + 1]), max_size=3))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from netloader.codecs.packed import pack, staging_bytes, staging_for, unpack, worth_packing
 from netloader.codecs.raw import grouped_buffers, spans
+from netloader.codecs.regions import Regions, regions_of
 from netloader.core.plan import make_plan
 from netloader.errors import ManifestError, TransportUnavailable
 from netloader.tensors import describe
@@ -31,6 +32,12 @@ class Meta:
 
     def buffers(self) -> Sequence[memoryview]:
         raise TransportUnavailable("no byte views here")
+
+    def regions(self) -> Regions[int]:
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        pass
 
 
 @given(sketch=sketches(), block_bytes=st.sampled_from([1024, 1 << 20]), spare=st.integers(0, 3))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloader.codecs.regions import Regions, left_of, objects, regions_of, regions_over, total
+from netloader.codecs.regions import Regions, left_of, objects, regions_over, total
 from netloader.core.plan import make_plan
 from netloader.tensors import describe
 from netloader.transports.io.stream import calls
@@ -39,7 +39,7 @@ def bytes_at(regions: Regions[int]) -> bytes:
 @given(cuts=sizes)
 def test_the_regions_of_a_block_are_its_bytes(cuts: list[int]) -> None:
     whole = block(os.urandom(sum(cuts)), cuts)
-    regions = regions_of(whole)
+    regions = whole.regions()
     assert (regions.typecode, regions.itemsize) == ("Q", 8)
     assert 0 not in regions[1::2]
     assert total(regions) == whole.nbytes
@@ -53,14 +53,14 @@ def test_blocks_of_tensors_say_the_same_by_address_as_by_byte_views(sketch: list
     plan = make_plan(manifest, block_bytes)
     for view in memory.views(plan, range(len(plan.blocks))):
         assert bytes_at(view.regions()) == b"".join(view.buffers())
-        assert total(regions_of(view)) == view.nbytes
+        assert total(view.regions()) == view.nbytes
 
 
 @given(cuts=sizes, data=st.data())
 def test_a_part_that_is_done_leaves_the_rest(cuts: list[int], data: st.DataObject) -> None:
     whole = block(os.urandom(sum(cuts)), cuts)
     done = data.draw(st.integers(0, whole.nbytes))
-    regions = regions_of(whole)
+    regions = whole.regions()
     kept = regions[:]
     assert bytes_at(left_of(regions, done)) == whole.data[done:]
     assert regions == kept, "what was given stays as it was"
@@ -95,10 +95,10 @@ def test_what_is_sent_by_address_arrives(cuts: list[int], data: st.DataObject) -
     received = block(bytes(sent.nbytes), [part for part in (split, sent.nbytes - split) if part])
     left, right = socket.socketpair()
     with left, right:
-        assert sendmsg(left.fileno(), Message(regions_of(sent))) == sent.nbytes
-        assert recvmsg(right.fileno(), Message(regions_of(received)), socket.MSG_WAITALL) == sent.nbytes
+        assert sendmsg(left.fileno(), Message(sent.regions())) == sent.nbytes
+        assert recvmsg(right.fileno(), Message(received.regions()), socket.MSG_WAITALL) == sent.nbytes
         left.shutdown(socket.SHUT_WR)
-        assert recvmsg(right.fileno(), Message(regions_of(received))) == 0
+        assert recvmsg(right.fileno(), Message(received.regions())) == 0
     assert received.data == sent.data
 
 
@@ -110,8 +110,8 @@ def test_pages_come_out_of_a_pipe_by_address(cuts: list[int], data: st.DataObjec
     out, into = os.pipe()
     try:
         fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 1 << 20)
-        assert vmsplice(into, regions_of(written)) == written.nbytes
-        assert readv(out, regions_of(read)) == written.nbytes
+        assert vmsplice(into, written.regions()) == written.nbytes
+        assert readv(out, read.regions()) == written.nbytes
     finally:
         os.close(out)
         os.close(into)
@@ -122,7 +122,7 @@ def test_as_many_regions_as_a_call_takes_and_no_more() -> None:
     data = BytesView(0, *[b"x"] * (MOST_REGIONS + 1))
     left, right = socket.socketpair()
     with left, right:
-        regions = regions_of(data)
+        regions = data.regions()
         assert sendmsg(left.fileno(), Message(regions[:-2])) == MOST_REGIONS
         with pytest.raises(OSError) as caught:
             sendmsg(left.fileno(), Message(regions))
@@ -135,13 +135,13 @@ def test_errors_of_the_system_are_raised_as_such() -> None:
     with left, right:
         left.setblocking(False)
         with pytest.raises(BlockingIOError):
-            recvmsg(left.fileno(), Message(regions_of(into)))
+            recvmsg(left.fileno(), Message(into.regions()))
         right.send(b"0123456789")
         with pytest.raises(OSError) as caught:
             recvmsg(left.fileno(), Message(regions_over([8], [10])))
         assert caught.value.errno == errno.EFAULT
     with pytest.raises(OSError) as caught:
-        readv(-1, regions_of(into))
+        readv(-1, into.regions())
     assert caught.value.errno == errno.EBADF
 
 
@@ -162,7 +162,7 @@ def test_a_signal_in_between_ends_no_call() -> None:
         with left, right:
             helper.start()
             into = BytesView(0, bytes(10))
-            assert recvmsg(right.fileno(), Message(regions_of(into)), socket.MSG_WAITALL) == 10
+            assert recvmsg(right.fileno(), Message(into.regions()), socket.MSG_WAITALL) == 10
             helper.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -172,7 +172,7 @@ def test_a_signal_in_between_ends_no_call() -> None:
 
 def test_objects_do_not_hold_on_to_the_memory() -> None:
     data = bytearray(b"0123456789")
-    (piece,) = objects(regions_of(BytesView(0, data)))
+    (piece,) = objects(BytesView(0, data).regions())
     data += b"x" * 5  # a byte view of it would forbid that
     assert len(piece) == 10
     assert list(objects(array("Q"))) == []

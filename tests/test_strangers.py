@@ -187,9 +187,9 @@ class Rogue:
         await wire.say(m.Accepted(identity=announcement.identity), kit.announce(self._holding))
         self.answer = await wire.hear()
         if isinstance(self.answer, m.Agree):
-            offer, pending = await GLOO.offer(setup(wire))
-            await wire.say(m.ChannelOffer(transport="gloo", offer=offer))
-            channel: Any = await GLOO.accept(pending)
+            pending = await GLOO.offer(setup(wire))
+            await wire.say(m.ChannelOffer(transport="gloo", offer=pending.offer))
+            channel: Any = await pending.accept()
             try:
                 nbytes = announcement.plan.blocks[0].nbytes
                 sending = channel._link._group.send([torch.zeros(16, dtype=torch.uint8)], 0, _tag(_MARK, nbytes))

@@ -232,9 +232,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         def landed(view: BlockView) -> None:
             began = time.perf_counter()
             digest = self._digest(view, algorithm)
-            settle: Callable[[], None] | None = getattr(view, "settle", None)
-            if settle is not None:  # its bytes were filled elsewhere than where they belong
-                settle()
+            view.settle()
             seconds.append(time.perf_counter() - began)
             expected = self._ledger.expected_digest(view.number)
             if digest != expected:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from netloader.codecs.regions import Regions, regions_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,3 +41,20 @@ class BlockView(Protocol):
             TransportUnavailable: The memory is not the CPU's.
         """
         ...
+
+    def regions(self) -> Regions[int]:
+        """The spans in order, by address and length, without empty ones; where there are many, cheaper than byte views.
+
+        Valid as long as the block is there; not to be changed.
+
+        Raises:
+            TransportUnavailable: The memory is not the CPU's.
+        """
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        """The block was filled: bring its bytes to where they belong, if that is not where they are.
+
+        Called once all bytes are in place, by the receiver of the block and not by its transport. May wait for the
+        device: not for the event loop's thread.
+        """

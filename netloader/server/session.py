@@ -33,7 +33,7 @@ from netloader.session.driver import Move, SessionDriver
 from netloader.session.holding import Holding
 from netloader.session.off_loop import few_spans, looked_up
 from netloader.session.relay_progress import Supply
-from netloader.transports.base import Channel, Transport, depth_of
+from netloader.transports.base import Channel, Transport
 
 __all__ = ["ServerSession", "SessionInfo"]
 
@@ -291,10 +291,10 @@ class ServerSession(SessionDriver[ClientMessage]):
             why = carrier.missing(self._device)
             if why is not None:
                 raise TransportUnavailable(f"transport {transport} cannot serve this: {why}")
-            offer, pending = await carrier.offer(self.setup(peer_facts, self._setup_timeout, self._stall))
+            pending = await carrier.offer(self.setup(peer_facts, self._setup_timeout, self._stall))
             try:
-                self.feed(e.ChannelOffered(offer))
-                return await carrier.accept(pending)
+                self.feed(e.ChannelOffered(pending.offer))
+                return await pending.accept()
             finally:
                 await close_pending(pending, self.label)
 
@@ -374,7 +374,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         nbytes, now = sum(view.nbytes for view in views), time.monotonic()
         rate = nbytes / max(now - max(began, self._sent_at), 1e-4)
         self._sent_at = now
-        self._send_bytes = int(min(max(rate * _SEND_SECONDS, 1), _SEND_BYTES[1])) // depth_of(channel)
+        self._send_bytes = int(min(max(rate * _SEND_SECONDS, 1), _SEND_BYTES[1])) // channel.depth
 
         def account() -> None:
             self._blocks += len(batch)

@@ -30,7 +30,7 @@ from netloader.session.closing import Lent, forget_frames
 from netloader.session.connection import ControlConnection
 from netloader.session.off_loop import FEW_TENSORS, framed
 from netloader.session.setup_mailbox import SetupMailbox
-from netloader.transports.base import Channel, Setup, depth_of
+from netloader.transports.base import Channel, Setup
 
 __all__ = ["Move", "PhaseClock", "SessionDriver", "failing"]
 
@@ -354,7 +354,7 @@ class SessionDriver(Generic[M]):
         Args:
             following: The next call; None when there is none and will be none. Asked for when the channel takes one.
         """
-        slots = anyio.Semaphore(depth_of(self.channel()))
+        slots = anyio.Semaphore(self.channel().depth)
         last = anyio.Event()
         last.set()
         async with anyio.create_task_group() as tasks:

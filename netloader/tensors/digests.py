@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import xxhash
 
-from netloader.codecs.regions import objects, regions_of
+from netloader.codecs.regions import objects
 from netloader.codecs.staging import joined, staging
 from netloader.core.manifest import DIGEST_BYTES
 from netloader.core.plan import Plan
@@ -63,7 +63,7 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
     """
     state = _new(algorithm)
     try:
-        regions = regions_of(view)
+        regions = view.regions()
     except TransportUnavailable:
         with torch.inference_mode():
             for span in joined(view.tensors()):

@@ -6,6 +6,7 @@ A third party implements :class:`Transport` and :class:`Channel`, names the tran
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -69,7 +70,24 @@ class Setup:
 
 @runtime_checkable
 class Pending(Protocol):
-    """A server's half-open channel: made by ``offer``, used up by ``accept``."""
+    """A server's half-open channel: made by :meth:`Transport.offer`, used up by :meth:`accept`.
+
+    Attributes:
+        offer: What the client needs to connect; opaque to everyone but the transport.
+    """
+
+    offer: bytes
+
+    async def accept(self) -> Channel:
+        """Wait for the client, within the set-up's timeout.
+
+        Called once at most. The offer is used up, also when this raises or is cancelled.
+
+        Raises:
+            TransferTimeout: The client did not come in time.
+            PeerLost: It came and went, or the control connection ended.
+        """
+        ...
 
     async def aclose(self) -> None:
         """Give up the offer and free what it holds. Idempotent; does nothing once accepted."""
@@ -83,15 +101,21 @@ class Channel(Protocol):
     Order: blocks arrive in the order in which they were sent, whatever the grouping into calls: the receiver's calls
     name the same blocks in the same order, but may cut the sequence elsewhere.
 
-    Concurrency: one ``send`` and one ``recv`` at a time; a second one in the same direction raises
-    :class:`~netloader.errors.ChannelBusy` and harms nothing. A channel may take more: an attribute ``depth`` says how
-    many calls of one direction may be open at once. They are carried out in the order in which they were made, so that
-    nothing stands still between two of them.
+    Concurrency: as many calls of ``send``, and as many of ``recv``, at a time as :attr:`depth` says; one more in the
+    same direction raises :class:`~netloader.errors.ChannelBusy` and harms nothing. They are carried out in the order in
+    which they were made, so that nothing stands still between two of them.
 
     Failure: one failed, timed-out or cancelled operation ends the channel; every later one raises
     :class:`~netloader.errors.ChannelClosed`, and the peer's raises :class:`~netloader.errors.PeerLost` within its own
     deadline at the latest. There is no retry on a channel.
+
+    Attributes:
+        depth: How many calls of one direction may be open at once, from 1 on; the same as long as the channel lives.
+        whole_blocks: Whether both ends have to name blocks of equal sizes, so that a part of a block can't be sent.
     """
+
+    depth: int = 1
+    whole_blocks: bool = False
 
     async def send(self, blocks: Sequence[BlockView]) -> None:
         """Send blocks, whole and in order.
@@ -140,8 +164,9 @@ class Channel(Protocol):
 
 
 def depth_of(channel: Channel) -> int:
-    """How many calls of one direction `channel` takes at once; see :class:`Channel`."""
-    depth: int = getattr(channel, "depth", 1)
+    """How many calls of one direction `channel` takes at once: of release 0.1, :attr:`Channel.depth` says it now."""
+    warnings.warn("depth_of(channel) is channel.depth now, and goes after 0.2", DeprecationWarning, stacklevel=2)
+    depth: int = getattr(channel, "depth", 1)  # channels of 0.1 need not have it
     return depth
 
 
@@ -163,25 +188,11 @@ class Transport(Protocol):
         """What the peer has to know to judge whether both could meet; equal keys have to have equal values."""
         ...
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
-        """Server: get ready for one client.
-
-        Returns:
-            What the client needs to connect, opaque to everyone else; and the handle for :meth:`accept`.
+    async def offer(self, setup: Setup) -> Pending:
+        """Server: get ready for one client, which gets :attr:`Pending.offer`.
 
         Raises:
             TransportError: It can't be set up here now.
-        """
-        ...
-
-    async def accept(self, pending: Pending) -> Channel:
-        """Server: wait for the client, within the set-up's timeout.
-
-        Uses up `pending`, also when it raises or is cancelled.
-
-        Raises:
-            TransferTimeout: The client did not come in time.
-            PeerLost: It came and went, or the control connection ended.
         """
         ...
 

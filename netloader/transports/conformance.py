@@ -14,7 +14,7 @@ from functools import partial
 import anyio
 
 from netloader.errors import ChannelBusy, ChannelClosed, PeerLost, TransferTimeout
-from netloader.transports.base import BlockView, Channel, depth_of
+from netloader.transports.base import BlockView, Channel
 from netloader.transports.conformance_kit import (
     PATIENCE,
     Failed,
@@ -27,11 +27,13 @@ from netloader.transports.conformance_kit import (
     living_threads,
     local_signals,
     made,
+    mixed_blocks,
     open_descriptors,
     pair_maker,
     raises,
     within,
 )
+from netloader.transports.contract_0_1 import adapted_pairs
 
 __all__ = [
     "CHECKS",
@@ -65,6 +67,7 @@ async def check_transport(make_pair: MakePair, checks: Sequence[Check] | None = 
     Raises:
         Failed: The first check that failed, and why.
     """
+    make_pair = adapted_pairs(make_pair)
     for check in CHECKS if checks is None else checks:
         try:
             with within(4 * PATIENCE, "it does not end"):
@@ -95,6 +98,15 @@ async def blocks_travel_both_ways_at_once(make_pair: MakePair) -> None:
         await _carry(server, client)
 
 
+async def both_ends_say_what_they_take(make_pair: MakePair) -> None:
+    """How many calls at once, and whether parts of blocks."""
+    async with make_pair() as ends:
+        for channel in ends:
+            depth, whole = channel.depth, channel.whole_blocks
+            demand(type(depth) is int and depth >= 1, f"depth is {depth!r}, not a number from 1 on")
+            demand(type(whole) is bool, f"whole_blocks is {whole!r}, neither True nor False")
+
+
 async def many_small_calls_in_a_row(make_pair: MakePair) -> None:
     """One block per call, many calls."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
@@ -114,7 +126,7 @@ async def many_small_calls_in_a_row(make_pair: MakePair) -> None:
 async def landed_is_called_once_for_each_block_with_the_bytes_in_place(make_pair: MakePair) -> None:
     """And while later blocks of the same call may still be on their way."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
-        sent = _mixed()
+        sent = mixed_blocks()
         into = _like(sent)
         landed: list[tuple[int, bytes]] = []
         tasks.start_soon(server.send, sent)
@@ -293,10 +305,10 @@ async def a_cut_in_full_flight_ends_everything(make_pair: MakePair) -> None:
 
 
 async def no_more_calls_than_the_channel_takes(make_pair: MakePair) -> None:
-    """One more than its depth (1, where it doesn't say) raises ChannelBusy, and the others go on unharmed."""
+    """One more than its depth raises ChannelBusy, and the others go on unharmed."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         receiving, into = await _blocked_recv(tasks, server, client)
-        behind = [TensorBlockView(9, [bytes(7)]) for _ in range(depth_of(client) - 1)]
+        behind = [TensorBlockView(9, [bytes(7)]) for _ in range(client.depth - 1)]
         waiting = [await made(tasks, partial(client.recv, [block])) for block in behind]
         with raises(ChannelBusy, "a recv too many"):
             await client.recv([TensorBlockView(9, [b"x"])])
@@ -309,7 +321,7 @@ async def no_more_calls_than_the_channel_takes(make_pair: MakePair) -> None:
         sending = await _blocked_send(tasks, server, client)
         # As many blocks as a channel may have ways that are still free: none of these calls may be over by itself.
         behind = [_large()] * _WAYS
-        waiting = [await made(tasks, partial(server.send, behind)) for _ in range(depth_of(server) - 1)]
+        waiting = [await made(tasks, partial(server.send, behind)) for _ in range(server.depth - 1)]
         with raises(ChannelBusy, "a send too many"):
             await server.send([TensorBlockView(9, [b"x"])])
         demand(not sending.over, "a send too many ended the first")
@@ -369,6 +381,7 @@ async def everything_is_freed(make_pair: MakePair) -> None:
 CHECKS: tuple[Check, ...] = (
     blocks_arrive_whole_and_in_order,
     blocks_travel_both_ways_at_once,
+    both_ends_say_what_they_take,
     many_small_calls_in_a_row,
     landed_is_called_once_for_each_block_with_the_bytes_in_place,
     memory_may_be_reused_when_send_returns,
@@ -391,22 +404,6 @@ CHECKS: tuple[Check, ...] = (
 # --- parts of checks --------------------------------------------------------------------------------------------------
 
 
-def _mixed() -> list[TensorBlockView]:
-    """Blocks of one byte and of several MiB, with one span and with a thousand, some of them empty."""
-    shapes: list[list[int]] = [
-        [1],
-        [3 * _MIB + 1],
-        [1 + number % 5 for number in range(1024)],
-        [0, 7, 0],
-        [_MIB, 1, _MIB],
-        [2 * _MIB],
-        [4096] * 1024,
-        [],
-        [17],
-    ]
-    return [TensorBlockView(number, [os.urandom(span) for span in spans]) for number, spans in enumerate(shapes)]
-
-
 def _like(blocks: Sequence[TensorBlockView]) -> list[TensorBlockView]:
     return [TensorBlockView(block.number, [bytes(span.numel()) for span in block.tensors()]) for block in blocks]
 
@@ -417,7 +414,7 @@ def _same(sent: Sequence[TensorBlockView], received: Sequence[TensorBlockView]) 
 
 
 async def _carry(sender: Channel, receiver: Channel) -> None:
-    sent = _mixed()
+    sent = mixed_blocks()
     into = _like(sent)
 
     async def send() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
@@ -14,12 +15,14 @@ import anyio.abc
 import anyio.lowlevel
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from netloader.codecs.regions import Regions, regions_of
 from netloader.errors import (
     PeerLost,
     TransportError,
     TransportUnavailable,
 )
-from netloader.transports.base import Channel, Setup, Transport, depth_of
+from netloader.transports.base import Channel, Pending, Setup, Transport
+from netloader.transports.contract_0_1 import adapted
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +39,14 @@ __all__ = [
     "living_threads",
     "local_signals",
     "made",
+    "mixed_blocks",
     "open_descriptors",
     "pair_maker",
     "raises",
     "within",
 ]
+
+_MIB = 1 << 20
 
 PATIENCE = 30.0
 """Seconds that anything which should happen at once may take before the check fails."""
@@ -100,6 +106,13 @@ class TensorBlockView:
             raise TransportUnavailable(f"block {self.number} is on {self._device}")
         return [memoryview(span.numpy()) for span in self._spans]
 
+    def regions(self) -> Regions[int]:
+        """See :class:`~netloader.transports.base.BlockView`."""
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        """See :class:`~netloader.transports.base.BlockView`: its bytes are where they belong."""
+
     def fill(self, value: int) -> None:
         """Write one value everywhere."""
         for span in self._spans:
@@ -108,6 +121,22 @@ class TensorBlockView:
 
 def _tensor(torch: Any, span: bytes | bytearray) -> Any:
     return torch.frombuffer(bytearray(span), dtype=torch.uint8) if span else torch.empty(0, dtype=torch.uint8)
+
+
+def mixed_blocks() -> list[TensorBlockView]:
+    """Blocks of one byte and of several MiB, with one span and with a thousand, some of them empty."""
+    shapes: list[list[int]] = [
+        [1],
+        [3 * _MIB + 1],
+        [1 + number % 5 for number in range(1024)],
+        [0, 7, 0],
+        [_MIB, 1, _MIB],
+        [2 * _MIB],
+        [4096] * 1024,
+        [],
+        [17],
+    ]
+    return [TensorBlockView(number, [os.urandom(span) for span in spans]) for number, spans in enumerate(shapes)]
 
 
 class LocalSignals:
@@ -157,7 +186,8 @@ def pair_maker(
         device: Where the blocks live.
         host: The address of both ends.
     """
-    other = server if client is None else client
+    server = adapted(server)
+    other = server if client is None else adapted(client)
 
     @asynccontextmanager
     async def make_pair(*, stall: float = PATIENCE) -> AsyncIterator[tuple[Channel, Channel]]:
@@ -176,12 +206,16 @@ def pair_maker(
         ]
         opened: list[Channel] = []
         try:
-            offer, pending = await server.offer(setups[0])
+            pending = await server.offer(setups[0])
+            demand(isinstance(pending, Pending), f"offer returns what is no Pending: {type(pending).__name__}")
+            demand(isinstance(pending.offer, bytes), f"the pending offer is no bytes: {type(pending.offer).__name__}")
             async with anyio.create_task_group() as tasks:
-                accepting = Operation(tasks, lambda: server.accept(pending))
-                connecting = Operation(tasks, lambda: other.connect(offer, setups[1]))
+                accepting = Operation(tasks, pending.accept)
+                connecting = Operation(tasks, lambda: other.connect(pending.offer, setups[1]))
                 opened.append(await accepting.value())
                 opened.append(await connecting.value())
+            for end, channel in zip(("accept", "connect"), opened, strict=True):
+                demand(isinstance(channel, Channel), f"{end} returns what is no Channel: {type(channel).__name__}")
             yield opened[0], opened[1]
         finally:
             with anyio.CancelScope(shield=True):
@@ -255,7 +289,7 @@ async def made(tasks: anyio.abc.TaskGroup, call: Callable[[], Awaitable[None]]) 
 
 async def ahead(channel: Channel, calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
     """Make calls in order, as many at a time as the channel takes."""
-    slots = anyio.Semaphore(depth_of(channel))
+    slots = anyio.Semaphore(channel.depth)
 
     async def make(call: Callable[[], Awaitable[None]]) -> None:
         await call()

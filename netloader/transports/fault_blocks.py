@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from netloader.codecs.regions import Regions, regions_of
 from netloader.errors import TransportUnavailable
 from netloader.transports.base import BlockView
 
@@ -31,6 +32,12 @@ class _Bytes:
     def buffers(self) -> Sequence[memoryview]:
         return [memoryview(span) for span in self._spans]
 
+    def regions(self) -> Regions[int]:
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        """Nothing to do."""
+
 
 class _Tensors:
     """A block in tensors of its own, on a device."""
@@ -45,6 +52,12 @@ class _Tensors:
 
     def buffers(self) -> Sequence[memoryview]:
         raise TransportUnavailable(f"block {self.number} is not in the CPU's memory")
+
+    def regions(self) -> Regions[int]:
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
 
 def copy_of(block: BlockView) -> BlockView:

@@ -17,6 +17,7 @@ import anyio
 
 from netloader.errors import ConfigError, PeerLost
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup, Transport
+from netloader.transports.contract_0_1 import adapted
 from netloader.transports.fault_blocks import copy_of, flip, head
 from netloader.transports.io.channel_state import ChannelState
 
@@ -193,7 +194,7 @@ class FaultyTransport:
 
     def __init__(self, inner: Transport, faults: Faults, *, name: str | None = None) -> None:
         self.name = inner.name if name is None else name
-        self._inner = inner
+        self._inner = adapted(inner)
         self._faults = faults
 
     def missing(self, device: str) -> str | None:
@@ -204,21 +205,35 @@ class FaultyTransport:
         """See :class:`netloader.transports.base.Transport`."""
         return self._inner.facts(device)
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
-        return await self._inner.offer(setup)
-
-    async def accept(self, pending: Pending) -> Channel:
-        """See :class:`netloader.transports.base.Transport`."""
-        return _FaultyChannel(await self._inner.accept(pending), self._faults)
+        return _FaultyPending(await self._inner.offer(setup), self._faults)
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""
         return _FaultyChannel(await self._inner.connect(offer, setup), self._faults)
 
 
+class _FaultyPending:
+    def __init__(self, inner: Pending, faults: Faults) -> None:
+        self.offer = inner.offer
+        self._inner = inner
+        self._faults = faults
+
+    async def accept(self) -> Channel:
+        """See :class:`netloader.transports.base.Pending`."""
+        return _FaultyChannel(await self._inner.accept(), self._faults)
+
+    async def aclose(self) -> None:
+        """See :class:`netloader.transports.base.Pending`."""
+        await self._inner.aclose()
+
+
 class _FaultyChannel:
+    depth = 1
+
     def __init__(self, inner: Channel, faults: Faults) -> None:
+        self.whole_blocks = inner.whole_blocks
         self._inner = inner
         self._faults = faults
         self._state = ChannelState("channel with faults")
@@ -289,7 +304,7 @@ class _FaultyChannel:
         elif fault.kind is FaultKind.STALL:
             await self._until_closed()
         else:
-            if fault.side is Side.SEND and fault.byte and not getattr(self._inner, "whole_blocks", False):
+            if fault.side is Side.SEND and fault.byte and not self.whole_blocks:
                 await self._inner.send([head(block, fault.byte)])
             await self._inner.aclose()
             raise PeerLost(f"cut off in block {fault.block} by a fault made on purpose")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import anyio
 import anyio.lowlevel
 
-from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.errors import PeerLost, TransferTimeout
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.io.channel_state import ChannelState, LoopEvent
 
@@ -128,6 +128,9 @@ class _Pipe:
 
 
 class _MemoryChannel:
+    depth = 1
+    whole_blocks = False
+
     def __init__(self, incoming: _Pipe, outgoing: _Pipe, stall: float) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
@@ -169,9 +172,25 @@ class _MemoryPending:
     def __init__(self, hub: MemoryHub, setup: Setup) -> None:
         self.hub = hub
         self.setup = setup
-        self.key = secrets.token_bytes(16)
+        self.offer = secrets.token_bytes(16)
         self.taken = LoopEvent()
         self.channel: Channel | None = None
+
+    async def accept(self) -> Channel:
+        """See :class:`netloader.transports.base.Pending`."""
+        try:
+            with anyio.move_on_after(self.setup.timeout) as scope:
+                await self.taken.wait()
+        except BaseException:
+            await self.aclose()  # bounded and shielded where it waits
+            raise
+        self.hub.withdraw(self)
+        channel, self.channel = self.channel, None
+        if channel is None or scope.cancelled_caught:
+            if channel is not None:
+                await channel.aclose()
+            raise TransferTimeout(f"the client did not come within {self.setup.timeout:g} s")
+        return channel
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Pending`."""
@@ -202,12 +221,12 @@ class MemoryHub:
     def publish(self, pending: _MemoryPending) -> None:
         """Let a client find this offer."""
         with self._lock:
-            self._offers[pending.key] = pending
+            self._offers[pending.offer] = pending
 
     def withdraw(self, pending: _MemoryPending) -> None:
         """Forget this offer, if it is still there."""
         with self._lock:
-            self._offers.pop(pending.key, None)
+            self._offers.pop(pending.offer, None)
 
     def take(self, key: bytes, stall: float) -> Channel:
         """Make both ends of a channel; the other one goes to whoever made the offer.
@@ -248,29 +267,11 @@ class MemoryTransport:
         del device
         return {"hub": self._hub.name}
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
         pending = _MemoryPending(self._hub, setup)
         self._hub.publish(pending)
-        return pending.key, pending
-
-    async def accept(self, pending: Pending) -> Channel:
-        """See :class:`netloader.transports.base.Transport`."""
-        if not isinstance(pending, _MemoryPending):
-            raise TransportError(f"this is no offer of the memory transport: {type(pending).__name__}")
-        try:
-            with anyio.move_on_after(pending.setup.timeout) as scope:
-                await pending.taken.wait()
-        except BaseException:
-            await pending.aclose()  # bounded and shielded where it waits
-            raise
-        self._hub.withdraw(pending)
-        channel, pending.channel = pending.channel, None
-        if channel is None or scope.cancelled_caught:
-            if channel is not None:
-                await channel.aclose()
-            raise TransferTimeout(f"the client did not come within {pending.setup.timeout:g} s")
-        return channel
+        return pending
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
@@ -173,8 +173,8 @@ class LinkChannel:
         stall: Seconds that an operation may go without any progress.
     """
 
-    whole_blocks: ClassVar[bool] = True
-    """Parts of a block cannot be sent."""
+    depth = 1
+    whole_blocks = True
 
     def __init__(self, link: Link, worker: Worker, stall: float) -> None:
         self._link = link

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from netloader.errors import TransportUnavailable
 from netloader.transports.base import Transport
+from netloader.transports.contract_0_1 import adapted
 
 __all__ = ["AUTO", "GROUP", "Available", "available", "known", "load", "preferred"]
 
@@ -102,7 +103,7 @@ def load(name: str) -> Transport:
             f"{entry.value} is registered as transport {name!r} but is not one: {type(transport).__name__}",
             hint="it needs the methods of netloader.transports.base.Transport and the name it is registered under",
         )
-    return transport
+    return adapted(transport)
 
 
 def available(device: str, wanted: str | Sequence[str] = AUTO) -> Available:

@@ -527,19 +527,23 @@ async def test_a_transport_that_breaks_its_contract_costs_one_session(
         async def offer(self, setup: Any) -> Any:
             if where == "offer" and fail:
                 raise ZeroDivisionError("ouch")
-            return await super().offer(setup)
+            pending = await super().offer(setup)
+            take = pending.accept
 
-        async def accept(self, pending: Any) -> Any:
-            if where == "accept" and fail:
-                raise ZeroDivisionError("ouch")
-            channel = await super().accept(pending)
-            if where == "send" and fail:
-
-                async def send(blocks: Any) -> None:
+            async def accept() -> Any:
+                if where == "accept" and fail:
                     raise ZeroDivisionError("ouch")
+                channel = await take()
+                if where == "send" and fail:
 
-                channel.send = send  # type: ignore[method-assign]
-            return channel
+                    async def send(blocks: Any) -> None:
+                        raise ZeroDivisionError("ouch")
+
+                    channel.send = send  # type: ignore[method-assign]
+                return channel
+
+            pending.accept = accept  # type: ignore[method-assign]
+            return pending
 
     fail = True
     into = kit.blank(SOURCE)

@@ -380,9 +380,9 @@ class Scripted:
                 case "agree":
                     await wire.hear_until(m.Agree)
                 case "offer":
-                    offer, pending = await transport.offer(kit.setup())
-                    await wire.say(m.ChannelOffer(transport=transport.name, offer=offer))
-                    channel = await transport.accept(pending)
+                    pending = await transport.offer(kit.setup())
+                    await wire.say(m.ChannelOffer(transport=transport.name, offer=pending.offer))
+                    channel = await pending.accept()
                 case "want":
                     await wire.hear_until(m.Want)
                 case "grant":

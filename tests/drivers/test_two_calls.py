@@ -20,6 +20,7 @@ class _Crossed:
     """A channel of two calls at a time, of which the second brings wrong bytes and the first then finds it cut."""
 
     depth = 2
+    whole_blocks = False
 
     def __init__(self, inner: Channel) -> None:
         self._inner = inner

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from netloader.codecs.regions import Regions, regions_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,6 +33,12 @@ class BytesView:
 
     def buffers(self) -> Sequence[memoryview]:
         return [memoryview(span) for span in self.spans]
+
+    def regions(self) -> Regions[int]:
+        return regions_of(self.buffers())
+
+    def settle(self) -> None:
+        pass
 
 
 class Pieces(BytesView):

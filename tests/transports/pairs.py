@@ -63,15 +63,15 @@ async def opened(
     server_setup, client_setup = setup_for(ours, host=host, stall=stall), setup_for(theirs, host=host, stall=stall)
     ends: dict[str, Channel] = {}
 
-    offer, pending = await transport.offer(server_setup)
+    pending = await transport.offer(server_setup)
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tasks:
 
             async def accept() -> None:
-                ends["server"] = await transport.accept(pending)
+                ends["server"] = await pending.accept()
 
             tasks.start_soon(accept)
-            ends["client"] = await (transport if client is None else client).connect(offer, client_setup)
+            ends["client"] = await (transport if client is None else client).connect(pending.offer, client_setup)
     try:
         yield ends["server"], ends["client"]
     finally:

@@ -62,9 +62,9 @@ async def serve(port: int) -> None:
     async with await anyio.connect_tcp(HOST, port) as stream:
         setup = setup_over(stream, stall=20.0)
         transport = GlooTransport()
-        offer, pending = await transport.offer(setup)
-        await setup.signals.post(offer)
-        channel = await transport.accept(pending)
+        pending = await transport.offer(setup)
+        await setup.signals.post(pending.offer)
+        channel = await pending.accept()
         try:
             for number in range(1 << 20):
                 await channel.send([TensorBlockView(number, [bytes([number % 256]) * MIB])])

@@ -24,7 +24,7 @@ class Broken(TcpTransport):
         super().__init__()
         self._side = side
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         if self._side == "server":
             raise TransportError("the system forbids it here")
         return await super().offer(setup)

@@ -97,8 +97,8 @@ async def test_ipv6() -> None:
 
 async def test_it_listens_at_the_address_of_the_control_connection_only() -> None:
     ours, theirs = local_signals()
-    offer, pending = await GlooTransport().offer(setup_for(ours, host="127.0.0.7"))
-    address = parsed(offer)
+    pending = await GlooTransport().offer(setup_for(ours, host="127.0.0.7"))
+    address = parsed(pending.offer)
     assert address.host == "127.0.0.7"
     listening = await anyio.to_thread.run_sync(guard.listener, "127.0.0.7", address.port)
     assert listening is not None
@@ -145,10 +145,10 @@ async def test_nobody_is_dialled_but_the_peer() -> None:
         elsewhere.setblocking(False)
         ours, theirs = local_signals()
         transport = GlooTransport()
-        _, pending = await transport.offer(setup_for(ours))
+        pending = await transport.offer(setup_for(ours))
         await theirs.post(gloo._encode(Address("127.0.0.2", elsewhere.getsockname()[1], (2, 3))))
         with pytest.raises(TransportError, match=r"127\.0\.0\.2.*127\.0\.0\.1"):
-            await transport.accept(pending)
+            await pending.accept()
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
         # It is told, and a client does the same with what a server says.
@@ -179,10 +179,10 @@ async def test_nobody_is_dialled_but_the_peer() -> None:
 async def test_a_note_that_makes_no_sense_ends_the_set_up(note: bytes) -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
-    _, pending = await transport.offer(setup_for(ours))
+    pending = await transport.offer(setup_for(ours))
     await theirs.post(note)
     with pytest.raises(TransportError):
-        await transport.accept(pending)
+        await pending.accept()
     with pytest.raises(TransportError):
         await transport.connect(note, setup_for(theirs))
     ours.close()
@@ -195,9 +195,9 @@ async def test_a_note_that_makes_no_sense_ends_the_set_up(note: bytes) -> None:
 async def test_a_client_that_does_not_come() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
-    _, pending = await transport.offer(setup_for(ours, timeout=0.1))
+    pending = await transport.offer(setup_for(ours, timeout=0.1))
     with pytest.raises(TransferTimeout):
-        await transport.accept(pending)
+        await pending.accept()
     await pending.aclose()
     ours.close()
     theirs.close()
@@ -206,10 +206,10 @@ async def test_a_client_that_does_not_come() -> None:
 async def test_a_client_whose_control_connection_ends() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
-    _, pending = await transport.offer(setup_for(ours))
+    pending = await transport.offer(setup_for(ours))
     theirs.close()
     with pytest.raises(PeerLost):
-        await transport.accept(pending)
+        await pending.accept()
     ours.close()
 
 
@@ -218,10 +218,10 @@ async def test_a_peer_that_says_where_it_listens_and_never_connects() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        offer, pending = await transport.offer(setup_for(ours, timeout=0.3))
-        await theirs.post(gloo._encode(Address("127.0.0.1", silent.getsockname()[1], parsed(offer).pairs)))
+        pending = await transport.offer(setup_for(ours, timeout=0.3))
+        await theirs.post(gloo._encode(Address("127.0.0.1", silent.getsockname()[1], parsed(pending.offer).pairs)))
         with pytest.raises(TransportError):
-            await transport.accept(pending)
+            await pending.accept()
     ours.close()
     theirs.close()
 
@@ -229,11 +229,11 @@ async def test_a_peer_that_says_where_it_listens_and_never_connects() -> None:
 async def test_a_set_up_that_waits_for_the_peers_connection_can_be_given_up() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
-    offer, pending = await transport.offer(setup_for(ours))
+    pending = await transport.offer(setup_for(ours))
     # The side with the lower address waits: 65535 is the highest there is.
-    await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, parsed(offer).pairs)))
+    await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, parsed(pending.offer).pairs)))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(transport.accept, pending)
+        tasks.start_soon(pending.accept)
         await anyio.wait_all_tasks_blocked()
         with anyio.fail_after(gloo._CONNECTING / 2, shield=True):
             tasks.cancel_scope.cancel()
@@ -268,15 +268,15 @@ async def set_up_cancelled(at: int) -> bool:
     transport = GlooTransport()
     channels: list[Channel] = []
     with anyio.CancelScope() as scope:
-        offer, pending = await transport.offer(setup_for(Counted(ours, uses, at, scope)))
+        pending = await transport.offer(setup_for(Counted(ours, uses, at, scope)))
         try:
             async with anyio.create_task_group() as tasks:
 
                 async def accept() -> None:
-                    channels.append(await transport.accept(pending))
+                    channels.append(await pending.accept())
 
                 tasks.start_soon(accept)
-                channels.append(await transport.connect(offer, setup_for(Counted(theirs, uses, at, scope))))
+                channels.append(await transport.connect(pending.offer, setup_for(Counted(theirs, uses, at, scope))))
         finally:
             with anyio.CancelScope(shield=True):
                 await pending.aclose()
@@ -319,9 +319,9 @@ async def test_whoever_came_before_the_port_was_known_ends_the_set_up_and_leaves
     await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, (0, 0))))
 
     async def set_up() -> None:  # either may be the one that hears of it
-        _, pending = await transport.offer(setup_for(ours))
+        pending = await transport.offer(setup_for(ours))
         try:
-            await transport.accept(pending)
+            await pending.accept()
         finally:
             await pending.aclose()
 
@@ -383,8 +383,8 @@ async def test_a_stranger_who_comes_first_costs_this_session_at_most(kind: int, 
     async with opened(GlooTransport()) as (other_server, other_client):
         transport = GlooTransport()
         ours, theirs = local_signals()
-        offer, pending = await transport.offer(setup_for(ours, timeout=2))
-        await anyio.to_thread.run_sync(visit, parsed(offer))
+        pending = await transport.offer(setup_for(ours, timeout=2))
+        await anyio.to_thread.run_sync(visit, parsed(pending.offer))
 
         class Watched:
             """The client's address is known to a stranger before the server has it."""
@@ -407,8 +407,8 @@ async def test_a_stranger_who_comes_first_costs_this_session_at_most(kind: int, 
                 errors.append(error)
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(end, lambda: transport.accept(pending))
-            tasks.start_soon(end, lambda: transport.connect(offer, setup_for(Watched(), timeout=2)))
+            tasks.start_soon(end, pending.accept)
+            tasks.start_soon(end, lambda: transport.connect(pending.offer, setup_for(Watched(), timeout=2)))
         assert len(ends) in {0, 2}, f"one side believes in it, the other does not: {errors}"
         for channel in ends:
             await channel.aclose()
@@ -423,7 +423,7 @@ async def test_an_open_channel_takes_no_connection_any_more() -> None:
     addresses: list[Address] = []
     ours, theirs = local_signals()
     transport = GlooTransport()
-    offer, pending = await transport.offer(setup_for(ours))
+    pending = await transport.offer(setup_for(ours))
 
     class Watched:
         async def post(self, data: bytes) -> None:
@@ -439,11 +439,11 @@ async def test_an_open_channel_takes_no_connection_any_more() -> None:
     async with anyio.create_task_group() as tasks:
 
         async def accept() -> None:
-            ends.append(await transport.accept(pending))
+            ends.append(await pending.accept())
 
         tasks.start_soon(accept)
-        client = await transport.connect(offer, setup_for(Watched()))
-    for address in (parsed(offer), *addresses):
+        client = await transport.connect(pending.offer, setup_for(Watched()))
+    for address in (parsed(pending.offer), *addresses):
         with socket.socket() as sock:
             sock.setblocking(False)
             sock.connect_ex((address.host, address.port))
@@ -459,8 +459,8 @@ async def test_an_open_channel_takes_no_connection_any_more() -> None:
 
 async def test_a_stranger_on_another_host_gets_no_answer() -> None:
     ours, theirs = local_signals()
-    offer, pending = await GlooTransport().offer(setup_for(ours))
-    address = parsed(offer)
+    pending = await GlooTransport().offer(setup_for(ours))
+    address = parsed(pending.offer)
     with socket.socket() as sock:
         sock.bind(("127.0.0.3", 0))  # not the peer's address
         sock.setblocking(False)

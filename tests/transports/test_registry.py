@@ -22,10 +22,7 @@ class Plugin:
     def facts(self, device: str) -> Mapping[str, str]:
         return {}
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
-        raise NotImplementedError
-
-    async def accept(self, pending: Pending) -> Channel:
+    async def offer(self, setup: Setup) -> Pending:
         raise NotImplementedError
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloader.codecs.regions import regions_of, regions_over
+from netloader.codecs.regions import regions_over
 from netloader.errors import ChannelClosed, PeerLost, TransferTimeout, TransportError, TransportUnavailable
 from netloader.transports.base import Channel
 from netloader.transports.conformance import CHECKS, Check, TensorBlockView, check_transport, pair_maker
@@ -182,13 +182,13 @@ async def test_nothing_with_a_name_is_left(no_leaked_descriptors: None, monkeypa
 
 async def test_strangers_are_not_let_in() -> None:
     transport = ShmTransport()
-    offer, pending = await transport.offer(setup(0.3))
-    wanted = msgspec.msgpack.decode(offer, type=shm._Offer)
+    pending = await transport.offer(setup(0.3))
+    wanted = msgspec.msgpack.decode(pending.offer, type=shm._Offer)
     wrong = msgspec.msgpack.encode(msgspec.structs.replace(wanted, key=bytes(16)))
 
     async def accept() -> None:
         with pytest.raises(TransferTimeout):
-            await transport.accept(pending)
+            await pending.accept()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(accept)
@@ -199,18 +199,18 @@ async def test_strangers_are_not_let_in() -> None:
 @pytest.mark.parametrize("how", ["given up", "too late", "cancelled"])
 async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors: None) -> None:
     transport = ShmTransport()
-    offer, pending = await transport.offer(setup(0.05 if how == "too late" else 20))
+    pending = await transport.offer(setup(0.05 if how == "too late" else 20))
     if how == "given up":
         await pending.aclose()
         await pending.aclose()
     elif how == "too late":
         with pytest.raises(TransferTimeout):
-            await transport.accept(pending)
+            await pending.accept()
     else:
         with anyio.move_on_after(0.05):
-            await transport.accept(pending)
+            await pending.accept()
     with pytest.raises(TransportUnavailable, match="within this host"):
-        await transport.connect(offer, setup())
+        await transport.connect(pending.offer, setup())
 
 
 @pytest.mark.parametrize("offer", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode(["", bytes(16), bytes(16)])])
@@ -227,9 +227,9 @@ from tests.transports.test_tcp import setup
 
 async def main(reading):
     transport = ShmTransport(reading=reading)
-    offer, pending = await transport.offer(setup())
-    print(offer.hex(), flush=True)
-    channel = await transport.accept(pending)
+    pending = await transport.offer(setup())
+    print(pending.offer.hex(), flush=True)
+    channel = await pending.accept()
     if FORK:
         if os.fork() == 0:  # holds every descriptor open for as long as somebody reads our output
             os.write(1, b"%d\\n" % os.getpid())
@@ -338,7 +338,7 @@ async def test_without_descriptors_there_is_no_channel_and_nothing_is_left(
 
     monkeypatch.setattr(os, call, exhausted)
     transport, errors = ShmTransport(reading=False), list[TransportError]()
-    offer, pending = await transport.offer(setup())
+    pending = await transport.offer(setup())
 
     async def open_and_close(opening: Awaitable[Channel]) -> None:
         try:
@@ -347,8 +347,8 @@ async def test_without_descriptors_there_is_no_channel_and_nothing_is_left(
             errors.append(error)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(open_and_close, transport.accept(pending))
-        tasks.start_soon(open_and_close, transport.connect(offer, setup()))
+        tasks.start_soon(open_and_close, pending.accept())
+        tasks.start_soon(open_and_close, transport.connect(pending.offer, setup()))
     assert bool(errors) is not enough
     assert enough or any("Too many open files" in str(error) for error in errors)
 
@@ -564,13 +564,13 @@ def test_regions_of_any_shape_are_read(remote: list[int], cut: int) -> None:
         start += nbytes
     into = bytearray(start)
     here = [memoryview(into)[at : at + cut] for at in range(0, start, cut)]
-    process_memory.read(os.getpid(), regions_of(Pieces(*there)), regions_of(Pieces(*here)))
+    process_memory.read(os.getpid(), Pieces(*there).regions(), Pieces(*here).regions())
     assert into == data[:start]
 
 
 def test_reading_what_is_not_there_is_an_error() -> None:
     into = memoryview(bytearray(10))
-    here = regions_of(Pieces(into))
+    here = Pieces(into).regions()
     with pytest.raises(TransportError, match="can't be read"):
         process_memory.read(os.getpid(), regions_over([8], [10]), here)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:

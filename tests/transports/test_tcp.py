@@ -244,8 +244,8 @@ async def test_after_a_cancelled_receive_nothing_lands(transport: TcpTransport) 
 
 async def test_strangers_at_the_door_cost_nothing() -> None:
     transport = TcpTransport(2)
-    offer, pending = await transport.offer(setup())
-    port = port_of(offer)
+    pending = await transport.offer(setup())
+    port = port_of(pending.offer)
     async with anyio.create_task_group() as tasks:
         # Silent ones, more of them than are listened to at a time.
         visits = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(20)]
@@ -256,11 +256,11 @@ async def test_strangers_at_the_door_cost_nothing() -> None:
         both = anyio.Event()
 
         async def accept() -> None:
-            ends.append(await transport.accept(pending))
+            ends.append(await pending.accept())
             both.set()
 
         tasks.start_soon(accept)
-        client = await transport.connect(offer, setup())
+        client = await transport.connect(pending.offer, setup())
         await both.wait()
         ends.append(client)
         into = like(numbered(3, 1000))
@@ -276,44 +276,44 @@ async def test_strangers_at_the_door_cost_nothing() -> None:
 
 async def test_whoever_comes_from_elsewhere_is_not_let_in_even_with_the_key() -> None:
     transport = TcpTransport(1)
-    offer, pending = await transport.offer(setup(timeout=0.3))
+    pending = await transport.offer(setup(timeout=0.3))
     failed = []
 
     async def accept() -> None:
         with pytest.raises(TransferTimeout, match="firewall"):
-            await transport.accept(pending)
+            await pending.accept()
         failed.append(True)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(accept)
         with pytest.raises(PeerLost):
-            await transport.connect(offer, replace(setup(), local_host="127.0.0.2"))
+            await transport.connect(pending.offer, replace(setup(), local_host="127.0.0.2"))
     assert failed == [True]
 
 
 @pytest.mark.parametrize("how", ["given up", "too late", "cancelled"])
 async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors: None) -> None:
     transport = TcpTransport()
-    offer, pending = await transport.offer(setup(timeout=0.05 if how == "too late" else 20))
-    port = port_of(offer)
+    pending = await transport.offer(setup(timeout=0.05 if how == "too late" else 20))
+    port = port_of(pending.offer)
     if how == "given up":
         await pending.aclose()
         await pending.aclose()
     elif how == "too late":
         with pytest.raises(TransferTimeout):
-            await transport.accept(pending)
+            await pending.accept()
     else:
         with anyio.move_on_after(0.05):
-            await transport.accept(pending)
+            await pending.accept()
     assert not await reaches(port)
     with pytest.raises(PeerLost, match="can't be reached"):
-        await transport.connect(offer, setup())
+        await transport.connect(pending.offer, setup())
 
 
 async def test_a_client_that_came_and_went_is_missed_at_once(no_leaked_descriptors: None) -> None:
     transport = TcpTransport(2)
-    offer, pending = await transport.offer(setup())
-    wanted = msgspec.msgpack.decode(offer, type=tcp._Offer)
+    pending = await transport.offer(setup())
+    wanted = msgspec.msgpack.decode(pending.offer, type=tcp._Offer)
 
     async def come_and_go() -> None:
         async with await anyio.connect_tcp("127.0.0.1", wanted.port) as stream:
@@ -322,7 +322,7 @@ async def test_a_client_that_came_and_went_is_missed_at_once(no_leaked_descripto
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(come_and_go)
         with pytest.raises(PeerLost, match="left again"):
-            await transport.accept(pending)
+            await pending.accept()
 
 
 async def test_a_server_that_does_not_answer_is_given_up() -> None:
@@ -392,9 +392,9 @@ async def test_congestion_control_is_chosen_within_a_host_and_where_bbr_would_pa
 @pytest.mark.parametrize(("processors", "lanes"), [(1, 2), (2, 2), (15, 2), (16, 4)])
 async def test_many_processors_have_more_lanes(processors: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
-    offer, pending = await TcpTransport().offer(setup())
+    pending = await TcpTransport().offer(setup())
     await pending.aclose()
-    assert msgspec.msgpack.decode(offer, type=tcp._Offer).lanes == lanes
+    assert msgspec.msgpack.decode(pending.offer, type=tcp._Offer).lanes == lanes
 
 
 async def test_a_lane_that_has_nothing_to_do_has_no_thread() -> None:
@@ -434,9 +434,9 @@ from tests.transports.bytesview import BytesView
 from tests.transports.test_tcp import setup
 
 async def main():
-    offer, pending = await TcpTransport().offer(setup())
-    print(offer.hex(), flush=True)
-    channel = await TcpTransport().accept(pending)
+    pending = await TcpTransport().offer(setup())
+    print(pending.offer.hex(), flush=True)
+    channel = await pending.accept()
     await channel.send([BytesView(0, bytes(1000))])
     print("sent", flush=True)
     await channel.recv([BytesView(0, bytes(10))])

@@ -286,7 +286,7 @@ class _GlooLink(Link):
 
 
 class _End:
-    """One side while it is being set up; the server's is the :class:`Pending` of the contract."""
+    """One side while it is being set up."""
 
     def __init__(self, rank: int, setup: Setup) -> None:
         self.setup = setup
@@ -345,6 +345,23 @@ class _End:
             _log.error("thread %s still runs after the set-up was given up", self._worker.name)
 
 
+class _GlooPending:
+    """A server's end that has told where it listens."""
+
+    def __init__(self, end: _End, offer: bytes) -> None:
+        self.offer = offer
+        self._end = end
+
+    async def accept(self) -> Channel:
+        """See :class:`netloader.transports.base.Pending`."""
+        async with _setting_up(self._end):
+            return await self._end.channel(await self._end.setup.signals.fetch())
+
+    async def aclose(self) -> None:
+        """See :class:`netloader.transports.base.Pending`."""
+        await self._end.aclose()
+
+
 class GlooTransport:
     """Moves blocks over torch's gloo, in a group of two made for each channel."""
 
@@ -361,18 +378,11 @@ class GlooTransport:
         del device
         return {"rendezvous": "1"}
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
         end = _End(_SERVER, setup)
         async with _setting_up(end):
-            return await end.address(), end
-
-    async def accept(self, pending: Pending) -> Channel:
-        """See :class:`netloader.transports.base.Transport`."""
-        if not isinstance(pending, _End):
-            raise TransportError(f"this is no offer of the gloo transport: {type(pending).__name__}")
-        async with _setting_up(pending):
-            return await pending.channel(await pending.setup.signals.fetch())
+            return _GlooPending(end, await end.address())
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""

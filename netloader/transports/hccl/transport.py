@@ -221,12 +221,15 @@ def _operations(blocks: Sequence[BlockView]) -> int:
 
 
 class _HcclChannel:
-    """One end of a channel; the server's is the :class:`Pending` of the contract before it is accepted.
+    """One end of a channel.
 
     Args:
         rank: Ours.
         setup: What the transport was told.
     """
+
+    depth = 1
+    whole_blocks = True
 
     def __init__(self, rank: int, setup: Setup) -> None:
         self.setup = setup
@@ -368,16 +371,22 @@ class _HcclChannel:
         return self._half(note.group).exchange.deliver(note.key, note.value)
 
 
-class _Waiting:
-    """A server's offer; the :class:`Pending` of the contract."""
+class _HcclPending:
+    """A server's end that waits for its client."""
 
-    def __init__(self, channel: _HcclChannel) -> None:
-        self.channel = channel
+    def __init__(self, channel: _HcclChannel, offer: bytes) -> None:
+        self.offer = offer
+        self._channel = channel
+
+    async def accept(self) -> Channel:
+        """See :class:`netloader.transports.base.Pending`."""
+        await self._channel.establish()
+        return self._channel
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Pending`."""
-        if not self.channel.accepted:
-            await self.channel.aclose()
+        if not self._channel.accepted:
+            await self._channel.aclose()
 
 
 class HcclTransport:
@@ -413,7 +422,7 @@ class HcclTransport:
         del device
         return {"rendezvous": "2", "wire": "plain bytes"}
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`.
 
         Raises:
@@ -421,14 +430,7 @@ class HcclTransport:
                 :func:`~netloader.transports.hccl.devices.hold_still`); it says when to ask again.
         """
         channel = await self._prepared(_SERVER, setup)
-        return msgspec.msgpack.encode(_Offer(setup.device, _version())), _Waiting(channel)
-
-    async def accept(self, pending: Pending) -> Channel:
-        """See :class:`netloader.transports.base.Transport`."""
-        if not isinstance(pending, _Waiting):
-            raise TransportError(f"this is no offer of the hccl transport: {type(pending).__name__}")
-        await pending.channel.establish()
-        return pending.channel
+        return _HcclPending(channel, msgspec.msgpack.encode(_Offer(setup.device, _version())))
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""

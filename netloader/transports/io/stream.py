@@ -11,7 +11,7 @@ import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 
-from netloader.codecs.regions import Regions, regions_of
+from netloader.codecs.regions import Regions
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.base import BlockView
 from netloader.transports.io.operation import Operation
@@ -62,7 +62,7 @@ def calls(
     """
     regions, places, size = array("Q"), list[int](), 0
     for place, block in blocks:
-        spans = regions_of(block)
+        spans = block.regions()
         # Most blocks fit as they are; with tens of thousands of small tensors a look at each piece is what takes time.
         fits = block.nbytes <= longest and len(spans) <= 2 * MOST_REGIONS
         if fits and regions and (len(regions) + len(spans) > 2 * MOST_REGIONS or size + block.nbytes > longest):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from netloader.codecs.regions import Regions, left_of, regions_of, total
+from netloader.codecs.regions import Regions, left_of, total
 from netloader.errors import PeerLost, TransportError
 from netloader.transports.base import BlockView
 from netloader.transports.io.operation import Operation
@@ -86,7 +86,7 @@ class MemoryShower:
         unread = 0
         words = array("Q")
         for place, block in enumerate(blocks, 1):
-            regions = regions_of(block)  # which the caller keeps alive until all were read
+            regions = block.regions()  # which the caller keeps alive until all were read
             words.extend((len(regions) // 2, block.nbytes))
             words += regions
             unread += 1
@@ -147,7 +147,7 @@ class MemoryReader:
                 if block is None:
                     break
                 remote = self._next(block, operation)
-            read(self._pid, remote, regions_of(block))
+            read(self._pid, remote, block.regions())
             # Only now is it certain that the sender, and no other process, was there and left its memory alone.
             check()
             self._acknowledge(1, operation, at_once=False)

@@ -13,9 +13,9 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import anyio
 import anyio.lowlevel
@@ -49,22 +49,30 @@ class _Offer(msgspec.Struct, frozen=True):
 
 
 class _ShmPending:
-    """A server's door, and what was said about it."""
+    """A server's door, and what is said about it."""
 
-    def __init__(self, door: Listener, setup: Setup) -> None:
-        self.door = door
-        self.setup = setup
+    def __init__(self, offer: bytes, door: Listener, setup: Setup, meet: Callable[..., Awaitable[Channel]]) -> None:
+        self.offer = offer
+        self._door = door
+        self._setup = setup
+        self._meet = meet
+
+    async def accept(self) -> Channel:
+        """See :class:`netloader.transports.base.Pending`."""
+        outgoing, incoming = await self._door.wait(self._setup.timeout)
+        return await self._meet(outgoing, incoming, self._setup, serving=True)
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Pending`."""
-        self.door.close()
+        self._door.close()
 
 
 class _ShmChannel:
     """Two flows, one for each direction, and the threads that work on them."""
 
-    depth: ClassVar[int] = 2
+    depth = 2
     """A thread goes on with the next call while others still work on this one."""
+    whole_blocks = False
 
     def __init__(self, outgoing: Flow, incoming: Flow, stall: float) -> None:
         self._outgoing = outgoing
@@ -129,7 +137,7 @@ class ShmTransport:
         system = hashlib.sha256(b"netloader " + _BOOT.read_bytes().strip()).hexdigest()[:32]
         return {"host": system, "network namespace": str(_NETWORK.stat().st_ino), "user": str(os.geteuid())}
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
         await anyio.lowlevel.checkpoint()
         offer = _Offer(
@@ -143,14 +151,7 @@ class ShmTransport:
             listener.close()
             raise TransportError(f"no socket can be opened for clients of this host: {error}") from error
         door = Listener(listener, key=offer.key, answer=offer.answer, count=2, stranger=_stranger)
-        return msgspec.msgpack.encode(offer), _ShmPending(door, setup)
-
-    async def accept(self, pending: Pending) -> Channel:
-        """See :class:`netloader.transports.base.Transport`."""
-        if not isinstance(pending, _ShmPending):
-            raise TransportError(f"this is no offer of the shm transport: {type(pending).__name__}")
-        outgoing, incoming = await pending.door.wait(pending.setup.timeout)
-        return await self._meet(outgoing, incoming, pending.setup, serving=True)
+        return _ShmPending(msgspec.msgpack.encode(offer), door, setup, self._meet)
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import anyio
 import anyio.lowlevel
@@ -47,22 +47,31 @@ class _Offer(msgspec.Struct, frozen=True):
 
 
 class _TcpPending:
-    """A server's door, and what was said about it."""
+    """A server's door, and what is said about it."""
 
-    def __init__(self, door: Listener, setup: Setup) -> None:
-        self.door = door
-        self.setup = setup
+    def __init__(
+        self, offer: bytes, door: Listener, setup: Setup, channel: Callable[[Sequence[socket.socket], Setup], Channel]
+    ) -> None:
+        self.offer = offer
+        self._door = door
+        self._setup = setup
+        self._channel = channel
+
+    async def accept(self) -> Channel:
+        """See :class:`netloader.transports.base.Pending`."""
+        return self._channel(await self._door.wait(self._setup.timeout), self._setup)
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Pending`."""
-        self.door.close()
+        self._door.close()
 
 
 class _TcpChannel:
     """Several connections, each with a thread for each direction that is used; blocks take turns on them."""
 
-    depth: ClassVar[int] = 2
+    depth = 2
     """A lane goes on with the next call while others still work on this one."""
+    whole_blocks = False
 
     def __init__(self, connections: Sequence[socket.socket], setup: Setup, staged: int | None) -> None:
         for sock in connections:
@@ -146,7 +155,7 @@ class TcpTransport:
         del device
         return {}
 
-    async def offer(self, setup: Setup) -> tuple[bytes, Pending]:
+    async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
         await anyio.lowlevel.checkpoint()
         lanes = _lanes_for() if self._lanes is None else self._lanes
@@ -167,14 +176,7 @@ class TcpTransport:
             count=lanes,
             stranger=lambda visitor: _from_elsewhere(visitor, setup.peer_host),
         )
-        return msgspec.msgpack.encode(offer), _TcpPending(door, setup)
-
-    async def accept(self, pending: Pending) -> Channel:
-        """See :class:`netloader.transports.base.Transport`."""
-        if not isinstance(pending, _TcpPending):
-            raise TransportError(f"this is no offer of the tcp transport: {type(pending).__name__}")
-        connections = await pending.door.wait(pending.setup.timeout)
-        return self._channel(connections, pending.setup)
+        return _TcpPending(msgspec.msgpack.encode(offer), door, setup, self._channel)
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""

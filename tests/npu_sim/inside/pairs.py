@@ -31,6 +31,9 @@ def setup_for(signals: Signals, device: str, *, timeout: float = PATIENCE, stall
 class Placed:
     """A channel that brings the blocks of a check to its device before it moves them."""
 
+    depth = 1
+    whole_blocks = True
+
     def __init__(self, channel: Channel, device: str) -> None:
         self.channel = channel
         self._device = device
@@ -67,16 +70,16 @@ async def pair(
     transport = HcclTransport()
     opened: list[Channel] = []
     try:
-        offer, pending = await transport.offer(setup_for(ours, server, stall=stall, timeout=timeout))
+        pending = await transport.offer(setup_for(ours, server, stall=stall, timeout=timeout))
         async with anyio.create_task_group() as tasks:
 
             async def connect() -> None:
                 opened.append(
-                    await transport.connect(offer, setup_for(listening, client, stall=stall, timeout=timeout))
+                    await transport.connect(pending.offer, setup_for(listening, client, stall=stall, timeout=timeout))
                 )
 
             tasks.start_soon(connect)
-            accepted = await transport.accept(pending)
+            accepted = await pending.accept()
         yield Placed(accepted, server), Placed(opened[0], client)
     finally:
         with anyio.CancelScope(shield=True):

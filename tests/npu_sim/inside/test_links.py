@@ -157,15 +157,15 @@ async def test_three_receivers_of_one_device() -> None:
 async def test_a_peer_that_never_comes() -> None:
     ours, theirs = signals()
     transport = HcclTransport()
-    _, pending = await transport.offer(setup_for(ours, SERVER, timeout=0.2))
+    pending = await transport.offer(setup_for(ours, SERVER, timeout=0.2))
     with pytest.raises(TransferTimeout, match=r"did not open its end of the HCCL group within 0\.2 s"):
-        await transport.accept(pending)
+        await pending.accept()
     theirs.close()
 
 
 async def test_an_offer_that_is_given_up() -> None:
     ours, _ = signals()
-    _, pending = await HcclTransport().offer(setup_for(ours, SERVER))
+    pending = await HcclTransport().offer(setup_for(ours, SERVER))
     await pending.aclose()
     await pending.aclose()
 
@@ -174,7 +174,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
     """Each end in turn is gone once both had met: the other would wait for HCCL's own timeout."""
     ours, theirs = signals()
     transport = HcclTransport()
-    offer, pending = await transport.offer(setup_for(ours, SERVER))
+    pending = await transport.offer(setup_for(ours, SERVER))
     await theirs.post(_encode(Ready(0)))
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
@@ -187,7 +187,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
 
             tasks.start_soon(lose)
             with pytest.raises(PeerLost):
-                await transport.accept(pending)
+                await pending.accept()
     ours, theirs = signals()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCCL_CONNECT_TIMEOUT", "1")  # what bounds the end that HCCL makes listen
@@ -204,7 +204,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
 
                 tasks.start_soon(go_and_leave)
                 with pytest.raises(PeerLost):
-                    await transport.connect(offer, setup_for(theirs, CLIENT))
+                    await transport.connect(pending.offer, setup_for(theirs, CLIENT))
     theirs.close()
 
 
@@ -276,11 +276,11 @@ async def test_a_turn_is_kept_until_the_call_has_really_returned(monkeypatch: py
     monkeypatch.setattr(hccl, "_CLOSING", 0.1)
     ours, theirs = signals()
     transport = HcclTransport()
-    _, pending = await transport.offer(setup_for(ours, SERVER, timeout=0.3))
+    pending = await transport.offer(setup_for(ours, SERVER, timeout=0.3))
     await theirs.post(_encode(Ready(0)))
     await theirs.post(_encode(Take(0, 1)))
     with pytest.raises(TransferTimeout):
-        await transport.accept(pending)
+        await pending.accept()
     turns = devices.device_of(SERVER).turns
     assert inside.is_set()
     try:
@@ -378,16 +378,16 @@ async def test_two_ends_on_one_device_fail_on_both_sides(monkeypatch: pytest.Mon
     monkeypatch.setattr(sim, "_making", _Forgetful())
     ours, theirs = signals()
     transport = HcclTransport()
-    offer, pending = await transport.offer(setup_for(ours, SERVER))
+    pending = await transport.offer(setup_for(ours, SERVER))
 
     async def connect() -> None:
         with pytest.raises(TransportError, match="EI0009"):
-            await transport.connect(offer, setup_for(theirs, SERVER))
+            await transport.connect(pending.offer, setup_for(theirs, SERVER))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(connect)
         with pytest.raises(TransportError, match="EI0009"):
-            await transport.accept(pending)
+            await pending.accept()
 
 
 class _Forgetful(set[int]):
@@ -452,17 +452,17 @@ async def test_while_memory_is_measured_nothing_is_opened_or_freed() -> None:
 async def test_memory_is_measured_from_between_offer_and_connection_on() -> None:
     ours, theirs = signals()
     transport = HcclTransport()
-    offer, pending = await transport.offer(setup_for(ours, SERVER))
+    pending = await transport.offer(setup_for(ours, SERVER))
     await anyio.to_thread.run_sync(devices.hold_still, SERVER, "profiling", 1.0)
 
     async def connect() -> None:
         with pytest.raises(PeerLost, match="profiling"):
-            await transport.connect(offer, setup_for(theirs, CLIENT))
+            await transport.connect(pending.offer, setup_for(theirs, CLIENT))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(connect)
         with pytest.raises(RefusedError, match="profiling"):
-            await transport.accept(pending)
+            await pending.accept()
     devices.move_again(SERVER)
 
 
@@ -517,19 +517,19 @@ async def test_where_it_cannot_run(
 )
 async def test_garbage_instead_of_notes(note: bytes) -> None:
     ours, theirs = signals()
-    _, pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
+    pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
     await theirs.post(note)
     with anyio.fail_after(4), pytest.raises(PeerLost, match=r"can't be read|makes no sense"):
-        await HcclTransport().accept(pending)
+        await pending.accept()
 
 
 async def test_a_peer_that_floods_the_store_is_left() -> None:
     ours, theirs = signals()
-    _, pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
+    pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
     for number in range(20):
         await theirs.post(_encode(Value(0, f"key{number}", b"x")))
     with pytest.raises(PeerLost, match="values that no group of two needs"):
-        await HcclTransport().accept(pending)
+        await pending.accept()
 
 
 @pytest.mark.parametrize("offer", [b"", b"\x80", b"\xc1", b"\x82\xa6device\x01"])
