@@ -28,6 +28,9 @@ __all__ = ["SyncServer", "probe", "pull", "pull_new", "serve"]
 
 R = TypeVar("R")
 
+_BEGIN = 10.0
+"""Seconds that a thread may take from its start to its event loop."""
+
 _END = 120.0
 """Seconds that the loop of a call may take to end once the call is over, or was interrupted: its sessions close their
 channels then, each within less."""
@@ -111,15 +114,16 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
                 running.set_result(lambda: None)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
     try:
+        thread.start()  # an interrupt may come here, too, when the call has begun already
         return outcome.result()
     except BaseException:
         if not outcome.done():  # not its error, but one of this thread
-            with suppress(RuntimeError):  # it ended this very moment
-                running.result()()
+            with suppress(RuntimeError, TimeoutError):  # it ended this very moment, or never began
+                running.result(_BEGIN)()
         raise
     finally:
-        thread.join(_END)
+        if thread.ident is not None:
+            thread.join(_END)
         if thread.is_alive():
             _log.error("thread %s did not end within %g s after its call", name, _END)

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 
+import anyio
 import pytest
 import torch
 
@@ -66,6 +67,29 @@ def test_an_interrupt_comes_through_where_the_loop_hangs(
     finally:
         go.set()
         hanging[0].join(WAIT)
+
+
+def test_an_interrupt_while_the_thread_starts_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = threading.Event()
+
+    async def waits(*_: object) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "pull", waits)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sync.pull({"w": torch.zeros(4)})
+    assert cancelled.is_set()
+    assert threads() == []
 
 
 def test_an_error_is_the_callers() -> None:
