@@ -255,7 +255,7 @@ class _Pull:
             await anyio.to_thread.run_sync(self._destination.adopt, command.manifest)
         except NetloaderError as caught:
             error = caught
-        except Exception as bug:  # noqa: BLE001 - as in a session
+        except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
             _log.exception("unexpected error, there is no memory for what a source announced")
             error = _explained(bug)
         self._tell(p.Adopted(command.session, error))
