@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+import anyio
+
 from netloader.codecs.block_view import BlockView
 from netloader.core import pull_moves as p
 from netloader.core.ledger import Ledger
@@ -22,7 +24,7 @@ from netloader.core.report import Phases
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, TransportError
 from netloader.session.block_queue import BlockQueue
 from netloader.session.connection import ControlConnection
-from netloader.session.driver import Move, SessionDriver, failing
+from netloader.session.driver import Move, SessionDriver
 from netloader.session.off_loop import looked_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
@@ -120,6 +122,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._loop = asyncio.get_running_loop()
         self._landed: deque[tuple[int, bytes]] = deque()
         self._account_due = False
+        self._some_landed = asyncio.Event()
         self._accounted = 0.0
         self._over = False
         self._rejected: DigestMismatch | None = None
@@ -196,9 +199,10 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._supply.feeds(self, (node, *relays) if node else relays)
 
     def moved(self, after: State) -> None:
-        """Start the task that receives, once there is a channel."""
+        """Start the tasks that receive and account for it, once there is a channel."""
         if after is State.TRANSFER:
             self._tell(p.Opened(self._number))
+            self.spawn(self._account_in_time, lambda _: None)
             self.spawn(lambda: self.move_blocks(self._next_receive), lambda _: None)
 
     def gave_up(self) -> e.Cancelled:
@@ -244,7 +248,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             self._landed.append((view.number, digest))
             if not self._account_due and len(numbers) > 1:  # the end of this receive tells a single block
                 self._account_due = True
-                self._loop.call_soon_threadsafe(self._account_soon)
+                self._loop.call_soon_threadsafe(self._some_landed.set)
 
         try:
             await self.channel().recv(views, landed)
@@ -267,16 +271,13 @@ class ClientSession(SessionDriver[ServerMessage]):
             raise LocalProtocolError("blocks landed before a plan was agreed")
         return self._ledger.plan
 
-    def _account_soon(self) -> None:
+    async def _account_in_time(self) -> None:
         """Account for what landed, but not more often than every so many seconds."""
-        self._loop.call_at(max(self._loop.time(), self._accounted + _LOOK_SECONDS), self._account_in_time)
-
-    def _account_in_time(self) -> None:
-        """Account for what landed. The event loop would log an error and go on, with blocks that nobody waits for."""
-        try:
+        while True:
+            await self._some_landed.wait()
+            self._some_landed.clear()
+            await anyio.sleep(max(0.0, self._accounted + _LOOK_SECONDS - self._loop.time()))
             self._account()
-        except Exception as error:  # noqa: BLE001 - raised where it ends the session
-            self.spawn(partial(failing, error), lambda _: None)
 
     def _account(self) -> None:
         """Tell the pull what landed."""

@@ -32,7 +32,7 @@ from netloader.session.off_loop import FEW_TENSORS, framed
 from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup
 
-__all__ = ["Move", "PhaseClock", "SessionDriver", "failing"]
+__all__ = ["Move", "PhaseClock", "SessionDriver"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -363,7 +363,7 @@ class SessionDriver(Generic[M]):
                 try:
                     move = await following()
                 except Exception as error:  # noqa: BLE001 - see _failed
-                    move = partial(failing, error)
+                    move = partial(_failing, error)
                 if move is None:
                     return
                 before, last = last, anyio.Event()
@@ -467,7 +467,7 @@ class SessionDriver(Generic[M]):
                 await self._deadline_moved.wait()
 
 
-async def failing(error: Exception) -> NoReturn:
+async def _failing(error: Exception) -> NoReturn:
     """Work that fails with `error`."""
     raise error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
 import anyio
@@ -14,11 +14,13 @@ import netloader.client.pull
 import netloader.client.session
 import netloader.server.session
 import netloader.session.driver
+from netloader.codecs.block_view import BlockView
 from netloader.core import messages as m
 from netloader.core.addresses import Address
 from netloader.core.protocol.context import Timings
 from netloader.core.report import Progress
 from netloader.errors import NoSourceLeft
+from netloader.transports.base import Channel, Landed, Setup
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import jumping, kit, peers
 
@@ -159,6 +161,42 @@ async def test_a_server_that_stops_at_the_last_block_is_not_waited_for() -> None
         heard = await server.ask("errors")
     assert min(waited) <= AT_ONCE
     assert heard["errors"] == ["NoneType"] * 3
+
+
+class _SlowToReturn(FaultyTransport):
+    """Its channels take a second more to return from a receive than the last block takes to land."""
+
+    async def connect(self, offer: bytes, setup: Setup) -> Channel:
+        channel = await super().connect(offer, setup)
+        receive = channel.recv
+
+        async def recv(blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
+            await receive(blocks, landed)
+            await anyio.sleep(1.0)
+
+        channel.recv = recv  # type: ignore[method-assign]
+        return channel
+
+
+async def test_a_pull_is_complete_with_its_last_block_not_when_the_receive_returns() -> None:
+    """The blocks are accounted for while they are received. By tcp, whose threads know nothing of the event loop."""
+    carrier = kit.carrier("tcp")
+    into, ended = kit.blank(SOURCE), 0.0
+    async with kit.serving(carrier, HOLDING) as server:
+        last = 0.0
+
+        def progress(step: Progress) -> None:
+            nonlocal last
+            if step.verified == step.total:
+                last = time.perf_counter()
+
+        report = await kit.pull(into, [kit.at(server)], _SlowToReturn(carrier, Faults()), progress=progress)
+        ended = time.perf_counter()
+        await kit.until(lambda: server.ended)
+    assert [session.session.error for session in server.ended] == [None]
+    assert report.retries == 0
+    assert kit.contents(into) == kit.contents(SOURCE)
+    assert ended - last <= AT_ONCE
 
 
 async def test_what_a_source_says_again_and_again_is_accounted_for_once_whatever_numbers_it_holds() -> None:
