@@ -1,7 +1,7 @@
-"""Measurements. Each script prints JSON lines; figures are ratios within one run, from interleaved rounds."""
+"""Benchmarks. Each script prints JSON lines. Figures are ratios within one run, from interleaved rounds."""
 
 import atexit
 import gc
 
-# A process that ends looks for garbage once more, in all of torch: half a second of its processor.
+# At exit the interpreter runs one more garbage collection, over all of torch: half a second of processor time.
 atexit.register(gc.freeze)

@@ -1,11 +1,11 @@
-"""Digests of an accelerator's memory: what ways there are, in GB/s.
+"""Speed of several ways to compute digests of device memory, in GB/s.
 
 Usage: ``python -m benchmarks.device_digests [--device cuda:0] [--gib 1] [--rounds 5] [--threads 1]``
 
-Ways: ``digest_of``, which is what netloader does; the same hash over copies through ``plain`` or ``pinned`` staging
-memory; ``ahead``: pinned, with the next piece being copied while one is hashed; ``sums``: two weighted sums of 64-bit
-words, made on the device. The sums are no digest to rely on (two flipped top bits cancel out); they show what a device
-could do. ``sums on the CPU`` is what a seed whose weights lie there would pay for them.
+Ways: ``digest_of``, which netloader uses; the same hash over copies through ``plain`` or ``pinned`` staging memory;
+``ahead``: pinned, with the next piece copied while one is hashed; ``sums``: two weighted sums of 64-bit words, computed
+on the device. The sums are not a reliable digest (two flipped top bits cancel out). They show what a device could
+reach. ``sums on the CPU`` is their cost for a seed whose weights are in host memory.
 
 Prints one JSON line for each way: median and best of interleaved rounds, over blocks of 4 MiB.
 """
@@ -33,7 +33,7 @@ MIB = 1 << 20
 
 
 class Block(TensorBlockView):
-    """A block that lies in one piece, on a device."""
+    """A contiguous block on a device."""
 
     def __init__(self, span: torch.Tensor) -> None:
         super().__init__(0, [])
@@ -45,7 +45,7 @@ class Block(TensorBlockView):
 
 
 def through(nbytes: int, span: torch.Tensor, *, pinned: bool) -> bytes:
-    """Copy a piece, hash it, and so on."""
+    """Copy a piece, hash it, then the next one."""
     state = xxhash.xxh3_128()
     stage = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
     for start in range(0, span.numel(), nbytes):
@@ -56,7 +56,7 @@ def through(nbytes: int, span: torch.Tensor, *, pinned: bool) -> bytes:
 
 
 def ahead(nbytes: int, span: torch.Tensor) -> bytes:
-    """Copy a piece while the one before it is hashed."""
+    """Copy a piece while the previous one is hashed."""
     state = xxhash.xxh3_128()
     stages = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     module = torch.get_device_module(span.device)
@@ -84,7 +84,7 @@ def sums(weights: Sequence[torch.Tensor], span: torch.Tensor) -> list[int]:
 
 
 def in_threads(count: int, way: Way, blocks: Sequence[torch.Tensor]) -> None:
-    """Every thread takes its share of the blocks."""
+    """Divide the blocks among the threads."""
 
     def work(number: int) -> None:
         for block in blocks[number::count]:

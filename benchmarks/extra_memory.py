@@ -1,11 +1,11 @@
-"""Memory that a pull needs beyond what it fills: one fresh process for each transport.
+"""Memory that a pull needs beyond its destination: one new process for each transport.
 
 Usage: ``python -m benchmarks.extra_memory [--workload llama] [--transport tcp --transport shm ...] [--scale 1]``
 
 Prints one JSON line for each transport: the growth of the client's peak resident memory from before the call (with the
 destination allocated and touched) to after it, and that of the server during the first session it serves, in MiB. The
-client has pulled a tiny model the same way before, so that what is loaded only once (modules, thread stacks) is not
-counted as memory of the session; ``with_first_use`` counts it.
+client has pulled a tiny model the same way before, so what is loaded only once (modules, thread stacks) is not counted
+as memory of the session; ``with_first_use`` counts it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def resident(pid: int | str, field: str) -> int:
 
 
 def forget_peak(pid: int | str) -> None:
-    """Let the peak start anew from what is resident now."""
+    """Reset the peak to the memory that is resident now."""
     Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")
 
 
 def pull(workload: str, scale: float, transport: str, server_pid: int, ports: list[int]) -> dict[str, float]:
-    """Pull once in this process, after a tiny pull from another server when there is one."""
+    """Pull once in this process, after a tiny pull from another server if one is given."""
     into = make(workload, scale, fill=False)
     before = resident("self", "VmRSS")
     if len(ports) > 1:

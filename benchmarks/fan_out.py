@@ -1,12 +1,11 @@
-"""Many replicas from one server, on hosts with shaped links: one after the other, all at once, and passed on.
+"""Many replicas of one server, on hosts with shaped links: one after the other, all at once, and with relays.
 
 Usage (as root): ``python -m benchmarks.fan_out [--clients 8] [--mbit 100] [--seconds 20] [--mode serial ...]``
 
-Modes: ``serial`` (each client after the one before it), ``concurrent`` (all at once, nobody relays), ``relays`` (all at
-once, the default behaviour), ``killed`` (as relays, and the relay in the middle of the chain is killed -9 when all are
-half-way). The model is as
-large as one link carries in ``--seconds``. Every client compares a SHA-256 over all bytes with the server's.
-Prints one JSON line a mode: seconds until the last client was done, and how that compares with serial.
+Modes: ``serial`` (one client after the other), ``concurrent`` (all at once, no relays), ``relays`` (all at once, the
+default behaviour), ``killed`` (as relays, and the relay in the middle of the chain is killed with SIGKILL when all are
+half-way). The model is as large as one link carries in ``--seconds``. Every client compares a SHA-256 over all bytes
+with the server's. Prints one JSON line for each mode: seconds until the last client was done, and the ratio to serial.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from benchmarks.workloads import GIB
 
 
 def in_the_middle(seed: Replica, halfway: dict[Replica, dict[str, Any]]) -> Replica:
-    """The client in the middle of the chain, as each says where it pulls from."""
+    """The client in the middle of the chain; each client reports where it pulls from."""
     behind = {said["source"]: client for client, said in halfway.items()}
     chain: list[Replica] = []
     address = seed.address
@@ -33,7 +32,7 @@ def in_the_middle(seed: Replica, halfway: dict[Replica, dict[str, Any]]) -> Repl
 
 
 def run_mode(mode: str, seed: Replica, truth: str, clients: list[Replica]) -> dict[str, Any]:
-    """One mode, from the first call to the last client done."""
+    """Run one mode, from the first call until the last client is done."""
     relay = mode in ("relays", "killed")
     began = time.monotonic()
     results: list[dict[str, Any]] = []

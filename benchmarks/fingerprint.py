@@ -1,8 +1,8 @@
 """How long the fingerprint of a checkpoint takes: `python benchmarks/fingerprint.py FOLDER`.
 
-Prints the time with the files in the page cache and with their pages dropped from it (as far as the system follows that
-advice), the median of five each. Without a folder it makes a checkpoint of 2 GB in 291 tensors and 4 files, as many
-tensors as Llama 3 8B has.
+Prints the time with the files in the page cache, and with their pages dropped from it (if the system follows that
+advice): the median of five runs each. Without a folder it makes a checkpoint of 2 GB in 4 files and 291 tensors, as
+many as Llama 3 8B has.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make(folder: Path) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Ask the system to forget the files' pages."""
+    """Ask the system to drop the files' pages from the page cache."""
     for file in weight_files_of(folder):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

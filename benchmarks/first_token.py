@@ -4,9 +4,9 @@ Usage: ``python -m benchmarks.first_token [--rounds 3] [--layers 12] [--hidden 2
 
 Needs vLLM in the environment. Cases, interleaved: ``netloader`` (a folder without weight files; pulled from an engine
 that serves), ``default_warm`` (vLLM's default loader, files in the page cache), ``default_cold`` (the same, after the
-files were put out of the page cache; how much of them was still there is part of the line). Prints a JSON line for each
-start and one with medians for each case. ``load`` is what the loader itself says that it took; ``start`` is everything
-else until the HTTP API answers, imports above all; ``first_token`` is one request for one token after that.
+files were dropped from the page cache; the line has the share that was still cached). Prints a JSON line for each start
+and one with medians for each case. ``load`` is the time that the loader itself reports; ``start`` is everything else
+until the HTTP API answers, mostly imports; ``first_token`` is one request for one token after that.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _READ = re.compile(r"Loading weights took ([\d.]+) seconds")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a default loader reads."""
+    """The files that the default loader reads."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def put_out_of_cache(files: list[Path]) -> None:
-    """Ask the system to forget what it has of these files."""
+    """Ask the system to drop these files from the page cache."""
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -66,7 +66,7 @@ def share_in_cache(files: list[Path]) -> float:
             found = ctypes.create_string_buffer(count)
             first = ctypes.c_char.from_buffer(view)
             libc.mincore(ctypes.addressof(first), len(view), found)
-            del first  # the mapping can't be closed while somebody has its address
+            del first  # the mapping cannot be closed while its address is in use
             there += sum(page & 1 for page in found.raw)
             pages += count
     return there / pages if pages else 0.0

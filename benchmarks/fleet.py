@@ -38,21 +38,21 @@ class Replica:
 
     @property
     def address(self) -> str:
-        """Where it serves."""
+        """The address at which it serves."""
         return f"{self.host.address}:{self.port}"
 
     def order(self, **fields: Any) -> None:
-        """Tell it what to do."""
+        """Send it a command."""
         if self.process.stdin is None:
             raise RuntimeError("the replica has no standard input")
         self.process.stdin.write(json.dumps(fields).encode() + b"\n")
         self.process.stdin.flush()
 
     def hear(self, *keys: str) -> dict[str, Any]:
-        """Its next line that has one of `keys`.
+        """Return its next line that has one of `keys`.
 
         Raises:
-            RuntimeError: It ended, or said nothing of the kind for too long.
+            RuntimeError: It ended, or printed no such line in time.
         """
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
@@ -70,12 +70,12 @@ class Replica:
             self._buffer += data
 
     def kill(self) -> None:
-        """End it as a crash would. `ip netns exec` replaces itself, so the process is the replica's own."""
+        """Kill it, as in a crash. `ip netns exec` replaces itself, so the process is the replica's own."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def close(self) -> None:
-        """End it in order."""
+        """Stop it regularly."""
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()

@@ -1,10 +1,10 @@
-"""A pull while strangers talk garbage to the server's port, against a quiet one.
+"""A pull during a flood of stray connections to the server's port, compared with an undisturbed pull.
 
 Usage: ``python -m benchmarks.garbage [--megabytes 1000] [--rounds 3] [--transport gloo]``
 
-Server, client and traffic are processes of their own. The traffic is that of the tests (10,000 random and mutated
-frames, 200 silent connections, 200 resets), over and over, for as long as the pulls run. Prints one JSON line for each
-pull and one with the medians and their ratio.
+Server, client and traffic are separate processes. The traffic is that of the tests (10,000 random and mutated frames,
+200 silent connections, 200 resets), repeated as long as the pulls run. Prints one JSON line for each pull and one with
+the medians and their ratio.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IDENTITY = netloader.ModelIdentity(model="garbage")
 
 
 def weights(megabytes: int) -> dict[str, torch.Tensor]:
-    """Tensors of 16 MB, with contents that are cheap to make and not all alike."""
+    """Tensors of 16 MB, with contents that are cheap to make and differ."""
     made = {}
     for number in range(max(1, megabytes // 16)):
         tensor = torch.arange(4_000_000, dtype=torch.int32)
@@ -43,7 +43,7 @@ def serve(megabytes: int, transport: str) -> None:
 
 
 def talk(port: int) -> None:
-    """Talk garbage until told to stop by a signal."""
+    """Send random and mutated frames until a signal says stop."""
     seed = 0
     while True:
         made = garbage.round_of(port, garbage.Amount(), seed)
@@ -53,7 +53,7 @@ def talk(port: int) -> None:
 
 @contextmanager
 def process(*args: str) -> Iterator[subprocess.Popen[str]]:
-    """This script in another role."""
+    """Start this script in another role."""
     command = [sys.executable, "-m", "benchmarks.garbage", *args]
     running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -64,7 +64,7 @@ def process(*args: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def pulls(port: int, into: dict[str, torch.Tensor], transport: str, rounds: int, kind: str) -> list[float]:
-    """Seconds of `rounds` pulls; each is compared bit by bit by the pull itself, and with the source's root."""
+    """Seconds of `rounds` pulls. Each pull verifies all blocks, and its root is compared with the source's."""
     took = []
     for number in range(rounds):
         report = netloader.sync.pull(into, IDENTITY, sources=[f"127.0.0.1:{port}"], transport=transport)
@@ -95,7 +95,7 @@ def main() -> None:
         port = int(server.stdout.readline())
         quiet = pulls(port, into, options.transport, options.rounds, "quiet")
         with process("--role", "talk", "--port", str(port)):
-            time.sleep(2.0)  # until it talks
+            time.sleep(2.0)  # until it sends
             noisy = pulls(port, into, options.transport, options.rounds, "garbage")
     calm, loud = statistics.median(quiet), statistics.median(noisy)
     print(json.dumps({"quiet": round(calm, 3), "garbage": round(loud, 3), "ratio": round(loud / calm, 2)}))

@@ -1,4 +1,4 @@
-"""What the measurements have to show, and the table that says whether they do."""
+"""The goals of the measurements, and the table that says whether they are reached."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Measured:
     striping: Mapping[int, Mapping[str, Any]]
 
     def ratio(self, workload: str, case: str, key: str) -> float | None:
-        """A figure of the summary of one case."""
+        """A figure from the summary of one case."""
         value = self.summaries.get((workload, case), {}).get(key)
         return None if value is None else float(value)
 
     def of_best_raw_tcp(self, case: str) -> float | None:
-        """Speed of a case against the fastest of the raw TCP loops of that run."""
+        """Speed of a case relative to the fastest raw TCP loop of that run."""
         summary = self.summaries.get(("llama", case), {})
         known = [float(value) for key, value in summary.items() if key.startswith("times_as_fast_as_raw_tcp")]
         return min(known) if known else None
@@ -34,15 +34,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         text: What is measured.
-        least: What it has to be.
-        aim: What we want it to be.
-        value: Finds it.
+        least: The value that must be reached.
+        aim: The value that should be reached.
+        value: Returns the measured value; None if it was not measured.
         unit: ``x`` for a ratio, or a unit.
-        lower: Whether lower is better.
+        lower: Whether a lower value is better.
     """
 
     text: str
@@ -144,7 +144,7 @@ GOALS: tuple[Goal, ...] = (
 
 
 def read(path: Path) -> Measured:
-    """Read a file of JSON lines; of each kind the last one counts."""
+    """Read a file of JSON lines; the last line of each kind counts."""
     summaries: dict[tuple[str, str], dict[str, Any]] = {}
     memory: dict[str, dict[str, Any]] = {}
     fan_out: dict[tuple[int, str], dict[str, Any]] = {}
@@ -164,7 +164,7 @@ def read(path: Path) -> Measured:
 
 
 def table(path: Path) -> list[str]:
-    """The goals and what was measured, as a table in Markdown."""
+    """The goals and the measured values, as a Markdown table."""
     found = read(path)
     lines = ["| | at least | aim | measured | |", "| --- | --- | --- | --- | --- |"]
     for goal in GOALS:

@@ -30,12 +30,12 @@ class Host:
     address: str
 
     def command(self, *args: str) -> list[str]:
-        """`args`, as a command line that runs there."""
+        """A command line that runs `args` on that host."""
         return ["ip", "netns", "exec", self.name, *args]
 
 
 def why_not() -> str | None:
-    """Why no hosts can be made here; None when they can."""
+    """Why no hosts can be made here; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -47,7 +47,7 @@ def _run(*args: str) -> None:
 
 
 def _shape(prefix: list[str], device: str, mbit: int) -> None:
-    # The burst has to hold what may leave in one tick; the latency bounds the queue, as a switch would.
+    # The burst must hold what may leave in one timer tick; the latency bounds the queue, as in a switch.
     burst = max(64, mbit * 1000 // 8 // 250) * 1024 // 1000
     _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{mbit}mbit", "burst", f"{burst}kb",
          "latency", "50ms")  # fmt: skip
@@ -55,15 +55,15 @@ def _shape(prefix: list[str], device: str, mbit: int) -> None:
 
 @contextmanager
 def hosts(rates: list[int]) -> Iterator[list[Host]]:
-    """Hosts with links of these rates, in Mbit/s, in each direction; taken down in the end.
+    """Hosts with links of these rates, in Mbit/s, in each direction; removed at the end.
 
     Raises:
-        RuntimeError: They can't be made here.
+        RuntimeError: They cannot be made here.
     """
     reason = why_not()
     if reason is not None:
         raise RuntimeError(reason)
-    # Told to end, by a time limit say: take the hosts down all the same.
+    # On a signal to end, from a time limit for example, the hosts are removed too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     tag = f"nl{os.getpid() % 10_000}"
     bridge = f"{tag}b"

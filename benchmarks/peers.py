@@ -1,6 +1,6 @@
-"""Both ends of each way of moving tensors that benchmarks compare; every server runs in a process of its own.
+"""Both ends of each way to move tensors that the benchmarks compare; every server runs in its own process.
 
-A server process prints one JSON line when it is ready and serves until its standard input closes.
+A server process prints one JSON line when it is ready, and serves until its standard input closes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TIMEOUT = timedelta(seconds=120)
 
 
 def _group(address: tuple[str, int], rank: int) -> dist.ProcessGroupGloo:
-    """Rank 0 receives and hosts nothing; rank 1, the server, hosts the store for one rendezvous."""
+    """A group of two: rank 0 receives; rank 1, the server, hosts the store for one rendezvous."""
     store = dist.TCPStore(
         address[0], address[1], world_size=2, is_master=rank == 1, timeout=_TIMEOUT, wait_for_workers=False
     )
@@ -33,7 +33,7 @@ def _group(address: tuple[str, int], rank: int) -> dist.ProcessGroupGloo:
 
 
 def plain_pull(control: socket.socket, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The plainest loop: one receive and wait for each tensor, in order, no checks."""
+    """The plain gloo loop: one receive and wait for each tensor, in order, no checks."""
     control.sendall(b"go\n")
     port = int(control.makefile().readline())
     group = _group(("127.0.0.1", port), 0)
@@ -42,7 +42,7 @@ def plain_pull(control: socket.socket, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def serve_plain(tensors: Mapping[str, torch.Tensor]) -> None:
-    """The plainest loop: one send and wait for each tensor, in order; one client after the other."""
+    """The plain gloo loop: one send and wait for each tensor, in order; one client after the other."""
     listener = socket.create_server(("127.0.0.1", 0))
     print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
 

@@ -1,4 +1,4 @@
-"""Draws what was measured: ``python -m benchmarks.plot [--from LINES.jsonl] [--to PICTURE.svg]``."""
+"""Draws the measurements: ``python -m benchmarks.plot [--from LINES.jsonl] [--to PICTURE.svg]``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OURS, _OTHERS = "#1f6f8b", "#b8b8b8"
 
 
 def draw_pulls(axes: Any, found: Measured) -> None:
-    """How fast one pull of the Llama-shaped workload is, against the plain loop."""
+    """Speed of one pull of the Llama-shaped workload, relative to the plain gloo loop."""
     pairs = [(case, found.ratio("llama", case, "times_as_fast_as_plain")) for case in reversed(_PULLS)]
     known = [(case, ratio) for case, ratio in pairs if ratio is not None]
     colours = [_OURS if case in {"gloo", "tcp", "shm"} else _OTHERS for case, _ in known]
@@ -53,7 +53,7 @@ def main() -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "netloader"  # the same measurements make the same file
+    mpl.rcParams["svg.hashsalt"] = "netloader"  # equal measurements give an equal file
     from matplotlib import pyplot as plt
 
     parser = argparse.ArgumentParser(description=__doc__)

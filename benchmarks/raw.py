@@ -1,10 +1,10 @@
-"""What the machine can do: the same tensors moved by the barest means, without protocol, checks or names.
+"""Limits of the machine: the same tensors moved without protocol, checks or names.
 
-Reference cases: a TCP loop over 1 or 2 streams (reno, scatter-gather), the same with little room for bytes on their way
-(``raw_tcp_bounded``, what netloader's `tcp` does within a host), reading the server's memory with 1 or 2 threads
+Reference cases: a TCP loop over 1 or 2 streams (reno, scatter-gather), the same with a small send buffer
+(``raw_tcp_bounded``, as netloader's `tcp` within a host), reading the server's memory with 1 or 2 threads
 (process_vm_readv), and copying within this process with 1 or 2 threads. Both sides know all sizes beforehand.
 
-A server process prints one JSON line when it is ready and serves until its standard input closes.
+A server process prints one JSON line when it is ready, and serves until its standard input closes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def groups_of(tensors: Mapping[str, torch.Tensor]) -> list[list[memoryview]]:
-    """All bytes in order, in groups of at most 4 MiB and 1024 pieces; both sides cut alike."""
+    """All bytes in order, in groups of at most 4 MiB and 1024 pieces; both sides make the same groups."""
     groups: list[list[memoryview]] = [[]]
     size = 0
     for tensor in tensors.values():
@@ -54,7 +54,7 @@ def _tune(stream: socket.socket) -> None:
 
 
 def _whole(move: Callable[[Sequence[memoryview]], int], group: list[memoryview]) -> None:
-    """Call `move` until it has taken all of `group`."""
+    """Call `move` until it has moved all of `group`."""
     rest = group
     while rest:
         moved = move(rest)
@@ -89,7 +89,7 @@ def _in_threads(work: Callable[[int], None], count: int) -> None:
 
 
 def tcp_pull(port: int, groups: list[list[memoryview]], streams: int, *, bounded: bool = False) -> None:
-    """Receive all groups over `streams` connections, which take turns; `bounded`: with little room at the sender."""
+    """Receive all groups over `streams` connections in rotation; `bounded`: the sender has a small send buffer."""
 
     def receive(index: int) -> None:
         with socket.create_connection(("127.0.0.1", port)) as stream:
@@ -110,12 +110,12 @@ def _iovecs(spans: Sequence[tuple[int, int]]) -> ctypes.Array[_Iovec]:
 
 
 def addresses_of(groups: list[list[memoryview]]) -> list[list[tuple[int, int]]]:
-    """Address and bytes of each piece."""
+    """Address and size in bytes of each piece."""
     return [[(ctypes.addressof(ctypes.c_char.from_buffer(piece)), len(piece)) for piece in group] for group in groups]
 
 
 def read_memory(pid: int, remote: list[Any], local: list[Any], threads: int) -> None:
-    """Read all groups out of another process's memory; `remote` and `local` are arrays of iovecs."""
+    """Read all groups from another process's memory; `remote` and `local` are arrays of iovecs."""
 
     def read(index: int) -> None:
         for there, here in zip(remote[index::threads], local[index::threads], strict=True):
@@ -141,7 +141,7 @@ def memcpy(source: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor],
 
 
 def serve(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Serve over raw TCP, and say where everything lies, until standard input closes."""
+    """Serve over raw TCP, and print the addresses of all tensors, until standard input closes."""
     groups = groups_of(tensors)
     listener = socket.create_server(("127.0.0.1", 0))
     ready = {"port": listener.getsockname()[1], "pid": os.getpid(), "addresses": addresses_of(groups)}
@@ -166,7 +166,7 @@ def serve(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 class RawCases:
-    """The raw ways to fill one set of tensors from one raw server.
+    """The raw cases that fill one set of tensors from one raw server.
 
     Args:
         ready: What the server process printed.

@@ -1,8 +1,7 @@
-"""One replica in a process of its own: told what to do by lines of JSON on its standard input, answers the same way.
+"""One replica in its own process. It reads commands as JSON lines on standard input and answers the same way.
 
-``{"serve": true}`` makes it a server with filled tensors. ``{"pull": [sources], "relay": bool}`` makes it pull, and
-serve what it has meanwhile when it relays. ``{"fingerprint": true}`` asks for a digest over all its bytes. It ends when
-its standard input closes.
+``{"serve": true}`` makes it a server with filled tensors. ``{"pull": [sources], "relay": bool}`` makes it pull, as a
+relay or not. ``{"fingerprint": true}`` asks for a digest over all its bytes. It ends when its standard input closes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ IDENTITY = netloader.ModelIdentity(model="bench")
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over all bytes: knows nothing of blocks and roots."""
+    """SHA-256 over all bytes, independent of blocks and roots."""
     digest = hashlib.sha256()
     for tensor in tensors.values():
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -33,12 +32,12 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def say(**fields: Any) -> None:
-    """One line of JSON."""
+    """Print one JSON line."""
     print(json.dumps(fields), flush=True)
 
 
 async def run(args: argparse.Namespace) -> None:
-    """Do what standard input says."""
+    """Carry out the commands on standard input."""
     tensors = make(args.workload, args.scale, fill=False)
     async with netloader.Server(transport=args.transport, fan_out=args.fan_out) as server:
         say(ready=True, port=server.port)
@@ -57,7 +56,7 @@ async def run(args: argparse.Namespace) -> None:
 async def pull(
     tensors: Mapping[str, torch.Tensor], order: dict[str, Any], server: netloader.Server, args: argparse.Namespace
 ) -> None:
-    """Pull once, and say how it went. What came is hashed later: that would hold up others' transfers."""
+    """Pull once and print the result. The bytes are hashed later, because hashing would slow other transfers."""
     halves: list[float] = []
 
     def progress(step: netloader.Progress) -> None:

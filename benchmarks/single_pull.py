@@ -1,17 +1,17 @@
-"""One pull at a time: netloader by transport, the plainest gloo loop, and what the machine can do, interleaved.
+"""One pull at a time, interleaved: netloader by transport, the plain gloo loop, and the raw reference cases.
 
 Usage: ``python -m benchmarks.single_pull [--workload llama] [--case tcp --case plain ...] [--rounds 5] [--scale 1]``
 
 Cases: ``plain`` (the baseline: one send and wait for each tensor over gloo, no checks), a transport's name (a verified
-pull over it), a name with ``-unverified`` (the same without hashing what arrived: how much that costs), and the raw
-ones of ``benchmarks.raw`` (``raw_tcp_1``, ``raw_tcp_2``, ``raw_tcp_bounded_1``, ``raw_tcp_bounded_2``,
+pull over it), a name with ``-unverified`` (the same without hashing, which shows the cost of hashing), and the raw
+cases of ``benchmarks.raw`` (``raw_tcp_1``, ``raw_tcp_2``, ``raw_tcp_bounded_1``, ``raw_tcp_bounded_2``,
 ``read_memory_1``, ``read_memory_2``, ``memcpy_1``, ``memcpy_2``).
 
 Prints one JSON line for each pull (seconds, processor seconds of both sides, seconds by phase, and seconds before the
-first block was asked for) and one for each case with medians and, against every case named by ``--against``, the median
-of the ratios of each round. The destination is allocated and touched beforehand; a pull is timed from the call to the
-last verified byte, connecting included. Servers are processes of their own; the client is this one. Round 0 warms up
-and is not counted.
+first block was asked for) and one for each case with medians and, for every case named by ``--against``, the median of
+the ratios of each round. The destination is allocated and touched beforehand. A pull is timed from the call to the last
+verified byte, connecting included. Each server is its own process; the client is this process. Round 0 warms up and is
+not counted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNVERIFIED = "-unverified"
 
 @contextmanager
 def server(module: str, *args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A server process and what it printed when it was ready; ends it afterwards."""
+    """A server process and the line it printed when ready; the process is ended afterwards."""
     command = [sys.executable, "-m", module, *args]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if process.stdin is None or process.stdout is None:
@@ -57,7 +57,7 @@ def server(module: str, *args: str) -> Iterator[tuple[subprocess.Popen[str], dic
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Processor seconds that this process and those have used so far, system calls included."""
+    """Processor seconds used so far by this process and the given ones, system calls included."""
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
@@ -66,7 +66,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 def pull_plain(port: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """One pull by the plain loop."""
+    """One pull by the plain gloo loop."""
     with socket.create_connection(("127.0.0.1", port)) as control:
         plain_pull(control, tensors)
     return {}
@@ -103,13 +103,13 @@ class NetloaderPulls:
         return digest
 
     def _recall(self, view: BlockView, algorithm: str) -> bytes:
-        """What a verified pull found: the price of everything but the hashing itself."""
+        """The digest that a verified pull computed, so that only the hashing itself is left out."""
         known = self._digests.get(view.number)
         return self._hash(view, algorithm) if known is None else known
 
 
 def measured(work: Callable[[], dict[str, Any] | None], pids: list[int]) -> dict[str, Any]:
-    """Seconds that `work` takes, with what it returns."""
+    """Seconds that `work` takes, and its result."""
     cpu, began = cpu_seconds(pids), time.perf_counter()
     extra = work()
     seconds = time.perf_counter() - began
@@ -122,7 +122,7 @@ def measured(work: Callable[[], dict[str, Any] | None], pids: list[int]) -> dict
 
 
 def summary(case: str, results: Mapping[str, list[dict[str, Any]]], against: list[str], nbytes: int) -> dict[str, Any]:
-    """Medians of one case, and of its ratios to others in the same round."""
+    """Medians of one case, and of its ratios to other cases of the same round."""
     own = results[case]
     line: dict[str, Any] = {
         "summary": case,
@@ -146,7 +146,7 @@ def summary(case: str, results: Mapping[str, list[dict[str, Any]]], against: lis
 
 
 def arguments_given() -> argparse.Namespace:
-    """What is to be measured."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="llama")
     parser.add_argument("--case", action="append", help="may be given several times; default: plain, gloo, tcp, shm")

@@ -1,8 +1,8 @@
-"""One client with a fast link from one, two and three servers with slower ones.
+"""One client with a fast link pulls from one, two and three servers with slower links.
 
 Usage (as root): ``python -m benchmarks.striping [--sources 3] [--mbit 100] [--seconds 20]``
 
-Each server's link carries the model in ``--seconds``; the client's link is as fast as all of theirs together. Prints
+Each server's link carries the model in ``--seconds``. The client's link is as fast as all of theirs together. Prints
 one JSON line for each number of servers, with the ratio to one server.
 """
 

@@ -2,9 +2,9 @@
 
 Usage: ``python -m benchmarks.suite [--out build/benchmarks.jsonl] [--only NAME ...] [--rounds 7] [--table]``
 
-Run it on a machine that does nothing else. The fan-out and the striping part need root and iproute2 (they make hosts
-with shaped links), the part about vLLM needs vLLM in the environment; what cannot run is said and left out. Lines are
-appended as they come, so parts may be run at different times; the newest line of each kind counts.
+Run it on an idle machine. The fan-out and striping parts need root and iproute2, because they make hosts with shaped
+links. The vLLM part needs vLLM in the environment. A part that cannot run is named and skipped. Lines are appended to
+the file, so parts may run at different times; the newest line of each kind counts.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _ROUNDS: Mapping[str, int] = MappingProxyType({"llama": 1, "one": 1, "small": 1,
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, without anything that names it."""
+    """The machine of the measurement, without anything that identifies it."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines():
         if line.startswith("model name"):
@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
 
 
 def cannot(part: str) -> str | None:
-    """Why a part can't run here; None when it can."""
+    """Why a part cannot run here; None if it can."""
     if part.startswith(("fan_out", "striping")):
         return why_not()
     if part == "first_token" and importlib.util.find_spec("vllm") is None:
@@ -115,7 +115,7 @@ def cannot(part: str) -> str | None:
 
 
 def lines_of(part: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """Run one part; its JSON lines as they come.
+    """Run one part and yield its JSON lines.
 
     Raises:
         SystemExit: It failed.

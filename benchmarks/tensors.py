@@ -1,4 +1,4 @@
-"""What the edge to tensors costs: digests in GB/s, and describing, planning and viewing many small tensors in ms.
+"""Cost of handling tensors: digests in GB/s; describing, planning and viewing many small tensors in ms.
 
 Usage: ``python -m benchmarks.tensors [--rounds 7] [--gib 1] [--count 20000]``
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def digests(gib: float, rounds: int) -> None:
-    """Rates of the digests that could serve, with one thread and with two."""
+    """Rates of possible block digests, with one thread and with two."""
     memory = torch.zeros(int(gib * (1 << 30)), dtype=torch.uint8).random_().numpy().data
     blocks = [memory[at : at + DEFAULT_BLOCK_BYTES] for at in range(0, len(memory), DEFAULT_BLOCK_BYTES)]
     cases = [
@@ -58,7 +58,7 @@ def digests(gib: float, rounds: int) -> None:
 
 
 def algorithms() -> Iterator[tuple[str, Callable[[memoryview], object]]]:
-    """Name and function of each."""
+    """Name and function of each algorithm."""
     yield "xxh3-128", xxhash.xxh3_128_digest
     yield "xxh3-64", xxhash.xxh3_64_digest
     yield "crc32 (zlib)", zlib.crc32
@@ -72,7 +72,7 @@ def algorithms() -> Iterator[tuple[str, Callable[[memoryview], object]]]:
 def run_in_threads(
     threads: int, blocks: Sequence[memoryview], digest: Callable[[memoryview], object]
 ) -> Callable[[], None]:
-    """A function that digests all blocks, each thread its own share."""
+    """A function that digests all blocks, divided among the threads."""
 
     def share(first: int) -> None:
         for block in blocks[first::threads]:
@@ -90,7 +90,7 @@ def run_in_threads(
 
 
 def edge(count: int, rounds: int) -> None:
-    """Times of every step between tensors and blocks."""
+    """Time of every step between tensors and blocks."""
     source = make("small", count / 20_000, fill=True)
     target = make("small", count / 20_000, fill=False)
     manifest, memory = describe(source)
@@ -127,7 +127,7 @@ def edge(count: int, rounds: int) -> None:
 
 
 def interleaved(cases: Sequence[Case], rounds: int) -> Iterator[tuple[str, list[float]]]:
-    """Run all cases in turn, `rounds` times; yields each case's seconds."""
+    """Run all cases in rotation, `rounds` times; yield each case's seconds."""
     seconds: dict[str, list[float]] = {name: [] for name, _ in cases}
     for _ in range(rounds):
         for name, run in cases:

@@ -57,9 +57,9 @@ def make(name: str, scale: float = 1.0, *, fill: bool, device: str = "cpu") -> M
 
     Args:
         name: Key of :data:`WORKLOADS`.
-        scale: Share of the full size.
-        fill: With bytes that depend on name and place, or with zeros.
-        device: Where they live.
+        scale: Fraction of the full size.
+        fill: Fill with bytes that depend on name and position, instead of zeros.
+        device: Their device.
     """
     tensors = {}
     generator = torch.Generator().manual_seed(20_000)

@@ -1,13 +1,13 @@
-"""The hardware checklist of the hccl transport: one line for each claim that only an Ascend box can settle.
+"""The hardware checklist of the hccl transport: one line for each claim that only Ascend hardware can show.
 
     python -m scripts.hccl_checklist [--seed-device npu:0] [--receiver-devices npu:1,npu:2]
                                      [--only NAME,NAME] [--large-mib N] [--mib N] [--peer HOST:PORT] [--block-ports]
 
-Run it in a checkout, in the environment that has torch_npu and netloader, on a host with two free NPUs or more (four
-for `all_ranks_at_once`). Each line is PASS, FAIL, or MANUAL (with what to do by hand), and says what was measured.
-`--peer` names a seed on another host, `--block-ports` lets one check put a rule into this host's firewall for a while.
+Run it in a checkout, in an environment with torch_npu and netloader, on a host with at least two free NPUs (four for
+`all_ranks_at_once`). Each line is PASS, FAIL, or MANUAL (with the manual step), and says what was measured. `--peer`
+names a seed on another host. `--block-ports` lets one check add a rule to this host's firewall while it runs.
 
-Exit status: 0 when nothing failed, 1 when something did, 3 when there is no NPU here and nothing could be checked.
+Exit status: 0 if nothing failed, 1 if something failed, 3 if there is no NPU and nothing was checked.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ BUFFERS = (20, 100, 256, 512)
 
 
 class ByHandError(Exception):
-    """A check cannot be made here; says what to do."""
+    """A check cannot run here; the message says what to do by hand."""
 
 
 @dataclass
 class Where:
-    """What the checks run on."""
+    """The devices and options that the checks use."""
 
     source: str
     receivers: list[str]
@@ -53,11 +53,11 @@ class Where:
 
     @property
     def devices(self) -> list[str]:
-        """All of them, each once."""
+        """All devices, each once."""
         return list(dict.fromkeys([self.source, *self.receivers]))
 
     def environment(self, **extra: str) -> dict[str, str]:
-        """Of the processes: everything that the user set, and `extra`."""
+        """Environment of the processes: everything that the user set, and `extra`."""
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -98,7 +98,7 @@ def installed_contract(where: Where) -> str:
     from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
     options = ProcessGroupHCCL.Options()
-    names = set(contract.ATTRIBUTES) - {"is_completed", "wait"}  # of works, which need a group
+    names = set(contract.ATTRIBUTES) - {"is_completed", "wait"}  # of torch's works, which need a group
     lost = [name for name in sorted(names) if not (hasattr(ProcessGroupHCCL, name) or hasattr(options, name))]
     lost += [f"torch.npu.{name}" for name in contract.EXPORTED if not hasattr(torch.get_device_module("npu"), name)]
     lost += [name for name in ("npu_format_cast", "get_npu_format") if not hasattr(torch_npu, name)]
@@ -108,7 +108,7 @@ def installed_contract(where: Where) -> str:
 
 
 def one_pull(where: Where) -> str:
-    """All dtypes, a transposed tensor, an empty one and a scalar arrive and stay at their addresses."""
+    """All dtypes, a transposed tensor, an empty one and a scalar arrive; their addresses stay the same."""
     with where.seed(mib=64) as (source, port):
         used = scenarios.at_rest(source)["used"]
         with where.receiver(port, mib=64) as one:
@@ -121,7 +121,7 @@ def one_pull(where: Where) -> str:
 
 
 def formats(where: Where) -> str:
-    """FRACTAL_NZ in bf16 and int8, and int8 tiles that call themselves int32."""
+    """FRACTAL_NZ in bf16 and int8, and int8 tiles with dtype int32."""
     with where.seed(mib=8, formats=1) as (_, port), where.receiver(port, mib=8, formats=1) as one:
         said = one.heard()
         scenarios.all_right(said)
@@ -129,7 +129,7 @@ def formats(where: Where) -> str:
 
 
 def large(where: Where) -> str:
-    """Many gigabytes, with tensors of more than 4 GB when --large-mib says so."""
+    """Many gigabytes; with --large-mib, tensors of more than 4 GB."""
     with where.seed(mib=where.large_mib) as (_, port), where.receiver(port, mib=where.large_mib) as one:
         said = one.heard()
         scenarios.all_right(said)
@@ -137,7 +137,7 @@ def large(where: Where) -> str:
 
 
 def buffers(where: Where) -> str:
-    """Speed and memory against P2P_HCCL_BUFFSIZE."""
+    """Speed and memory as functions of P2P_HCCL_BUFFSIZE."""
     found = []
     for size in BUFFERS:
         environment = where.environment(P2P_HCCL_BUFFSIZE=str(size))
@@ -153,7 +153,7 @@ def buffers(where: Where) -> str:
 
 
 def killed_receiver(where: Where) -> str:
-    """Kill -9 of a receiver in the middle: the seed lives, is soon at rest, and serves the next one."""
+    """SIGKILL of a receiver in the middle: the seed survives, becomes idle soon, and serves the next one."""
     with where.seed(mib=where.mib, stall=10) as (source, port):
         used = scenarios.at_rest(source)["used"]
         with where.receiver(port, mib=where.mib, then="die") as one:
@@ -167,7 +167,7 @@ def killed_receiver(where: Where) -> str:
 
 
 def stopped_receiver(where: Where) -> str:
-    """A receiver that stops reading (SIGSTOP): the seed lives and drops it."""
+    """A receiver that stops reading (SIGSTOP): the seed survives and drops it."""
     with where.seed(mib=where.mib, stall=10) as (source, port):
         used = scenarios.at_rest(source)["used"]
         with where.receiver(port, mib=where.mib, then="stop") as one:
@@ -179,7 +179,7 @@ def stopped_receiver(where: Where) -> str:
 
 
 def killed_seed(where: Where) -> str:
-    """Kill -9 of the seed in the middle: the receiver gets an error and goes on."""
+    """SIGKILL of the seed in the middle: the receiver gets an error and goes on running."""
     with where.seed(mib=where.mib) as (source, port), where.receiver(port, mib=where.mib, then="tell") as one:
         one.heard()
         source.kill()
@@ -192,7 +192,7 @@ def killed_seed(where: Where) -> str:
 
 
 def many(where: Where) -> str:
-    """Ten receivers in turn, then all receiving devices at once; nothing grows."""
+    """Ten receivers one after the other, then all receiving devices at once; memory does not grow."""
     with where.seed(mib=64) as (source, port):
         used = scenarios.at_rest(source)["used"]
         for number in range(10):
@@ -208,7 +208,7 @@ def many(where: Where) -> str:
 
 
 def busy(where: Where) -> str:
-    """While memory is measured nothing is opened."""
+    """While memory is profiled nothing is opened."""
     with where.seed(mib=8) as (source, port):
         source.ask("still")
         before = source.ask("status")["used"]
@@ -222,7 +222,7 @@ def busy(where: Where) -> str:
 
 
 def peer_never_connects(where: Where) -> str:
-    """A receiver that is ready and then never enters HCCL: it costs its own session, and the next pull works."""
+    """A receiver that is ready and then never enters HCCL: only its own session fails, and the next pull works."""
     with where.seed(mib=8) as (source, port):
         used = scenarios.at_rest(source)["used"]
         with where.receiver(port, mib=8, then="never") as one:
@@ -236,7 +236,7 @@ def peer_never_connects(where: Where) -> str:
 
 
 def coexistence(where: Where) -> str:
-    """Beside vllm-ascend, whichever plugin vLLM loads first, the load format is netloader's."""
+    """Beside vllm-ascend, in any order of plugins, the load format is netloader's."""
     for package in ("vllm", "vllm_ascend"):
         if importlib.util.find_spec(package) is None:
             raise ByHandError(f"{package} is not installed here: run this line again in the engine's environment")
@@ -260,7 +260,7 @@ def coexistence(where: Where) -> str:
 
 
 def rank_table(where: Where) -> str:
-    """A clean refusal under RANK_TABLE_FILE."""
+    """With RANK_TABLE_FILE, the transport refuses and gives the reason."""
     del where
     before = os.environ.get("RANK_TABLE_FILE")
     os.environ["RANK_TABLE_FILE"] = "/nonexistent"
@@ -277,7 +277,7 @@ def rank_table(where: Where) -> str:
 
 
 def asleep(where: Where) -> str:
-    """Weights are retracted and overwritten while receivers pull, and come back: nobody ends with a wrong byte."""
+    """Weights are retracted and overwritten while receivers pull, then restored: no receiver has a wrong byte."""
     rounds = 3
     outcomes = []
     with where.seed(mib=where.mib) as (source, port):
@@ -296,7 +296,7 @@ def asleep(where: Where) -> str:
 
 
 def graph(where: Where) -> str:
-    """Work that was captured before the pull computes with the new weights when it is replayed."""
+    """A graph that was captured before the pull computes with the new weights when it is replayed."""
     with where.seed(mib=64) as (_, port), where.receiver(port, mib=64, graph=1) as one:
         said = one.heard()
         scenarios.all_right(said)
@@ -308,7 +308,7 @@ def graph(where: Where) -> str:
 
 
 def all_ranks_at_once(where: Where) -> str:
-    """Every rank has a seed and a receiver of its own, all at the same time; no device has the number of its rank."""
+    """Every rank has its own seed and receiver, all at the same time; no device number equals its rank."""
     devices = where.devices
     ranks = len(devices) // 2
     if ranks < 2:  # noqa: PLR2004 - one rank is `one_pull`
@@ -334,7 +334,7 @@ def all_ranks_at_once(where: Where) -> str:
 
 
 def two_instances(where: Where) -> str:
-    """Two instances on one host, with port ranges `auto`, that serve each other's device at the same time."""
+    """Two instances on one host, with port ranges `auto`, serve each other's device at the same time."""
     environment = where.environment(HCCL_HOST_SOCKET_PORT_RANGE="auto", HCCL_NPU_SOCKET_PORT_RANGE="auto")
     first, second = where.source, where.receivers[0]
     with (
@@ -350,7 +350,7 @@ def two_instances(where: Where) -> str:
 
 
 def two_hosts(where: Where) -> str:
-    """A pull from another host, of what `tests.hccl.child serve` has there."""
+    """A pull from `tests.hccl.child serve` on another host."""
     host, _, port = where.peer.rpartition(":")
     if not host:
         raise ByHandError(
@@ -368,7 +368,7 @@ def two_hosts(where: Where) -> str:
 
 @contextmanager
 def blocked(first: int, last: int) -> Iterator[None]:
-    """Nobody connects to these TCP ports of this host, as long as the body runs."""
+    """Block connections to these TCP ports of this host while the body runs."""
     rule = ["INPUT", "-p", "tcp", "--dport", f"{first}:{last}", "-m", "comment", "--comment", "netloader", "-j", "DROP"]
     subprocess.run(["iptables", "-I", *rule], check=True, capture_output=True, timeout=30)  # noqa: S607 - root's own
     try:
@@ -378,14 +378,14 @@ def blocked(first: int, last: int) -> Iterator[None]:
 
 
 def blocked_ports(where: Where) -> str:
-    """HCCL's host ports are blocked: an error in time, and the next pull works."""
+    """HCCL's host ports are blocked: an error within the timeout, and the next pull works."""
     if not where.block_ports or os.geteuid() != 0 or shutil.which("iptables") is None:
         raise ByHandError(
             "as root, with iptables: --only blocked_ports --block-ports drops connections to HCCL's host ports while "
             "it runs; or block the peer's ports by hand: an error in time, and the next pull works"
         )
     first = int(os.environ.get("HCCL_IF_BASE_PORT", "60000"))
-    limit = 120.0  # the least that HCCL_CONNECT_TIMEOUT can be
+    limit = 120.0  # the minimum of HCCL_CONNECT_TIMEOUT
     environment = where.environment(HCCL_CONNECT_TIMEOUT=f"{limit:.0f}")
     with where.seed(environment, mib=8) as (source, port):
         used = scenarios.at_rest(source)["used"]
@@ -430,7 +430,7 @@ MANUAL = {
 
 
 def main() -> int:
-    """Run the checks and print a line for each."""
+    """Run the checks and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed-device", default="npu:0")
     parser.add_argument("--receiver-devices", default="npu:1")

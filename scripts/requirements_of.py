@@ -1,8 +1,10 @@
-"""Print what an installed distribution requires, but for some names: for environments that bring their own of those.
+"""Print the requirements of an installed distribution, except some names.
+
+For environments in which those packages come from elsewhere.
 
     python scripts/requirements_of.py DISTRIBUTION [NAME ...]
 
-Requirements of extras are left out.
+Requirements of extras are omitted.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from collections.abc import Iterable, Iterator
 
 
 def requirements_of(distribution: str, leave_out: Iterable[str]) -> Iterator[str]:
-    """Each requirement as its metadata has it, markers included.
+    """Yield each requirement as the metadata states it, markers included.
 
     Args:
         distribution: An installed distribution.
-        leave_out: Names of those that are not to be printed.
+        leave_out: Names of requirements to omit.
     """
     without = {_plain(name) for name in leave_out}
     for requirement in importlib.metadata.requires(distribution) or ():
