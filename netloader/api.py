@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import anyio.to_thread
 
-from netloader.client.connect import ClientOptions
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
 from netloader.core.addresses import Address, is_wildcard, parse_address
 from netloader.core.identity import Layout, ModelIdentity, Role
-from netloader.core.protocol.context import Timings
+from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.errors import ConfigError
-from netloader.server.server import HoldingServer, ServerOptions
+from netloader.server.server import HoldingServer
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
 from netloader.transports.base import Transport
@@ -106,15 +105,16 @@ class Server(HoldingServer):
         stall_timeout: float = 30.0,
         device: str = "cpu",
     ) -> None:
-        options = ServerOptions(
+        options = ServeOptions(
             host=host,
             port=port,
             max_clients=max_clients,
             fan_out=fan_out,
             token=token,
             timings=Timings(stall=stall_timeout),
+            software=software(),
         )
-        super().__init__(_transports(_device_of(tensors, device), transport)[0], options, software=software())
+        super().__init__(_transports(_device_of(tensors, device), transport)[0], options)
         self._first = None if tensors is None else (tensors, identity)
 
     async def __aenter__(self) -> Self:
@@ -192,27 +192,6 @@ def _addresses(sources: Sequence[str | Address]) -> list[Address]:
     ]
 
 
-def _options(
-    timeout: float | None,
-    wait: float,
-    stall_timeout: float,
-    token: bytes | None,
-    expect_root: str | None,
-    role: Role,
-    layouts: Sequence[Layout],
-) -> ClientOptions:
-    return ClientOptions(
-        timeout=_LONGEST if timeout is None else timeout,
-        wait=wait,
-        token=token,
-        expect_root=expect_root or "",
-        role=role,
-        layouts=tuple(layouts),
-        timings=Timings(stall=stall_timeout),
-        software=software(),
-    )
-
-
 async def pull(
     tensors: Mapping[str, torch.Tensor],
     identity: ModelIdentity | None = None,
@@ -260,12 +239,19 @@ async def pull(
     """
     from netloader.tensors import destination
 
-    role: Role = "target" if identity is None else identity.role
-    layouts: tuple[Layout, ...] = ("raw", "processed", "checkpoint") if identity is None else (identity.layout,)
-    options = _options(timeout, wait, stall_timeout, token, expect_root, role, layouts)
+    options = PullOptions(
+        timeout=_LONGEST if timeout is None else timeout,
+        wait=wait,
+        stripe=stripe,
+        follow=follow,
+        layouts=("raw", "processed", "checkpoint") if identity is None else (identity.layout,),
+        token=token,
+        expect_root=expect_root or "",
+        timings=Timings(stall=stall_timeout),
+        software=software(),
+    )
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
-    options = replace(options, stripe=stripe, follow=follow)
     return await _pull_into(filled, identity, sources, transport, options, progress, relay)
 
 
@@ -308,9 +294,19 @@ async def pull_new(
     """
     from netloader.tensors import destination
 
-    options = _options(timeout, wait, stall_timeout, token, expect_root, role, layouts)
+    options = PullOptions(
+        timeout=_LONGEST if timeout is None else timeout,
+        wait=wait,
+        role=role,
+        layouts=tuple(layouts),
+        token=token,
+        expect_root=expect_root or "",
+        max_bytes=max_bytes,
+        timings=Timings(stall=stall_timeout),
+        software=software(),
+    )
     filled = destination(None, device=device)
-    report = await _pull_into(filled, None, sources, transport, replace(options, max_bytes=max_bytes), progress)
+    report = await _pull_into(filled, None, sources, transport, options, progress)
     return filled.tensors, report
 
 
@@ -319,7 +315,7 @@ async def _pull_into(
     identity: ModelIdentity | None,
     sources: Sequence[str | Address],
     transport: Wanted,
-    options: ClientOptions,
+    options: PullOptions,
     progress: ProgressCallback | None,
     relay: HoldingServer | None = None,
 ) -> PullReport:
@@ -364,6 +360,13 @@ async def probe(
     Raises:
         NetloaderError: It is not there, it holds nothing of the kind, or it broke the rules.
     """
-    options = _options(timeout, 0.0, timeout, token, None, role, layouts)
+    options = PullOptions(
+        timeout=timeout,
+        role=role,
+        layouts=tuple(layouts),
+        token=token,
+        timings=Timings(stall=timeout),
+        software=software(),
+    )
     (address,) = _addresses([source])
     return await probe_source(address, identity, (), options)

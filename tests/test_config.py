@@ -37,8 +37,8 @@ BAD: list[tuple[str, object]] = [
     *each("MODEL", *NOT_TEXT, "", "  "),
     *each("LISTEN_PORT", True, False, 1.0, 19374.0, "", "x", "-5", "+5", " 80", "80²", "1e3", [], {}),
     ("LISTEN_PORT", "9" * 5000),
-    *each("INT8_CACHE", None, "HBM", "Dram", "", "none", "yes", 0, False, ["no"]),
-    *each("INT8_CACHE_NAME", "a.weight", 0, False, {}, [0], [None], [""], ["a", ["b"]], ["a\0"]),
+    *each("INT8_CACHE", None, "\ud800", "HBM", "Dram", "", "none", "yes", 0, False, ["no"]),
+    *each("INT8_CACHE_NAME", "a.weight", 0, False, {}, {"a"}, [0], [None], [""], ["a", ["b"]], ["a\0"]),
     *each("OUTPUT_PREFIX", *NOT_TEXT),
     *each("CONFIG_FILE", *NOT_TEXT, ""),
     *each("FALLBACK", *NOT_BOOLEANS),
@@ -47,7 +47,7 @@ BAD: list[tuple[str, object]] = [
     *each("WAIT", *NOT_TIMES, 1200, 604800),
     *each("TIMEOUT", *NOT_TIMES, 0, 0.0, 1e-9),
     *each("STALL_TIMEOUT", *NOT_TIMES, 0, 0.0, 1e-9),
-    *each("TRANSPORT", None, 0, True, "", [], [""], ["gloo", 0], ["gloo", "gloo"], ["auto", "tcp"], "a b"),
+    *each("TRANSPORT", None, 0, True, "", [], {"tcp"}, [""], ["gloo", 0], ["gloo", "gloo"], ["auto", "tcp"], "a b"),
     *each("EXPECT_ROOT", 0, "", ROOT[:-1], ROOT + "0", "g" * 64, f"0x{ROOT[2:]}", []),
     *each("SERVE", *NOT_BOOLEANS),
     *each("LISTEN_HOST", 0, "", "host:80", "10.0.0.256", [], "a b"),
@@ -187,6 +187,12 @@ def test_all_faults_are_reported_at_once() -> None:
     for number, problem in enumerate(error.problems, 1):
         assert f"{number}. {problem}" in str(error)
     assert "MODEL =" not in str(error)
+
+
+def test_faults_that_concern_several_fields_or_a_file_are_reported_at_once(tmp_path: Path) -> None:
+    error = error_of({"WAIT": 60, "TIMEOUT": 60, "TOKEN_FILE": str(tmp_path / "missing")})
+    assert isinstance(error, ConfigErrors)
+    assert [problem.field for problem in error.problems] == ["WAIT", "TOKEN_FILE"]
 
 
 def test_a_huge_value_gives_a_short_message() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import anyio
 
-from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
+from netloader.client.connect import abilities_of, connect
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.messages import ServerMessage
-from netloader.core.protocol import Session, Side
+from netloader.core.options import PullOptions
+from netloader.core.protocol import ClientTerms, Session, Side
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.errors import TransferTimeout
@@ -51,7 +52,7 @@ class _Looker(SessionDriver[ServerMessage]):
 
 
 async def probe_source(
-    source: Address, identity: ModelIdentity | None, transports: Sequence[Transport], options: ClientOptions
+    source: Address, identity: ModelIdentity | None, transports: Sequence[Transport], options: PullOptions
 ) -> Probe:
     """Ask a source what it holds, without taking a turn.
 
@@ -70,7 +71,7 @@ async def probe_source(
     began = time.monotonic()
     with anyio.move_on_after(options.timeout):
         connection = await connect(source, options.connect_timeout)
-        terms = replace(client_terms(options, abilities_of(transports, "cpu")), identity=identity, probe=True)
+        terms = ClientTerms(options, identity, abilities=abilities_of(transports, "cpu"), probe=True)
         session = Session(Side.CLIENT, client=terms)
         await _Looker(session, connection, device="cpu", label=f"source {source}").run()
         if session.error is not None:

@@ -18,17 +18,18 @@ from typing import Any, Protocol
 import anyio
 from anyio.abc import TaskGroup
 
-from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
+from netloader.client.connect import abilities_of, connect
 from netloader.client.session import ClientSession, Destination, Digest
 from netloader.codecs.block_view import BlockView
 from netloader.core import pull_moves as p
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
+from netloader.core.options import PullOptions
 from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
-from netloader.core.pull import Pull, PullTerms
+from netloader.core.pull import Pull
 from netloader.core.report import Progress, ProgressCallback, PullReport
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
 from netloader.session.holding import Holding
@@ -94,7 +95,7 @@ async def pull_from(
     sources: Sequence[Address],
     transports: Sequence[Transport],
     digest: Digest,
-    options: ClientOptions,
+    options: PullOptions,
     progress: ProgressCallback | None = None,
     relay: RelayServer | None = None,
 ) -> PullReport:
@@ -131,7 +132,7 @@ class _Pull:
         identity: ModelIdentity | None,
         transports: Sequence[Transport],
         digest: Digest,
-        options: ClientOptions,
+        options: PullOptions,
         progress: ProgressCallback | None,
         relay: RelayServer | None,
     ) -> None:
@@ -156,21 +157,14 @@ class _Pull:
         self._memory_in_use: MemoryStillInUse | None = None
 
     async def run(self, sources: Sequence[Address]) -> PullReport:
-        options, manifest = self._options, self._destination.manifest
+        manifest = self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
             self._manifest_digest = (
                 manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
             )
-        terms = PullTerms(
-            began=self._began,
-            adopts=manifest is None,
-            stripe=options.stripe,
-            tries=options.tries,
-            wait=options.wait,
-            expect_root=options.expect_root,
-        )
-        self._pull = Pull(sources, terms, random.Random())  # noqa: S311 - spreads clients, no secret
+        chance = random.Random()  # noqa: S311 - spreads clients, no secret
+        self._pull = Pull(sources, self._options, chance, began=self._began, adopts=manifest is None)
         self._supply = Supply(self._pull.ledger)
         try:
             with self._scope:
@@ -285,8 +279,6 @@ class _Pull:
             destination=self._destination,
             digest=self._digest,
             transports=usable,
-            setup_timeout=self._options.timings.plan,
-            stall=self._options.timings.stall,
             supply=self._supply,
         )
         self._tell(p.Connected(number))
@@ -316,20 +308,17 @@ class _Pull:
             )
 
     def _terms(self, command: p.Connect, transports: Iterable[Transport]) -> ClientTerms:
-        options, relay = self._options, self._relay
-        return replace(
-            client_terms(options, abilities_of(transports, self._destination.device)),
+        return ClientTerms(
+            self._options,
             identity=self._identity,
             manifest=self._destination.manifest,
             manifest_digest=self._manifest_digest,
-            role=self._role,
+            abilities=abilities_of(transports, self._destination.device),
             root=command.root,
             pinned_by=command.pinned_by,
             node=self._supply.node,
-            relay=0 if relay is None else relay.port,
-            follow=options.follow,
+            relay=0 if self._relay is None else self._relay.port,
             avoid=command.avoid,
-            max_hops=options.max_hops,
         )
 
     def _pass_on(self, announcement: e.Announcement) -> None:

@@ -84,8 +84,6 @@ class ClientSession(SessionDriver[ServerMessage]):
         destination: What is filled.
         digest: How to check a block.
         transports: By name.
-        setup_timeout: Seconds that opening a channel may take.
-        stall: Seconds that a transfer may go without progress.
         supply: Told where blocks come from.
 
     Attributes:
@@ -104,8 +102,6 @@ class ClientSession(SessionDriver[ServerMessage]):
         destination: Destination,
         digest: Digest,
         transports: Mapping[str, Transport],
-        setup_timeout: float,
-        stall: float,
         supply: Supply,
     ) -> None:
         super().__init__(session, connection, device=destination.device, label=f"source {source}")
@@ -116,8 +112,6 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._destination = destination
         self._digest = digest
         self._transports = transports
-        self._setup_timeout = setup_timeout
-        self._stall = stall
         self._supply = supply
         self._loop = asyncio.get_running_loop()
         self._landed: deque[tuple[int, bytes]] = deque()
@@ -211,8 +205,7 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     async def _connect(self, transport: str, offer: bytes, peer_facts: dict[str, str]) -> e.Event | None:
         async def make() -> Channel:
-            setup = self.setup(peer_facts, self._setup_timeout, self._stall)
-            return await self._transports[transport].connect(offer, setup)
+            return await self._transports[transport].connect(offer, self.setup(peer_facts))
 
         return await self.open_channel(make)
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from netloader.config.fields import FIELDS, FORMAT_NAMES, ConfigErrors, Int8Cache, SourceEntry, key_text, raise_all
+from netloader.config.fields import FIELDS, FORMAT_NAMES, ConfigErrors, Faults, Int8Cache, SourceEntry, key_text
 from netloader.config.files import Token, from_file, read_config_file, read_token
 from netloader.core.addresses import Address
 from netloader.errors import ConfigError, shown
@@ -182,29 +182,31 @@ def load_config(extra: Mapping[str, object] | None = None) -> Config:
         ConfigError: One or more fields are wrong; the message names each with its value and what is allowed.
     """
     given = _mapping(extra)
-    problems: list[ConfigError] = []
-    values = _read_fields(given, problems)
+    faults = Faults()
+    values = _read_fields(given, faults)
     overrides: tuple[Override, ...] = ()
     path = values.get("config_file")
     if path is not None:
-        try:
+        with faults:
             contents = read_config_file(path)
-        except ConfigError as error:
-            problems.append(error)
-        else:
+            in_file = Faults()
+            values |= _read_fields(contents, in_file, inside=True)
+            faults.found += [from_file(error, path) for error in in_file.found]
             overrides = tuple(
                 Override(name, FIELDS[name].show(given[name]), FIELDS[name].show(contents[name]))
                 for name in FIELDS
                 if name in contents and name in given and name != "CONFIG_FILE"
             )
-            values |= _read_fields(contents, problems, path)
-    raise_all(problems)
-    warnings: list[str] = []
+    faults.raise_all()
     config = Config(**values, overrides=overrides)
-    _check_times(config)
+    token, warnings = None, list[str]()
     if config.int8_cache_name is not None and config.int8_cache == "no":
         warnings.append("INT8_CACHE_NAME has no effect while INT8_CACHE is 'no'")
-    token = None if config.token_file is None else read_token(config.token_file, warnings)
+    with faults:
+        _check_times(config)
+    with faults:
+        token = None if config.token_file is None else read_token(config.token_file, warnings)
+    faults.raise_all()
     return msgspec.structs.replace(config, token=token, warnings=tuple(warnings))
 
 
@@ -217,20 +219,15 @@ def _mapping(extra: object) -> Mapping[Any, object]:
     return extra
 
 
-def _read_fields(given: Mapping[Any, object], problems: list[ConfigError], path: str | None = None) -> dict[str, Any]:
-    """Read every field of `given`; add what is wrong to `problems`. `path` is the file it came from."""
+def _read_fields(given: Mapping[Any, object], faults: Faults, *, inside: bool = False) -> dict[str, Any]:
+    """Read every field of `given`; what is wrong is added to `faults`. `inside`: it stands in a CONFIG_FILE."""
     values: dict[str, Any] = {}
     for key, value in given.items():
-        try:
-            field = FIELDS.get(key) if isinstance(key, str) else None
-            if field is None:
-                _reject_key(key, value)
-            if path is not None and key == "CONFIG_FILE":
+        with faults:
+            field = FIELDS.get(key) or _reject_key(key, value)
+            if inside and key == "CONFIG_FILE":
                 field.reject(value, "a CONFIG_FILE inside CONFIG_FILE is refused", "put all fields into one file")
             values[field.attribute] = field.read(value)
-        except ConfigError as error:
-            found = getattr(error, "problems", (error,))
-            problems += found if path is None else [from_file(one, path) for one in found]
     return values
 
 

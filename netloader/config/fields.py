@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
+from msgspec import Meta
 
 from netloader.core.addresses import ALLOWED_HOST, Address, parse_address, parse_host
 from netloader.errors import ConfigError, shown
 
-__all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Field", "Int8Cache", "SourceEntry", "key_text", "raise_all"]
+__all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Faults", "Field", "Int8Cache", "SourceEntry", "key_text"]
 
 Int8Cache = Literal["hbm", "dram", "no"]
 
@@ -51,13 +51,31 @@ class ConfigErrors(ConfigError):
         self.problems = tuple(problems)
 
 
-def raise_all(problems: Sequence[ConfigError]) -> None:
-    """Raise the one problem as it is, several as :class:`ConfigErrors`, none not at all."""
-    flat = [one for problem in problems for one in getattr(problem, "problems", (problem,))]
-    if len(flat) == 1:
-        raise flat[0]
-    if flat:
-        raise ConfigErrors(flat)
+class Faults:
+    """Collects the errors of several values: each is read in a ``with`` block of its own, which ends at its error.
+
+    Attributes:
+        found: The errors, in order.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[ConfigError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, ConfigError):
+            return False
+        self.found += error.problems if isinstance(error, ConfigErrors) else [error]
+        return True
+
+    def raise_all(self) -> None:
+        """Raise the one error as it is, several as :class:`ConfigErrors`, none not at all."""
+        if len(self.found) > 1:
+            raise ConfigErrors(self.found)
+        if self.found:
+            raise self.found[0]
 
 
 def key_text(key: object) -> str:
@@ -83,15 +101,15 @@ class Field(msgspec.Struct, frozen=True):
     Attributes:
         name: As the user writes it.
         allowed: What it may be, in words; errors quote it.
-        parse: Turns the JSON value into the value that :class:`netloader.Config` holds.
-        nullable: Whether ``null`` is accepted and means the same as leaving the field out.
+        given: Type and bounds of the JSON value, for msgspec; with None where ``null`` is as good as leaving it out.
+        parse: Makes what :class:`netloader.Config` holds of a value of that type; None where that is the value itself.
         secret: Whether values are left out of messages, logs and ``repr``.
     """
 
     name: str
     allowed: str
-    parse: Callable[[Field, Any], Any]
-    nullable: bool = False
+    given: Any
+    parse: Callable[[Field, Any], Any] | None = None
     secret: bool = False
 
     @property
@@ -105,7 +123,13 @@ class Field(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: `value` is not allowed.
         """
-        return None if value is None and self.nullable else self.parse(self, value)
+        if isinstance(value, set | frozenset):  # msgspec takes it for a list, in any order
+            self.reject(value)
+        try:
+            found = msgspec.convert(value, self.given)
+        except (msgspec.ValidationError, RecursionError):
+            self.reject(value)  # `allowed` says more than msgspec's message
+        return found if found is None or self.parse is None else self.parse(self, found)
 
     def show(self, value: object) -> str:
         """Return `value` as a log line may show it."""
@@ -130,169 +154,105 @@ class _Hidden:
         return self._text
 
 
-def _fault_of_text(value: object) -> str | None:
-    if not isinstance(value, str):
-        return "this is not text"
-    if "\0" in value:
+def _fault_of_text(text: str) -> str | None:
+    if "\0" in text:
         return "it holds a NUL character"
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return "it holds half of a surrogate pair"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it holds half of a surrogate pair"
     return None
 
 
-def _text(field: Field, value: object) -> str:
-    if not isinstance(value, str) or (fault := _fault_of_text(value)):
-        field.reject(value, None if not isinstance(value, str) else fault)
+def _text(field: Field, value: str) -> str:
+    fault = _fault_of_text(value)
+    if fault:
+        field.reject(value, fault)
     return value
 
 
-def _filled_text(field: Field, value: object) -> str:
+def _filled_text(field: Field, value: str) -> str:
     text = _text(field, value)
     if not text.strip():
         field.reject(value, "it is empty")
     return text
 
 
-def _boolean(field: Field, value: object) -> bool:
-    if not isinstance(value, bool):
-        field.reject(value)
-    return value
+def _each(read: Callable[[str, Any], Any], field: Field, values: list[object]) -> tuple[Any, ...]:
+    """Read the items of a list, each under its own name; one that stands twice is taken once."""
+    faults, found = Faults(), list[Any]()
+    for index, value in enumerate(values):
+        with faults:
+            found.append(read(f"{field.name}[{index}]", value))
+    faults.raise_all()
+    return tuple(dict.fromkeys(found))
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _sources(field: Field, values: list[object]) -> tuple[SourceEntry, ...]:
+    first_with: dict[int, str] = {}
 
-
-def _seconds(field: Field, value: object, *, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        field.reject(value)
-    # Compared before the conversion: float() refuses integers of more than 308 digits.
-    if (isinstance(value, float) and math.isnan(value)) or not least <= value <= LONGEST_WAIT:
-        field.reject(value)
-    return float(value)
-
-
-def _wait(field: Field, value: object) -> float:
-    return _seconds(field, value, least=0.0)
-
-
-def _timeout(field: Field, value: object) -> float:
-    return _seconds(field, value, least=SHORTEST_TIMEOUT)
-
-
-def _source(field: Field, value: object) -> tuple[SourceEntry, ...]:
-    if not isinstance(value, list | tuple):
-        field.reject(value)
-    problems: list[ConfigError] = []
-    entries: list[SourceEntry] = []
-    first_with: dict[int, int] = {}
-    for index, item in enumerate(value):
-        path = f"{field.name}[{index}]"
-        try:
-            entry = _source_entry(path, item)
-        except ConfigError as error:
-            problems.append(error)
-            continue
-        earlier = first_with.setdefault(entry.device_id, index)
-        if earlier != index:
-            reason = f"{field.name}[{earlier}] has this device_id already"
-            problems.append(
-                ConfigError(
-                    field=f"{path}.device_id",
-                    value=entry.device_id,
-                    allowed="each device_id once",
-                    reason=reason,
-                    hint="list all sources of one rank in one entry",
-                )
+    def read(path: str, value: object) -> SourceEntry:
+        entry: SourceEntry = Field(path, f"an object like {_ENTRY}", dict, _source_entry).read(value)
+        earlier = first_with.setdefault(entry.device_id, path)
+        if earlier != path:
+            raise ConfigError(
+                field=f"{path}.device_id",
+                value=entry.device_id,
+                allowed="each device_id once",
+                reason=f"{earlier} has this device_id already",
+                hint="list all sources of one rank in one entry",
             )
-        entries.append(entry)
-    raise_all(problems)
-    return tuple(entries)
+        return entry
+
+    return _each(read, field, values)
 
 
-def _source_entry(path: str, item: object) -> SourceEntry:
-    keys = ("device_id", "sources")
-    allowed = f"an object like {_ENTRY}"
-    if not isinstance(item, Mapping):
-        raise ConfigError(field=path, value=item, allowed=allowed)
-    problems = [
-        ConfigError(field=f"{path}.{key_text(key)}", value=item[key], allowed=", ".join(keys), reason="unknown key")
-        for key in item
-        if key not in keys
-    ]
-    problems += [
-        ConfigError(field=path, value=item, allowed=allowed, reason=f"the key {key!r} is missing")
-        for key in keys
-        if key not in item
-    ]
-    device_id = item.get("device_id", 0)
-    if not _is_integer(device_id) or device_id < 0:
-        rank = "the number of a rank, an integer from 0"
-        problems.append(ConfigError(field=f"{path}.device_id", value=device_id, allowed=rank))
-    sources = item.get("sources", [])
-    addresses: list[Address] = []
-    if isinstance(sources, list | tuple):
-        for index, source in enumerate(sources):
-            try:
-                addresses.append(parse_address(source, field=f"{path}.sources[{index}]"))
-            except ConfigError as error:
-                problems.append(error)
-    else:
-        problems.append(ConfigError(field=f"{path}.sources", value=sources, allowed="a list of addresses"))
-    raise_all(problems)
-    return SourceEntry(device_id, tuple(dict.fromkeys(addresses)))
+def _source_entry(field: Field, given: dict[object, object]) -> SourceEntry:
+    fields: dict[object, Field] = {
+        "device_id": Field(f"{field.name}.device_id", "the number of a rank, an integer from 0", _FromZero),
+        "sources": Field(f"{field.name}.sources", "a list of addresses", list, _addresses),
+    }
+    faults, values = Faults(), dict[object, Any]()
+    for key, value in given.items():
+        with faults:
+            if key not in fields:
+                name, allowed = f"{field.name}.{key_text(key)}", ", ".join(map(str, fields))
+                raise ConfigError(field=name, value=value, allowed=allowed, reason="unknown key")
+            values[key] = fields[key].read(value)
+    for key in fields:
+        with faults:
+            if key not in given:
+                field.reject(given, f"the key {key!r} is missing")
+    faults.raise_all()
+    return SourceEntry(values["device_id"], values["sources"])
 
 
-def _listen_port(field: Field, value: object) -> int:
-    if isinstance(value, str):
-        # isdigit() alone takes superscripts, and int() refuses some thousand digits with an error of its own.
-        if not (value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS):
-            field.reject(value)
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+def _addresses(field: Field, values: list[object]) -> tuple[Address, ...]:
+    return _each(lambda path, value: parse_address(value, field=path), field, values)
+
+
+def _listen_port(field: Field, value: int | str) -> int:
+    # isdigit() alone takes superscripts, and int() refuses some thousand digits with an error of its own.
+    if isinstance(value, str) and not (value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS):
         field.reject(value)
-    return value
+    return int(value)
 
 
-def _count(field: Field, value: object, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        field.reject(value)
-    return value
-
-
-def _from_one(field: Field, value: object) -> int:
-    return _count(field, value, least=1)
-
-
-def _from_zero(field: Field, value: object) -> int:
-    return _count(field, value, least=0)
-
-
-def _int8_cache(field: Field, value: object) -> str:
+def _int8_cache(field: Field, value: str) -> str:
     choices = get_args(Int8Cache)
-    if not isinstance(value, str) or value not in choices:
-        hint = f"write {value.lower()!r}" if isinstance(value, str) and value.lower() in choices else ""
-        field.reject(value, hint=hint)
+    if value not in choices:
+        field.reject(value, hint=f"write {value.lower()!r}" if value.lower() in choices else "")
     return value
 
 
-def _names(field: Field, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        field.reject(value)
-    problems = [
-        ConfigError(field=f"{field.name}[{index}]", value=name, allowed="the name of a parameter")
-        for index, name in enumerate(value)
-        if not name or _fault_of_text(name)
-    ]
-    raise_all(problems)
-    return tuple(dict.fromkeys(value))
+def _names(field: Field, values: list[object]) -> tuple[str, ...]:
+    return _each(
+        lambda path, value: Field(path, "the name of a parameter", _NotEmpty, _text).read(value), field, values
+    )
 
 
-def _fallback_format(field: Field, value: object) -> str:
-    if not isinstance(value, str) or not _FORMAT_NAME.fullmatch(value):
+def _fallback_format(field: Field, value: str) -> str:
+    if not _FORMAT_NAME.fullmatch(value):
         field.reject(value)
     name = value.lower()  # as vLLM does with --load-format
     if name in FORMAT_NAMES:
@@ -300,21 +260,17 @@ def _fallback_format(field: Field, value: object) -> str:
     return name
 
 
-def _fallback_config(field: Field, value: object) -> dict[str, object]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        field.reject(value)
+def _fallback_config(field: Field, value: dict[str, object]) -> dict[str, object]:
     try:
-        copy: dict[str, object] = json.loads(json.dumps(dict(value), allow_nan=False))
+        copy: dict[str, object] = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         field.reject(value, "it holds something that JSON cannot")
     return copy
 
 
-def _transport(field: Field, value: object) -> tuple[str, ...] | None:
+def _transport(field: Field, value: str | list[str]) -> tuple[str, ...] | None:
     names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names:
-        field.reject(value)
-    if not all(isinstance(name, str) and _FORMAT_NAME.fullmatch(name) for name in names):
+    if not names or not all(_FORMAT_NAME.fullmatch(name) for name in names):
         field.reject(value)
     if len(set(names)) < len(names):
         field.reject(value, "a name stands twice")
@@ -335,35 +291,44 @@ def _listen_host(field: Field, value: object) -> str:
     return parse_host(value, field=field.name)
 
 
+_FromZero = Annotated[int, Meta(ge=0)]
+_FromOne = Annotated[int, Meta(ge=1)]
+_NotEmpty = Annotated[str, Meta(min_length=1)]
+_Wait = Annotated[float, Meta(ge=0, le=LONGEST_WAIT)]
+_Timeout = Annotated[float, Meta(ge=SHORTEST_TIMEOUT, le=LONGEST_WAIT)]
+
 _TRUE_FALSE = "true or false"
+_WAITS = f"seconds, a number from 0 to {LONGEST_WAIT:.0f}"
 _TIMES = f"seconds, a number from {SHORTEST_TIMEOUT:g} to {LONGEST_WAIT:.0f}"
 _INTEGER = "an integer, or one written as a string of digits; LISTEN_PORT + rank within 1024-65535 opens a listener"
 
 _ALL = (
-    Field("SOURCE", f"a list of objects like {_ENTRY}", _source, nullable=True),
-    Field("MODEL", "a name, not empty", _filled_text, nullable=True),
-    Field("LISTEN_PORT", _INTEGER, _listen_port, nullable=True),
-    Field("INT8_CACHE", "one of 'hbm', 'dram', 'no'", _int8_cache),
-    Field("INT8_CACHE_NAME", "a list of names of parameters, or null", _names, nullable=True),
-    Field("OUTPUT_PREFIX", "the beginning of a path, as text", _text, nullable=True),
-    Field("CONFIG_FILE", "the path of a JSON file", _filled_text, nullable=True),
-    Field("FALLBACK", _TRUE_FALSE, _boolean),
-    Field("FALLBACK_FORMAT", "a load format of vLLM other than netloader", _fallback_format),
-    Field("FALLBACK_CONFIG", "an object of settings for that load format", _fallback_config, secret=True),
-    Field("WAIT", f"seconds, a number from 0 to {LONGEST_WAIT:.0f}", _wait),
-    Field("TIMEOUT", _TIMES, _timeout),
-    Field("STALL_TIMEOUT", _TIMES, _timeout),
-    Field("TRANSPORT", "'auto', the name of a transport, or a list of such names", _transport),
-    Field("EXPECT_ROOT", "a root in 64 hexadecimal digits", _expect_root, nullable=True),
-    Field("SERVE", _TRUE_FALSE, _boolean),
-    Field("LISTEN_HOST", ALLOWED_HOST, _listen_host, nullable=True),
-    Field("MAX_CLIENTS", "an integer from 1", _from_one),
-    Field("FAN_OUT", "an integer from 0", _from_zero),
-    Field("RELAY", _TRUE_FALSE, _boolean),
-    Field("RELAY_GRACE", f"seconds, a number from 0 to {LONGEST_WAIT:.0f}", _wait),
-    Field("STRIPE", "an integer from 1", _from_one),
-    Field("KEEP_RAW", _TRUE_FALSE, _boolean),
-    Field("TOKEN_FILE", "the path of a file that holds the shared secret", _filled_text, nullable=True),
+    Field("SOURCE", f"a list of objects like {_ENTRY}", list | None, _sources),
+    Field("MODEL", "a name, not empty", str | None, _filled_text),
+    Field("LISTEN_PORT", _INTEGER, int | str | None, _listen_port),
+    Field("INT8_CACHE", "one of 'hbm', 'dram', 'no'", str, _int8_cache),
+    Field("INT8_CACHE_NAME", "a list of names of parameters, or null", list | None, _names),
+    Field("OUTPUT_PREFIX", "the beginning of a path, as text", str | None, _text),
+    Field("CONFIG_FILE", "the path of a JSON file", str | None, _filled_text),
+    Field("FALLBACK", _TRUE_FALSE, bool),
+    Field("FALLBACK_FORMAT", "a load format of vLLM other than netloader", str, _fallback_format),
+    Field(
+        "FALLBACK_CONFIG", "an object of settings for that load format", dict[str, Any], _fallback_config, secret=True
+    ),
+    Field("WAIT", _WAITS, _Wait),
+    Field("TIMEOUT", _TIMES, _Timeout),
+    Field("STALL_TIMEOUT", _TIMES, _Timeout),
+    Field("TRANSPORT", "'auto', the name of a transport, or a list of such names", str | list[str], _transport),
+    Field("EXPECT_ROOT", "a root in 64 hexadecimal digits", Any, _expect_root),
+    Field("SERVE", _TRUE_FALSE, bool),
+    Field("LISTEN_HOST", ALLOWED_HOST, Any, _listen_host),
+    Field("MAX_CLIENTS", "an integer from 1", _FromOne),
+    Field("FAN_OUT", "an integer from 0", _FromZero),
+    Field("RELAY", _TRUE_FALSE, bool),
+    Field("RELAY_GRACE", _WAITS, _Wait),
+    Field("STRIPE", "an integer from 1", _FromOne),
+    Field("KEEP_RAW", _TRUE_FALSE, bool),
+    Field("TOKEN_FILE", "the path of a file that holds the shared secret", str | None, _filled_text),
 )
 
 FIELDS: Mapping[str, Field] = MappingProxyType({field.name: field for field in _ALL})

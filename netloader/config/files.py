@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
-from netloader.config.fields import key_text, raise_all
+from netloader.config.fields import Faults, key_text
 from netloader.errors import ConfigError, shown
 
 __all__ = ["Token", "from_file", "read_config_file", "read_token"]
@@ -105,12 +105,12 @@ def read_config_file(path: str) -> Mapping[str, object]:
         raise wrong(str(error)) from error
     if not isinstance(parsed, _Object):
         raise wrong(f"the top level is of type {type(parsed).__name__}", "put the fields into one object: {...}")
-    raise_all(
-        [
-            from_file(ConfigError(field=where, value=value, allowed="each key once", reason="this key repeats"), path)
-            for where, value in _repeated_keys(parsed)
-        ]
-    )
+    faults = Faults()
+    faults.found += [
+        from_file(ConfigError(field=where, value=value, allowed="each key once", reason="this key repeats"), path)
+        for where, value in _repeated_keys(parsed)
+    ]
+    faults.raise_all()
     return parsed
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from netloader.core import pull_moves as p
 from netloader.core.addresses import Address, parse_address
 from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
+from netloader.core.options import PullOptions
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull_state import Failures, SessionState
 from netloader.core.report import SourceShare
@@ -38,7 +38,7 @@ from netloader.errors import (
     next_step,
 )
 
-__all__ = ["Pull", "PullTerms"]
+__all__ = ["Pull"]
 
 _REQUEST_PART = 2
 """Part of a window that has to be free before more is asked for: how often a source is given more."""
@@ -46,50 +46,39 @@ _REQUEST_PART = 2
 _TAKEN_OVER = "its blocks are taken over by faster sources"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullTerms:
-    """How a pull behaves.
-
-    Attributes:
-        began: When it began.
-        adopts: It has no memory yet, and takes what the first source announces.
-        stripe: Sources to pull from at once.
-        tries: Sessions with one source that may break after they brought something.
-        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
-        expect_root: Root that is required, in hex; empty to take that of the first source.
-    """
-
-    began: float = 0.0
-    adopts: bool = False
-    stripe: int = 4
-    tries: int = 2
-    wait: float = 0.0
-    expect_root: str = ""
-
-
 class Pull:
     """One pull.
 
     Args:
         sources: Where to pull from, in the order to try.
-        terms: How it behaves.
+        options: How it behaves.
         chance: Spreads the pauses of clients that wait for one source.
+        began: When it began.
+        adopts: It has no memory yet, and takes what the first source announces.
 
     Attributes:
         ledger: The account of blocks.
         shares: What each source gave, by address, in the order of first use.
     """
 
-    def __init__(self, sources: Sequence[Address], terms: PullTerms, chance: random.Random) -> None:
-        self.ledger = Ledger(terms.expect_root, "EXPECT_ROOT" if terms.expect_root else "")
+    def __init__(
+        self,
+        sources: Sequence[Address],
+        options: PullOptions,
+        chance: random.Random,
+        *,
+        began: float = 0.0,
+        adopts: bool = False,
+    ) -> None:
+        self.ledger = Ledger(options.expect_root, "EXPECT_ROOT" if options.expect_root else "")
         self.shares: dict[str, SourceShare] = {}
-        self._terms = terms
-        self._sources = Sources(sources, tries=terms.tries, until=terms.began + terms.wait, chance=chance)
+        self._options = options
+        self._sources = Sources(sources, tries=options.tries, until=began + options.wait, chance=chance)
         self._sessions: dict[int, SessionState] = {}
         self._count = 0
         self._unfit: dict[Address, set[str]] = {}
         self._failures = Failures()
-        self._adopts = terms.adopts
+        self._adopts = adopts
         self._adopted = ""  # digest of the manifest that memory was provided for
         self._allocating: SessionState | None = None
         self._to_pin: list[tuple[SessionState, Announcement]] = []
@@ -215,7 +204,7 @@ class Pull:
             yield from self._give_work(session, now)
 
     def _full(self) -> bool:
-        return len(self._sessions) >= max(1, self._terms.stripe)
+        return len(self._sessions) >= max(1, self._options.stripe)
 
     def _first_is_alone(self) -> bool:
         """Before one is accepted there is one at a time, unless it lets us wait: the first one decides the root."""

@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -22,8 +21,8 @@ from anyio.abc import SocketListener, SocketStream, TaskGroup
 from netloader.codecs.frames import client_messages
 from netloader.core.identity import Layout, Role
 from netloader.core.messages import Ability
+from netloader.core.options import ServeOptions
 from netloader.core.protocol import ServerTerms, Session, Side, State
-from netloader.core.protocol.context import Timings
 from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
 from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
@@ -34,7 +33,7 @@ from netloader.session.holding import Holding
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Transport
 
-__all__ = ["HoldingServer", "ServerOptions"]
+__all__ = ["HoldingServer"]
 
 _log = logging.getLogger("netloader")
 
@@ -49,9 +48,6 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOOKS = (8, 128)
 """Clients that may look at what is served at once, and that may wait to."""
 
-_MAX_OPEN_BLOCKS = 1 << 17
-"""Blocks that a client may have asked for: more than fit into any client's window, and little memory."""
-
 _MINUTE = 60.0
 
 _SHOWN = 500
@@ -59,33 +55,6 @@ _SHOWN = 500
 
 _NOT_NEWS = ("not-ready", "busy", "done")
 """Refusals that clients get again and again while they wait, and the farewell of one that has got all from others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerOptions:
-    """How a server behaves.
-
-    Attributes:
-        host: Address to bind, None for all of IPv6 and IPv4.
-        port: Port to bind, 0 for a free one that the kernel chooses.
-        max_clients: Clients served at once; more wait for their turn.
-        fan_out: Clients served directly before newcomers are sent on to those that pass on what they get; 0 for never.
-        max_queue: Clients that may wait; more are refused with "busy".
-        max_strangers: Connections without a turn or a place in the queue; the oldest is dropped for a new one.
-        token: Shared secret that clients have to know, or None.
-        stop_within: Seconds that stopping may take.
-        timings: Deadlines of each session.
-    """
-
-    host: str | None = None
-    port: int = 0
-    max_clients: int = 8
-    fan_out: int = 1
-    max_queue: int = 256
-    max_strangers: int = 128
-    token: bytes | None = field(default=None, repr=False)
-    stop_within: float = 1.0
-    timings: Timings = field(default_factory=Timings)
 
 
 class _Nuisance:
@@ -157,16 +126,14 @@ class HoldingServer:
     Args:
         transports: What it may send over, preferred first.
         options: How it behaves.
-        software: Name and version, told to clients.
 
     Raises (on entering):
         ConfigError: The address can't be bound.
     """
 
-    def __init__(self, transports: Sequence[Transport], options: ServerOptions, *, software: str = "") -> None:
+    def __init__(self, transports: Sequence[Transport], options: ServeOptions) -> None:
         self._transports = {transport.name: transport for transport in transports}
         self._options = options
-        self._software = software
         self._holdings = Holdings()
         self._sessions: set[ServerSession] = set()
         self._strangers: dict[ServerSession, None] = {}
@@ -377,31 +344,21 @@ class HoldingServer:
         Raises:
             PeerLost: The client is gone already.
         """
-        options = self._options
         connection = ControlConnection(stream, client_messages())
-        terms = ServerTerms(
-            abilities=tuple(self._abilities()),
-            token=options.token,
-            software=self._software,
-            timings=options.timings,
-            max_open_blocks=_MAX_OPEN_BLOCKS,
-        )
         session = ServerSession(
-            Session(Side.SERVER, server=terms),
+            Session(Side.SERVER, server=ServerTerms(self._options, tuple(self._abilities()))),
             connection,
             holdings=self._holdings,
             turns=self._turns,
             looks=self._looks,
             transports=self._transports,
-            setup_timeout=options.timings.plan,
-            stall=options.timings.stall,
             label=f"{label} with {connection.peer_host}:{connection.peer_port}",
             relays=self._relays,
             placed=lambda: self._strangers.pop(session, None),
         )
         self._sessions.add(session)
         self._strangers[session] = None
-        if len(self._strangers) > options.max_strangers:
+        if len(self._strangers) > self._options.max_strangers:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.abandon("others want to connect, and this client has waited longest to be accepted", "busy")

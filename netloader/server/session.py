@@ -97,8 +97,6 @@ class ServerSession(SessionDriver[ClientMessage]):
         turns: Limits how many clients are served at once; first come, first served.
         looks: The same for clients that only look.
         transports: By name.
-        setup_timeout: Seconds that opening a channel may take.
-        stall: Seconds that a transfer may go without progress.
         label: Who this is, for the log.
         relays: Whom else a client may be sent to.
         placed: Called once the client has a turn, or a place in the queue.
@@ -113,8 +111,6 @@ class ServerSession(SessionDriver[ClientMessage]):
         turns: Admission,
         looks: Admission,
         transports: Mapping[str, Transport],
-        setup_timeout: float,
-        stall: float,
         label: str,
         relays: Redirects,
         placed: Callable[[], None],
@@ -124,8 +120,6 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._turns = turns
         self._looks = looks
         self._transports = transports
-        self._setup_timeout = setup_timeout
-        self._stall = stall
         self._relays = relays
         self._placed = placed
         self._host = connection.peer_host
@@ -291,7 +285,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             why = carrier.missing(self._device)
             if why is not None:
                 raise TransportUnavailable(f"transport {transport} cannot serve this: {why}")
-            pending = await carrier.offer(self.setup(peer_facts, self._setup_timeout, self._stall))
+            pending = await carrier.offer(self.setup(peer_facts))
             try:
                 self.feed(e.ChannelOffered(pending.offer))
                 return await pending.accept()

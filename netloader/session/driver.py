@@ -313,7 +313,7 @@ class SessionDriver(Generic[M]):
 
     # --- channel ----------------------------------------------------------------------------------------------------
 
-    def setup(self, peer_facts: dict[str, str], timeout: float, stall: float) -> Setup:
+    def setup(self, peer_facts: dict[str, str]) -> Setup:
         """What a transport is told about this session."""
         return Setup(
             device=self._device,
@@ -321,8 +321,8 @@ class SessionDriver(Generic[M]):
             peer_host=self._connection.peer_host,
             peer_facts=peer_facts,
             signals=self._signals,
-            timeout=timeout,
-            stall=stall,
+            timeout=self.session.timings.plan,
+            stall=self.session.timings.stall,
         )
 
     async def open_channel(self, make: Callable[[], Awaitable[Channel]]) -> e.Event | None:

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from netloader.core import messages as m
 from netloader.core.identity import ModelIdentity
 from netloader.core.ledger import BlockState, Ledger
 from netloader.core.manifest import Manifest, TensorSpec, compute_root, manifest_digest
+from netloader.core.options import PullOptions, ServeOptions
 from netloader.core.plan import Plan, Ranges, expand, make_plan, to_ranges
 from netloader.core.protocol import FINAL, ClientTerms, ServerTerms, Session, Side, State
 from netloader.core.protocol import effects as f
@@ -62,8 +63,13 @@ class Weights:
         return e.Announcement(self.identity, manifest, manifest_digest(manifest), plan, "test", digests, root)
 
 
-def client_terms(weights: Weights | None = None, **terms: Any) -> ClientTerms:
-    """A client that is about to fill `weights`, or takes what comes."""
+_CLIENT_TERMS = frozenset(known.name for known in fields(ClientTerms))
+
+
+def client_terms(weights: Weights | None = None, **given: Any) -> ClientTerms:
+    """A client that is about to fill `weights`, or takes what comes; `given` are terms and options."""
+    terms = {name: value for name, value in given.items() if name in _CLIENT_TERMS}
+    options = {name: value for name, value in given.items() if name not in _CLIENT_TERMS}
     if weights is not None:
         manifest = weights.manifest
         terms = {
@@ -72,11 +78,13 @@ def client_terms(weights: Weights | None = None, **terms: Any) -> ClientTerms:
             "manifest_digest": manifest_digest(manifest),
             **terms,
         }
-    return ClientTerms(**{"abilities": ABILITIES, "software": "client", **terms})
+    return ClientTerms(
+        PullOptions(**{"software": "client", "follow": False, **options}), **{"abilities": ABILITIES, **terms}
+    )
 
 
-def server_terms(**terms: Any) -> ServerTerms:
-    return ServerTerms(**{"abilities": ABILITIES, "software": "server", **terms})
+def server_terms(**options: Any) -> ServerTerms:
+    return ServerTerms(ServeOptions(software="server", **options), ABILITIES)
 
 
 @dataclass
@@ -352,8 +360,8 @@ class Pair:
         self.upstream = upstream
         self.examines_late = examines_late
         self._speaks = speaks
-        self.server = Peer(self, Session(Side.SERVER, server=server), client_messages(), server.token)
-        self.client = Peer(self, Session(Side.CLIENT, client=client), server_messages(), client.token)
+        self.server = Peer(self, Session(Side.SERVER, server=server), client_messages(), server.options.token)
+        self.client = Peer(self, Session(Side.CLIENT, client=client), server_messages(), client.options.token)
         self.peers = (self.server, self.client)
         self.server.feed(e.Connected(SERVER_NONCE))
         self.client.feed(e.Connected(CLIENT_NONCE))

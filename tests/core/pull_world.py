@@ -14,9 +14,10 @@ from netloader.core import pull_moves as p
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
+from netloader.core.options import PullOptions
 from netloader.core.plan import Plan, expand, make_plan, to_ranges
 from netloader.core.protocol.events import Announcement
-from netloader.core.pull import Pull, PullTerms
+from netloader.core.pull import Pull
 from netloader.errors import (
     DigestMismatch,
     NetloaderError,
@@ -135,8 +136,9 @@ class World:
         self._talks: dict[int, _Talk] = {}
         self._announced = {salt: announcement(self.blocks, salt) for salt in (b"", b"other")}
         expect = self._announced[b""].root if any(s.salt for s in self.sources) else ""
-        terms = PullTerms(adopts=self.adopts, stripe=self.stripe, wait=self.wait, expect_root=expect)
-        self.pull = Pull([self._address(n) for n in self.given], terms, random.Random(self.seed))
+        options = PullOptions(stripe=self.stripe, wait=self.wait, expect_root=expect)
+        given = [self._address(n) for n in self.given]
+        self.pull = Pull(given, options, random.Random(self.seed), adopts=self.adopts)
 
     @staticmethod
     def _address(number: int) -> Address:

@@ -10,6 +10,7 @@ import pytest
 
 from netloader.codecs.frames import CLIENT_FRAME_CAP, SERVER_FRAME_CAP
 from netloader.core import messages as m
+from netloader.core.options import Timings
 from netloader.core.plan import (
     DEFAULT_BLOCK_BYTES,
     MAX_BLOCK_BYTES,
@@ -19,7 +20,6 @@ from netloader.core.plan import (
     block_bytes_for,
 )
 from netloader.core.protocol import TABLE, Side, State
-from netloader.core.protocol.context import Timings
 from scripts import protocol_docs as docs
 
 PAGE = docs.PROTOCOL.read_text()

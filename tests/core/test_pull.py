@@ -19,7 +19,8 @@ from netloader.core import pull as pull_module
 from netloader.core import pull_moves as p
 from netloader.core.addresses import Address
 from netloader.core.ledger import Ledger
-from netloader.core.pull import Pull, PullTerms
+from netloader.core.options import PullOptions
+from netloader.core.pull import Pull
 from netloader.core.sources import Sources
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, PeerLost, RefusedError
 from tests.core.pull_world import Source, World, announcement
@@ -222,8 +223,8 @@ def test_a_bug_in_a_decision_is_found(bug: str, monkeypatch: pytest.MonkeyPatch)
 ONE, TWO, THREE = (Address("h", port) for port in (1, 2, 3))
 
 
-def begun(*sources: Address, **terms: Any) -> tuple[Pull, list[p.Command]]:
-    pull = Pull(sources, PullTerms(**terms), random.Random(1))
+def begun(*sources: Address, adopts: bool = False, **options: Any) -> tuple[Pull, list[p.Command]]:
+    pull = Pull(sources, PullOptions(**options), random.Random(1), adopts=adopts)
     return pull, pull.begin(0.0)
 
 

@@ -95,8 +95,9 @@ class Conversations(RuleBasedStateMachine):
         terms = clients(self.weights)[self.kind]
         client_token, server_token = tokens
         root = self.ledger.root or terms.root
+        options = dataclasses.replace(terms.options, token=client_token)
         self.pair = Pair(
-            dataclasses.replace(terms, token=client_token, root=root, pinned_by="the first source", node="aa"),
+            dataclasses.replace(terms, options=options, root=root, pinned_by="the first source", node="aa"),
             server_terms(token=server_token),
             weights,
             ledger=self.ledger,

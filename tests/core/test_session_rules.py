@@ -9,11 +9,11 @@ import pytest
 from netloader.core import messages as m
 from netloader.core.identity import ModelIdentity
 from netloader.core.ledger import Ledger
+from netloader.core.options import Timings
 from netloader.core.plan import expand
-from netloader.core.protocol import ClientTerms, ServerTerms, State
+from netloader.core.protocol import State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
-from netloader.core.protocol.context import Timings
 from netloader.errors import (
     DigestMismatch,
     NetloaderError,
@@ -21,7 +21,7 @@ from netloader.errors import (
     RemoteProtocolError,
     TransferTimeout,
 )
-from tests.core.pair import Pair, Weights, client_terms, server_terms
+from tests.core.pair import Pair, Weights, client_terms, run, server_terms
 from tests.core.stories import (
     SAME,
     code_of,
@@ -42,6 +42,14 @@ def test_a_client_that_says_twice_what_it_wants_takes_one_turn() -> None:
     say(pair.server, m.Identify())
     error_of(pair.server, RemoteProtocolError, "twice")
     assert len([x for x in pair.server.effects if isinstance(x, f.TakeTurn)]) == 1
+
+
+def test_a_client_that_only_looks_is_not_redirected_whatever_its_options() -> None:
+    for probe in (False, True):
+        pair = run(Pair(client_terms(probe=probe, follow=True), server_terms()))
+        identify = pair.server.session._ctx.identify
+        assert identify is not None
+        assert identify.follow is not probe
 
 
 def test_a_probe_cannot_turn_into_a_pull() -> None:
@@ -107,7 +115,7 @@ def test_a_client_may_not_ask_twice_or_for_too_much() -> None:
     (first, *_) = [w for w in pair.server.heard if isinstance(w, m.Want)]
     say(pair.server, first)
     error_of(pair.server, RemoteProtocolError, "already waiting for")
-    pair = Pair(client_terms(SAME), ServerTerms(abilities=server_terms().abilities, max_open_blocks=1))
+    pair = Pair(client_terms(SAME), server_terms(max_open_blocks=1))
     pair.end()
     error_of(pair.server, RemoteProtocolError, "more than 1 blocks")
 
@@ -290,5 +298,5 @@ def test_a_refusal_without_a_reason_is_still_explained() -> None:
 
 
 def test_secrets_are_in_no_repr() -> None:
-    assert "hush" not in repr(ClientTerms(token=b"hush"))
-    assert "hush" not in repr(ServerTerms(token=b"hush"))
+    assert "hush" not in repr(client_terms(token=b"hush"))
+    assert "hush" not in repr(server_terms(token=b"hush"))

@@ -16,16 +16,15 @@ import pytest
 import torch
 from anyio.abc import SocketAttribute, SocketStream
 
-from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
 from netloader.codecs.frames import FrameDecoder, client_messages, encode_frame, server_messages
 from netloader.core import messages as m
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
-from netloader.core.protocol.context import Timings
+from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.errors import PeerLost
-from netloader.server.server import HoldingServer, ServerOptions
+from netloader.server.server import HoldingServer
 from netloader.server.session import ServerSession
 from netloader.tensors import destination, digest_of, hold
 from netloader.tensors.holding import Holding
@@ -159,7 +158,7 @@ async def serving(
 ) -> AsyncIterator[WatchedServer]:
     """A server on the loopback address; has no session and no turn left in the end, whatever happened."""
     chosen = {"host": "127.0.0.1", "timings": timings, **options}
-    server = WatchedServer([transport], ServerOptions(**chosen), software="test")
+    server = WatchedServer([transport], ServeOptions(**chosen, software="test"))
     async with server:
         for holding in holdings:
             server.add(holding)
@@ -185,7 +184,7 @@ async def pull(
 ) -> PullReport:
     """A pull into `into` with every deadline within the test's."""
     usual = {"stripe": 1, "timeout": PATIENCE, "connect_timeout": PATIENCE}
-    chosen = ClientOptions(**{**usual, "timings": timings, **options})
+    chosen = PullOptions(**{**usual, "timings": timings, **options})
     return await pull_from(destination(into), identity, sources, [transport], digest_of, chosen, progress)
 
 

@@ -20,10 +20,9 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
 from netloader.core.addresses import Address
-from netloader.core.protocol.context import Timings
+from netloader.core.options import PullOptions, Timings
 from netloader.core.report import Progress, PullReport
 from netloader.errors import NetloaderError, NoSourceLeft
 from netloader.tensors import destination, digest_of
@@ -111,7 +110,7 @@ async def relay(options: dict[str, Any], ask: Any) -> None:
     into = kit.blank(kit.weights(options.get("seed", 0), options.get("rows", 40)))
     sources = [Address("127.0.0.1", port) for port in options["ports"]]
     transport = transport_of(options, Side.SEND)
-    chosen = ClientOptions(timings=timings(options), **options.get("client", {}))
+    chosen = PullOptions(timings=timings(options), **options.get("client", {}))
     async with kit.serving(transport, timings=timings(options)) as server, anyio.create_task_group() as tasks:
         reports: list[PullReport] = []
 

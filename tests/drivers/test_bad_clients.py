@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import netloader.server.server
 from netloader.codecs.frames import encode_frame
 from netloader.core import messages as m
+from netloader.core.options import Timings
 from netloader.core.protocol import State
-from netloader.core.protocol.context import Timings
 from netloader.core.protocol.listen import prove
 from netloader.errors import (
     NetloaderError,

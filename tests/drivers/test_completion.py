@@ -17,7 +17,7 @@ import netloader.session.driver
 from netloader.codecs.block_view import BlockView
 from netloader.core import messages as m
 from netloader.core.addresses import Address
-from netloader.core.protocol.context import Timings
+from netloader.core.options import Timings
 from netloader.core.report import Progress
 from netloader.errors import NoSourceLeft
 from netloader.transports.base import Channel, Landed, Setup

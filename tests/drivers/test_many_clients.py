@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 
 from netloader.client import pull as client_module
 from netloader.client import session as client_session_module
-from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
 from netloader.core.addresses import Address
+from netloader.core.options import PullOptions, Timings
 from netloader.core.protocol import State
-from netloader.core.protocol.context import Timings
 from netloader.core.report import Progress, PullReport
 from netloader.errors import NoSourceLeft
 from netloader.server import session as server_session_module
@@ -258,7 +257,7 @@ class World:
 
         if place.ends:
             tasks.start_soon(kill)
-        options = ClientOptions(
+        options = PullOptions(
             timeout=FOREVER,
             wait=place.wait,
             stripe=place.stripe,

@@ -11,8 +11,8 @@ import pytest
 from netloader.codecs.frames import server_messages
 from netloader.core import messages as m
 from netloader.core.addresses import Address
+from netloader.core.options import Timings
 from netloader.core.protocol import State
-from netloader.core.protocol.context import Timings
 from netloader.core.report import PullReport
 from netloader.errors import NoSourceLeft, PeerLost, TransferTimeout, TransportError
 from netloader.transports.gloo import GlooTransport

@@ -12,10 +12,10 @@ import anyio
 import pytest
 from anyio.abc import TaskGroup
 
-from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
 from netloader.core import pull_state
 from netloader.core.addresses import Address, seen_from
+from netloader.core.options import PullOptions
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
@@ -58,7 +58,7 @@ class Replica:
 
     async def pull(self, *sources: Address, **options: object) -> None:
         usual = {"timings": kit.CALM, "timeout": kit.PATIENCE, "connect_timeout": kit.PATIENCE}
-        chosen = ClientOptions(**{**usual, **options})  # type: ignore[arg-type]
+        chosen = PullOptions(**{**usual, **options})  # type: ignore[arg-type]
         with self.scope:
             try:
                 self.report = await pull_from(
@@ -466,7 +466,7 @@ async def test_what_a_relay_says_of_itself_is_its_own_identity_with_what_only_it
             [kit.at(seed)],
             [hub.transport],
             digest_of,
-            ClientOptions(timings=kit.CALM, timeout=kit.PATIENCE),
+            PullOptions(timings=kit.CALM, timeout=kit.PATIENCE),
             relay=first.server,
         )
         (held,) = first.server.holdings.held()

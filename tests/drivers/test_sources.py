@@ -13,8 +13,8 @@ import pytest
 
 from netloader.core import messages as m
 from netloader.core.addresses import Address
+from netloader.core.options import Timings
 from netloader.core.plan import Ranges
-from netloader.core.protocol.context import Timings
 from netloader.core.report import PullReport
 from netloader.errors import (
     DigestMismatch,

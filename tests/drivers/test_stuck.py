@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import pytest
 
-from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
+from netloader.core.options import PullOptions
 from netloader.errors import MemoryStillInUse, NoSourceLeft
 from netloader.session import closing
 from netloader.tensors import destination, digest_of
@@ -218,7 +218,7 @@ async def test_memory_in_use_is_said_also_when_the_retraction_of_the_relay_is_ca
     """By asyncio's own cancellation, from which nothing is shielded."""
     transport, relay = TcpTransport(lanes=2), _Relay()
     async with kit.serving(transport, HOLDING) as server:
-        options = ClientOptions()
+        options = PullOptions()
         pull = asyncio.create_task(
             pull_from(
                 destination(kit.blank(SOURCE)),

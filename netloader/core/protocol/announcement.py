@@ -55,9 +55,9 @@ def _manifest(question: Examine) -> tuple[Manifest, str]:
                 problems=[str(mismatch) for mismatch in found],
                 hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
             )
-    if announced.nbytes > terms.max_bytes:
+    if announced.nbytes > terms.options.max_bytes:
         raise ManifestError(
-            f"the server holds {announced.nbytes} bytes, this client takes at most {terms.max_bytes}",
+            f"the server holds {announced.nbytes} bytes, this client takes at most {terms.options.max_bytes}",
             hint="raise the limit if that is expected",
         )
     return announced, manifest_digest(announced)

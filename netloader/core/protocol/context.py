@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.identity import ModelIdentity, Role
 from netloader.core.manifest import Manifest
 from netloader.core.messages import NONCE_BYTES, Ability, Identify, RefusalCode
+from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.plan import Ranges
 from netloader.core.protocol.events import Announcement
 from netloader.core.protocol.states import Side
 from netloader.errors import LocalProtocolError, NetloaderError, RefusedError
 
-__all__ = ["ClientTerms", "Context", "Refuse", "ServerTerms", "Timings"]
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """How long a session may stay where it is, in seconds.
-
-    Attributes:
-        hello: From connection to the end of the greeting.
-        validate: Between two signs of life while validating, or waiting for a turn.
-        plan: From manifest to open channel.
-        stall: Between two blocks, or two requests for blocks.
-        finalize: From verdict to goodbye.
-    """
-
-    hello: float = 10.0
-    validate: float = 30.0
-    plan: float = 120.0
-    stall: float = 30.0
-    finalize: float = 10.0
+__all__ = ["ClientTerms", "Context", "Refuse", "ServerTerms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +22,35 @@ class ClientTerms:
     """What a client brings to a session.
 
     Attributes:
-        identity: What it is about to fill; None to adopt what the server holds under `role`.
+        options: How its pull behaves.
+        identity: What it is about to fill; None to adopt what the server holds under the role of `options`.
         manifest: The tensors it is about to fill; None to adopt the server's.
         manifest_digest: Digest of `manifest`; empty when None.
-        role: The holding it asks about.
-        layouts: Layouts it can take.
         abilities: Transports, preferred first.
-        unavailable: Why other transports can't be used on this side, by name; for the log.
-        token: Shared secret, or None.
         root: Pinned root in hex, or empty.
         pinned_by: Where `root` comes from.
         probe: Only look.
         node: Name of this process among relays; empty when it does not relay.
         relay: Port at which it serves what it has while it pulls; 0 when it does not.
-        follow: Go to a relay when sent there.
         avoid: Relays that failed it, by address.
-        max_hops: Relays that blocks may pass through on their way here.
-        max_bytes: Largest model it would adopt.
-        software: Name and version.
-        timings: Deadlines.
     """
 
+    options: PullOptions = field(default_factory=PullOptions)
     identity: ModelIdentity | None = None
     manifest: Manifest | None = None
     manifest_digest: str = ""
-    role: Role = "target"
-    layouts: tuple[Layout, ...] = ("raw", "processed", "checkpoint")
     abilities: tuple[Ability, ...] = ()
-    unavailable: Mapping[str, str] = field(default_factory=dict)
-    token: bytes | None = field(default=None, repr=False)
     root: str = ""
     pinned_by: str = ""
     probe: bool = False
     node: str = ""
     relay: int = 0
-    follow: bool = False
     avoid: tuple[str, ...] = ()
-    max_hops: int = 32
-    max_bytes: int = 1 << 44
-    software: str = ""
-    timings: Timings = Timings()
+
+    @property
+    def role(self) -> Role:
+        """The holding it asks about."""
+        return self.options.role if self.identity is None else self.identity.role
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +58,12 @@ class ServerTerms:
     """What a server brings to a session.
 
     Attributes:
+        options: How it behaves.
         abilities: Transports, preferred first.
-        token: Shared secret, or None.
-        software: Name and version.
-        timings: Deadlines.
-        max_open_blocks: Blocks that one client may have asked for and not yet been sent.
     """
 
+    options: ServeOptions = field(default_factory=ServeOptions)
     abilities: tuple[Ability, ...] = ()
-    token: bytes | None = field(default=None, repr=False)
-    software: str = ""
-    timings: Timings = Timings()
-    max_open_blocks: int = 1 << 20
 
 
 class Refuse(RefusedError):
@@ -172,7 +136,7 @@ class Context:
 
     def timings(self) -> Timings:
         """Deadlines of this side."""
-        return self.server.timings if self.side is Side.SERVER else self.client.timings
+        return (self.server if self.side is Side.SERVER else self.client).options.timings
 
     def known(self) -> Announcement:
         """What is being pulled.

@@ -38,7 +38,7 @@ __all__ = [
 def client_finished(ctx: Context, event: Finished) -> Sequence[f.Effect]:
     """Nothing more is needed from this server: tell it how it went."""
     verdict = m.Verdict(outcome=event.outcome, blocks=event.blocks, nbytes=event.nbytes)
-    return [f.Send(verdict), f.SetTimer(ctx.client.timings.finalize)]
+    return [f.Send(verdict), f.SetTimer(ctx.timings().finalize)]
 
 
 def server_verdict(ctx: Context, event: m.Verdict) -> Sequence[f.Effect]:
@@ -46,7 +46,7 @@ def server_verdict(ctx: Context, event: m.Verdict) -> Sequence[f.Effect]:
     ctx.early_wants.clear()
     ctx.released = True
     note = f.Note(f"the client reports {event.outcome}: {event.blocks} blocks, {event.nbytes} bytes from here")
-    return [note, f.Send(m.Goodbye(code="done")), f.CloseChannel(), f.SetTimer(ctx.server.timings.finalize)]
+    return [note, f.Send(m.Goodbye(code="done")), f.CloseChannel(), f.SetTimer(ctx.timings().finalize)]
 
 
 def client_goodbye(ctx: Context, event: m.Goodbye) -> Sequence[f.Effect]:

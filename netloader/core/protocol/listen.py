@@ -30,7 +30,7 @@ def _connected(ctx: Context) -> None:
 def server_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
     """A client connected: it has a while to say hello."""
     ctx.connect(event.nonce)
-    return [f.SetTimer(ctx.server.timings.hello)]
+    return [f.SetTimer(ctx.timings().hello)]
 
 
 def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
@@ -41,9 +41,9 @@ def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
         oldest=m.PROTOCOL,
         nonce=event.nonce,
         abilities=ctx.client.abilities,
-        software=ctx.client.software,
+        software=ctx.client.options.software,
     )
-    return [f.Send(hello), f.SetTimer(ctx.client.timings.hello)]
+    return [f.Send(hello), f.SetTimer(ctx.timings().hello)]
 
 
 def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
@@ -56,16 +56,16 @@ def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
             hint="run the same netloader release on both sides",
         )
     ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
-    token = ctx.server.token
+    token = ctx.server.options.token
     proof = b"" if token is None else prove(token, "server", event.nonce, ctx.nonce)
     welcome = m.Welcome(
         protocol=m.PROTOCOL,
         nonce=ctx.nonce,
         proof=proof,
         abilities=ctx.server.abilities,
-        software=ctx.server.software,
+        software=ctx.server.options.software,
     )
-    return [f.Send(welcome), f.SetTimer(ctx.server.timings.validate)]
+    return [f.Send(welcome), f.SetTimer(ctx.timings().validate)]
 
 
 def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
@@ -79,27 +79,27 @@ def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
             hint="run the same netloader release on both sides",
         )
     ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
-    proof = b""
-    if terms.token is not None:
-        if not hmac.compare_digest(event.proof, prove(terms.token, "server", ctx.nonce, event.nonce)):
+    proof, token = b"", terms.options.token
+    if token is not None:
+        if not hmac.compare_digest(event.proof, prove(token, "server", ctx.nonce, event.nonce)):
             raise RefusedError(
                 "auth",
                 "the server could not prove that it knows the token" if event.proof else "the server has no token",
                 hint="configure the same token on both sides",
             )
-        proof = prove(terms.token, "client", ctx.nonce, event.nonce)
+        proof = prove(token, "client", ctx.nonce, event.nonce)
     identify = m.Identify(
         identity=terms.identity,
-        role=terms.role if terms.identity is None else terms.identity.role,
-        layouts=terms.layouts,
+        role=terms.role,
+        layouts=terms.options.layouts,
         proof=proof,
         manifest=terms.manifest_digest,
         root=terms.root,
         probe=terms.probe,
         node=terms.node,
         relay=terms.relay,
-        follow=terms.follow,
+        follow=terms.options.follow and not terms.probe,
         avoid=terms.avoid,
     )
     ctx.probing = terms.probe
-    return [f.Send(identify), f.SetTimer(terms.timings.validate)]
+    return [f.Send(identify), f.SetTimer(ctx.timings().validate)]

@@ -42,8 +42,9 @@ def _check_chain(ctx: Context, node: str, chain: tuple[str, ...]) -> f.NoteChain
     terms = ctx.client
     if terms.node and terms.node in (node, *chain):
         raise RefusedError("relay", "this relay gets its blocks from us", hint="another source is asked instead")
-    if len(chain) + bool(node) > terms.max_hops:
-        text = f"this relay is {len(chain) + 1} relays away from its seed, at most {terms.max_hops} are accepted"
+    most = terms.options.max_hops
+    if len(chain) + bool(node) > most:
+        text = f"this relay is {len(chain) + 1} relays away from its seed, at most {most} are accepted"
         raise RefusedError("relay", text, hint="another source is asked instead")
     return f.NoteChain(node, chain)
 
@@ -85,7 +86,7 @@ def client_pinned(ctx: Context, event: Pinned) -> Sequence[f.Effect]:
     known = ctx.known()
     ours, theirs = choose_transport(ctx.client.abilities, ctx.peer_abilities)
     ctx.transport = ours.name
-    others = passed_over(ours.name, ctx.client.abilities, ctx.peer_abilities, ctx.client.unavailable)
+    others = passed_over(ours.name, ctx.client.abilities, ctx.peer_abilities, ctx.client.options.unavailable)
     note = f.Note(f"transport {ours.name}" + (f" (not {'; '.join(others)})" if others else ""))
     return [note, f.Send(m.Agree(plan=known.plan.digest, transport=theirs.name))]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from netloader.core import messages as m
+from netloader.core.options import Timings
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.core.protocol.context import ClientTerms, Context, Refuse, ServerTerms
@@ -84,6 +85,11 @@ class Session:
     def side(self) -> Side:
         """Which end this is."""
         return self._ctx.side
+
+    @property
+    def timings(self) -> Timings:
+        """Deadlines of this side."""
+        return self._ctx.timings()
 
     @property
     def error(self) -> NetloaderError | None:

@@ -54,20 +54,20 @@ def _ask(ctx: Context, ranges: Ranges) -> tuple[int, ...]:
     numbers = _checked(ctx, ranges, "request")
     if not ctx.open_blocks.isdisjoint(numbers):
         raise RemoteProtocolError("the client asked for a block that it is already waiting for")
-    if len(ctx.open_blocks) + len(numbers) > ctx.server.max_open_blocks:
-        raise RemoteProtocolError(f"the client asked for more than {ctx.server.max_open_blocks} blocks at once")
+    if len(ctx.open_blocks) + len(numbers) > ctx.server.options.max_open_blocks:
+        raise RemoteProtocolError(f"the client asked for more than {ctx.server.options.max_open_blocks} blocks at once")
     ctx.open_blocks.update(numbers)
     return numbers
 
 
 def _server_timer(ctx: Context) -> f.SetTimer:
     """A client that holds a turn has to ask for something; while blocks move the channel watches for a stall."""
-    return f.SetTimer(None if ctx.open_blocks else ctx.server.timings.stall)
+    return f.SetTimer(None if ctx.open_blocks else ctx.timings().stall)
 
 
 def _client_timer(ctx: Context) -> f.SetTimer:
     """While grants are owed the server has to act; while blocks move the channel itself watches for a stall."""
-    return f.SetTimer(ctx.client.timings.stall if ctx.open_blocks else None)
+    return f.SetTimer(ctx.timings().stall if ctx.open_blocks else None)
 
 
 _News = BlocksReady | BlocksGone | BlocksSent | BlocksWanted | BlocksReceived

@@ -54,7 +54,7 @@ def server_identify(ctx: Context, event: m.Identify) -> Sequence[f.Effect]:
     """The client said what it wants: check its proof, then look it up."""
     if ctx.identify is not None:
         raise RemoteProtocolError("the client said twice what it wants")
-    token = ctx.server.token
+    token = ctx.server.options.token
     if token is not None and not hmac.compare_digest(event.proof, prove(token, "client", ctx.peer_nonce, ctx.nonce)):
         raise Refuse(
             "auth",
@@ -121,24 +121,24 @@ def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
         node=event.node,
         chain=event.chain,
     )
-    return [f.Send(m.Accepted(identity=known.identity)), f.Send(announce), f.SetTimer(ctx.server.timings.plan)]
+    return [f.Send(m.Accepted(identity=known.identity)), f.Send(announce), f.SetTimer(ctx.timings().plan)]
 
 
 def client_waiting(ctx: Context, event: m.Waiting) -> Sequence[f.Effect]:
     """The server lives, but our turn has not come."""
     note = f.Note(f"waiting for a turn: {event.reason}")
-    return [note, f.NoteQueued(event.position), f.SetTimer(ctx.client.timings.validate)]
+    return [note, f.NoteQueued(event.position), f.SetTimer(ctx.timings().validate)]
 
 
 def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:
     """The server says that identities match; see for ourselves."""
     ctx.peer_identity = event.identity
     notes: list[f.Effect] = []
-    terms = ctx.client
-    if terms.identity is None and (event.identity.role != terms.role or event.identity.layout not in terms.layouts):
+    terms, layouts = ctx.client, ctx.client.options.layouts
+    if terms.identity is None and (event.identity.role != terms.role or event.identity.layout not in layouts):
         raise RemoteProtocolError(
             f"the server gives role {event.identity.role!r} in layout {event.identity.layout!r}, "
-            f"asked for was {terms.role!r} in {' or '.join(terms.layouts) or 'no layout'}"
+            f"asked for was {terms.role!r} in {' or '.join(layouts) or 'no layout'}"
         )
     if terms.identity is not None and not ctx.probing:
         found = differences(terms.identity, event.identity)
@@ -147,4 +147,4 @@ def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:
             text, hint = _explain(refused, "client", "server")
             raise RefusedError("identity", text, hint=hint)
         notes = [f.Note(f"the source differs, which is allowed: {d}") for d in found]
-    return [*notes, f.SetTimer(terms.timings.plan)]
+    return [*notes, f.SetTimer(ctx.timings().plan)]
