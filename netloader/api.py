@@ -18,11 +18,13 @@ import anyio.to_thread
 from netloader.client.connect import ClientOptions
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
-from netloader.core.addresses import Address, is_wildcard, parse_address
+from netloader.core.addresses import Address, is_wildcard
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.protocol.context import Timings
 from netloader.core.report import ProgressCallback, PullReport
-from netloader.errors import ConfigError
+from netloader.core.sources import Source
+from netloader.discovery.base import SourceProvider
+from netloader.discovery.fixed import FixedSources
 from netloader.server.server import HoldingServer, ServerOptions
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
@@ -38,6 +40,9 @@ __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
 Wanted = str | Transport | Sequence[str | Transport]
 """Transports to use: ``auto``, a name or an object, or several of them, preferred first."""
+
+Sources = Sequence[str | Address | Source] | SourceProvider
+"""Where to pull from: a list, or who finds it."""
 
 _LONGEST = 86_400.0
 
@@ -183,15 +188,6 @@ def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dic
     return tuple(found), reasons
 
 
-def _addresses(sources: Sequence[str | Address]) -> list[Address]:
-    if isinstance(sources, str):
-        raise ConfigError(field="sources", value=sources, allowed="a list of addresses (host:port)")
-    return [
-        source if isinstance(source, Address) else parse_address(source, field=f"sources[{place}]")
-        for place, source in enumerate(sources)
-    ]
-
-
 def _options(
     timeout: float | None,
     wait: float,
@@ -217,7 +213,7 @@ async def pull(
     tensors: Mapping[str, torch.Tensor],
     identity: ModelIdentity | None = None,
     *,
-    sources: Sequence[str | Address],
+    sources: Sources,
     transport: Wanted = "auto",
     timeout: float | None = 1200.0,
     wait: float = 0.0,
@@ -235,10 +231,13 @@ async def pull(
         tensors: Name -> tensor, on one device; filled in place. After an error, any of them may have been written.
         identity: What they are; has to match the source's. None accepts whatever the source holds as target.
         sources: Addresses (``host:port``, ``[ipv6]:port``) in the order to try; the next one takes over when one
-            refuses, is down, stalls or dies, and what was verified is kept.
+            refuses, is down, stalls or dies, and what was verified is kept. Or a
+            :class:`~netloader.discovery.SourceProvider`, whose sources may appear and vanish while the pull runs. It is
+            waited for until it has listed what is there (at most 10 seconds), and for `wait` seconds in all.
         transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
         timeout: Seconds that the whole pull may take; None for a day.
-        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
+        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy", and to wait for a
+            provider to find one.
         stall_timeout: Seconds without progress after which a source is left.
         token: Shared secret.
         expect_root: Root that the weights must have, in hex.
@@ -271,7 +270,7 @@ async def pull(
 
 async def pull_new(
     *,
-    sources: Sequence[str | Address],
+    sources: Sources,
     role: Role = "target",
     layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
     device: str = "cpu",
@@ -317,7 +316,7 @@ async def pull_new(
 async def _pull_into(
     filled: Destination,
     identity: ModelIdentity | None,
-    sources: Sequence[str | Address],
+    sources: Sources,
     transport: Wanted,
     options: ClientOptions,
     progress: ProgressCallback | None,
@@ -326,11 +325,12 @@ async def _pull_into(
     from netloader.tensors import LEAST_BYTES, Toucher, digest_of
 
     transports, unavailable = _transports(filled.device, transport)
-    options, addresses = replace(options, unavailable=unavailable), _addresses(sources)
+    options = replace(options, unavailable=unavailable)
+    found = sources if isinstance(sources, SourceProvider) else FixedSources(sources)
     toucher = Toucher(filled.larger(LEAST_BYTES))
     try:
         toucher.start()
-        return await pull_from(filled, identity, addresses, transports, digest_of, options, progress, relay)
+        return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay)
     finally:
         if toucher.running:
             with anyio.CancelScope(shield=True):  # it has a deadline of its own
@@ -365,5 +365,5 @@ async def probe(
         NetloaderError: It is not there, it holds nothing of the kind, or it broke the rules.
     """
     options = _options(timeout, 0.0, timeout, token, None, role, layouts)
-    (address,) = _addresses([source])
-    return await probe_source(address, identity, (), options)
+    (asked,) = FixedSources([source]).sources
+    return await probe_source(asked.address, identity, (), options)

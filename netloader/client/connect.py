@@ -28,8 +28,8 @@ class ClientOptions:
 
     Attributes:
         timeout: Seconds that the whole pull may take.
-        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
-        connect_timeout: Seconds that connecting to one source may take.
+        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy", and to wait for more.
+        connect_timeout: Seconds that connecting to one source may take, and finding the first ones.
         tries: Tries at one source whose connection broke, before it is given up.
         stripe: Sources to pull from at once.
         follow: Go to a relay when a server sends us there.

@@ -19,10 +19,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
+from netloader.client.search import search
 from netloader.client.session import ClientSession, Destination, Digest
 from netloader.codecs.block_view import BlockView
 from netloader.core import pull_moves as p
-from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
 from netloader.core.plan import Plan
@@ -30,6 +30,7 @@ from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull, PullTerms
 from netloader.core.report import Progress, ProgressCallback, PullReport
+from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
@@ -91,7 +92,7 @@ class _Relayed:
 async def pull_from(
     destination: Destination,
     identity: ModelIdentity | None,
-    sources: Sequence[Address],
+    sources: SourceProvider,
     transports: Sequence[Transport],
     digest: Digest,
     options: ClientOptions,
@@ -103,7 +104,7 @@ async def pull_from(
     Args:
         destination: What to fill. After an error, any of its memory may have been written.
         identity: What it is; None to adopt what the source holds.
-        sources: Where to pull from, in the order to try.
+        sources: Finds where to pull from, in the order to try; watched until the pull is over.
         transports: What may be used, preferred first.
         digest: How to check a block.
         options: How to behave.
@@ -151,11 +152,12 @@ class _Pull:
         self._sessions: dict[int, ClientSession] = {}
         self._changed = anyio.Event()
         self._scope = anyio.CancelScope()
+        self._search = anyio.CancelScope()
         self._tasks: TaskGroup | None = None
         self._error: Exception | None = None
         self._memory_in_use: MemoryStillInUse | None = None
 
-    async def run(self, sources: Sequence[Address]) -> PullReport:
+    async def run(self, sources: SourceProvider) -> PullReport:
         options, manifest = self._options, self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
@@ -169,13 +171,15 @@ class _Pull:
             tries=options.tries,
             wait=options.wait,
             expect_root=options.expect_root,
+            listing=options.connect_timeout,
         )
-        self._pull = Pull(sources, terms, random.Random())  # noqa: S311 - spreads clients, no secret
+        self._pull = Pull((), terms, random.Random())  # noqa: S311 - spreads clients, no secret
         self._supply = Supply(self._pull.ledger)
         try:
             with self._scope:
                 async with anyio.create_task_group() as self._tasks:
                     self._carry_out(self._pull.begin(time.monotonic()))
+                    self._start(partial(self._find, sources))
                     await self._wait_until_over()
         finally:
             try:
@@ -194,6 +198,10 @@ class _Pull:
     @property
     def _role(self) -> Role:
         return self._options.role if self._identity is None else self._identity.role
+
+    async def _find(self, sources: SourceProvider) -> None:
+        with self._search:
+            await search(sources, self._tell)
 
     async def _wait_until_over(self) -> None:
         """Tell the pull when a moment has come that it waits for, and when its time is up."""
@@ -344,6 +352,7 @@ class _Pull:
 
     def _farewell(self) -> None:
         """Every block is verified: no source is waited for any more, whatever it is doing."""
+        self._search.cancel()
         self._scope.deadline = anyio.current_time() + _FAREWELL
         for session in self._sessions.values():
             session.hurry(self._scope.deadline)

@@ -10,22 +10,23 @@ block is verified.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from netloader.core import pull_moves as p
-from netloader.core.addresses import Address, parse_address
+from netloader.core.addresses import Address, valid_addresses
 from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull_state import Failures, SessionState
 from netloader.core.report import SourceShare
-from netloader.core.sources import Sources
+from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import (
     AttemptFailed,
-    ConfigError,
     DigestMismatch,
+    DiscoveryError,
     LocalProtocolError,
     ManifestError,
     MemoryStillInUse,
@@ -57,6 +58,7 @@ class PullTerms:
         tries: Sessions with one source that may break after they brought something.
         wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
         expect_root: Root that is required, in hex; empty to take that of the first source.
+        listing: Seconds that finding the first sources may take; None when none will be found.
     """
 
     began: float = 0.0
@@ -65,13 +67,14 @@ class PullTerms:
     tries: int = 2
     wait: float = 0.0
     expect_root: str = ""
+    listing: float | None = None
 
 
 class Pull:
     """One pull.
 
     Args:
-        sources: Where to pull from, in the order to try.
+        sources: Where to pull from, in the order to try; more may be found.
         terms: How it behaves.
         chance: Spreads the pauses of clients that wait for one source.
 
@@ -80,11 +83,14 @@ class Pull:
         shares: What each source gave, by address, in the order of first use.
     """
 
-    def __init__(self, sources: Sequence[Address], terms: PullTerms, chance: random.Random) -> None:
+    def __init__(self, sources: Sequence[Source], terms: PullTerms, chance: random.Random) -> None:
         self.ledger = Ledger(terms.expect_root, "EXPECT_ROOT" if terms.expect_root else "")
         self.shares: dict[str, SourceShare] = {}
         self._terms = terms
         self._sources = Sources(sources, tries=terms.tries, until=terms.began + terms.wait, chance=chance)
+        searching = -math.inf if terms.listing is None else max(terms.wait, terms.listing)
+        self._search_until = terms.began + searching  # until then having no source left is no end
+        self._left_out = False
         self._sessions: dict[int, SessionState] = {}
         self._count = 0
         self._unfit: dict[Address, set[str]] = {}
@@ -119,6 +125,8 @@ class Pull:
             return None
         due = [] if self._first_is_alone() or self._full() else [self._sources.next_due(now)]
         plan = self.ledger.plan
+        if not self._sessions and due == [None]:
+            due = [self._search_until]
         if plan is not None and any(s.parked for s in self._sessions.values()):
             due += [s.overdue_at(plan) for s in self._moving()]
         times = [at for at in due if at is not None]
@@ -147,10 +155,8 @@ class Pull:
 
     def _react(self, event: p.Event, now: float) -> Iterator[p.Command]:
         match event:
-            case p.Found(sources):
-                self._sources.add(sources)
-            case p.Lost(source):
-                self._sources.lose(source)
+            case p.Found() | p.Lost() | p.Listed() | p.SearchEnded():
+                yield from self._of_search(event)
             case p.TimeIsUp(seconds):
                 yield from self._time_is_up(seconds)
             case p.Moment():
@@ -165,6 +171,21 @@ class Pull:
                 session = self._sessions.get(event.session)
                 if session is not None:
                     yield from self._of_session(session, event, now)
+
+    def _of_search(self, event: p.Found | p.Lost | p.Listed | p.SearchEnded) -> Iterator[p.Command]:
+        match event:
+            case p.Found(sources):
+                if self._sources.add(sources) and not self._left_out:
+                    self._left_out = True
+                    yield p.Log("warning", f"{MAX_KNOWN} sources are known: more are left out until some are gone")
+            case p.Lost(source):
+                self._sources.lose(source)
+            case p.Listed():
+                self._search_until = min(self._search_until, self._terms.began + self._terms.wait)
+            case p.SearchEnded(error):
+                self._search_until = -math.inf
+                if error is not None:
+                    yield self._search_failed(error)
 
     def _of_session(
         self,
@@ -206,7 +227,10 @@ class Pull:
             if source is None:
                 break
             yield self._connect(source)
-        if not self._sessions and self._sources.next_due(now) is None:
+        if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
+            if not self._count and self._search_until > -math.inf:
+                none = f"no source appeared within {now - self._terms.began:.3g} s"
+                yield self._search_failed(DiscoveryError(none, hint="raise WAIT"))
             yield from self._fail()
 
     def _wake(self, now: float) -> Iterator[p.Command]:
@@ -225,6 +249,7 @@ class Pull:
         self._count += 1
         self._last = str(source)
         self._sessions[self._count] = SessionState(self._count, source)
+        labels, named_by = self._sources.told_of(source)
         return p.Connect(
             self._count,
             source,
@@ -232,6 +257,8 @@ class Pull:
             pinned_by=self.ledger.pinned_by,
             avoid=tuple(str(address) for address in self._sources.avoid[-MAX_SOURCES:]),
             unfit=frozenset(self._unfit.get(source, ())),
+            labels=labels,
+            named_by=named_by,
         )
 
     # --- pinning ----------------------------------------------------------------------------------------------------
@@ -428,7 +455,7 @@ class Pull:
     def _judge(self, source: Address, error: NetloaderError, now: float, *, progressed: bool) -> Iterator[p.Command]:
         retry_after = error.retry_after if isinstance(error, RefusedError) else None
         if isinstance(error, RefusedError) and error.sources:
-            named = list(_addresses(error.sources))
+            named = list(valid_addresses(error.sources))
             others = ", ".join(map(str, named))
             if error.code == "gone":
                 yield p.Log("info", f"source {source}: {error.message}; it had them from {others}")
@@ -454,16 +481,12 @@ class Pull:
             case "drop":
                 self._sources.drop(source)
 
+    def _search_failed(self, error: DiscoveryError) -> p.Log:
+        """Account for a search that brings no more sources: what is known stays."""
+        self._failures.add("discovery", error)
+        return p.Log("warning", f"discovery: {error}")
+
     def _failed(self, source: Address | str, error: NetloaderError) -> p.Log:
         """Account for a try that failed. A source that is waited for says the same again and again: shown once."""
         first = self._failures.add(str(source), error)
         return p.Log("warning" if first else "debug", f"source {source}: {error}")
-
-
-def _addresses(sources: Sequence[str]) -> Iterator[Address]:
-    """The addresses that a server named; what makes no sense is left out, since it is a peer's word."""
-    for text in sources:
-        try:
-            yield parse_address(text)
-        except ConfigError:
-            continue

@@ -24,6 +24,7 @@ from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.protocol.context import Timings
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import PeerLost
 from netloader.server.server import HoldingServer, ServerOptions
 from netloader.server.session import ServerSession
@@ -186,7 +187,7 @@ async def pull(
     """A pull into `into` with every deadline within the test's."""
     usual = {"stripe": 1, "timeout": PATIENCE, "connect_timeout": PATIENCE}
     chosen = ClientOptions(**{**usual, "timings": timings, **options})
-    return await pull_from(destination(into), identity, sources, [transport], digest_of, chosen, progress)
+    return await pull_from(destination(into), identity, FixedSources(sources), [transport], digest_of, chosen, progress)
 
 
 async def until(condition: Callable[[], object], what: str = "") -> None:

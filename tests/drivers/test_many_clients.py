@@ -26,6 +26,7 @@ from netloader.core.addresses import Address
 from netloader.core.protocol import State
 from netloader.core.protocol.context import Timings
 from netloader.core.report import Progress, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import NoSourceLeft
 from netloader.server import session as server_session_module
 from netloader.server.server import HoldingServer
@@ -271,7 +272,7 @@ class World:
                 client.report = await pull_from(
                     destination(client.into),
                     kit.IDENTITY,
-                    [addresses[number] for number in place.sources],
+                    FixedSources(addresses[number] for number in place.sources),
                     [FaultyTransport(self._hub.transport, Faults(place.losses))],
                     digest_of,
                     options,

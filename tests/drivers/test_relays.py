@@ -18,6 +18,7 @@ from netloader.core import pull_state
 from netloader.core.addresses import Address, seen_from
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
 from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
@@ -64,7 +65,7 @@ class Replica:
                 self.report = await pull_from(
                     destination(self.into),
                     kit.IDENTITY,
-                    sources,
+                    FixedSources(sources),
                     [self.transport],
                     digest_of,
                     chosen,
@@ -463,7 +464,7 @@ async def test_what_a_relay_says_of_itself_is_its_own_identity_with_what_only_it
         await pull_from(
             destination(first.into),
             mine,
-            [kit.at(seed)],
+            FixedSources([kit.at(seed)]),
             [hub.transport],
             digest_of,
             ClientOptions(timings=kit.CALM, timeout=kit.PATIENCE),

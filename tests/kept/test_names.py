@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = (
     "netloader",
     "netloader.sync",
+    "netloader.discovery",
     "netloader.transports.base",
     "netloader.transports.conformance",
     "netloader.transports.faults",
