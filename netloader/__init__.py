@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from netloader import discovery, sync
+    from netloader import discovery, observe, sync
     from netloader.api import Server, probe, pull, pull_new
     from netloader.client.probe import Probe
     from netloader.config import Config, load_config
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         TransportUnavailable,
         VerificationError,
     )
+    from netloader.observe import Observer
     from netloader.server.session import SessionInfo
     from netloader.transports.base import Transport
     from netloader.transports.conformance import check_transport
@@ -63,6 +64,7 @@ __all__ = [
     "ModelIdentity",
     "NetloaderError",
     "NoSourceLeft",
+    "Observer",
     "PeerLost",
     "Phases",
     "Probe",
@@ -87,6 +89,7 @@ __all__ = [
     "differences",
     "discovery",
     "load_config",
+    "observe",
     "parse_address",
     "probe",
     "pull",
@@ -104,11 +107,12 @@ _HOMES = {
     "core.report": ("Phases", "Progress", "PullReport", "SourceShare"),
     "core.sources": ("Source",),
     "discovery": ("FixedSources", "SourceProvider"),
+    "observe": ("Observer",),
     "server.session": ("SessionInfo",),
     "transports.base": ("Transport",),
     "transports.conformance": ("check_transport",),
 }
-_MODULES = ("discovery", "sync")
+_MODULES = ("discovery", "observe", "sync")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 

@@ -25,6 +25,7 @@ from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
+from netloader.observe.base import Observer
 from netloader.server.server import HoldingServer, ServerOptions
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
@@ -90,6 +91,7 @@ class Server(HoldingServer):
             pull; 0 to send nobody on.
         stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
         device: Where the tensors will live, when none are given yet.
+        observers: Told what is served, and of each session (:mod:`netloader.observe`).
 
     Raises (on entering):
         ConfigError: The address can't be bound.
@@ -110,6 +112,7 @@ class Server(HoldingServer):
         fan_out: int = 1,
         stall_timeout: float = 30.0,
         device: str = "cpu",
+        observers: Sequence[Observer] = (),
     ) -> None:
         options = ServerOptions(
             host=host,
@@ -119,7 +122,8 @@ class Server(HoldingServer):
             token=token,
             timings=Timings(stall=stall_timeout),
         )
-        super().__init__(_transports(_device_of(tensors, device), transport)[0], options, software=software())
+        carriers = _transports(_device_of(tensors, device), transport)[0]
+        super().__init__(carriers, options, software=software(), observers=observers)
         self._first = None if tensors is None else (tensors, identity)
 
     async def __aenter__(self) -> Self:
@@ -224,6 +228,7 @@ async def pull(
     stripe: int = 4,
     follow: bool = True,
     relay: HoldingServer | None = None,
+    observers: Sequence[Observer] = (),
 ) -> PullReport:
     """Fill `tensors` from a source that holds the same ones, and verify every byte.
 
@@ -246,6 +251,7 @@ async def pull(
         follow: Go to a client that passes on what it gets, when a busy source says so.
         relay: A running server of this process that is to pass on what is there while the pull goes on, and to serve it
             afterwards. Retract it there before the tensors change.
+        observers: Told what happens (:mod:`netloader.observe`).
 
     Returns:
         The account of the pull.
@@ -265,7 +271,7 @@ async def pull(
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
     options = replace(options, stripe=stripe, follow=follow)
-    return await _pull_into(filled, identity, sources, transport, options, progress, relay)
+    return await _pull_into(filled, identity, sources, transport, options, progress, observers, relay)
 
 
 async def pull_new(
@@ -282,6 +288,7 @@ async def pull_new(
     expect_root: str | None = None,
     max_bytes: int = 1 << 44,
     progress: ProgressCallback | None = None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """Pull whatever a source holds into new tensors.
 
@@ -298,6 +305,7 @@ async def pull_new(
         token: Shared secret.
         expect_root: Root that the weights must have.
         progress: Called after blocks were verified.
+        observers: Told what happens (:mod:`netloader.observe`).
 
     Returns:
         Name -> tensor, and the account of the pull.
@@ -309,7 +317,8 @@ async def pull_new(
 
     options = _options(timeout, wait, stall_timeout, token, expect_root, role, layouts)
     filled = destination(None, device=device)
-    report = await _pull_into(filled, None, sources, transport, replace(options, max_bytes=max_bytes), progress)
+    options = replace(options, max_bytes=max_bytes)
+    report = await _pull_into(filled, None, sources, transport, options, progress, observers)
     return filled.tensors, report
 
 
@@ -320,6 +329,7 @@ async def _pull_into(
     transport: Wanted,
     options: ClientOptions,
     progress: ProgressCallback | None,
+    observers: Sequence[Observer],
     relay: HoldingServer | None = None,
 ) -> PullReport:
     from netloader.tensors import LEAST_BYTES, Toucher, digest_of
@@ -330,7 +340,7 @@ async def _pull_into(
     toucher = Toucher(filled.larger(LEAST_BYTES))
     try:
         toucher.start()
-        return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay)
+        return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
     finally:
         if toucher.running:
             with anyio.CancelScope(shield=True):  # it has a deadline of its own

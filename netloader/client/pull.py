@@ -25,13 +25,27 @@ from netloader.codecs.block_view import BlockView
 from netloader.core import pull_moves as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
+from netloader.core.messages import ServerMessage
 from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull, PullTerms
-from netloader.core.report import Progress, ProgressCallback, PullReport
+from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
+from netloader.observe.base import Observer, Observers
+from netloader.observe.events import (
+    BlocksVerified,
+    Event,
+    PhaseEnded,
+    PullBegan,
+    PullEnded,
+    SessionBegan,
+    SessionEnded,
+    SourceChosen,
+    SourceLeft,
+)
+from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
@@ -98,6 +112,7 @@ async def pull_from(
     options: ClientOptions,
     progress: ProgressCallback | None = None,
     relay: RelayServer | None = None,
+    observers: Sequence[Observer] = (),
 ) -> PullReport:
     """Fill `destination` from `sources`.
 
@@ -111,6 +126,7 @@ async def pull_from(
         progress: Called after blocks were verified.
         relay: Server of this process that is to pass on what is there, from the moment that the first source was
             accepted. It goes on serving after the pull; whoever changes the memory retracts it there first.
+        observers: Told what happens.
 
     Returns:
         The account of a complete, verified pull.
@@ -120,7 +136,7 @@ async def pull_from(
         MemoryStillInUse: A thread that may still write into `destination` can't be brought back; raised in the place of
             everything else, a cancellation included, also when every block is verified. Nobody may fill it any more.
     """
-    return await _Pull(destination, identity, transports, digest, options, progress, relay).run(sources)
+    return await _Pull(destination, identity, transports, digest, options, progress, relay, observers).run(sources)
 
 
 class _Pull:
@@ -135,6 +151,7 @@ class _Pull:
         options: ClientOptions,
         progress: ProgressCallback | None,
         relay: RelayServer | None,
+        observers: Sequence[Observer],
     ) -> None:
         self._destination = destination
         self._identity = identity
@@ -146,6 +163,7 @@ class _Pull:
         self._relaying = False
         self._manifest_digest = ""
         self._report = PullReport()
+        self._observe = Observers((self._add_phase, *observers))
         self._began = time.monotonic()
         self._events: deque[p.Event] = deque()
         self._telling = False
@@ -158,6 +176,23 @@ class _Pull:
         self._memory_in_use: MemoryStillInUse | None = None
 
     async def run(self, sources: SourceProvider) -> PullReport:
+        """Pull to the end, and tell the observers how it went."""
+        self._observe(PullBegan(self._role))
+        try:
+            report = await self._run(sources)
+        except BaseException as error:
+            told = error if isinstance(error, Exception) else None
+            self._observe(PullEnded(time.monotonic() - self._began, error=told))
+            raise
+        self._observe(PullEnded(report.seconds, report))
+        return report
+
+    def _add_phase(self, event: Event) -> None:
+        if isinstance(event, PhaseEnded):
+            phases = self._report.phases
+            setattr(phases, event.phase, getattr(phases, event.phase) + event.seconds)
+
+    async def _run(self, sources: SourceProvider) -> PullReport:
         options, manifest = self._options, self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
@@ -223,10 +258,10 @@ class _Pull:
         self._telling = True
         try:
             while self._events:
-                event = self._events.popleft()
+                event, before = self._events.popleft(), self._verified()
                 self._carry_out(self._pull.handle(event, time.monotonic()))
                 if isinstance(event, p.Landed):
-                    self._tell_progress(event.session)
+                    self._tell_progress(event.session, before)
         finally:
             self._telling = False
             self._changed.set()
@@ -270,15 +305,21 @@ class _Pull:
 
     async def _session_with(self, command: p.Connect) -> None:
         """One session with one source, to its end."""
-        source, number = command.source, command.session
-        began = time.monotonic()
+        source, number, began = str(command.source), command.session, time.monotonic()
+        self._observe(SourceChosen(number, source, command.labels, str(command.named_by or "")))
+        ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
+        connection: ControlConnection[ServerMessage] | None = None
         try:
-            connection = await connect(source, self._options.connect_timeout)
+            connection = await connect(command.source, self._options.connect_timeout)
         except PeerLost as error:
-            self._tell(p.Ended(number, error))
-            return
+            ended = error
         finally:
-            self._report.phases.connect += time.monotonic() - began
+            if connection is None or self._pull.over:
+                self._observe(PhaseEnded("client", number, source, "connect", time.monotonic() - began))
+                self._observe(SourceLeft(number, source, ended))
+        if connection is None:
+            self._tell(p.Ended(number, ended))
+            return
         if self._pull.over:  # meanwhile, by other sessions
             await connection.aclose()
             return
@@ -287,7 +328,7 @@ class _Pull:
             Session(Side.CLIENT, client=self._terms(command, usable.values())),
             connection,
             number=number,
-            source=str(source),
+            source=source,
             ledger=self._pull.ledger,
             tell=self._tell,
             destination=self._destination,
@@ -296,9 +337,11 @@ class _Pull:
             setup_timeout=self._options.timings.plan,
             stall=self._options.timings.stall,
             supply=self._supply,
+            began=began,
+            observers=self._observe,
         )
+        self._observe(SessionBegan("client", number, source))
         self._tell(p.Connected(number))
-        ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
         try:
             await session.run()
             ended = session.session.error
@@ -307,11 +350,24 @@ class _Pull:
             ended = _explained(bug)
         finally:
             del self._sessions[number]
-            session.add_phases(self._report.phases)
             if session.lent.in_use is not None:
                 self._memory_in_use = ended = session.lent.in_use
                 self._scope.cancel()
             chosen = session.session.transport
+            self._observe(
+                SessionEnded(
+                    side="client",
+                    session=number,
+                    peer=source,
+                    role=self._role,
+                    transport=chosen,
+                    seconds=session.seconds,
+                    blocks=session.blocks,
+                    nbytes=session.nbytes,
+                    error=ended,
+                )
+            )
+            self._observe(SourceLeft(number, source, ended))
             self._tell(
                 p.Ended(
                     number,
@@ -357,14 +413,28 @@ class _Pull:
         for session in self._sessions.values():
             session.hurry(self._scope.deadline)
 
-    def _tell_progress(self, session: int) -> None:
+    def _verified(self) -> tuple[int, int]:
+        return self._pull.ledger.verified_blocks, self._pull.ledger.verified_bytes
+
+    def _tell_progress(self, number: int, before: tuple[int, int]) -> None:
         self._supply.notify()
+        session, (blocks, nbytes) = self._sessions[number], self._verified()
+        came = BlocksVerified(
+            nbytes,
+            self._pull.ledger.total_bytes or 0,
+            time.monotonic() - self._began,
+            session.source,
+            session=number,
+            blocks=blocks - before[0],
+            nbytes=nbytes - before[1],
+        )
+        session.blocks += came.blocks
+        session.nbytes += came.nbytes
+        self._observe(came)
         if self._progress is None or self._error is not None:
             return
-        ledger, seconds = self._pull.ledger, time.monotonic() - self._began
-        source = self._sessions[session].source
         try:
-            self._progress(Progress(ledger.verified_bytes, ledger.total_bytes or 0, seconds, source))
+            self._progress(came)
         except Exception as error:  # noqa: BLE001 - the caller's own: raised to the caller, once all is closed
             self._error = error
             self._scope.cancel()

@@ -1,4 +1,4 @@
-"""Discovery in the memory of one process, for tests only. It shows that the contracts can be kept, and tests the checks.
+"""Discovery in the memory of one process, for tests only: it shows that the contracts can be kept.
 
 A lease ends when the test says so: nothing here has a clock.
 """

@@ -12,6 +12,7 @@ from netloader.core.addresses import Address
 from netloader.core.sources import Source
 from netloader.discovery import (
     Appeared,
+    Claim,
     Claims,
     FixedSources,
     Listed,
@@ -103,17 +104,21 @@ async def test_a_backend_that_is_down_is_told_on_entering() -> None:
 # --- to claim ---------------------------------------------------------------------------------------------------------
 
 
+def is_held(claim: Claim) -> bool:
+    return claim.held
+
+
 async def check_one_at_a_time(ours: Claims, theirs: Claims) -> None:
     """One instance has it, others get None after their wait, and one of them has it once it is released."""
     with anyio.fail_after(PATIENCE):
         async with ours.claim("read", within=0) as first:
             assert first is not None
-            assert first.held
+            assert is_held(first)
             async with theirs.claim("read", within=0.01) as second:
                 assert second is None
             async with theirs.claim("another work", within=0) as other:
                 assert other is not None
-        assert not first.held
+        assert not is_held(first)
         await first.lost()
         async with theirs.claim("read", within=0) as second:
             assert second is not None

@@ -26,6 +26,7 @@ from netloader.core.protocol.context import Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.fixed import FixedSources
 from netloader.errors import PeerLost
+from netloader.observe import Observer
 from netloader.server.server import HoldingServer, ServerOptions
 from netloader.server.session import ServerSession
 from netloader.tensors import destination, digest_of, hold
@@ -156,11 +157,15 @@ class WatchedServer(HoldingServer):
 
 @asynccontextmanager
 async def serving(
-    transport: Transport, *holdings: Holding, timings: Timings = CALM, **options: Any
+    transport: Transport,
+    *holdings: Holding,
+    timings: Timings = CALM,
+    observers: Sequence[Observer] = (),
+    **options: Any,
 ) -> AsyncIterator[WatchedServer]:
     """A server on the loopback address; has no session and no turn left in the end, whatever happened."""
     chosen = {"host": "127.0.0.1", "timings": timings, **options}
-    server = WatchedServer([transport], ServerOptions(**chosen), software="test")
+    server = WatchedServer([transport], ServerOptions(**chosen), software="test", observers=observers)
     async with server:
         for holding in holdings:
             server.add(holding)

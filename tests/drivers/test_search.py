@@ -94,7 +94,7 @@ async def test_a_source_that_vanishes_goes_on_being_pulled_from_and_is_not_asked
     assert report.sources[str(kit.at(second))].blocks > 0
 
 
-def _raises() -> None:
+def _raises() -> SourceChange:
     raise DiscoveryError("no name server", hint="look at resolv.conf")
 
 
@@ -102,7 +102,7 @@ def _raises() -> None:
     ("fault", "told"),
     [
         (_raises, "Script failed: no name server (look at resolv.conf)"),
-        (lambda: {}["key"], "Script failed: KeyError: 'key'"),
+        (lambda: dict[str, SourceChange]()["key"], "Script failed: KeyError: 'key'"),
         (lambda: "nonsense", "Script failed: 'nonsense' is no change of sources"),
     ],
 )
@@ -142,11 +142,9 @@ async def test_a_stream_that_ends_ends_the_pull_when_nothing_is_left() -> None:
         await pull(FixedSources([]), wait=kit.PATIENCE)
 
 
-@pytest.mark.parametrize(
-    ("listed", "options"), [(True, {}), (False, {"connect_timeout": 0.05}), (True, {"wait": 0.05})]
-)
+@pytest.mark.parametrize(("listed", "listing", "wait"), [(True, 10.0, 0.0), (False, 0.05, 0.0), (True, 10.0, 0.05)])
 async def test_a_stream_that_stays_open_without_a_source_is_not_waited_for_without_end(
-    listed: bool, options: dict[str, float]
+    listed: bool, listing: float, wait: float
 ) -> None:
     async def story() -> AsyncGenerator[SourceChange, None]:
         if listed:
@@ -154,7 +152,7 @@ async def test_a_stream_that_stays_open_without_a_source_is_not_waited_for_witho
         await for_ever()
 
     with anyio.fail_after(kit.PATIENCE), pytest.raises(NoSourceLeft, match="discovery: no source appeared within"):
-        await pull(Script(story), **options)
+        await pull(Script(story), connect_timeout=listing, wait=wait)
 
 
 async def test_a_flood_costs_neither_memory_nor_the_loop() -> None:

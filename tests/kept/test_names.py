@@ -24,6 +24,7 @@ PUBLIC = (
     "netloader",
     "netloader.sync",
     "netloader.discovery",
+    "netloader.observe",
     "netloader.transports.base",
     "netloader.transports.conformance",
     "netloader.transports.faults",
