@@ -66,9 +66,16 @@ def phases(events: Sequence[Event]) -> dict[str, float]:
 async def test_one_pull_is_told_in_order_at_both_sides_and_adds_up_to_the_report() -> None:
     ours: list[Event] = []
     theirs: list[Event] = []
-    async with kit.serving(HUB.transport, HOLDING, observers=[theirs.append]) as server:
+    held = Faults([Fault(FaultKind.HOLD, 20)])  # so that blocks are told in several parts
+
+    def note(event: Event) -> None:
+        ours.append(event)
+        if isinstance(event, BlocksVerified):
+            held.release()
+
+    async with kit.serving(FaultyTransport(HUB.transport, held), HOLDING, observers=[theirs.append]) as server:
         address = str(kit.at(server))
-        report = await pull([Source(kit.at(server), {"zone": "a"})], [ours.append])
+        report = await pull([Source(kit.at(server), {"zone": "a"})], [note])
         await kit.until(lambda: server.ended)
     assert told(ours) == [
         *("PullBegan", "SourceChosen", "SessionBegan", "connect", "validate", "plan", "TransportChosen"),
@@ -87,6 +94,7 @@ async def test_one_pull_is_told_in_order_at_both_sides_and_adds_up_to_the_report
     spent = phases(ours)
     assert {name: spent.get(name, 0.0) for name in report.phases.as_dict()} == pytest.approx(report.phases.as_dict())
     came = [event for event in ours if isinstance(event, BlocksVerified)]
+    assert len(came) > 1
     assert (sum(e.blocks for e in came), sum(e.nbytes for e in came)) == (report.blocks, report.nbytes)
     assert (came[-1].verified, came[-1].total, came[-1].source) == (report.nbytes, report.nbytes, address)
     for events, side in ((ours, "client"), (theirs, "server")):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
@@ -112,7 +113,7 @@ async def replica(transport: Transport, *faults: Fault) -> AsyncIterator[Replica
 
 
 @asynccontextmanager
-async def held_seed(transport: Transport, **options: int) -> AsyncIterator[tuple[kit.WatchedServer, Faults]]:
+async def held_seed(transport: Transport, **options: Any) -> AsyncIterator[tuple[kit.WatchedServer, Faults]]:
     """A server that sends HELD_AFTER blocks of each pull and then waits until it is released."""
     faults = Faults([Fault(FaultKind.HOLD, HELD_AFTER, side=Side.SEND, times=None)])
     async with kit.serving(FaultyTransport(transport, faults), HOLDING, timings=kit.CALM, **options) as server:

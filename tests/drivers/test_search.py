@@ -10,8 +10,11 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from netloader.client import pull as pull_module
 from netloader.client.connect import ClientOptions
 from netloader.client.pull import pull_from
+from netloader.client.search import search
+from netloader.core import pull_moves as p
 from netloader.core.addresses import Address
 from netloader.core.report import Progress, PullReport
 from netloader.core.sources import MAX_KNOWN, Source
@@ -52,7 +55,24 @@ async def for_ever() -> None:
     await anyio.sleep(10 * kit.PATIENCE)
 
 
-async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the_stream_is_closed() -> None:
+async def test_what_a_provider_says_is_told_in_its_order() -> None:
+    source = Source(Address("10.0.0.7", 80), {"zone": "a"}, load=1.0)
+    events: list[p.Event] = []
+
+    async def story() -> AsyncGenerator[SourceChange, None]:
+        yield Appeared(source)
+        yield Listed()
+        yield Vanished(source.address)
+
+    await search(Script(story), events.append)
+    assert events == [p.Found([source]), p.Listed(), p.Lost(source.address), p.SearchEnded()]
+
+
+async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the_stream_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What is cut off when the farewells have taken too long does not count here: the stream is closed before.
+    monkeypatch.setattr(pull_module, "_FAREWELL", 10 * kit.PATIENCE)
     closed: list[bool] = []
     async with kit.serving(HUB.transport, HOLDING) as server:
 
@@ -66,7 +86,8 @@ async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the
             finally:
                 closed.append(True)
 
-        report = await pull(Script(story), wait=kit.PATIENCE)
+        with anyio.fail_after(kit.PATIENCE):
+            report = await pull(Script(story), wait=kit.PATIENCE)
     assert list(report.sources) == [str(kit.at(server))]
     assert report.attempts == ()
     assert closed == [True]
