@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from netloader import sync
+    from netloader import discovery, observe, sync
     from netloader.api import Server, probe, pull, pull_new
     from netloader.client.probe import Probe
     from netloader.config import Config, load_config
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from netloader.core.identity import Difference, ModelIdentity, differences
     from netloader.core.manifest import Manifest, TensorSpec
     from netloader.core.report import Phases, Progress, PullReport, SourceShare
+    from netloader.core.sources import Source
+    from netloader.discovery import FixedSources, SourceProvider
     from netloader.errors import (
         AttemptFailed,
         ChannelBusy,
         ChannelClosed,
         ConfigError,
         DigestMismatch,
+        DiscoveryError,
         LocalProtocolError,
         ManifestError,
         MemoryStillInUse,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         TransportUnavailable,
         VerificationError,
     )
+    from netloader.observe import Observer
     from netloader.server.session import SessionInfo
     from netloader.transports.base import Transport
     from netloader.transports.conformance import check_transport
@@ -51,6 +55,8 @@ __all__ = [
     "ConfigError",
     "Difference",
     "DigestMismatch",
+    "DiscoveryError",
+    "FixedSources",
     "LocalProtocolError",
     "Manifest",
     "ManifestError",
@@ -58,6 +64,7 @@ __all__ = [
     "ModelIdentity",
     "NetloaderError",
     "NoSourceLeft",
+    "Observer",
     "PeerLost",
     "Phases",
     "Probe",
@@ -69,6 +76,8 @@ __all__ = [
     "RootMismatch",
     "Server",
     "SessionInfo",
+    "Source",
+    "SourceProvider",
     "SourceShare",
     "TensorSpec",
     "TransferTimeout",
@@ -78,7 +87,9 @@ __all__ = [
     "VerificationError",
     "check_transport",
     "differences",
+    "discovery",
     "load_config",
+    "observe",
     "parse_address",
     "probe",
     "pull",
@@ -94,16 +105,20 @@ _HOMES = {
     "api": ("Server", "probe", "pull", "pull_new"),
     "core.manifest": ("Manifest", "TensorSpec"),
     "core.report": ("Phases", "Progress", "PullReport", "SourceShare"),
+    "core.sources": ("Source",),
+    "discovery": ("FixedSources", "SourceProvider"),
+    "observe": ("Observer",),
     "server.session": ("SessionInfo",),
     "transports.base": ("Transport",),
     "transports.conformance": ("check_transport",),
 }
+_MODULES = ("discovery", "observe", "sync")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    if name == "sync":
-        return import_module("netloader.sync")
+    if name in _MODULES:
+        return import_module(f"netloader.{name}")
     if name in __all__:
         return getattr(import_module(f"netloader.{_HOME_OF.get(name, 'errors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,11 +17,14 @@ import anyio.to_thread
 
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
-from netloader.core.addresses import Address, is_wildcard, parse_address
+from netloader.core.addresses import Address, is_wildcard
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
-from netloader.errors import ConfigError
+from netloader.core.sources import Source
+from netloader.discovery.base import SourceProvider
+from netloader.discovery.fixed import FixedSources
+from netloader.observe.base import Observer
 from netloader.server.server import HoldingServer
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
@@ -37,6 +40,9 @@ __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
 Wanted = str | Transport | Sequence[str | Transport]
 """Transports to use: ``auto``, a name or an object, or several of them, preferred first."""
+
+Sources = Sequence[str | Address | Source] | SourceProvider
+"""Where to pull from: a list, or who finds it."""
 
 _LONGEST = 86_400.0
 
@@ -84,6 +90,7 @@ class Server(HoldingServer):
             pull; 0 to send nobody on.
         stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
         device: Where the tensors will live, when none are given yet.
+        observers: Told what is served, and of each session (:mod:`netloader.observe`).
 
     Raises (on entering):
         ConfigError: The address can't be bound.
@@ -104,6 +111,7 @@ class Server(HoldingServer):
         fan_out: int = 1,
         stall_timeout: float = 30.0,
         device: str = "cpu",
+        observers: Sequence[Observer] = (),
     ) -> None:
         options = ServeOptions(
             host=host,
@@ -114,7 +122,8 @@ class Server(HoldingServer):
             timings=Timings(stall=stall_timeout),
             software=software(),
         )
-        super().__init__(_transports(_device_of(tensors, device), transport)[0], options)
+        carriers = _transports(_device_of(tensors, device), transport)[0]
+        super().__init__(carriers, options, observers=observers)
         self._first = None if tensors is None else (tensors, identity)
 
     async def __aenter__(self) -> Self:
@@ -183,20 +192,11 @@ def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dic
     return tuple(found), reasons
 
 
-def _addresses(sources: Sequence[str | Address]) -> list[Address]:
-    if isinstance(sources, str):
-        raise ConfigError(field="sources", value=sources, allowed="a list of addresses (host:port)")
-    return [
-        source if isinstance(source, Address) else parse_address(source, field=f"sources[{place}]")
-        for place, source in enumerate(sources)
-    ]
-
-
 async def pull(
     tensors: Mapping[str, torch.Tensor],
     identity: ModelIdentity | None = None,
     *,
-    sources: Sequence[str | Address],
+    sources: Sources,
     transport: Wanted = "auto",
     timeout: float | None = 1200.0,
     wait: float = 0.0,
@@ -207,6 +207,7 @@ async def pull(
     stripe: int = 4,
     follow: bool = True,
     relay: HoldingServer | None = None,
+    observers: Sequence[Observer] = (),
 ) -> PullReport:
     """Fill `tensors` from a source that holds the same ones, and verify every byte.
 
@@ -214,10 +215,13 @@ async def pull(
         tensors: Name -> tensor, on one device; filled in place. After an error, any of them may have been written.
         identity: What they are; has to match the source's. None accepts whatever the source holds as target.
         sources: Addresses (``host:port``, ``[ipv6]:port``) in the order to try; the next one takes over when one
-            refuses, is down, stalls or dies, and what was verified is kept.
+            refuses, is down, stalls or dies, and what was verified is kept. Or a
+            :class:`~netloader.discovery.SourceProvider`, whose sources may appear and vanish while the pull runs. It is
+            waited for until it has listed what is there (at most 10 seconds), and for `wait` seconds in all.
         transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
         timeout: Seconds that the whole pull may take; None for a day.
-        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
+        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy", and to wait for a
+            provider to find one.
         stall_timeout: Seconds without progress after which a source is left.
         token: Shared secret.
         expect_root: Root that the weights must have, in hex.
@@ -226,6 +230,7 @@ async def pull(
         follow: Go to a client that passes on what it gets, when a busy source says so.
         relay: A running server of this process that is to pass on what is there while the pull goes on, and to serve it
             afterwards. Retract it there before the tensors change.
+        observers: Told what happens (:mod:`netloader.observe`).
 
     Returns:
         The account of the pull.
@@ -252,12 +257,12 @@ async def pull(
     )
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
-    return await _pull_into(filled, identity, sources, transport, options, progress, relay)
+    return await _pull_into(filled, identity, sources, transport, options, progress, observers, relay)
 
 
 async def pull_new(
     *,
-    sources: Sequence[str | Address],
+    sources: Sources,
     role: Role = "target",
     layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
     device: str = "cpu",
@@ -269,6 +274,7 @@ async def pull_new(
     expect_root: str | None = None,
     max_bytes: int = 1 << 44,
     progress: ProgressCallback | None = None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """Pull whatever a source holds into new tensors.
 
@@ -285,6 +291,7 @@ async def pull_new(
         token: Shared secret.
         expect_root: Root that the weights must have.
         progress: Called after blocks were verified.
+        observers: Told what happens (:mod:`netloader.observe`).
 
     Returns:
         Name -> tensor, and the account of the pull.
@@ -306,27 +313,29 @@ async def pull_new(
         software=software(),
     )
     filled = destination(None, device=device)
-    report = await _pull_into(filled, None, sources, transport, options, progress)
+    report = await _pull_into(filled, None, sources, transport, options, progress, observers)
     return filled.tensors, report
 
 
 async def _pull_into(
     filled: Destination,
     identity: ModelIdentity | None,
-    sources: Sequence[str | Address],
+    sources: Sources,
     transport: Wanted,
     options: PullOptions,
     progress: ProgressCallback | None,
+    observers: Sequence[Observer],
     relay: HoldingServer | None = None,
 ) -> PullReport:
     from netloader.tensors import LEAST_BYTES, Toucher, digest_of
 
     transports, unavailable = _transports(filled.device, transport)
-    options, addresses = replace(options, unavailable=unavailable), _addresses(sources)
+    options = replace(options, unavailable=unavailable)
+    found = sources if isinstance(sources, SourceProvider) else FixedSources(sources)
     toucher = Toucher(filled.larger(LEAST_BYTES))
     try:
         toucher.start()
-        return await pull_from(filled, identity, addresses, transports, digest_of, options, progress, relay)
+        return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
     finally:
         if toucher.running:
             with anyio.CancelScope(shield=True):  # it has a deadline of its own
@@ -368,5 +377,5 @@ async def probe(
         timings=Timings(stall=timeout),
         software=software(),
     )
-    (address,) = _addresses([source])
-    return await probe_source(address, identity, (), options)
+    (asked,) = FixedSources([source]).sources
+    return await probe_source(asked.address, identity, (), options)

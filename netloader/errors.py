@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DigestMismatch",
+    "DiscoveryError",
     "LocalProtocolError",
     "ManifestError",
     "MemoryStillInUse",
@@ -116,6 +117,10 @@ class ManifestError(NetloaderError):
 
 class CheckpointError(NetloaderError):
     """The files of a checkpoint are missing, damaged, or can't be written. The message names the file."""
+
+
+class DiscoveryError(NetloaderError):
+    """Sources can't be found, published or claimed: the backend of a provider failed, or says what makes no sense."""
 
 
 class ProtocolError(NetloaderError):

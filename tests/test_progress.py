@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netloader.core.report import Progress
+from netloader.observe import BlocksVerified, PullBegan, PullEnded
 from netloader.observe.progress import ProgressBar, ProgressLog, Rate, byte_text, time_text
 
 MB = 1_000_000
@@ -145,3 +146,15 @@ def test_a_bar_without_progress_leaves_no_trace() -> None:
     with ProgressBar(terminal):
         pass
     assert terminal.getvalue() == ""
+
+
+def test_a_display_is_an_observer_too() -> None:
+    lines: list[str] = []
+    log = ProgressLog(lines.append, every=0)
+    for event in (
+        PullBegan("target"),
+        BlocksVerified(MB, 100 * MB, 1.0, "10.0.0.7:19374", session=1, blocks=1, nbytes=MB),
+        PullEnded(2.0),
+    ):
+        log(event)
+    assert lines == ["pulled 1.00 MB of 100 MB (1%), 1.00 MB/s, 1:39 left"]

@@ -19,19 +19,34 @@ import anyio
 from anyio.abc import TaskGroup
 
 from netloader.client.connect import abilities_of, connect
+from netloader.client.search import search
 from netloader.client.session import ClientSession, Destination, Digest
 from netloader.codecs.block_view import BlockView
 from netloader.core import pull_moves as p
-from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
+from netloader.core.messages import ServerMessage
 from netloader.core.options import PullOptions
 from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull
-from netloader.core.report import Progress, ProgressCallback, PullReport
+from netloader.core.report import ProgressCallback, PullReport
+from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
+from netloader.observe.base import Observer, Observers
+from netloader.observe.events import (
+    BlocksVerified,
+    Event,
+    PhaseEnded,
+    PullBegan,
+    PullEnded,
+    SessionBegan,
+    SessionEnded,
+    SourceChosen,
+    SourceLeft,
+)
+from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
@@ -92,25 +107,27 @@ class _Relayed:
 async def pull_from(
     destination: Destination,
     identity: ModelIdentity | None,
-    sources: Sequence[Address],
+    sources: SourceProvider,
     transports: Sequence[Transport],
     digest: Digest,
     options: PullOptions,
     progress: ProgressCallback | None = None,
     relay: RelayServer | None = None,
+    observers: Sequence[Observer] = (),
 ) -> PullReport:
     """Fill `destination` from `sources`.
 
     Args:
         destination: What to fill. After an error, any of its memory may have been written.
         identity: What it is; None to adopt what the source holds.
-        sources: Where to pull from, in the order to try.
+        sources: Finds where to pull from, in the order to try; watched until the pull is over.
         transports: What may be used, preferred first.
         digest: How to check a block.
         options: How to behave.
         progress: Called after blocks were verified.
         relay: Server of this process that is to pass on what is there, from the moment that the first source was
             accepted. It goes on serving after the pull; whoever changes the memory retracts it there first.
+        observers: Told what happens.
 
     Returns:
         The account of a complete, verified pull.
@@ -120,7 +137,7 @@ async def pull_from(
         MemoryStillInUse: A thread that may still write into `destination` can't be brought back; raised in the place of
             everything else, a cancellation included, also when every block is verified. Nobody may fill it any more.
     """
-    return await _Pull(destination, identity, transports, digest, options, progress, relay).run(sources)
+    return await _Pull(destination, identity, transports, digest, options, progress, relay, observers).run(sources)
 
 
 class _Pull:
@@ -135,6 +152,7 @@ class _Pull:
         options: PullOptions,
         progress: ProgressCallback | None,
         relay: RelayServer | None,
+        observers: Sequence[Observer],
     ) -> None:
         self._destination = destination
         self._identity = identity
@@ -146,17 +164,36 @@ class _Pull:
         self._relaying = False
         self._manifest_digest = ""
         self._report = PullReport()
+        self._observe = Observers((self._add_phase, *observers))
         self._began = time.monotonic()
         self._events: deque[p.Event] = deque()
         self._telling = False
         self._sessions: dict[int, ClientSession] = {}
         self._changed = anyio.Event()
         self._scope = anyio.CancelScope()
+        self._search = anyio.CancelScope()
         self._tasks: TaskGroup | None = None
         self._error: Exception | None = None
         self._memory_in_use: MemoryStillInUse | None = None
 
-    async def run(self, sources: Sequence[Address]) -> PullReport:
+    async def run(self, sources: SourceProvider) -> PullReport:
+        """Pull to the end, and tell the observers how it went."""
+        self._observe(PullBegan(self._role))
+        try:
+            report = await self._run(sources)
+        except BaseException as error:
+            told = error if isinstance(error, Exception) else None
+            self._observe(PullEnded(time.monotonic() - self._began, error=told))
+            raise
+        self._observe(PullEnded(report.seconds, report))
+        return report
+
+    def _add_phase(self, event: Event) -> None:
+        if isinstance(event, PhaseEnded):
+            phases = self._report.phases
+            setattr(phases, event.phase, getattr(phases, event.phase) + event.seconds)
+
+    async def _run(self, sources: SourceProvider) -> PullReport:
         manifest = self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
@@ -164,12 +201,14 @@ class _Pull:
                 manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
             )
         chance = random.Random()  # noqa: S311 - spreads clients, no secret
-        self._pull = Pull(sources, self._options, chance, began=self._began, adopts=manifest is None)
+        adopts, finding = manifest is None, self._options.connect_timeout
+        self._pull = Pull((), self._options, chance, began=self._began, adopts=adopts, listing=finding)
         self._supply = Supply(self._pull.ledger)
         try:
             with self._scope:
                 async with anyio.create_task_group() as self._tasks:
                     self._carry_out(self._pull.begin(time.monotonic()))
+                    self._start(partial(self._find, sources))
                     await self._wait_until_over()
         finally:
             try:
@@ -188,6 +227,10 @@ class _Pull:
     @property
     def _role(self) -> Role:
         return self._options.role if self._identity is None else self._identity.role
+
+    async def _find(self, sources: SourceProvider) -> None:
+        with self._search:
+            await search(sources, self._tell)
 
     async def _wait_until_over(self) -> None:
         """Tell the pull when a moment has come that it waits for, and when its time is up."""
@@ -209,10 +252,10 @@ class _Pull:
         self._telling = True
         try:
             while self._events:
-                event = self._events.popleft()
+                event, before = self._events.popleft(), self._verified()
                 self._carry_out(self._pull.handle(event, time.monotonic()))
                 if isinstance(event, p.Landed):
-                    self._tell_progress(event.session)
+                    self._tell_progress(event.session, before)
         finally:
             self._telling = False
             self._changed.set()
@@ -256,15 +299,21 @@ class _Pull:
 
     async def _session_with(self, command: p.Connect) -> None:
         """One session with one source, to its end."""
-        source, number = command.source, command.session
-        began = time.monotonic()
+        source, number, began = str(command.source), command.session, time.monotonic()
+        self._observe(SourceChosen(number, source, command.labels, str(command.named_by or "")))
+        ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
+        connection: ControlConnection[ServerMessage] | None = None
         try:
-            connection = await connect(source, self._options.connect_timeout)
+            connection = await connect(command.source, self._options.connect_timeout)
         except PeerLost as error:
-            self._tell(p.Ended(number, error))
-            return
+            ended = error
         finally:
-            self._report.phases.connect += time.monotonic() - began
+            if connection is None or self._pull.over:
+                self._observe(PhaseEnded("client", number, source, "connect", time.monotonic() - began))
+                self._observe(SourceLeft(number, source, ended))
+        if connection is None:
+            self._tell(p.Ended(number, ended))
+            return
         if self._pull.over:  # meanwhile, by other sessions
             await connection.aclose()
             return
@@ -273,16 +322,18 @@ class _Pull:
             Session(Side.CLIENT, client=self._terms(command, usable.values())),
             connection,
             number=number,
-            source=str(source),
+            source=source,
             ledger=self._pull.ledger,
             tell=self._tell,
             destination=self._destination,
             digest=self._digest,
             transports=usable,
             supply=self._supply,
+            began=began,
+            observers=self._observe,
         )
+        self._observe(SessionBegan("client", number, source))
         self._tell(p.Connected(number))
-        ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
         try:
             await session.run()
             ended = session.session.error
@@ -291,11 +342,24 @@ class _Pull:
             ended = _explained(bug)
         finally:
             del self._sessions[number]
-            session.add_phases(self._report.phases)
             if session.lent.in_use is not None:
                 self._memory_in_use = ended = session.lent.in_use
                 self._scope.cancel()
             chosen = session.session.transport
+            self._observe(
+                SessionEnded(
+                    side="client",
+                    session=number,
+                    peer=source,
+                    role=self._role,
+                    transport=chosen,
+                    seconds=session.seconds,
+                    blocks=session.blocks,
+                    nbytes=session.nbytes,
+                    error=ended,
+                )
+            )
+            self._observe(SourceLeft(number, source, ended))
             self._tell(
                 p.Ended(
                     number,
@@ -333,18 +397,33 @@ class _Pull:
 
     def _farewell(self) -> None:
         """Every block is verified: no source is waited for any more, whatever it is doing."""
+        self._search.cancel()
         self._scope.deadline = anyio.current_time() + _FAREWELL
         for session in self._sessions.values():
             session.hurry(self._scope.deadline)
 
-    def _tell_progress(self, session: int) -> None:
+    def _verified(self) -> tuple[int, int]:
+        return self._pull.ledger.verified_blocks, self._pull.ledger.verified_bytes
+
+    def _tell_progress(self, number: int, before: tuple[int, int]) -> None:
         self._supply.notify()
+        session, (blocks, nbytes) = self._sessions[number], self._verified()
+        came = BlocksVerified(
+            nbytes,
+            self._pull.ledger.total_bytes or 0,
+            time.monotonic() - self._began,
+            session.source,
+            session=number,
+            blocks=blocks - before[0],
+            nbytes=nbytes - before[1],
+        )
+        session.blocks += came.blocks
+        session.nbytes += came.nbytes
+        self._observe(came)
         if self._progress is None or self._error is not None:
             return
-        ledger, seconds = self._pull.ledger, time.monotonic() - self._began
-        source = self._sessions[session].source
         try:
-            self._progress(Progress(ledger.verified_bytes, ledger.total_bytes or 0, seconds, source))
+            self._progress(came)
         except Exception as error:  # noqa: BLE001 - the caller's own: raised to the caller, once all is closed
             self._error = error
             self._scope.cancel()

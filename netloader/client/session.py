@@ -20,8 +20,9 @@ from netloader.core.plan import Plan, to_ranges
 from netloader.core.protocol import Session, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
-from netloader.core.report import Phases
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, TransportError
+from netloader.observe.base import Observers
+from netloader.observe.events import PhaseEnded
 from netloader.session.block_queue import BlockQueue
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import Move, SessionDriver
@@ -85,9 +86,13 @@ class ClientSession(SessionDriver[ServerMessage]):
         digest: How to check a block.
         transports: By name.
         supply: Told where blocks come from.
+        began: When connecting began.
+        observers: Told what happens.
 
     Attributes:
         source: As given.
+        blocks: Blocks that were verified, as the pull counts them.
+        nbytes: Their bytes.
     """
 
     def __init__(
@@ -103,10 +108,22 @@ class ClientSession(SessionDriver[ServerMessage]):
         digest: Digest,
         transports: Mapping[str, Transport],
         supply: Supply,
+        began: float,
+        observers: Observers,
     ) -> None:
-        super().__init__(session, connection, device=destination.device, label=f"source {source}")
+        super().__init__(
+            session,
+            connection,
+            device=destination.device,
+            label=f"source {source}",
+            number=number,
+            peer=source,
+            began=began,
+            observers=observers,
+        )
         self.source = source
-        self._number = number
+        self.blocks = 0
+        self.nbytes = 0
         self._ledger = ledger
         self._tell_pull = tell
         self._destination = destination
@@ -132,16 +149,8 @@ class ClientSession(SessionDriver[ServerMessage]):
             self._account()  # what is verified stays verified
             self._over = True
             self._supply.ended(self)
-
-    def add_phases(self, phases: Phases) -> None:
-        """Add this session's seconds to `phases`."""
-        seconds = self.clock.seconds()
-        phases.connect += seconds.get(State.LISTEN, 0.0)
-        phases.validate += seconds.get(State.VALIDATE, 0.0)
-        phases.plan += seconds.get(State.PLAN, 0.0)
-        phases.transfer += seconds.get(State.TRANSFER, 0.0)
-        phases.verify += self._verify_seconds
-        phases.finalize += seconds.get(State.FINALIZE, 0.0)
+            if self._verify_seconds:
+                self._observe(PhaseEnded("client", self.number, self.peer, "verify", self._verify_seconds))
 
     # --- what the pull wants ----------------------------------------------------------------------------------------
 
@@ -172,21 +181,21 @@ class ClientSession(SessionDriver[ServerMessage]):
         """Carry out an effect of the client's side."""
         match effect:
             case f.Pin(announcement):
-                self._tell(p.Announced(self._number, announcement))
+                self._tell(p.Announced(self.number, announcement))
             case f.ConnectChannel(transport, offer, peer_facts):
                 self.spawn(lambda: self._connect(transport, offer, peer_facts), lambda event: event)
             case f.AskForWork():
-                self._tell(p.WantsWork(self._number))
+                self._tell(p.WantsWork(self.number))
             case f.ReceiveBlocks(ranges):
                 self._granted.put(ranges)
             case f.ReturnBlocks(ranges, reason, sources):
-                self._tell(p.Denied(self._number, ranges, reason, sources))
+                self._tell(p.Denied(self.number, ranges, reason, sources))
             case _:
                 super().perform(effect)
 
     def queued(self) -> None:
         """The source lets us wait."""
-        self._tell(p.Queued(self._number))
+        self._tell(p.Queued(self.number))
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:
         """The source told which relays its blocks come through."""
@@ -195,7 +204,7 @@ class ClientSession(SessionDriver[ServerMessage]):
     def moved(self, after: State) -> None:
         """Start the tasks that receive and account for it, once there is a channel."""
         if after is State.TRANSFER:
-            self._tell(p.Opened(self._number))
+            self._tell(p.Opened(self.number))
             self.spawn(self._account_in_time, lambda _: None)
             self.spawn(lambda: self.move_blocks(self._next_receive), lambda _: None)
 
@@ -279,4 +288,4 @@ class ClientSession(SessionDriver[ServerMessage]):
             return
         self._accounted = self._loop.time()
         blocks = [self._landed.popleft() for _ in range(len(self._landed))]
-        self._tell_pull(p.Landed(self._number, blocks))
+        self._tell_pull(p.Landed(self.number, blocks))

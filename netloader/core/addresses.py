@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -19,6 +20,7 @@ __all__ = [
     "parse_host",
     "seen_from",
     "unmapped",
+    "valid_addresses",
 ]
 
 ALLOWED_HOST = "an IPv4 address, an IPv6 address or a host name"
@@ -195,3 +197,12 @@ def _fault_of_ipv6(host: str) -> str | None:
     except ValueError as error:
         return f"not an IPv6 address ({str(error)[:100]})"
     return None
+
+
+def valid_addresses(texts: Iterable[str]) -> Iterator[Address]:
+    """The addresses that a peer named; what makes no sense is left out."""
+    for text in texts:
+        try:
+            yield parse_address(text)
+        except ConfigError:
+            continue

@@ -35,8 +35,8 @@ class PullOptions:
 
     Attributes:
         timeout: Seconds that the whole pull may take.
-        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy".
-        connect_timeout: Seconds that connecting to one source may take.
+        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy", and to wait for more.
+        connect_timeout: Seconds that connecting to one source may take, and finding the first ones.
         tries: Sessions with one source that may break after they brought something, before it is given up.
         stripe: Sources to pull from at once.
         follow: Go to a relay when a server redirects to it.

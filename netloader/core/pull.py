@@ -10,22 +10,23 @@ block is verified.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 
 from netloader.core import pull_moves as p
-from netloader.core.addresses import Address, parse_address
+from netloader.core.addresses import Address, valid_addresses
 from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
 from netloader.core.options import PullOptions
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull_state import Failures, SessionState
 from netloader.core.report import SourceShare
-from netloader.core.sources import Sources
+from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import (
     AttemptFailed,
-    ConfigError,
     DigestMismatch,
+    DiscoveryError,
     LocalProtocolError,
     ManifestError,
     MemoryStillInUse,
@@ -50,11 +51,12 @@ class Pull:
     """One pull.
 
     Args:
-        sources: Where to pull from, in the order to try.
+        sources: Where to pull from, in the order to try; more may be found.
         options: How it behaves.
         chance: Spreads the pauses of clients that wait for one source.
         began: When it began.
         adopts: It has no memory yet, and takes what the first source announces.
+        listing: Seconds that finding the first sources may take; None when none will be found.
 
     Attributes:
         ledger: The account of blocks.
@@ -63,17 +65,22 @@ class Pull:
 
     def __init__(
         self,
-        sources: Sequence[Address],
+        sources: Sequence[Source],
         options: PullOptions,
         chance: random.Random,
         *,
         began: float = 0.0,
         adopts: bool = False,
+        listing: float | None = None,
     ) -> None:
         self.ledger = Ledger(options.expect_root, "EXPECT_ROOT" if options.expect_root else "")
         self.shares: dict[str, SourceShare] = {}
         self._options = options
+        self._began = began
         self._sources = Sources(sources, tries=options.tries, until=began + options.wait, chance=chance)
+        searching = -math.inf if listing is None else max(options.wait, listing)
+        self._search_until = began + searching  # until then having no source left is no end
+        self._left_out = False
         self._sessions: dict[int, SessionState] = {}
         self._count = 0
         self._unfit: dict[Address, set[str]] = {}
@@ -108,6 +115,8 @@ class Pull:
             return None
         due = [] if self._first_is_alone() or self._full() else [self._sources.next_due(now)]
         plan = self.ledger.plan
+        if not self._sessions and due == [None]:
+            due = [self._search_until]
         if plan is not None and any(s.parked for s in self._sessions.values()):
             due += [s.overdue_at(plan) for s in self._moving()]
         times = [at for at in due if at is not None]
@@ -136,10 +145,8 @@ class Pull:
 
     def _react(self, event: p.Event, now: float) -> Iterator[p.Command]:
         match event:
-            case p.Found(sources):
-                self._sources.add(sources)
-            case p.Lost(source):
-                self._sources.lose(source)
+            case p.Found() | p.Lost() | p.Listed() | p.SearchEnded():
+                yield from self._of_search(event)
             case p.TimeIsUp(seconds):
                 yield from self._time_is_up(seconds)
             case p.Moment():
@@ -154,6 +161,21 @@ class Pull:
                 session = self._sessions.get(event.session)
                 if session is not None:
                     yield from self._of_session(session, event, now)
+
+    def _of_search(self, event: p.Found | p.Lost | p.Listed | p.SearchEnded) -> Iterator[p.Command]:
+        match event:
+            case p.Found(sources):
+                if self._sources.add(sources) and not self._left_out:
+                    self._left_out = True
+                    yield p.Log("warning", f"{MAX_KNOWN} sources are known: more are left out until some are gone")
+            case p.Lost(source):
+                self._sources.lose(source)
+            case p.Listed():
+                self._search_until = min(self._search_until, self._began + self._options.wait)
+            case p.SearchEnded(error):
+                self._search_until = -math.inf
+                if error is not None:
+                    yield self._search_failed(error)
 
     def _of_session(
         self,
@@ -195,7 +217,10 @@ class Pull:
             if source is None:
                 break
             yield self._connect(source)
-        if not self._sessions and self._sources.next_due(now) is None:
+        if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
+            if not self._count and self._search_until > -math.inf:
+                none = f"no source appeared within {now - self._began:.3g} s"
+                yield self._search_failed(DiscoveryError(none, hint="raise WAIT"))
             yield from self._fail()
 
     def _wake(self, now: float) -> Iterator[p.Command]:
@@ -214,6 +239,7 @@ class Pull:
         self._count += 1
         self._last = str(source)
         self._sessions[self._count] = SessionState(self._count, source)
+        labels, named_by = self._sources.told_of(source)
         return p.Connect(
             self._count,
             source,
@@ -221,6 +247,8 @@ class Pull:
             pinned_by=self.ledger.pinned_by,
             avoid=tuple(str(address) for address in self._sources.avoid[-MAX_SOURCES:]),
             unfit=frozenset(self._unfit.get(source, ())),
+            labels=labels,
+            named_by=named_by,
         )
 
     # --- pinning ----------------------------------------------------------------------------------------------------
@@ -417,7 +445,7 @@ class Pull:
     def _judge(self, source: Address, error: NetloaderError, now: float, *, progressed: bool) -> Iterator[p.Command]:
         retry_after = error.retry_after if isinstance(error, RefusedError) else None
         if isinstance(error, RefusedError) and error.sources:
-            named = list(_addresses(error.sources))
+            named = list(valid_addresses(error.sources))
             others = ", ".join(map(str, named))
             if error.code == "gone":
                 yield p.Log("info", f"source {source}: {error.message}; it had them from {others}")
@@ -443,16 +471,12 @@ class Pull:
             case "drop":
                 self._sources.drop(source)
 
+    def _search_failed(self, error: DiscoveryError) -> p.Log:
+        """Account for a search that brings no more sources: what is known stays."""
+        self._failures.add("discovery", error)
+        return p.Log("warning", f"discovery: {error}")
+
     def _failed(self, source: Address | str, error: NetloaderError) -> p.Log:
         """Account for a try that failed. A source that is waited for says the same again and again: shown once."""
         first = self._failures.add(str(source), error)
         return p.Log("warning" if first else "debug", f"source {source}: {error}")
-
-
-def _addresses(sources: Sequence[str]) -> Iterator[Address]:
-    """The addresses that a server named; what makes no sense is left out, since it is a peer's word."""
-    for text in sources:
-        try:
-            yield parse_address(text)
-        except ConfigError:
-            continue

@@ -5,7 +5,7 @@ Sessions go by numbers that the pull gives them when it wants a source connected
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,8 @@ from netloader.core.manifest import Manifest
 from netloader.core.messages import Outcome
 from netloader.core.plan import Ranges
 from netloader.core.protocol.events import Announcement
-from netloader.errors import MemoryStillInUse, NetloaderError, NoSourceLeft
+from netloader.core.sources import Source
+from netloader.errors import DiscoveryError, MemoryStillInUse, NetloaderError, NoSourceLeft
 
 __all__ = [
     "Accept",
@@ -35,6 +36,7 @@ __all__ = [
     "Found",
     "Landed",
     "Leave",
+    "Listed",
     "Log",
     "Lost",
     "Moment",
@@ -42,6 +44,7 @@ __all__ = [
     "PassOn",
     "Queued",
     "Refuse",
+    "SearchEnded",
     "TimeIsUp",
     "WantsWork",
 ]
@@ -51,9 +54,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Sources appeared."""
+    """Sources appeared, or those that are known have another load or other labels."""
 
-    sources: Sequence[Address]
+    sources: Sequence[Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,18 @@ class Lost:
     """A source is not offered any more; a session that is under way goes on."""
 
     source: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Every source that was there when the search began was found; more may appear."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchEnded:
+    """No more sources appear, and none vanishes; `error`: the search failed."""
+
+    error: DiscoveryError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +187,8 @@ class TimeIsUp:
 Event = (
     Found
     | Lost
+    | Listed
+    | SearchEnded
     | Connected
     | Queued
     | Announced
@@ -199,6 +216,8 @@ class Connect:
         pinned_by: Where `root` comes from.
         avoid: Relays that failed this pull, by address.
         unfit: Transports that can't be set up with this source.
+        labels: What the search told about it.
+        named_by: The source that named it; None when the search found it.
     """
 
     session: int
@@ -207,6 +226,8 @@ class Connect:
     pinned_by: str = ""
     avoid: tuple[str, ...] = ()
     unfit: frozenset[str] = frozenset()
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    named_by: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,16 @@
-"""Which source to try next: order, pauses, redirections to relays, and what failed. Pure; time is passed in."""
+"""A source, and which one to try next: order, pauses, redirections to relays, what failed. Pure; time is passed in."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from netloader.core.addresses import Address
+from netloader.errors import ConfigError
 
-__all__ = ["Sources"]
+__all__ = ["MAX_KNOWN", "Source", "Sources"]
 
 _PAUSE = (0.2, 5.0)
 """Seconds until a source that was not ready is tried again: first, and at most."""
@@ -19,8 +21,31 @@ _RELAY_PAUSE = 0.05
 _RELAY_WAIT = 5.0
 """Seconds after which a relay that is still not ready is given up."""
 
-_MAX_KNOWN = 4096
-"""Sources that one pull remembers: what servers name is bounded by this."""
+MAX_KNOWN = 4096
+"""Sources that one pull remembers: what is found and what servers name is bounded by this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where weights may be pulled from, as whoever found it knows it.
+
+    Attributes:
+        address: Where its server listens.
+        labels: What else is known, for people and for observers; nothing is decided by it.
+        load: How busy it is; 0 for idle or unknown. Of sources that are equal otherwise, the one with the least load is
+            tried first, so all providers of one pull should use one scale (clients that it serves, say).
+
+    Raises:
+        ConfigError: `load` is negative or no number.
+    """
+
+    address: Address
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    load: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.load >= 0 and math.isfinite(self.load)):
+            raise ConfigError(field="load", value=self.load, allowed="a number from 0 on")
 
 
 @dataclass(slots=True)
@@ -32,6 +57,9 @@ class _Candidate:
     pause: float
     order: int
     via: Address | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    load: float = 0.0
+    late: int = 0  # it gave us up as too slow: tried after all others, in this order
     due: float = 0.0
     running: bool = False
     lost: bool = False  # not offered any more: dropped when its session ends
@@ -40,17 +68,17 @@ class _Candidate:
     waits_for: frozenset[Address] = frozenset()  # it sent us to these; worth another try when they are gone
 
     @property
-    def rank(self) -> tuple[bool, bool, int]:
-        """In which order sources are tried: relays first, those that were too slow last."""
-        return self.last_resort, self.via is None, self.order
+    def rank(self) -> tuple[bool, bool, int, float, int]:
+        """In which order sources are tried: relays first, those that were too slow last, the least load first."""
+        return self.last_resort, self.via is None, self.late, self.load, self.order
 
 
 class Sources:
     """The sources of one pull.
 
-    A source is tried in the order given, relays that a server named before the servers themselves. One that says "not
-    ready" or cannot be reached is tried again after a growing pause, for the last time when the wait is over. One
-    that sent us to relays is tried again when none of those is left, and is told which ones to avoid.
+    A source is tried in the order given, those with less load before others, relays that a server named before all.
+    One that says "not ready" or cannot be reached is tried again after a growing pause, for the last time when the wait
+    is over. One that sent us to relays is tried again when none of those is left, and is told which ones to avoid.
 
     Args:
         sources: In the order to try.
@@ -59,13 +87,14 @@ class Sources:
         chance: Spreads the pauses of clients that wait for one source.
     """
 
-    def __init__(self, sources: Iterable[Address], *, tries: int, until: float, chance: random.Random) -> None:
+    def __init__(self, sources: Iterable[Source], *, tries: int, until: float, chance: random.Random) -> None:
         self._tries = tries
         self._until = until
         self._chance = chance
         self._order = 0
         self._known: dict[Address, _Candidate] = {}
         self._failed: dict[Address, None] = {}
+        self._useless: dict[Address, None] = {}  # dropped, and still offered
         self.add(sources)
 
     @property
@@ -78,16 +107,34 @@ class Sources:
         """Sources that are being pulled from."""
         return sum(c.running for c in self._known.values())
 
-    def add(self, sources: Iterable[Address]) -> None:
-        """Sources to try after those that are known; one that is known already stays what it is."""
+    def add(self, sources: Iterable[Source]) -> int:
+        """Sources to try after those that are known. One that is known stays what it is, but for its labels and load.
+
+        Returns:
+            How many were left out, because :data:`MAX_KNOWN` are known.
+        """
+        left_out = 0
         for source in sources:
-            if source in self._known:
-                self._known[source].lost = False
-            if source not in self._known and len(self._known) < _MAX_KNOWN:
-                self._known[source] = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
+            candidate = self._known.get(source.address)
+            if candidate is None:
+                if source.address in self._useless:  # its labels or its load changed, which does not make it useful
+                    continue
+                if len(self._known) >= MAX_KNOWN:
+                    left_out += 1
+                    continue
+                candidate = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
+                self._known[source.address] = candidate
+            candidate.lost, candidate.labels, candidate.load = False, source.labels, source.load
+        return left_out
+
+    def told_of(self, source: Address) -> tuple[Mapping[str, str], Address | None]:
+        """Labels of a source that is known, and who named it: None when it was found."""
+        candidate = self._known[source]
+        return candidate.labels, candidate.via
 
     def lose(self, source: Address) -> None:
-        """A source is not offered any more: it is not tried again; a session with it goes on."""
+        """A source is not offered any more: it is not tried again; a session with it goes on. It may be added anew."""
+        self._useless.pop(source, None)
         candidate = self._known.get(source)
         if candidate is not None and candidate.running:
             candidate.lost = True
@@ -152,7 +199,7 @@ class Sources:
         candidate = self._known[source]
         candidate.running = False
         if last:
-            candidate.order = self._next()
+            candidate.late = self._next()
         candidate.tries -= 1
         candidate.due = now
         if candidate.tries <= 0 or candidate.via is not None or candidate.lost:
@@ -193,7 +240,7 @@ class Sources:
             r for r in relays if r != source and r not in self._failed and not self._waits_in_a_circle(r, candidate)
         ]
         for relay in usable:
-            if relay not in self._known and len(self._known) < _MAX_KNOWN:
+            if relay not in self._known and len(self._known) < MAX_KNOWN:
                 self._known[relay] = _Candidate(
                     self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=source, due=now
                 )
@@ -222,7 +269,7 @@ class Sources:
         # One that is known already keeps its pause: two that name each other would be asked without end.
         for other in others:
             new = other != source and other not in self._known and other not in self._failed
-            if new and len(self._known) < _MAX_KNOWN:
+            if new and len(self._known) < MAX_KNOWN:
                 self._known[other] = _Candidate(
                     self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=via or source, due=now
                 )
@@ -230,9 +277,15 @@ class Sources:
     def drop(self, source: Address) -> None:
         """It is no use any more; when it is a relay, whoever named it is told to avoid it."""
         candidate = self._known.pop(source, None)
-        if candidate is not None and candidate.via is not None:
+        if candidate is None:
+            return
+        if candidate.via is not None:
             self._failed.pop(source, None)
             self._failed[source] = None
+        elif not candidate.lost:
+            self._useless[source] = None
+            if len(self._useless) > MAX_KNOWN:
+                del self._useless[next(iter(self._useless))]
 
     def _drop_lost(self, source: Address) -> None:
         if self._known[source].lost:

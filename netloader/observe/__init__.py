@@ -1,1 +1,36 @@
-"""Watching a transfer: how far it is."""
+"""What happens in pulls and servers, as events: for metrics, logs and progress displays."""
+
+from __future__ import annotations
+
+from netloader.observe.base import Observer, Observers
+from netloader.observe.events import (
+    BlocksVerified,
+    Event,
+    PhaseEnded,
+    PullBegan,
+    PullEnded,
+    ServingStarted,
+    ServingStopped,
+    SessionBegan,
+    SessionEnded,
+    SourceChosen,
+    SourceLeft,
+    TransportChosen,
+)
+
+__all__ = [
+    "BlocksVerified",
+    "Event",
+    "Observer",
+    "Observers",
+    "PhaseEnded",
+    "PullBegan",
+    "PullEnded",
+    "ServingStarted",
+    "ServingStopped",
+    "SessionBegan",
+    "SessionEnded",
+    "SourceChosen",
+    "SourceLeft",
+    "TransportChosen",
+]

@@ -1,6 +1,7 @@
 """How far a pull is, for people: a bar on a terminal, plain lines everywhere else.
 
-Both are progress callbacks. They take the time from what they are told, so that they behave the same in a test.
+Both are progress callbacks, and observers. They take the time from what they are told, so that they behave the same in
+a test.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from netloader.core.report import Progress
+from netloader.observe.events import Event
 
 __all__ = ["ProgressBar", "ProgressLog", "Rate", "byte_text", "time_text"]
 
@@ -75,8 +77,10 @@ class _Display(ABC):
         self._said = 0.0
         self._done = False
 
-    def __call__(self, progress: Progress) -> None:
-        """Take note of progress, and show it when it is time."""
+    def __call__(self, progress: Progress | Event) -> None:
+        """Take note of progress, and show it when it is time. Other events than `BlocksVerified` change nothing."""
+        if not isinstance(progress, Progress):
+            return
         self._rate.add(progress.seconds, progress.verified)
         if self._done:
             return

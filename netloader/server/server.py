@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -23,7 +22,10 @@ from netloader.core.identity import Layout, Role
 from netloader.core.messages import Ability
 from netloader.core.options import ServeOptions
 from netloader.core.protocol import ServerTerms, Session, Side, State
-from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
+from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, PeerLost
+from netloader.observe.base import Observer, Observers
+from netloader.observe.events import ServingStarted, ServingStopped, SessionBegan, SessionEnded
+from netloader.observe.logging import LimitedLine, ServerLog
 from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
@@ -47,44 +49,6 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _LOOKS = (8, 128)
 """Clients that may look at what is served at once, and that may wait to."""
-
-_MINUTE = 60.0
-
-_SHOWN = 500
-"""Characters of a log line about a session: part of it is the client's own text."""
-
-_NOT_NEWS = ("not-ready", "busy", "done")
-"""Refusals that clients get again and again while they wait, and the farewell of one that has got all from others."""
-
-
-class _Nuisance:
-    """Something that others can cause as often as they like: a few log lines a minute, then how many there were.
-
-    Args:
-        what: Its name in the log.
-        level: Level of the lines.
-        lines: Lines in a minute.
-    """
-
-    def __init__(self, what: str, level: int, lines: int) -> None:
-        self._what = what
-        self._level = level
-        self._lines = lines
-        self._shown = 0
-        self._untold = 0
-        self._until = 0.0
-
-    def happened(self, detail: str) -> None:
-        now = time.monotonic()
-        if now >= self._until:
-            if self._untold:
-                _log.log(self._level, "%s: %d more since the last line", self._what, self._untold)
-            self._shown, self._untold, self._until = 0, 0, now + _MINUTE
-        if self._shown < self._lines:
-            self._shown += 1
-            _log.log(self._level, "%s: %s", self._what, detail)
-        else:
-            self._untold += 1
 
 
 def _bind(host: str | None, port: int) -> list[socket.socket]:
@@ -126,12 +90,15 @@ class HoldingServer:
     Args:
         transports: What it may send over, preferred first.
         options: How it behaves.
+        observers: Told what happens: what is served, each session, and its phases.
 
     Raises (on entering):
         ConfigError: The address can't be bound.
     """
 
-    def __init__(self, transports: Sequence[Transport], options: ServeOptions) -> None:
+    def __init__(
+        self, transports: Sequence[Transport], options: ServeOptions, *, observers: Sequence[Observer] = ()
+    ) -> None:
         self._transports = {transport.name: transport for transport in transports}
         self._options = options
         self._holdings = Holdings()
@@ -141,9 +108,9 @@ class HoldingServer:
         self._relays = Redirects(options.fan_out)
         self._turns = Admission(options.max_clients, options.max_queue)
         self._looks = Admission(*_LOOKS)
-        self._strays = _Nuisance("a connection that was no client's", logging.INFO, 1)
-        self._failures = _Nuisance("a session failed", logging.WARNING, 20)
-        self._unaccepted = _Nuisance("a connection could not be accepted", logging.WARNING, 1)
+        self._log = ServerLog()
+        self._observe = Observers((self._log, *observers))
+        self._unaccepted = LimitedLine("a connection could not be accepted", logging.WARNING, 1)
         self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # what sessions that are over have left behind
         self._owed = 0.0  # seconds of pause before the next connection
         self._listeners: list[SocketListener] = []
@@ -189,8 +156,11 @@ class HoldingServer:
             with anyio.move_on_after(self._options.stop_within):
                 await self._until(lambda: not self._sessions)
         self._tasks.cancel_scope.cancel()
-        # Without the error: it is the caller's, and is not to come back wrapped up with those of our tasks.
-        await stack.__aexit__(None, None, None)
+        try:
+            # Without the error: it is the caller's, and is not to come back wrapped up with those of our tasks.
+            await stack.__aexit__(None, None, None)
+        finally:
+            self._stopped_serving(self._holdings.held(), "the server is stopping")
 
     # --- what is served ---------------------------------------------------------------------------------------------
 
@@ -217,17 +187,22 @@ class HoldingServer:
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
         """Serve `holding`; see :meth:`netloader.server.catalog.Holdings.add`."""
         self._holdings.add(holding, supply)
-        identity = holding.announcement.identity
-        _log.info(
-            "serving %s (%s, %s): %d tensors, %d blocks, %.1f MB, root %s",
-            identity.model or "unnamed tensors",
-            identity.role,
-            identity.layout,
-            len(holding.announcement.manifest.tensors),
-            len(holding.announcement.plan.blocks),
-            holding.announcement.plan.nbytes / 1e6,
-            holding.announcement.root[:16],
+        known = holding.announcement
+        self._observe(
+            ServingStarted(
+                role=known.identity.role,
+                layout=known.identity.layout,
+                model=known.identity.model,
+                root=known.root,
+                tensors=len(known.manifest.tensors),
+                blocks=len(known.plan.blocks),
+                nbytes=known.plan.nbytes,
+            )
         )
+
+    def _stopped_serving(self, held: Iterable[Holding], reason: str) -> None:
+        for known in (holding.announcement for holding in held):
+            self._observe(ServingStopped(known.identity.role, known.identity.layout, known.root, reason))
 
     def expect(self, role: Role = "target", layout: Layout = "raw", *, reason: str, retry_after: float = 2.0) -> None:
         """Answer clients "not ready" until :meth:`add` brings it."""
@@ -258,6 +233,7 @@ class HoldingServer:
             sources: Told to clients: where they may find the same.
         """
         held = self._holdings.retract(role, reason, sources)
+        self._stopped_serving(held, reason)
         affected = [s for s in self._sessions if any(s.holding is holding for holding in held)]
         for session in affected:
             if not session.sending:
@@ -318,10 +294,12 @@ class HoldingServer:
         label = f"session {self._count}"
         session: ServerSession | None = None
         try:
-            session = self._session(stream, label)
+            session = self._session(stream, self._count)
+            self._observe(SessionBegan("server", session.number, session.peer))
             await session.run()
         except PeerLost as error:
-            self._stray(f"{label}: {error.message}")
+            self._owed += _STRAY_PAUSE
+            self._log.stray(f"{label}: {error.message}")
         except Exception:  # noqa: BLE001 - a bug of ours may cost this session, never the engine's process beside us
             _log.exception("%s: unexpected error, the session is closed", label)
         finally:
@@ -333,12 +311,11 @@ class HoldingServer:
                     self._in_use.append((session.holding, session.lent.in_use))
                 changed, self._changed = self._changed, anyio.Event()
                 changed.set()
+                self._report(session)
             else:
                 await anyio.aclose_forcefully(stream)
-        if session is not None:
-            self._report(session)
 
-    def _session(self, stream: SocketStream, label: str) -> ServerSession:
+    def _session(self, stream: SocketStream, number: int) -> ServerSession:
         """A session for a new connection.
 
         Raises:
@@ -352,7 +329,8 @@ class HoldingServer:
             turns=self._turns,
             looks=self._looks,
             transports=self._transports,
-            label=f"{label} with {connection.peer_host}:{connection.peer_port}",
+            number=number,
+            observers=self._observe,
             relays=self._relays,
             placed=lambda: self._strangers.pop(session, None),
         )
@@ -374,25 +352,18 @@ class HoldingServer:
         return [found[name] for name in self._transports if name in found]
 
     def _report(self, session: ServerSession) -> None:
-        error = session.session.error
         info = session.info()
-        if error is None:
-            _log.info("%s: done, %d blocks, %.1f MB", session.label, info.blocks, info.nbytes / 1e6)
-        elif isinstance(error, RefusedError) and error.code in _NOT_NEWS:
-            _log.debug("%s: %s", session.label, _one_line(error))
-        elif not info.role and not isinstance(error, RefusedError):
-            self._stray(f"{session.label}: {_one_line(error)}")
-        else:
-            self._failures.happened(f"{session.label}, after {info.blocks} blocks: {_one_line(error)}")
-
-    def _stray(self, detail: str) -> None:
-        self._owed += _STRAY_PAUSE
-        self._strays.happened(detail)
-
-
-def _one_line(error: NetloaderError) -> str:
-    """An error for the log: part of it may be a stranger's text."""
-    text = str(error)
-    if len(text) > _SHOWN:
-        text = text[: _SHOWN - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        ended = SessionEnded(
+            side="server",
+            session=session.number,
+            peer=info.peer,
+            role=info.role,
+            transport=info.transport,
+            seconds=session.seconds,
+            blocks=info.blocks,
+            nbytes=info.nbytes,
+            error=session.session.error,
+        )
+        if ended.stray:
+            self._owed += _STRAY_PAUSE
+        self._observe(ended)

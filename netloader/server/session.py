@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from netloader.errors import (
     RefusedError,
     TransportUnavailable,
 )
+from netloader.observe.base import Observers
 from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
@@ -36,8 +36,6 @@ from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
 
 __all__ = ["ServerSession", "SessionInfo"]
-
-_log = logging.getLogger("netloader")
 
 _QUEUE_NEWS = 5.0
 """Seconds between two signs of life to a client that waits for its turn."""
@@ -97,7 +95,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         turns: Limits how many clients are served at once; first come, first served.
         looks: The same for clients that only look.
         transports: By name.
-        label: Who this is, for the log.
+        number: Its number at this server.
+        observers: Told what happens.
         relays: Whom else a client may be sent to.
         placed: Called once the client has a turn, or a place in the queue.
     """
@@ -111,11 +110,14 @@ class ServerSession(SessionDriver[ClientMessage]):
         turns: Admission,
         looks: Admission,
         transports: Mapping[str, Transport],
-        label: str,
+        number: int,
+        observers: Observers,
         relays: Redirects,
         placed: Callable[[], None],
     ) -> None:
-        super().__init__(session, connection, device="cpu", label=label)
+        peer = f"{connection.peer_host}:{connection.peer_port}"
+        label = f"session {number} with {peer}"
+        super().__init__(session, connection, device="cpu", label=label, number=number, peer=peer, observers=observers)
         self._holdings = holdings
         self._turns = turns
         self._looks = looks
@@ -134,7 +136,6 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._send_bytes = _SEND_BYTES[0]
         self._blocks = 0
         self._nbytes = 0
-        self.peer = f"{connection.peer_host}:{connection.peer_port}"
 
     async def run(self) -> None:
         """Serve the client to the end of its session; frees its turn whatever happens."""
@@ -207,7 +208,6 @@ class ServerSession(SessionDriver[ClientMessage]):
     def moved(self, after: State) -> None:
         """Start the task that sends, once there is a channel."""
         if after is State.TRANSFER:
-            _log.info("%s: TRANSFER over %s", self.label, self.session.transport)
             self.spawn(lambda: self.move_blocks(self._next_send), lambda _: None)
 
     def _take_turn(self, turns: Admission) -> None:

@@ -26,13 +26,16 @@ from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.core.protocol.announcement import examine
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
+from netloader.observe.base import Observers
+from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import Lent, forget_frames
 from netloader.session.connection import ControlConnection
 from netloader.session.off_loop import FEW_TENSORS, framed
+from netloader.session.phase_clock import PhaseClock
 from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup
 
-__all__ = ["Move", "PhaseClock", "SessionDriver"]
+__all__ = ["Move", "SessionDriver"]
 
 Move = Callable[[], Awaitable[Callable[[], None]]]
 """A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
@@ -57,25 +60,6 @@ _EXPLAINING = 0.25
 _SHOWN_ERROR = 500
 
 
-class PhaseClock:
-    """Seconds spent in each state."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[State, float] = {}
-        self._state = State.LISTEN
-        self._since = time.monotonic()
-
-    def move(self, state: State) -> None:
-        """Account for the time since the last call, and go on in `state`."""
-        now = time.monotonic()
-        self._seconds[self._state] = self._seconds.get(self._state, 0.0) + now - self._since
-        self._state, self._since = state, now
-
-    def seconds(self) -> dict[State, float]:
-        """Seconds in each state that was visited, up to the last move."""
-        return dict(self._seconds)
-
-
 class SessionDriver(Generic[M]):
     """Drives one session over one control connection. Subclasses carry out the effects of their side.
 
@@ -84,16 +68,34 @@ class SessionDriver(Generic[M]):
         connection: Its control connection; owned from here on.
         device: Where blocks live.
         label: Who this is, for the log.
+        number: The session's number, for observers.
+        peer: The peer's address, for observers.
+        began: When connecting began; None: now.
+        observers: Told which transport is used, and how long each phase took.
 
     Attributes:
         lent: The memory that is lent to the channel; once the session is over, whether it can be had back.
     """
 
-    def __init__(self, session: Session, connection: ControlConnection[M], *, device: str, label: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        connection: ControlConnection[M],
+        *,
+        device: str,
+        label: str,
+        number: int = 0,
+        peer: str = "",
+        began: float | None = None,
+        observers: Observers | None = None,
+    ) -> None:
         self.session = session
         self.label = label
         self.lent = Lent(label)
-        self.clock = PhaseClock()
+        self.number = number
+        self.peer = peer
+        self.clock = PhaseClock(time.monotonic() if began is None else began)
+        self._observe = Observers() if observers is None else observers
         self._connection = connection
         self._device = device
         self._signals = SetupMailbox(self.feed)
@@ -144,7 +146,7 @@ class SessionDriver(Generic[M]):
                 await self._say_last_words()
                 await self._close_channel()
                 await self._connection.aclose()
-            self.clock.move(self.session.state)
+            self._phase_over(self.session.state)
             if self.session.error is not None:
                 _log.debug("%s: failed", self.label, exc_info=self.session.error)
                 forget_frames(self.session.error)
@@ -154,6 +156,11 @@ class SessionDriver(Generic[M]):
         self._linger = 0.0
         self.feed(e.Cancelled(reason, code))
         self._last_words.cancel()
+
+    @property
+    def seconds(self) -> float:
+        """How long the session took, connecting included, up to its last change of state."""
+        return sum(self.clock.seconds().values())
 
     def hurry(self, deadline: float) -> None:
         """When the session ends, do not wait for the peer to hear of it after `deadline`, a time of the event loop."""
@@ -190,14 +197,23 @@ class SessionDriver(Generic[M]):
         effects = self.session.handle(event)
         after = self.session.state
         if after is not before:
-            self.clock.move(after)
+            self._phase_over(after)
             _log.debug("%s: %s", self.label, after.name)
+            if after is State.TRANSFER:
+                side, transport = self.session.side.value, self.session.transport
+                self._observe(TransportChosen(side, self.number, self.peer, transport))
             self.moved(after)
         for effect in effects:
             try:
                 self._perform(effect)
             except NetloaderError as error:
                 self._events.append(_as_event(error))
+
+    def _phase_over(self, after: State) -> None:
+        before, seconds = self.clock.move(after)
+        if before not in FINAL:
+            phase = "connect" if before is State.LISTEN else before.value
+            self._observe(PhaseEnded(self.session.side.value, self.number, self.peer, phase, seconds))
 
     # --- effects ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from netloader.core.options import PullOptions
 from netloader.core.plan import Plan, expand, make_plan, to_ranges
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull import Pull
+from netloader.core.sources import Source as Offered
 from netloader.errors import (
     DigestMismatch,
     NetloaderError,
@@ -34,6 +35,7 @@ SILENCE = 30.0
 """Seconds after which the session of a source that says nothing ends by its deadline."""
 
 LATENCY = 0.01
+LISTING = 10.0
 MOMENTS = 50
 STEPS = 5000
 
@@ -113,6 +115,8 @@ class World:
         blocks: Blocks of the model.
         sources: By number; addresses are made of these.
         given: Numbers of the sources that the pull is told, in order.
+        appears: When each of those is found; all are known at the beginning when empty.
+        vanishes: When each of those is gone for whoever looks for sources; it goes on serving.
     """
 
     blocks: int
@@ -123,6 +127,8 @@ class World:
     timeout: float = 10_000.0
     adopts: bool = False
     seed: int = 0
+    appears: Sequence[float] = ()
+    vanishes: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         self.now = 0.0
@@ -137,8 +143,21 @@ class World:
         self._announced = {salt: announcement(self.blocks, salt) for salt in (b"", b"other")}
         expect = self._announced[b""].root if any(s.salt for s in self.sources) else ""
         options = PullOptions(stripe=self.stripe, wait=self.wait, expect_root=expect)
-        given = [self._address(n) for n in self.given]
-        self.pull = Pull(given, options, random.Random(self.seed), adopts=self.adopts)
+        offered = [Offered(self._address(n)) for n in self.given]
+        self.pull = Pull(
+            () if self.appears else offered,
+            options,
+            random.Random(self.seed),
+            adopts=self.adopts,
+            listing=LISTING if self.appears else None,
+        )
+        for source, at in zip(offered, self.appears, strict=False):
+            self._later(at, p.Found([source]))
+        for source, at in zip(offered, self.vanishes, strict=False):
+            self._later(at, p.Lost(source.address))
+        if self.appears:
+            self._later(LISTING, p.Listed())
+            self._later(max(self.appears), p.SearchEnded())
 
     @staticmethod
     def _address(number: int) -> Address:

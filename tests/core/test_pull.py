@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from netloader.core import pull as pull_module
 from netloader.core import pull_moves as p
+from netloader.core import sources as sources_module
 from netloader.core.addresses import Address
 from netloader.core.ledger import Ledger
 from netloader.core.options import PullOptions
 from netloader.core.pull import Pull
 from netloader.core.sources import Sources
-from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, PeerLost, RefusedError
+from netloader.errors import DigestMismatch, DiscoveryError, NetloaderError, NoSourceLeft, PeerLost, RefusedError
 from tests.core.pull_world import Source, World, announcement
 
 SECONDS = st.sampled_from([0.0, 0.5, 3.0, 20.0])
@@ -57,6 +58,8 @@ def worlds(draw: st.DrawFn) -> World:
             source = Source(per_block=source.per_block, queue=source.queue)
         sources.append(source)
     given_sources = draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
+    found = draw(st.booleans())
+    times = st.lists(SECONDS, min_size=len(given_sources), max_size=len(given_sources))
     return World(
         blocks,
         sources,
@@ -66,6 +69,8 @@ def worlds(draw: st.DrawFn) -> World:
         timeout=draw(st.sampled_from([5.0, 100_000.0, 100_000.0])),
         adopts=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
+        appears=draw(times) if found else (),
+        vanishes=draw(st.just(()) | times.map(lambda at: [3.0 + seconds for seconds in at])) if found else (),
     )
 
 
@@ -74,10 +79,16 @@ def ready_in_time(world: World, source: Source) -> bool:
     return source.ready_at == 0.0 or source.ready_at < world.wait - 5.0
 
 
+def is_found_in_time(world: World, place: int) -> bool:
+    """Whether it is there before a pull that has no source left gives up, and stays."""
+    appears = world.appears[place] if world.appears else 0.0
+    return not world.vanishes and (appears == 0.0 or appears < world.wait)
+
+
 def live(world: World) -> None:
     world.run()
-    honest = [world.sources[n] for n in world.given if world.sources[n].reliable]
-    honest = [source for source in honest if ready_in_time(world, source)]
+    honest = [world.sources[n] for place, n in enumerate(world.given) if is_found_in_time(world, place)]
+    honest = [source for source in honest if source.reliable and ready_in_time(world, source)]
     held = set().union(*(set(range(world.blocks)) - source.lacks for source in honest)) if honest else set()
     if honest and held == set(range(world.blocks)) and world.timeout > 10_000.0:
         assert isinstance(world.outcome, p.Done), f"honest sources held every block: {world.outcome}"
@@ -95,12 +106,13 @@ A_RELAY_DIES = World(6, [Source(relays=(1,)), Source(dies_after=2)], [0])
 EACH_HAS_A_PART = World(6, [Source(lacks=frozenset({0, 1})), Source(lacks=frozenset({5}))], [0, 1])
 TWO_NAME_EACH_OTHER = World(4, [Source(relays=(1,)), Source(relays=(0,)), Source()], [0, 1, 2])
 ANOTHER_TRANSPORT = World(4, [Source(only="plain")], [0])
+APPEARS_LATE = World(4, [Source(), Source(salt=b"other")], [1, 0], wait=30.0, appears=[0.0, 20.0])
 BREAKS_OFF_ONCE = World(4, [Source(dies_after=3)], [0])
 FAST_IS_A_LIAR = World(9, [Source(per_block=60.0), Source(lies_at=0, ready_at=3.0)], [0, 1], wait=30.0, timeout=1e5)
 ONE_LACKS_A_BLOCK = World(4, [Source(lacks=frozenset({0}))], [0])
 COMPLETE = (
     *(FIRST_IS_BUSY, LOADING, SLOW_AND_FAST, A_RELAY_DIES, EACH_HAS_A_PART, TWO_NAME_EACH_OTHER),
-    *(ANOTHER_TRANSPORT, BREAKS_OFF_ONCE, FAST_IS_A_LIAR),
+    *(ANOTHER_TRANSPORT, BREAKS_OFF_ONCE, FAST_IS_A_LIAR, APPEARS_LATE),
 )
 
 
@@ -127,6 +139,8 @@ def fresh(world: World) -> World:
         timeout=world.timeout,
         adopts=world.adopts,
         seed=world.seed,
+        appears=world.appears,
+        vanishes=world.vanishes,
     )
 
 
@@ -223,8 +237,11 @@ def test_a_bug_in_a_decision_is_found(bug: str, monkeypatch: pytest.MonkeyPatch)
 ONE, TWO, THREE = (Address("h", port) for port in (1, 2, 3))
 
 
-def begun(*sources: Address, adopts: bool = False, **options: Any) -> tuple[Pull, list[p.Command]]:
-    pull = Pull(sources, PullOptions(**options), random.Random(1), adopts=adopts)
+def begun(
+    *sources: Address, adopts: bool = False, listing: float | None = None, **options: Any
+) -> tuple[Pull, list[p.Command]]:
+    known = [sources_module.Source(one) for one in sources]
+    pull = Pull(known, PullOptions(**options), random.Random(1), adopts=adopts, listing=listing)
     return pull, pull.begin(0.0)
 
 
@@ -291,10 +308,82 @@ def test_failures_are_counted_by_source_and_kind() -> None:
 def test_sources_may_appear_and_vanish() -> None:
     pull, _ = begun(ONE, stripe=3)
     pull.handle(p.Announced(1, announcement(3)), 0.0)
-    (connect,) = pull.handle(p.Found([TWO, ONE]), 0.1)
+    (connect,) = pull.handle(p.Found([sources_module.Source(TWO), sources_module.Source(ONE)]), 0.1)
     assert isinstance(connect, p.Connect)
     assert connect.source == TWO
     assert pull.handle(p.Lost(TWO), 0.2) == []
     again = pull.handle(p.Ended(2, PeerLost("broke")), 0.3)
     assert not [c for c in again if isinstance(c, p.Connect)]
     assert pull.wake_at(0.3) is None
+
+
+def found(pull: Pull, now: float, *sources: Address, load: float = 0.0) -> list[Address]:
+    """Whom it connects to when these are found."""
+    commands = pull.handle(p.Found([sources_module.Source(one, load=load) for one in sources]), now)
+    return [c.source for c in commands if isinstance(c, p.Connect)]
+
+
+def failed(commands: list[p.Command]) -> str:
+    """Why it failed; empty when it goes on."""
+    return "".join(str(c.error) for c in commands if isinstance(c, p.Failed))
+
+
+def test_a_pull_without_a_source_waits_until_the_first_listing_is_complete() -> None:
+    pull, commands = begun(listing=10.0)
+    assert commands == []
+    assert pull.wake_at(0.0) == 10.0
+    assert "no source appeared within 1 s" in failed(pull.handle(p.Listed(), 1.0))
+
+
+def test_a_search_that_ends_without_a_source_ends_the_pull() -> None:
+    pull, _ = begun(listing=10.0, wait=30.0)
+    assert "no source was given" in failed(pull.handle(p.SearchEnded(), 1.0))
+
+
+def test_a_listing_that_is_never_complete_is_not_waited_for_without_end() -> None:
+    pull, _ = begun(listing=10.0)
+    assert failed(pull.handle(p.Moment(), 9.9)) == ""
+    assert "discovery: no source appeared within 10 s" in failed(pull.handle(p.Moment(), 10.0))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_wait_is_for_sources_that_appear_too(listed: bool) -> None:
+    pull, _ = begun(listing=10.0, wait=30.0)
+    if listed:
+        assert pull.handle(p.Listed(), 1.0) == []
+    assert found(pull, 2.0, ONE) == [ONE]
+    assert failed(pull.handle(p.Ended(1, RefusedError("identity", "another model")), 3.0)) == ""
+    assert pull.wake_at(3.0) == 30.0
+    assert found(pull, 4.0, ONE) == []  # told again, with another load, say: it is no use as before
+    assert found(pull, 5.0, TWO) == [TWO]
+    assert "another model" in failed(pull.handle(p.Ended(2, RefusedError("identity", "a third model")), 31.0))
+
+
+def test_a_search_that_ends_leaves_what_it_found() -> None:
+    pull, _ = begun(listing=10.0, wait=30.0)
+    assert found(pull, 0.0, ONE, TWO) == [ONE]
+    (line,) = pull.handle(p.SearchEnded(DiscoveryError("Names failed: no name server")), 0.5)
+    assert line == p.Log("warning", "discovery: Names failed: no name server")
+    (_, connect) = pull.handle(p.Ended(1, RefusedError("identity", "another model")), 1.0)
+    assert isinstance(connect, p.Connect)
+    assert connect.source == TWO
+    why = failed(pull.handle(p.Ended(2, RefusedError("identity", "a third model")), 2.0))
+    assert "discovery: Names failed: no name server" in why
+    assert "another model" in why
+
+
+def test_a_source_says_where_it_was_found_or_who_named_it() -> None:
+    pull, _ = begun(listing=10.0)
+    (first,) = pull.handle(p.Found([sources_module.Source(ONE, {"zone": "a"}, load=2.0)]), 0.0)
+    assert isinstance(first, p.Connect)
+    assert (first.labels, first.named_by) == ({"zone": "a"}, None)
+    commands = pull.handle(p.Ended(1, RefusedError("busy", "others pass it on", sources=(str(TWO),))), 0.1)
+    (second,) = [c for c in commands if isinstance(c, p.Connect)]
+    assert (second.source, second.labels, second.named_by) == (TWO, {}, ONE)
+
+
+def test_sources_beyond_the_bound_are_left_out_and_that_is_said_once() -> None:
+    pull, _ = begun(listing=10.0)
+    flood = [sources_module.Source(Address("h", port)) for port in range(1, sources_module.MAX_KNOWN + 3)]
+    said = [c for c in pull.handle(p.Found(flood), 0.0) + pull.handle(p.Found(flood), 0.0) if isinstance(c, p.Log)]
+    assert [line.text for line in said] == ["4096 sources are known: more are left out until some are gone"]

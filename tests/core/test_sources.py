@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from netloader.core.addresses import Address
-from netloader.core.sources import Sources
+from netloader.core.sources import MAX_KNOWN, Source, Sources
+from netloader.errors import ConfigError
 
 POOL = [Address("h", port) for port in range(1, 9)]
 ONE, TWO, THREE, FOUR = POOL[:4]
 WAIT = 30.0
+TERMS: dict[str, Any] = {"tries": 2, "until": 0.0, "chance": random.Random(1)}
+
+
+def offered(addresses: Iterable[Address]) -> list[Source]:
+    return [Source(address) for address in addresses]
 
 
 def test_the_order_given_is_the_order_tried() -> None:
-    candidates = Sources([TWO, ONE, TWO], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([TWO, ONE, TWO]), tries=2, until=0.0, chance=random.Random(1))
     assert candidates.take(0.0, work=True) == TWO
     assert candidates.take(0.0, work=True) == ONE
     assert candidates.take(0.0, work=True) is None
@@ -26,7 +33,7 @@ def test_the_order_given_is_the_order_tried() -> None:
 
 
 def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over() -> None:
-    candidates = Sources([ONE], tries=2, until=10.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=10.0, chance=random.Random(1))
     now = 0.0
     times = []
     while (due := candidates.next_due(now)) is not None:
@@ -40,7 +47,7 @@ def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over(
 
 
 def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
-    candidates = Sources([ONE, TWO], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE, TWO]), tries=2, until=0.0, chance=random.Random(1))
     assert candidates.take(0.0, work=True) == ONE
     candidates.again(ONE, 1.0, last=True)
     assert candidates.take(1.0, work=True) == TWO
@@ -50,7 +57,7 @@ def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
 
 
 def test_a_pause_that_was_asked_for_is_kept() -> None:
-    candidates = Sources([ONE], tries=2, until=100.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=100.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.later(ONE, 0.0, at_least=7.0)
     due = candidates.next_due(0.0)
@@ -59,7 +66,7 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
 
 
 def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     assert candidates.redirect(ONE, [TWO, THREE], 0.0)
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {TWO, THREE}
@@ -73,7 +80,7 @@ def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid
 
 
 def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.take(0.0, work=True) == TWO
@@ -83,7 +90,7 @@ def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
 
 
 def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
-    candidates = Sources([ONE, TWO], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE, TWO]), tries=2, until=0.0, chance=random.Random(1))
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {ONE, TWO}
     candidates.demote(ONE, 1.0)
     assert candidates.take(1.0, work=True) is None
@@ -94,7 +101,7 @@ def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
 
 
 def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.can_be_spared(TWO)
@@ -106,7 +113,7 @@ def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
 
 @pytest.mark.parametrize("end", ["rest", "demote", "again", "later", "redirect", "gone"])
 def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session_ends(end: str) -> None:
-    candidates = Sources([ONE], tries=2, until=100.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=100.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
     ends: dict[str, Callable[[], object]] = {
@@ -123,7 +130,7 @@ def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session
 
 
 def test_one_that_rests_is_woken_by_work_only() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.rest(ONE)
     assert candidates.take(1.0, work=False) is None
@@ -144,7 +151,7 @@ class AnyOutcome(RuleBasedStateMachine):
     @initialize(ours=st.lists(st.sampled_from(POOL), min_size=1, max_size=4))
     def begin(self, ours: list[Address]) -> None:
         self.ours = ours
-        self.candidates = Sources(ours, tries=2, until=WAIT, chance=random.Random(1))
+        self.candidates = Sources(offered(ours), tries=2, until=WAIT, chance=random.Random(1))
 
     @rule(work=st.booleans())
     def take(self, work: bool) -> None:
@@ -214,7 +221,7 @@ TestAnyOutcome = AnyOutcome.TestCase
 
 def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_once() -> None:
     seed, relay, parent = Address("s", 1), Address("r", 1), Address("p", 1)
-    candidates = Sources([seed], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([seed]), tries=2, until=0.0, chance=random.Random(1))
     assert candidates.take(1.0, work=True) == seed
     assert candidates.redirect(seed, [relay], 1.0)
     assert candidates.take(1.0, work=True) == relay
@@ -227,3 +234,48 @@ def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_onc
     candidates.gone(seed, [], 1.0)
     assert candidates.take(1.0, work=True) is None
     assert candidates.next_due(1.0) is None
+
+
+def test_of_equal_sources_the_one_with_the_least_load_is_first_and_loads_change() -> None:
+    candidates = Sources([Source(ONE, load=3.0), Source(TWO, load=1.0), Source(THREE, load=3.0)], **TERMS)
+    candidates.add([Source(THREE, load=0.5)])
+    assert [candidates.take(0.0, work=True) for _ in range(3)] == [THREE, TWO, ONE]
+
+
+def test_no_load_puts_a_source_before_relays_or_before_those_that_did_not_give_us_up() -> None:
+    candidates = Sources([Source(ONE), Source(TWO, load=5.0)], **TERMS)
+    assert candidates.take(0.0, work=True) == ONE
+    candidates.again(ONE, 1.0, last=True)
+    assert candidates.take(1.0, work=True) == TWO
+    candidates.redirect(TWO, [THREE], 1.0)
+    assert [candidates.take(1.0, work=True) for _ in range(2)] == [THREE, ONE]
+
+
+def test_what_was_no_use_is_not_tried_again_until_it_vanished_and_appeared_anew() -> None:
+    candidates = Sources(offered([ONE]), **TERMS)
+    assert candidates.take(0.0, work=True) == ONE
+    candidates.drop(ONE)
+    candidates.add([Source(ONE, load=1.0)])
+    assert candidates.take(1.0, work=True) is None
+    candidates.lose(ONE)
+    candidates.add([Source(ONE)])
+    assert candidates.take(2.0, work=True) == ONE
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    candidates = Sources([], **TERMS)
+    for port in range(1, MAX_KNOWN + 10):
+        candidates.add([Source(Address("h", port))])
+        assert candidates.take(0.0, work=True) == Address("h", port)
+        candidates.drop(Address("h", port))
+    assert len(candidates._useless) == MAX_KNOWN
+    flood = offered(Address("g", port) for port in range(1, MAX_KNOWN + 10))
+    assert candidates.add(flood) == 9
+    candidates.lose(Address("g", 1))
+    assert candidates.add(flood) == 9
+
+
+@pytest.mark.parametrize("load", [-1.0, float("nan"), float("inf")])
+def test_a_load_is_a_number_from_0_on(load: float) -> None:
+    with pytest.raises(ConfigError, match="load"):
+        Source(ONE, load=load)

@@ -23,7 +23,9 @@ from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import PeerLost
+from netloader.observe import Observer
 from netloader.server.server import HoldingServer
 from netloader.server.session import ServerSession
 from netloader.tensors import destination, digest_of, hold
@@ -154,11 +156,15 @@ class WatchedServer(HoldingServer):
 
 @asynccontextmanager
 async def serving(
-    transport: Transport, *holdings: Holding, timings: Timings = CALM, **options: Any
+    transport: Transport,
+    *holdings: Holding,
+    timings: Timings = CALM,
+    observers: Sequence[Observer] = (),
+    **options: Any,
 ) -> AsyncIterator[WatchedServer]:
     """A server on the loopback address; has no session and no turn left in the end, whatever happened."""
     chosen = {"host": "127.0.0.1", "timings": timings, **options}
-    server = WatchedServer([transport], ServeOptions(**chosen, software="test"))
+    server = WatchedServer([transport], ServeOptions(**chosen, software="test"), observers=observers)
     async with server:
         for holding in holdings:
             server.add(holding)
@@ -185,7 +191,7 @@ async def pull(
     """A pull into `into` with every deadline within the test's."""
     usual = {"stripe": 1, "timeout": PATIENCE, "connect_timeout": PATIENCE}
     chosen = PullOptions(**{**usual, "timings": timings, **options})
-    return await pull_from(destination(into), identity, sources, [transport], digest_of, chosen, progress)
+    return await pull_from(destination(into), identity, FixedSources(sources), [transport], digest_of, chosen, progress)
 
 
 async def until(condition: Callable[[], object], what: str = "") -> None:

@@ -24,6 +24,7 @@ from netloader.client.pull import pull_from
 from netloader.core.addresses import Address
 from netloader.core.options import PullOptions, Timings
 from netloader.core.report import Progress, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import NetloaderError, NoSourceLeft
 from netloader.tensors import destination, digest_of
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
@@ -116,7 +117,9 @@ async def relay(options: dict[str, Any], ask: Any) -> None:
 
         async def work() -> None:
             reports.append(
-                await pull_from(destination(into), kit.IDENTITY, sources, [transport], digest_of, chosen, relay=server)
+                await pull_from(
+                    destination(into), kit.IDENTITY, FixedSources(sources), [transport], digest_of, chosen, relay=server
+                )
             )
 
         tasks.start_soon(work)

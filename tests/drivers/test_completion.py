@@ -14,6 +14,7 @@ import netloader.client.pull
 import netloader.client.session
 import netloader.server.session
 import netloader.session.driver
+import netloader.session.phase_clock
 from netloader.codecs.block_view import BlockView
 from netloader.core import messages as m
 from netloader.core.addresses import Address
@@ -110,7 +111,8 @@ def test_sources_that_bring_nothing_do_not_hold_up_a_complete_pull(names: tuple[
             assert [session.session.error for session in good.ended] == [None]
             return times[True], ended
 
-    modules = (netloader.client.pull, netloader.client.session, netloader.session.driver, netloader.server.session)
+    session = (netloader.session.driver, netloader.session.phase_clock)
+    modules = (netloader.client.pull, netloader.client.session, *session, netloader.server.session)
     last, ended = jumping.run(story, *modules)
     assert ended - last <= AT_ONCE
 

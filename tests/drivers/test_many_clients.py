@@ -25,10 +25,12 @@ from netloader.core.addresses import Address
 from netloader.core.options import PullOptions, Timings
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import NoSourceLeft
 from netloader.server import session as server_session_module
 from netloader.server.server import HoldingServer
 from netloader.session import driver as driver_module
+from netloader.session import phase_clock as clock_module
 from netloader.session.holding import Holding
 from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
@@ -270,7 +272,7 @@ class World:
                 client.report = await pull_from(
                     destination(client.into),
                     kit.IDENTITY,
-                    [addresses[number] for number in place.sources],
+                    FixedSources(addresses[number] for number in place.sources),
                     [FaultyTransport(self._hub.transport, Faults(place.losses))],
                     digest_of,
                     options,
@@ -365,5 +367,5 @@ def test_every_client_ends_complete_or_with_a_reason(
         await world.run()
         return world
 
-    modules = (client_module, client_session_module, driver_module, server_session_module)
+    modules = (client_module, client_session_module, driver_module, clock_module, server_session_module)
     jumping.run(live, *modules).check()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
@@ -18,6 +19,7 @@ from netloader.core.addresses import Address, seen_from
 from netloader.core.options import PullOptions
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
 from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
@@ -64,7 +66,7 @@ class Replica:
                 self.report = await pull_from(
                     destination(self.into),
                     kit.IDENTITY,
-                    sources,
+                    FixedSources(sources),
                     [self.transport],
                     digest_of,
                     chosen,
@@ -111,7 +113,7 @@ async def replica(transport: Transport, *faults: Fault) -> AsyncIterator[Replica
 
 
 @asynccontextmanager
-async def held_seed(transport: Transport, **options: int) -> AsyncIterator[tuple[kit.WatchedServer, Faults]]:
+async def held_seed(transport: Transport, **options: Any) -> AsyncIterator[tuple[kit.WatchedServer, Faults]]:
     """A server that sends HELD_AFTER blocks of each pull and then waits until it is released."""
     faults = Faults([Fault(FaultKind.HOLD, HELD_AFTER, side=Side.SEND, times=None)])
     async with kit.serving(FaultyTransport(transport, faults), HOLDING, timings=kit.CALM, **options) as server:
@@ -463,7 +465,7 @@ async def test_what_a_relay_says_of_itself_is_its_own_identity_with_what_only_it
         await pull_from(
             destination(first.into),
             mine,
-            [kit.at(seed)],
+            FixedSources([kit.at(seed)]),
             [hub.transport],
             digest_of,
             PullOptions(timings=kit.CALM, timeout=kit.PATIENCE),

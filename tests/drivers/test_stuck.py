@@ -13,6 +13,7 @@ import pytest
 
 from netloader.client.pull import pull_from
 from netloader.core.options import PullOptions
+from netloader.discovery.fixed import FixedSources
 from netloader.errors import MemoryStillInUse, NoSourceLeft
 from netloader.session import closing
 from netloader.tensors import destination, digest_of
@@ -223,7 +224,7 @@ async def test_memory_in_use_is_said_also_when_the_retraction_of_the_relay_is_ca
             pull_from(
                 destination(kit.blank(SOURCE)),
                 kit.IDENTITY,
-                [kit.at(server)],
+                FixedSources([kit.at(server)]),
                 [transport],
                 hashing,
                 options,

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = (
     "netloader",
     "netloader.sync",
+    "netloader.discovery",
+    "netloader.observe",
     "netloader.transports.base",
     "netloader.transports.conformance",
     "netloader.transports.faults",

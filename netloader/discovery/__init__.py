@@ -1,0 +1,31 @@
+"""Where sources come from, and how one's own are made known: contracts to find, to publish and to claim."""
+
+from __future__ import annotations
+
+from netloader.core.sources import Source
+from netloader.discovery.base import (
+    Appeared,
+    Claim,
+    Claims,
+    Listed,
+    Publication,
+    Publisher,
+    SourceChange,
+    SourceProvider,
+    Vanished,
+)
+from netloader.discovery.fixed import FixedSources
+
+__all__ = [
+    "Appeared",
+    "Claim",
+    "Claims",
+    "FixedSources",
+    "Listed",
+    "Publication",
+    "Publisher",
+    "Source",
+    "SourceChange",
+    "SourceProvider",
+    "Vanished",
+]

@@ -1,0 +1,238 @@
+"""Sources that are found while a pull runs: real sockets, a provider that follows a script."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from netloader.client import pull as pull_module
+from netloader.client.pull import pull_from
+from netloader.client.search import search
+from netloader.core import pull_moves as p
+from netloader.core.addresses import Address
+from netloader.core.options import PullOptions
+from netloader.core.report import Progress, PullReport
+from netloader.core.sources import MAX_KNOWN, Source
+from netloader.discovery import Appeared, FixedSources, Listed, SourceChange, SourceProvider, Vanished
+from netloader.errors import DiscoveryError, NoSourceLeft
+from netloader.tensors import destination, digest_of
+from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
+from tests.drivers import kit
+
+HUB = kit.Hub()
+WEIGHTS = kit.weights()
+HOLDING = kit.held(WEIGHTS)
+NOBODY = Address("127.0.0.1", 9)
+
+Story = Callable[[], AsyncGenerator[SourceChange, None]]
+
+
+class Script:
+    """A provider that tells a story."""
+
+    def __init__(self, story: Story) -> None:
+        self.watch = story
+
+
+async def pull(
+    sources: SourceProvider, *, progress: Callable[[Progress], None] | None = None, **options: object
+) -> PullReport:
+    """A pull that finds its sources; checks that the bytes are right."""
+    into = kit.blank(WEIGHTS)
+    chosen = PullOptions(**{"timeout": kit.PATIENCE, "timings": kit.CALM, **options})  # type: ignore[arg-type]
+    filled = destination(into)
+    report = await pull_from(filled, kit.IDENTITY, sources, [HUB.transport], digest_of, chosen, progress)
+    assert kit.contents(into) == kit.contents(WEIGHTS)
+    return report
+
+
+async def for_ever() -> None:
+    await anyio.sleep(10 * kit.PATIENCE)
+
+
+async def test_what_a_provider_says_is_told_in_its_order() -> None:
+    source = Source(Address("10.0.0.7", 80), {"zone": "a"}, load=1.0)
+    events: list[p.Event] = []
+
+    async def story() -> AsyncGenerator[SourceChange, None]:
+        yield Appeared(source)
+        yield Listed()
+        yield Vanished(source.address)
+
+    await search(Script(story), events.append)
+    assert events == [p.Found([source]), p.Listed(), p.Lost(source.address), p.SearchEnded()]
+
+
+async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the_stream_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What is cut off when the farewells have taken too long does not count here: the stream is closed before.
+    monkeypatch.setattr(pull_module, "_FAREWELL", 10 * kit.PATIENCE)
+    closed: list[bool] = []
+    async with kit.serving(HUB.transport, HOLDING) as server:
+
+        async def story() -> AsyncGenerator[SourceChange, None]:
+            try:
+                yield Listed()
+                yield Vanished(NOBODY)  # never known
+                await anyio.wait_all_tasks_blocked()  # the pull waits
+                yield Appeared(Source(kit.at(server), {"zone": "a"}))
+                await for_ever()
+            finally:
+                closed.append(True)
+
+        with anyio.fail_after(kit.PATIENCE):
+            report = await pull(Script(story), wait=kit.PATIENCE)
+    assert list(report.sources) == [str(kit.at(server))]
+    assert report.attempts == ()
+    assert closed == [True]
+
+
+async def test_a_source_that_vanishes_goes_on_being_pulled_from_and_is_not_asked_again() -> None:
+    """It breaks the connection later; another one, which appears then, gives the rest."""
+    held = Faults([Fault(FaultKind.HOLD, 10)])
+    carrier = FaultyTransport(FaultyTransport(HUB.transport, held), Faults([Fault(FaultKind.CUT, 25)]))
+    async with kit.serving(carrier, HOLDING) as first, kit.serving(HUB.transport, HOLDING) as second:
+
+        async def story() -> AsyncGenerator[SourceChange, None]:
+            yield Appeared(Source(kit.at(first)))
+            yield Listed()
+            await kit.until(lambda: any(one.transport for one in first.sessions))
+            yield Vanished(kit.at(first))
+            held.release()
+            await kit.until(lambda: first.ended)
+            yield Appeared(Source(kit.at(second)))
+            await for_ever()
+
+        report = await pull(Script(story), wait=kit.PATIENCE)
+        (session,) = first.ended
+        assert "cut off in block 25" in str(session.session.error)  # long after it vanished
+    assert report.sources[str(kit.at(second))].blocks > 0
+
+
+def _raises() -> SourceChange:
+    raise DiscoveryError("no name server", hint="look at resolv.conf")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (_raises, "Script failed: no name server (look at resolv.conf)"),
+        (lambda: dict[str, SourceChange]()["key"], "Script failed: KeyError: 'key'"),
+        (lambda: "nonsense", "Script failed: 'nonsense' is no change of sources"),
+    ],
+)
+async def test_a_provider_that_fails_is_logged_and_what_it_found_stays(
+    fault: Callable[[], SourceChange], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "netloader")
+    async with kit.serving(HUB.transport, HOLDING) as server:
+
+        async def story() -> AsyncGenerator[SourceChange, None]:
+            yield Appeared(Source(kit.at(server)))
+            yield fault()
+
+        report = await pull(Script(story))
+    assert caplog.messages == [f"discovery: {told}"]
+    assert [str(attempt) for attempt in report.attempts] == [f"discovery: {told}"]
+
+
+async def test_a_provider_that_cannot_even_be_watched_ends_a_pull_without_sources(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken() -> AsyncGenerator[SourceChange, None]:
+        raise OSError("no socket")
+
+    with pytest.raises(NoSourceLeft, match="discovery: Script failed: OSError: no socket"):
+        await pull(Script(broken), wait=kit.PATIENCE)
+
+
+async def test_a_stream_that_ends_ends_the_pull_when_nothing_is_left() -> None:
+    async def story() -> AsyncGenerator[SourceChange, None]:
+        await anyio.wait_all_tasks_blocked()
+        yield Appeared(Source(NOBODY))
+
+    with anyio.fail_after(kit.PATIENCE), pytest.raises(NoSourceLeft, match="cannot be reached"):
+        await pull(Script(story))
+    with pytest.raises(NoSourceLeft, match="no source was given"):
+        await pull(FixedSources([]), wait=kit.PATIENCE)
+
+
+@pytest.mark.parametrize(("listed", "listing", "wait"), [(True, 10.0, 0.0), (False, 0.05, 0.0), (True, 10.0, 0.05)])
+async def test_a_stream_that_stays_open_without_a_source_is_not_waited_for_without_end(
+    listed: bool, listing: float, wait: float
+) -> None:
+    async def story() -> AsyncGenerator[SourceChange, None]:
+        if listed:
+            yield Listed()
+        await for_ever()
+
+    with anyio.fail_after(kit.PATIENCE), pytest.raises(NoSourceLeft, match="discovery: no source appeared within"):
+        await pull(Script(story), connect_timeout=listing, wait=wait)
+
+
+async def test_a_flood_costs_neither_memory_nor_the_loop() -> None:
+    """It never waits, and never ends; the one good source is among the first."""
+    said = itertools.count(1)
+    async with kit.serving(HUB.transport, HOLDING) as server:
+
+        async def story() -> AsyncGenerator[SourceChange, None]:
+            yield Appeared(Source(kit.at(server), load=0.5))
+            for number in said:
+                yield Appeared(
+                    Source(Address(f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}", 9), load=1)
+                )
+                yield Vanished(Address("10.0.0.1", 9))
+
+        with anyio.fail_after(kit.PATIENCE):
+            await pull(Script(story), stripe=1)
+    assert next(said) < 100 * MAX_KNOWN
+
+
+async def test_a_pull_that_is_cancelled_closes_the_stream_first() -> None:
+    story_told: list[str] = []
+
+    async def story() -> AsyncGenerator[SourceChange, None]:
+        try:
+            yield Listed()
+            await for_ever()
+        finally:
+            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + 1.0):
+                await anyio.lowlevel.checkpoint()
+                story_told.append("closed")
+
+    with anyio.CancelScope() as scope:
+
+        async def cancel() -> None:
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancel)
+            await pull(Script(story), wait=kit.PATIENCE)
+    assert scope.cancelled_caught
+    assert story_told == ["closed"]
+
+
+async def test_a_task_group_may_be_open_in_a_provider() -> None:
+    async with kit.serving(HUB.transport, HOLDING) as server:
+
+        async def story() -> AsyncGenerator[SourceChange, None]:
+            send, receive = anyio.create_memory_object_stream[Address](1)
+
+            async def look(found: Callable[[Address], Awaitable[None]]) -> None:
+                await found(kit.at(server))
+                await for_ever()
+
+            async with send, receive, anyio.create_task_group() as tasks:
+                tasks.start_soon(look, send.send)
+                async for address in receive:
+                    yield Appeared(Source(address))
+
+        report = await pull(Script(story))
+    assert list(report.sources) == [str(kit.at(server))]
