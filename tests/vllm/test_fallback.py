@@ -17,8 +17,8 @@ from netloader.errors import ConfigError, MemoryStillInUse, NetloaderError, Peer
 from netloader.transports.base import BlockView
 from netloader.transports.faults import Fault
 from netloader.transports.io import thread_pool, worker
-from netloader.vllm.load import loading
-from netloader.vllm.load.loading import NothingPulled
+from netloader.vllm.load import examine_model, inspect_engine, pull_weights
+from netloader.vllm.load.inspect_engine import NothingPulled
 from netloader.vllm.model.snapshot import named_raw_tensors
 from netloader.vllm.serve import serving
 from tests.models import ModelStore
@@ -50,7 +50,7 @@ def test_after_a_pull_that_wrote_garbage_everywhere_the_fallback_is_a_clean_load
             memory.fill_(0x5A)
         raise PeerLost("the source died")
 
-    monkeypatch.setattr(loading, "pull_raw", dirty)
+    monkeypatch.setattr(pull_weights, "pull_raw", dirty)
     assert pull(models.get(kind), closed_address()).raw == seeds.disk(kind)
     assert "could not pull: the source died" in log_lines.one("default loader", "could not pull")
 
@@ -316,7 +316,7 @@ def test_where_a_thread_may_still_write_the_load_fails_instead_of_falling_back(
 
     for module, name in ((thread_pool, "_PATIENCE"), (thread_pool, "_MOMENT"), (worker, "_AGAIN")):
         monkeypatch.setattr(module, name, 0.1)
-    monkeypatch.setattr(loading, "fallback_loader", lambda *_: _StuckLoader())
+    monkeypatch.setattr(inspect_engine, "fallback_loader", lambda *_: _StuckLoader())
     monkeypatch.setattr(sync, "probe", asks)
     log_lines.lines.clear()  # the seed's own load
     try:
@@ -456,7 +456,7 @@ def test_clients_that_come_while_the_model_is_loading_are_told_to_wait(
             seen.append(caught.value)
         return original(model)
 
-    monkeypatch.setattr(loading, "named_raw_tensors", look)
+    monkeypatch.setattr(examine_model, "named_raw_tensors", look)
     load(models.get("draft"))
     assert getattr(seen[0], "code", "") == "not-ready"
     assert "still being loaded" in str(seen[0])

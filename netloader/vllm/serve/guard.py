@@ -15,7 +15,7 @@ from netloader.core.identity import Role
 from netloader.errors import NetloaderError
 from netloader.vllm.serve.serving import ROLES, WorkerServer
 
-__all__ = ["HINT", "described", "refuse", "serving_only"]
+__all__ = ["HINT", "described", "failure_told", "refuse", "serving_only"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,16 @@ def serving_only(what: str, server: WorkerServer | None, roles: Sequence[Role] =
     except Exception as error:
         log.exception("netloader: %s failed, which costs what is served and nothing else", what)
         refuse(server, roles, f"{what} failed: {described(error)}", HINT)
+
+
+@contextmanager
+def failure_told(server: WorkerServer | None, role: Role) -> Iterator[None]:
+    """Run a load: an error that ends it goes on, after clients that wait for the model have been told."""
+    try:
+        yield
+    except BaseException as error:
+        refuse(server, [role], f"the model could not be loaded: {error}", "pull from another source")
+        raise
 
 
 def refuse(server: WorkerServer | None, roles: Sequence[Role], reason: str, hint: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from netloader.config import Config
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
 from netloader.vllm.model.load_state import PlainState
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from netloader.core.protocol.events import Announcement
 
-__all__ = ["Before", "Record", "Recorded", "record"]
+__all__ = ["Before", "Record", "Recorded", "Snapshot", "record"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,32 @@ class Record:
         """The same without anything to serve, because of an error, which is logged here."""
         log.error("netloader: %s failed, which costs what is served and nothing else", what, exc_info=error)
         return replace(self, recorded=None, refusal=(f"{what} failed: {described(error)}", HINT))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known of a model when loading ends, all ranks included: what it can be served as follows from this.
+
+    Attributes:
+        role: Whether it is the target or its draft.
+        record: What is known of its raw tensors.
+        load: Digest over the roots of all ranks; empty when one of them has none.
+        identity: What the model is; None for one that is not supported.
+        processed: Whether its weights were pulled processed.
+        shares: Whether it is a draft that uses tensors of its target.
+    """
+
+    role: Role
+    record: Record
+    load: str = ""
+    identity: ModelIdentity | None = None
+    processed: bool = False
+    shares: bool = False
+
+    @property
+    def root(self) -> str:
+        """Root of the raw tensors; empty when it is not known."""
+        return self.record.root
 
 
 def record(
