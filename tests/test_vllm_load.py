@@ -14,16 +14,16 @@ import torch
 
 from netloader.config import Config, load_config
 from netloader.core.identity import ModelIdentity
-from netloader.errors import MemoryStillInUse
+from netloader.errors import MemoryStillInUse, PeerLost
 from netloader.tensors import hold
-from netloader.vllm.load import agree_ranks, fill_model, inspect_engine, loading
+from netloader.vllm.load import agree_ranks, examine_model, fill_model, inspect_engine, loading, pull_weights
 from netloader.vllm.load.agree_ranks import Decision, agree, agree_on_roots
 from netloader.vllm.load.examine_model import Built
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.fill_model import Filled, fill
 from netloader.vllm.load.inspect_engine import Asked, Context, Engine, NothingPulled
 from netloader.vllm.load.loading import Loaded, load_weights, serve_loaded
-from netloader.vllm.load.processed_pull import Adopted
+from netloader.vllm.load.processed_pull import Adopted, NotAdopted
 from netloader.vllm.load.pull_weights import Pulled, pull
 from netloader.vllm.model.agreement import Report, load_digest
 from netloader.vllm.model.copies import Keep
@@ -220,6 +220,37 @@ def test_roots_that_no_rank_needs_are_not_exchanged(told: list[Report]) -> None:
     assert (decision.why_not, decision.load) == ("", "")
 
 
+# --- the model without weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["fingerprint_of_model", "named_raw_tensors", "model_identity", "expert_maps"])
+def test_a_model_that_cannot_be_examined_is_not_supported_and_ends_nothing(
+    step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("fingerprint_of_model", ROOT), ("model_identity", IDENTITY), ("why_not", "")):
+        monkeypatch.setattr(examine_model, name, lambda *_, value=value: value)
+    sound = examine_model.examine(context_of(), MODEL)
+    assert (sound.unsupported, sound.fingerprint, sorted(sound.tensors)) == ("", ROOT, ["bias", "weight"])
+    assert sound.identity == msgspec.structs.replace(IDENTITY, fingerprint=ROOT)
+
+    def fails(*_: Any) -> None:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(examine_model, step, fails)
+    built = examine_model.examine(context_of(), MODEL)
+    assert built.unsupported == "looking at the model failed: MemoryError: none left"
+    assert built.identity is None
+    assert "rank 0: looking at the model failed: nothing is pulled or served" in caplog.text
+
+
+def test_what_a_source_said_before_the_build_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine_model, "fingerprint_of_model", lambda _: ROOT)
+    monkeypatch.setattr(examine_model, "why_not", lambda *_: "")
+    untied = msgspec.structs.replace(IDENTITY, tied=False)
+    built = examine_model.examine(dataclasses.replace(context_of(), asked=Asked(untied)), MODEL)
+    assert built.identity == msgspec.structs.replace(untied, fingerprint=ROOT)
+
+
 # --- pulling and filling --------------------------------------------------------------------------------------------
 
 
@@ -231,6 +262,71 @@ def test_what_is_not_supported_is_not_pulled(fallback: bool, outcome: str) -> No
     pulled = pull(context, built, MODEL)
     assert pulled == Pulled(Report(outcome, 0, fingerprint=ROOT, reason="it moves"))  # type: ignore[arg-type]
     assert pulled.parents == ()
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What pulling raw weights ends with, which sources hold processed ones, and what taking those over ends with."""
+    found: dict[str, list[Any]] = {"pull_raw": [], "only_processed": [], "adopt_processed": []}
+
+    def answer(name: str) -> Callable[..., Any]:
+        def ask(*_: Any) -> Any:
+            value = found[name].pop(0)
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        return ask
+
+    for name in found:
+        monkeypatch.setattr(pull_weights, name, answer(name))
+    monkeypatch.setattr(pull_weights, "check_possible", lambda: None)
+    return found
+
+
+def pulled_of(model: torch.nn.Module) -> Pulled:
+    config = load_config({"SOURCE": [{"device_id": 0, "sources": ["127.0.0.1:1024"]}]})
+    registrations: Any = SimpleNamespace()
+    context = dataclasses.replace(context_of(Server()), config=config, registrations=registrations)
+    return pull(context, Built(named_raw_tensors(model), {}, None, identity=IDENTITY, fingerprint=ROOT), model)
+
+
+LOST = PeerLost("the source died")
+
+
+@pytest.mark.parametrize(
+    ("raw", "processed", "adopting", "told", "rebuild", "in_use"),
+    [
+        (LOST, [], None, ("failed", str(LOST)), False, False),
+        (IN_USE, None, None, ("failed", str(IN_USE)), False, True),
+        (KeyError("x"), None, None, ("failed", "unexpected KeyError: 'x'"), False, False),
+        (LOST, ValueError("y"), None, ("failed", "unexpected ValueError: y"), False, False),
+        (LOST, ["a"], NotAdopted("other"), ("failed", "processed weights: other"), True, False),
+        (LOST, ["a"], IN_USE, ("failed", f"processed weights: {IN_USE}"), True, True),
+        (LOST, ["a"], KeyError("z"), ("failed", "unexpected KeyError: 'z'"), True, False),
+        (LOST, ["a"], SimpleNamespace(report=SimpleNamespace(identity=IDENTITY)), ("pulled", ""), True, False),
+    ],
+)
+def test_how_a_pull_ended_is_a_value(
+    raw: Exception,
+    processed: Any,
+    adopting: Any,
+    told: tuple[str, str],
+    rebuild: bool,
+    in_use: bool,
+    sources: dict[str, list[Any]],
+) -> None:
+    given = {"pull_raw": raw, "only_processed": processed, "adopt_processed": adopting}
+    for name, value in given.items():
+        sources[name] = [] if value is None else [value]
+    pulled = pulled_of(torch.nn.Linear(4, 4))
+    assert (pulled.told.outcome, pulled.told.reason) == told
+    assert (pulled.rebuild, pulled.memory_in_use is IN_USE) == (rebuild, in_use)
+    assert pulled.told.root == "", "those of raw weights are compared"
+    assert (pulled.adopted is not None) == (told[0] == "pulled")
+    assert pulled.told.serves
+    assert pulled.initial is not None
+    assert not any(sources.values()), "nothing else is tried"
 
 
 class Loader:

@@ -29,7 +29,7 @@ def loader_class() -> type[Any]:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class NetloaderModelLoader(BaseModelLoader):
-        """Fills a model from a neighbour that holds its weights, or as the default loader does, and serves it."""
+        """Fills a model from a source that holds its weights, or as the default loader does, and serves it."""
 
         def __init__(self, load_config_of_vllm: Any) -> None:
             # vLLM builds loaders more often than it loads: reading the configuration is all that happens here.
@@ -85,7 +85,7 @@ def _finish(phase: Context | Loaded, model: torch.nn.Module, *, watched: bool) -
     Args:
         phase: What the load has come to.
         model: The model.
-        watched: Whether this process is a worker that vLLM measures when all models are loaded.
+        watched: Whether vLLM measures the memory of this worker once all models are loaded.
     """
     from netloader.vllm.load.inspect_engine import NothingPulled
     from netloader.vllm.load.loading import Loaded, serve_loaded

@@ -9,7 +9,7 @@ import pytest
 
 from netloader import tensors
 from netloader.errors import NetloaderError
-from netloader.vllm.load import inspect_engine, loading
+from netloader.vllm.load import examine_model, inspect_engine, loading
 from netloader.vllm.model import snapshot
 from netloader.vllm.serve import recording, serving
 from tests.models import ModelStore
@@ -23,6 +23,7 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
     "offering the weights": [(snapshot.RawWeights, "settle"), (loading, "choose_layout"), (loading, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
+    "looking at the model": [(examine_model, "named_raw_tensors"), (examine_model, "model_identity")],
 }
 
 

@@ -1,8 +1,8 @@
-"""Taking over processed weights: build the same structure, compare, pull in place, let vLLM rebuild what is no tensor.
+"""Taking over processed weights: build the same structure, compare it, pull into it, let vLLM make the rest.
 
-The order is vLLM's own contract for weights that are processed already: its post-processing runs once on the freshly
-built model, which makes the tensors; they are filled; it runs again under `weights_already_processed`, which makes
-everything beside them. Whatever differs from the source after that is found by its digest.
+vLLM defines the order for weights that are processed already. Its post-processing runs once on the freshly built model
+and creates the tensors. They are filled. It runs again under `weights_already_processed` and creates everything else.
+Digests then show whatever differs from the source.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def adopt_processed(
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
     from vllm.model_executor.utils import weights_already_processed
 
-    _settle_values(model)
+    _zero_values(model)
     process_weights_after_loading(model, model_config, torch.device(device))
     found = survey(model, {})
     problems = [*flag_problems(model), *found.problems]
@@ -146,8 +146,8 @@ def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
         )
 
 
-def _settle_values(model: torch.nn.Module) -> None:
-    """Zeros for what is pulled anyway; single values stay, since post-processing may insist on what they mean."""
+def _zero_values(model: torch.nn.Module) -> None:
+    """Zero what will be pulled. Single values stay, because post-processing may check what they mean."""
     import torch
 
     with torch.no_grad():
@@ -157,7 +157,9 @@ def _settle_values(model: torch.nn.Module) -> None:
 
 
 class Registrations:
-    """What layers wrote into vLLM's configuration when they were built, to take it back before a second build.
+    """vLLM's tables of layers as they were before the build, so that a second build can begin with the same.
+
+    Layers enter themselves in these tables, which are part of vLLM's configuration, when they are built.
 
     Args:
         vllm_config: vLLM's configuration, before the model is built.

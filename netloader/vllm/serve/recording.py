@@ -1,7 +1,7 @@
 """What is known of a model's raw tensors when loading ends, while they are still raw: for other ranks, and for serving.
 
-Nothing here may end a load, and every rank has to reach the exchange that follows: what fails leaves a reason, no root,
-and nothing that could be served.
+An error here must not end a load, and every rank has to reach the exchange that follows. So an error results in a
+record with a reason, without a root, and with nothing to serve.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Record:
-    """What came of it.
+    """The raw tensors of a model when loading ends, or why they can't be served.
 
     Attributes:
-        announcement: What the raw tensors are; None when they alone do not make this model, or nobody could tell.
-        recorded: What is to be served of them; None when nothing is, or there is no server.
+        announcement: Their manifest and digests; None when raw tensors alone do not make this model, or after an error.
+        recorded: What is served of them later; None when nothing is, or there is no server.
         refusal: Why there are no raw tensors to serve, and what could be done; empty when there are some.
     """
 
@@ -137,14 +137,14 @@ def record(
     pulled: Announcement | None,
     serves: bool,
 ) -> Record:
-    """Take digests of the raw tensors while they are still raw; in every rank, whether or not it has a server.
+    """Take digests of the raw tensors while they are still raw, in ranks with and without a server; raises nothing.
 
     Args:
         model: The model, loaded and not yet post-processed.
         before: What it had before it was loaded.
         identity: Says what it is.
         left_out: Says which of its tensors are not served.
-        config: Ours.
+        config: netloader's configuration.
         who: The rank and the role, for the log.
         pulled: What was pulled into this model, if anything was: it is not hashed once more.
         serves: Whether there is a server.
@@ -170,9 +170,9 @@ def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: 
 
     try:
         if pulled is not None and describe(tensors)[0] == pulled.manifest:
-            # Every block was verified as it came. Whether it still is what it was then is looked at once all is over.
+            # The pull has verified every block. `RawWeights.settle` hashes them again after post-processing.
             return Record(replace(pulled, identity=identity))
-        # Not the holding itself: it keeps every tensor alive, also those that vLLM is about to replace.
+        # Not the holding itself, because it would keep tensors alive that vLLM is about to replace.
         return Record(hold(tensors, identity).announcement)
     except NetloaderError as error:
         return Record(refusal=(str(error), "load this model from storage"))
