@@ -7,15 +7,16 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from netloader.config import load_config
+from netloader.config import Config, load_config
 from netloader.vllm.live.hooks import hold_still_until_profiled, watch_worker
 from netloader.vllm.live.reloading import ReloadRefused, remember, was_processed, weights_for_reload
-from netloader.vllm.serve.guard import serving_only
+from netloader.vllm.serve.guard import failure_told, serving_only
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.vllm.load.loading import Load
+    from netloader.vllm.load.inspect_engine import Context
+    from netloader.vllm.load.loading import Loaded
 
 __all__ = ["loader_class"]
 
@@ -28,13 +29,14 @@ def loader_class() -> type[Any]:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class NetloaderModelLoader(BaseModelLoader):
-        """Fills a model from a neighbour that holds its weights, or as the default loader does, and serves it."""
+        """Fills a model from a source that holds its weights, or as the default loader does, and serves it."""
 
         def __init__(self, load_config_of_vllm: Any) -> None:
             # vLLM builds loaders more often than it loads: reading the configuration is all that happens here.
             super().__init__(load_config_of_vllm)
             self._config = load_config(load_config_of_vllm.model_loader_extra_config)
-            self._current: Load | None = None
+            # What the load under way has come to. The value changes in `load_weights`, which vLLM calls in between.
+            self._phase: Context | Loaded | None = None
 
         def download_model(self, model_config: Any) -> None:
             from netloader.vllm.model.fallback import fallback_loader
@@ -52,44 +54,70 @@ def loader_class() -> type[Any]:
             return weights_for_reload(get_current_vllm_config(), model_config, self.load_config, self._config, model)
 
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-            load = self._current
-            if load is None and was_processed(model):
-                refused = ReloadRefused(
-                    "load_weights was called for a model that is loaded: vLLM has rewritten its weights since, and raw "
-                    "ones would be taken for processed ones",
-                    hint="call reload_weights of the worker instead",
-                )
-                log.warning("netloader: the weights stay as they are: %s", refused)
-                raise refused
-            if load is None:
-                # Called by itself, for a model that is there already: nobody says when post-processing is over.
-                from vllm.config import get_current_vllm_config
+            from netloader.vllm.load.inspect_engine import Context
+            from netloader.vllm.load.loading import load_weights
 
-                load = self._new_load(get_current_vllm_config(), model_config)
-            load.fill(model)
+            if isinstance(self._phase, Context):
+                self._phase = load_weights(self._phase, model)
+            else:
+                _fill_existing(model, model_config, self.load_config, self._config)
 
         def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
-            load = self._current = self._new_load(vllm_config, model_config)
+            from netloader.vllm.load.inspect_engine import Engine, inspect
+
+            self._phase = context = inspect(Engine(vllm_config, model_config, self.load_config), self._config, prefix)
             try:
-                load.prepare(prefix)
-                watched = watch_worker(str(vllm_config.parallel_config.worker_cls))
-                with load.building, load.post_processing:  # weights that were pulled processed are left alone by vLLM
-                    model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-                load.settle(model)
-                if watched and load.is_last:  # nothing more is loaded: vLLM measures its memory next
-                    with serving_only("holding transfers still until vLLM has measured its memory", None):
-                        hold_still_until_profiled(load.device)
-                remember(model, load.announcement, str(model_config.model))
-            except BaseException as error:
-                load.abandon(error)
-                raise
+                with failure_told(context.server, context.role):
+                    watched = watch_worker(str(vllm_config.parallel_config.worker_cls))
+                    with context.reads, context.post_processing:
+                        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+                    _finish(self._phase, model, watched=watched)
             finally:
-                self._current = None
+                self._phase = None
             return model
 
-        def _new_load(self, vllm_config: Any, model_config: Any) -> Load:
-            from netloader.vllm.load.loading import Load
-
-            return Load(vllm_config, model_config, self.load_config, self._config)
-
     return NetloaderModelLoader
+
+
+def _finish(phase: Context | Loaded, model: torch.nn.Module, *, watched: bool) -> None:
+    """What is left of a load once vLLM has post-processed the weights.
+
+    Args:
+        phase: What the load has come to.
+        model: The model.
+        watched: Whether vLLM measures the memory of this worker once all models are loaded.
+    """
+    from netloader.vllm.load.inspect_engine import NothingPulled
+    from netloader.vllm.load.loading import Loaded, serve_loaded
+
+    if not isinstance(phase, Loaded):
+        raise NothingPulled("vLLM has built a model and not asked for its weights", hint="report vLLM's version to us")
+    serve_loaded(phase, model)
+    engine = phase.context.engine
+    if watched and not engine.loads_draft_next:
+        with serving_only("holding transfers still until vLLM has measured its memory", None):
+            hold_still_until_profiled(engine.device)
+    remember(model, phase.snapshot.record.announcement, str(engine.model_config.model))
+
+
+def _fill_existing(model: torch.nn.Module, model_config: Any, load_config_of_vllm: Any, config: Config) -> None:
+    """Fill a model that exists already. It is not served, because vLLM does not say when it is post-processed.
+
+    Raises:
+        ReloadRefused: This loader has loaded the model before.
+    """
+    from vllm.config import get_current_vllm_config
+
+    from netloader.vllm.load.inspect_engine import Engine, inspect_built
+    from netloader.vllm.load.loading import load_weights
+
+    if was_processed(model):
+        refused = ReloadRefused(
+            "load_weights was called for a model that is loaded: vLLM has rewritten its weights since, and raw "
+            "ones would be taken for processed ones",
+            hint="call reload_weights of the worker instead",
+        )
+        log.warning("netloader: the weights stay as they are: %s", refused)
+        raise refused
+    engine = Engine(get_current_vllm_config(), model_config, load_config_of_vllm)
+    load_weights(inspect_built(engine, config), model)

@@ -17,8 +17,8 @@ import torch
 
 from netloader.session.holding import Holding
 from netloader.tensors import hold
-from netloader.vllm.load import loading
-from netloader.vllm.load.loading import NothingPulled
+from netloader.vllm.load import inspect_engine, pull_weights
+from netloader.vllm.load.inspect_engine import NothingPulled
 from netloader.vllm.model.agreement import AgreementError
 from netloader.vllm.serve import serving
 from tests.vllm import harness
@@ -236,9 +236,9 @@ def one_dies(models: dict[str, str], arguments: dict[str, Any], where: str) -> d
 
     with source_of(rank.seed("full")) as source:
         if rank.number == 1 and where == "pull":
-            vars(loading)["pull_raw"] = die
+            vars(pull_weights)["pull_raw"] = die
         elif rank.number == 1:
-            vars(loading)["fallback_loader"] = lambda *_: SimpleNamespace(load_weights=die)
+            vars(inspect_engine)["fallback_loader"] = lambda *_: SimpleNamespace(load_weights=die)
         began = time.monotonic()
         try:
             rank.pull("full", *([source] if where == "pull" or rank.number == 0 else []))

@@ -6,7 +6,7 @@ import pytest
 
 from netloader import sync
 from netloader.session.holding import Holding
-from netloader.vllm.load import loading
+from netloader.vllm.load import agree_ranks, inspect_engine
 from netloader.vllm.model.load_state import load_state_of
 from netloader.vllm.serve import serving
 from tests.models import ModelStore
@@ -148,8 +148,8 @@ def test_facts_of_a_pull_that_is_not_kept_are_forgotten(
     kind = KINDS["EAGLE"]
     seed, _ = seed_of("EAGLE with other embeddings", models)
     (holding,) = held("draft")
-    monkeypatch.setattr(loading, "roots_wanted", lambda _: True)
-    monkeypatch.setattr(loading, "mixture", lambda _: "of a mixture")
+    monkeypatch.setattr(agree_ranks, "roots_wanted", lambda _: True)
+    monkeypatch.setattr(agree_ranks, "mixture", lambda _: "of a mixture")
     log_lines.lines.clear()
     with source_of(holding, model=str(models.get("eagle")), fingerprint="") as source:
         client = load_pair(models.get(kind.target), kind.speculative(models.get), None, draft=from_source(source))
@@ -174,7 +174,7 @@ def test_facts_that_do_not_fit_the_tensors_are_refused(
     kind = KINDS["EAGLE"]
     seed, _ = seed_of("EAGLE", models)
     (holding,) = held("draft")
-    monkeypatch.setattr(loading, "ask_sources", lambda *_: holding.announcement.identity)
+    monkeypatch.setattr(inspect_engine, "ask_sources", lambda *_: holding.announcement.identity)
     lie = {"has_own_embed_tokens": True, "has_own_lm_head": False}
     log_lines.lines.clear()
     with source_of(holding, load_state=lie) as source:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from netloader.server.server import HoldingServer
-from netloader.vllm.load import loading
+from netloader.vllm.load import fill_model
+from netloader.vllm.load.inspect_engine import Context
 from netloader.vllm.model.support import why_not
 from tests.models import ModelStore
 from tests.vllm import harness
@@ -201,15 +202,16 @@ def test_the_name_of_a_method_that_vllm_no_longer_has_is_reason_enough() -> None
 def test_a_quantisation_that_fills_weights_in_its_own_way_falls_back(
     method: str, falls_back: FallingBack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_default = loading.Load._load_by_default
+    by_default = fill_model.load_by_default
 
-    def plain(self: loading.Load, *arguments: Any) -> None:
+    def plain(context: Context, *arguments: Any) -> fill_model.Filled:
         # The files are plain: neither method could read them, whoever loads.
-        self._model_config.quantization = None
-        by_default(self, *arguments)
-        self._model_config.quantization = method
+        context.engine.model_config.quantization = None
+        filled = by_default(context, *arguments)
+        context.engine.model_config.quantization = method
+        return filled
 
-    monkeypatch.setattr(loading.Load, "_load_by_default", plain)
+    monkeypatch.setattr(fill_model, "load_by_default", plain)
 
     configs: list[Any] = []
 

@@ -163,23 +163,24 @@ def test_weights_that_are_not_to_be_kept_do_not_outlive_post_processing(
     import weakref
 
     from netloader.vllm.load import loading
+    from netloader.vllm.serve import recording
+    from netloader.vllm.serve.choose_layout import Choice, choose_layout
     from netloader.vllm.serve.recording import Record, record
 
     raw: dict[str, weakref.ref[torch.Tensor]] = {}
     alive: list[str] = []
-    settle = loading.Load.settle
 
     def after_loading(model: torch.nn.Module, *arguments: Any, **options: Any) -> Record:
         made = record(model, *arguments, **options)
         raw.update((name, weakref.ref(tensor)) for name, tensor in harness.named_tensors(model))
         return made
 
-    def after_processing(self: loading.Load, model: torch.nn.Module) -> None:
+    def after_processing(*arguments: Any) -> Choice:
         alive.extend(name for name, tensor in raw.items() if tensor() is not None)
-        settle(self, model)
+        return choose_layout(*arguments)
 
-    monkeypatch.setattr(loading, "record", after_loading)
-    monkeypatch.setattr(loading.Load, "settle", after_processing)
+    monkeypatch.setattr(recording, "record", after_loading)
+    monkeypatch.setattr(loading, "choose_layout", after_processing)
     load(models.get("llama-w8a8"))
     assert "model.embed_tokens.weight" in alive
     assert not [name for name in alive if "proj.weight" in name], "the int8 weights that were replaced"

@@ -19,7 +19,8 @@ from netloader.core.identity import ModelIdentity, Severity, differences
 from netloader.errors import MemoryStillInUse
 from netloader.vllm.live import reloading
 from netloader.vllm.live.reloading import ReloadRefused
-from netloader.vllm.load import loading
+from netloader.vllm.load import agree_ranks
+from netloader.vllm.load.inspect_engine import NothingPulled
 from netloader.vllm.model import processed
 from netloader.vllm.model.agreement import Report
 from netloader.vllm.serve import serving
@@ -205,7 +206,7 @@ def _beside(monkeypatch: pytest.MonkeyPatch, *others: Report) -> None:
     def exchange(mine: Report, *_: Any) -> tuple[Report, ...]:
         return mine, told.pop(0) if len(told) > 1 else told[0]
 
-    monkeypatch.setattr(loading, "exchange", exchange)
+    monkeypatch.setattr(agree_ranks, "exchange", exchange)
 
 
 def _second(outcome: Any, **said: Any) -> Report:
@@ -275,7 +276,7 @@ def test_without_a_default_loader_one_rank_that_failed_ends_all(
     )
     with source_of(seeds.get("draft").holding) as source:
         _beside(monkeypatch, _second("failed", reason="its source is down"))
-        with pytest.raises(loading.NothingPulled, match=reason):
+        with pytest.raises(NothingPulled, match=reason):
             pull(models.get("draft"), source, FALLBACK=False)
 
 

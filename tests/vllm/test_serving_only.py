@@ -9,9 +9,9 @@ import pytest
 
 from netloader import tensors
 from netloader.errors import NetloaderError
-from netloader.vllm.load import loading
+from netloader.vllm.load import examine_model, inspect_engine, loading
 from netloader.vllm.model import snapshot
-from netloader.vllm.serve import choose_layout, recording, serving
+from netloader.vllm.serve import recording, serving
 from tests.models import ModelStore
 from tests.vllm.pulls import LogLines, Seeds, load, pull, source_of
 
@@ -21,8 +21,9 @@ KIND = "llama-bf16"
 ERRORS = [MemoryError("none left"), RecursionError("too deep"), RuntimeError("CUDA out of memory")]
 FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
-    "offering the weights": [(snapshot.RawWeights, "settle"), (choose_layout.Settling, "serve")],
+    "offering the weights": [(snapshot.RawWeights, "settle"), (loading, "choose_layout"), (loading, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
+    "looking at the model": [(examine_model, "named_raw_tensors"), (examine_model, "model_identity")],
 }
 
 
@@ -60,11 +61,11 @@ def test_a_load_goes_through_and_the_reason_is_told(
         pull(models.bare(KIND), server.address, FALLBACK=False)
 
 
-@pytest.mark.parametrize("owner", [loading, serving.WorkerServer], ids=["start", "expect"])
+@pytest.mark.parametrize("owner", [inspect_engine, serving.WorkerServer], ids=["start", "expect"])
 def test_a_server_that_does_not_come_up_costs_the_server_only(
     owner: Any, seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
 ) -> None:
-    name = "worker_server" if owner is loading else "expect"
+    name = "worker_server" if owner is inspect_engine else "expect"
     monkeypatch.setattr(owner, name, failing(RuntimeError("can't start new thread")))
     assert load(models.get(KIND)).raw == seeds.disk(KIND)
     assert log_lines.with_part("failed, which costs what is served and nothing else")
@@ -104,6 +105,6 @@ def test_an_error_of_the_load_itself_is_told_and_comes_out(
 ) -> None:
     """The control: the guard is around serving, and nothing else."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(loading.Load, "_fill", failing(MemoryError("none left")))
+    monkeypatch.setattr(loading, "pull", failing(MemoryError("none left")))
     with pytest.raises(MemoryError):
         load(models.get(KIND))

@@ -1,8 +1,8 @@
-"""Taking over processed weights: build the same structure, compare, pull in place, let vLLM rebuild what is no tensor.
+"""Taking over processed weights: build the same structure, compare it, pull into it, let vLLM make the rest.
 
-The order is vLLM's own contract for weights that are processed already: its post-processing runs once on the freshly
-built model, which makes the tensors; they are filled; it runs again under `weights_already_processed`, which makes
-everything beside them. Whatever differs from the source after that is found by its digest.
+vLLM defines the order for weights that are processed already. Its post-processing runs once on the freshly built model
+and creates the tensors. They are filled. It runs again under `weights_already_processed` and creates everything else.
+Digests then show whatever differs from the source.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from netloader.errors import NetloaderError
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 
     from netloader.core.report import PullReport
 
-__all__ = ["Adopted", "NotAdopted", "ProcessedPull", "Registrations", "adopt_processed", "check_adopted"]
+__all__ = [
+    "Adopted",
+    "NotAdopted",
+    "Registrations",
+    "adopt_processed",
+    "check_adopted",
+    "check_possible",
+    "leave_alone",
+]
 
 log = logging.getLogger(__name__)
 
@@ -52,20 +61,30 @@ class Adopted:
     names: frozenset[str]
 
 
+def check_possible() -> None:
+    """Check whether this vLLM can take over processed weights.
+
+    Raises:
+        NotAdopted: It can't.
+    """
+    if not possible():
+        raise NotAdopted("this vLLM does not know processed weights", hint="use a newer vLLM, or a raw source")
+
+
 def adopt_processed(
     model: torch.nn.Module,
     model_config: Any,
     device: str,
-    context: ExitStack,
     pull: Callable[[Mapping[str, torch.Tensor]], PullReport],
 ) -> Adopted:
     """Turn a freshly built model into one that is post-processed and filled from a source.
 
+    vLLM's own post-processing comes later, and has to run under `weights_already_processed` too.
+
     Args:
-        model: The model; broken when this raises.
+        model: The model. When this raises, it can only be built anew.
         model_config: vLLM's configuration of it.
         device: Where it lives.
-        context: Stays open for as long as vLLM's own post-processing is to leave the weights alone.
         pull: Fills tensors, and checks names, dtypes, shapes, strides and aliases of all before the first byte.
 
     Raises:
@@ -75,7 +94,7 @@ def adopt_processed(
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
     from vllm.model_executor.utils import weights_already_processed
 
-    _settle_values(model)
+    _zero_values(model)
     process_weights_after_loading(model, model_config, torch.device(device))
     found = survey(model, {})
     problems = [*flag_problems(model), *found.problems]
@@ -86,10 +105,17 @@ def adopt_processed(
     pulled = {name: digest_of(tensor) for name, tensor in found.tensors.items()}
     adopted = Adopted(report, pulled, found.tensors[FACTS].clone(), frozenset(found.facts))
     del found
-    context.enter_context(weights_already_processed())
-    process_weights_after_loading(model, model_config, torch.device(device))
+    with weights_already_processed():
+        process_weights_after_loading(model, model_config, torch.device(device))
     check_adopted(model, adopted)
     return adopted
+
+
+def leave_alone(post_processing: ExitStack) -> None:
+    """Have the post-processing that runs in `post_processing` leave the weights as they are."""
+    from vllm.model_executor.utils import weights_already_processed
+
+    post_processing.enter_context(weights_already_processed())
 
 
 def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
@@ -120,8 +146,8 @@ def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
         )
 
 
-def _settle_values(model: torch.nn.Module) -> None:
-    """Zeros for what is pulled anyway; single values stay, since post-processing may insist on what they mean."""
+def _zero_values(model: torch.nn.Module) -> None:
+    """Zero what will be pulled. Single values stay, because post-processing may check what they mean."""
     import torch
 
     with torch.no_grad():
@@ -131,27 +157,29 @@ def _settle_values(model: torch.nn.Module) -> None:
 
 
 class Registrations:
-    """What layers wrote into vLLM's configuration when they were built, to take it back before a second build.
+    """vLLM's tables of layers as they were before the build, so that a second build can begin with the same.
+
+    Layers enter themselves in these tables, which are part of vLLM's configuration, when they are built.
 
     Args:
         vllm_config: vLLM's configuration, before the model is built.
+        model_config: The part of it that describes the model.
+        prefix: The name under which vLLM builds the model.
+        device: Where it builds the model, as torch names it.
     """
 
     _TABLES = ("static_forward_context", "static_all_moe_layers")
 
-    def __init__(self, vllm_config: Any) -> None:
-        self._vllm_config = vllm_config
+    def __init__(self, vllm_config: Any, model_config: Any, prefix: str, device: str) -> None:
+        self._build = partial(_build, vllm_config, model_config, prefix, device)
         config = getattr(vllm_config, "compilation_config", None)
-        tables = {name: getattr(config, name, None) for name in self._TABLES}
-        self._before = {name: (table, table.copy()) for name, table in tables.items() if table is not None}
+        tables = [getattr(config, name, None) for name in self._TABLES]
+        self._before = [(table, table.copy()) for table in tables if table is not None]
 
-    def rebuild(self, model: torch.nn.Module, model_config: Any, prefix: str, device: str) -> None:
-        """Build the model anew, in the same object, whose present content is let go first."""
-        import torch
-        from vllm.model_executor.model_loader.utils import initialize_model
-
+    def rebuild(self, model: torch.nn.Module) -> None:
+        """Build the model anew in the same object. What it holds now is freed first."""
         vars(model).clear()
-        for table, before in self._before.values():
+        for table, before in self._before:
             table.clear()
             if isinstance(table, list):
                 table.extend(before)
@@ -159,56 +187,13 @@ class Registrations:
                 table.update(before)
         gc.collect()
         log.info("netloader: the model is built anew, since its structure was that of processed weights")
-        with torch.device(device):
-            new = initialize_model(vllm_config=self._vllm_config, model_config=model_config, prefix=prefix)
-        vars(model).update(vars(new))
+        vars(model).update(vars(self._build()))
 
 
-class ProcessedPull:
-    """One load's chance to take over processed weights, made before the model is built.
+def _build(vllm_config: Any, model_config: Any, prefix: str, device: str) -> torch.nn.Module:
+    import torch
+    from vllm.model_executor.model_loader.utils import initialize_model
 
-    Args:
-        vllm_config: vLLM's configuration.
-        model_config: The part of it that describes the model.
-        device: Where the model lives.
-        prefix: Under which vLLM builds it.
-
-    Attributes:
-        context: What vLLM's own post-processing has to run in.
-        adopted: What was taken over; None as long as the model is not made of it.
-    """
-
-    def __init__(self, vllm_config: Any, model_config: Any, device: str, prefix: str) -> None:
-        self.context = ExitStack()
-        self.adopted: Adopted | None = None
-        self._begun = False
-        self._model_config = model_config
-        self._device = device
-        self._prefix = prefix
-        self._registrations = Registrations(vllm_config)
-
-    def run(self, model: torch.nn.Module, pull: Callable[[Mapping[str, torch.Tensor]], PullReport]) -> PullReport:
-        """Take over what `pull` brings; see :func:`adopt_processed`."""
-        if not possible():
-            raise NotAdopted("this vLLM does not know processed weights", hint="use a newer vLLM, or a raw source")
-        self._begun = True
-        self.adopted = adopt_processed(model, self._model_config, self._device, self.context, pull)
-        return self.adopted.report
-
-    def undo(self, model: torch.nn.Module) -> bool:
-        """Make `model` what vLLM built, if taking over was begun; whether it had to be done."""
-        if not self._begun:
-            return False
-        self.context.close()
-        self.adopted, self._begun = None, False
-        self._registrations.rebuild(model, self._model_config, self._prefix, self._device)
-        return True
-
-    def check(self, model: torch.nn.Module) -> None:
-        """After vLLM's own post-processing: whether the model is still what was pulled.
-
-        Raises:
-            NotAdopted: It is not.
-        """
-        if self.adopted is not None:
-            check_adopted(model, self.adopted)
+    with torch.device(device):
+        model: torch.nn.Module = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+    return model

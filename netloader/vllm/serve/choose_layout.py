@@ -1,106 +1,101 @@
-"""What a worker serves once vLLM has made its weights ready: raw where that is exact, else processed, else nothing."""
+"""After post-processing: which layout of a model can be served exactly: raw if it can, else processed, else none."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from netloader.config import Config
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import Role
+from netloader.session.holding import Holding
+from netloader.vllm.model.load_state import load_state_of
 from netloader.vllm.model.processed import hold_processed
-from netloader.vllm.serve.recording import Recorded
+from netloader.vllm.serve.recording import Recorded, Snapshot
 from netloader.vllm.serve.retention import hint_for, kept_text, named
-from netloader.vllm.serve.serving import WorkerServer
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Settling"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Choice", "choose_layout"]
 
 
 @dataclass(frozen=True)
-class Settling:
-    """The decision for one model.
+class Choice:
+    """What is served of a model.
 
     Attributes:
-        server: Where it is served.
-        config: Ours.
-        rank: For the log.
-        identity: The model's, with all that is known after loading.
-        load: Digest over the roots of all ranks.
-        shares: Whether it is a draft that shares tensors with its target.
-        adopted: Whether its weights were pulled processed.
-        refusal: Why there are no raw tensors, and what could be done.
+        role: Whether it is the target or its draft.
+        holding: What is offered, in one layout; None when nothing can be served exactly.
+        detail: The holding in words, for the log.
+        refusal: Why the raw layout is not served, and what could be done; empty when it is.
     """
 
-    server: WorkerServer
-    config: Config
-    rank: int
-    identity: ModelIdentity
-    load: str
-    shares: bool
-    adopted: bool
-    refusal: tuple[str, str]
+    role: Role
+    holding: Holding | None = None
+    detail: str = ""
+    refusal: tuple[str, str] = ("", "")
 
-    def serve(self, model: torch.nn.Module, recorded: Recorded | None) -> None:
-        """Serve what can be served exactly, or tell clients why nothing is.
 
-        Args:
-            model: Ready for use.
-            recorded: Its raw tensors; None when raw tensors alone do not make this model.
-        """
-        if recorded is None:
-            if not self.adopted:
-                self._refuse(*self.refusal)
-            else:
-                self._offer_processed(model, {}, *self.refusal)
-            return
-        settled = recorded.raw.settle(model)
-        if settled.lost:
-            some = named(f"{name} ({reason})" for name, reason in settled.lost.items())
-            hint = hint_for(settled.lost, recorded.quantised, self.config)
-            sizes = {spec.name: spec.nbytes for spec in recorded.announcement.manifest.tensors}
-            self._offer_processed(
-                model, sizes, f"post-processing left {len(settled.lost)} raw tensors behind: {some}", hint
-            )
-            return
-        from netloader.vllm.serve.raw_holding import Offered, offered
+def choose_layout(snapshot: Snapshot, model: torch.nn.Module, config: Config, target: Holding | None = None) -> Choice:
+    """Decide what is served of a model.
 
-        target = self.server.serves("target") if self.shares else None
-        target = target if isinstance(target, Offered) else None
-        holding = offered(recorded.announcement, recorded.device, settled, self.load, target)
-        kept = kept_text(settled)
-        manifest = holding.announcement.manifest
-        self.server.offer(
-            holding,
-            f"raw layout, {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB, "
-            f"{kept}{', ' if kept else ''}root {holding.announcement.root}",
-        )
+    Args:
+        snapshot: What was recorded when its loading ended.
+        model: The model, post-processed. Originals of raw tensors that are not needed any more are freed.
+        config: netloader's configuration.
+        target: What is served of the target, for a draft that uses tensors of it.
+    """
+    recorded = snapshot.record.recorded
+    if recorded is not None:
+        return _raw(snapshot, recorded, model, config, target)
+    if snapshot.processed:
+        return _processed(snapshot, model, {}, snapshot.record.refusal)
+    return Choice(snapshot.role, refusal=snapshot.record.refusal)
 
-    def _offer_processed(self, model: torch.nn.Module, sizes: Mapping[str, int], reason: str, hint: str) -> None:
-        """Serve the processed layout, since the raw one can't be; refuse where that would not be exact either."""
-        if self.shares:
-            holding, why_not_processed = None, "a draft that shares tensors with its target is served raw only"
-        else:
-            holding, why_not_processed = hold_processed(model, self.identity, sizes)
-        if holding is None:
-            self._refuse(f"{reason}; its processed weights are not exact either: {why_not_processed}", hint)
-            return
-        manifest = holding.announcement.manifest
-        self.server.offer(
-            holding,
-            f"processed layout, {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB, "
-            f"root {holding.announcement.root}",
-        )
-        role = self.identity.role
-        log.info("netloader: rank %d: %s: no raw layout: %s (%s)", self.rank, role, reason, hint)
-        self.server.refuse(role, f"{reason}; the processed layout is held", hint, layouts=("raw",))
 
-    def _refuse(self, reason: str, hint: str) -> None:
-        role = self.identity.role
-        log.warning("netloader: rank %d does not serve its %s: %s (%s)", self.rank, role, reason, hint)
-        self.server.refuse(role, reason, hint)
+def _raw(
+    snapshot: Snapshot, recorded: Recorded, model: torch.nn.Module, config: Config, target: Holding | None
+) -> Choice:
+    from netloader.vllm.serve.raw_holding import Offered, offered
+
+    settled = recorded.raw.settle(model)
+    if settled.lost:
+        some = named(f"{name} ({reason})" for name, reason in settled.lost.items())
+        hint = hint_for(settled.lost, recorded.quantised, config)
+        sizes = {spec.name: spec.nbytes for spec in recorded.announcement.manifest.tensors}
+        reason = f"post-processing left {len(settled.lost)} raw tensors behind: {some}"
+        return _processed(snapshot, model, sizes, (reason, hint))
+    of_target = target if snapshot.shares and isinstance(target, Offered) else None
+    holding = offered(recorded.announcement, recorded.device, settled, snapshot.load, of_target)
+    kept = kept_text(settled)
+    manifest = holding.announcement.manifest
+    detail = (
+        f"raw layout, {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB, "
+        f"{kept}{', ' if kept else ''}root {holding.announcement.root}"
+    )
+    return Choice(snapshot.role, holding, detail)
+
+
+def _processed(
+    snapshot: Snapshot, model: torch.nn.Module, sizes: Mapping[str, int], refusal: tuple[str, str]
+) -> Choice:
+    """The processed layout, since the raw one can't be served; nothing where that would not be exact either."""
+    holding: Holding | None = None
+    why_not = "it is not known what this model is"
+    if snapshot.shares:
+        why_not = "a draft that shares tensors with its target is served raw only"
+    elif snapshot.identity is not None:
+        identity = msgspec.structs.replace(snapshot.identity, load_state=load_state_of(model))
+        holding, why_not = hold_processed(model, identity, sizes)
+    if holding is None:
+        reason, hint = refusal
+        return Choice(snapshot.role, refusal=(f"{reason}; its processed weights are not exact either: {why_not}", hint))
+    manifest = holding.announcement.manifest
+    detail = (
+        f"processed layout, {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB, "
+        f"root {holding.announcement.root}"
+    )
+    return Choice(snapshot.role, holding, detail, refusal)

@@ -1,8 +1,8 @@
-"""The one guard around all that is for serving only: it logs and refuses, and never ends what it is a part of.
+"""The one guard around all that is for serving only: it logs the error and refuses the model, and raises nothing.
 
-A load, a reload, a sleep and a wake-up are what an engine is there for. That others may have its weights is not: what
-fails there (memory that is full, a server that is gone, an error of ours) costs the serving and nothing else. Nothing
-of what is known to be equal depends on it: what is not offered cannot be wrong.
+An engine has to load, to reload, to sleep and to wake up; serving its weights to others is extra. An error of serving
+(no memory, a lost server, a bug) therefore ends the serving and nothing else. That is safe, because a model that is not
+offered cannot be a wrong one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from netloader.core.identity import Role
 from netloader.errors import NetloaderError
 from netloader.vllm.serve.serving import ROLES, WorkerServer
 
-__all__ = ["HINT", "described", "refuse", "serving_only"]
+__all__ = ["HINT", "described", "failure_told", "refuse", "serving_only"]
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ HINT = "the log of this source has the details; pull from another one"
 def serving_only(what: str, server: WorkerServer | None, roles: Sequence[Role] = ROLES) -> Iterator[None]:
     """Run what is for serving only: an error is logged with its traceback, and clients are refused with the reason.
 
-    Nothing is raised but what ends the process or the thread. A server that cannot even refuse is given up.
+    Only what ends the process or the thread is raised. A server that cannot even refuse is given up.
 
     Args:
         what: What is being done, for the log and for clients ("recording the weights").
@@ -38,6 +38,16 @@ def serving_only(what: str, server: WorkerServer | None, roles: Sequence[Role] =
     except Exception as error:
         log.exception("netloader: %s failed, which costs what is served and nothing else", what)
         refuse(server, roles, f"{what} failed: {described(error)}", HINT)
+
+
+@contextmanager
+def failure_told(server: WorkerServer | None, role: Role) -> Iterator[None]:
+    """Run a load: an error that ends it goes on, after clients that wait for the model have been told."""
+    try:
+        yield
+    except BaseException as error:
+        refuse(server, [role], f"the model could not be loaded: {error}", "pull from another source")
+        raise
 
 
 def refuse(server: WorkerServer | None, roles: Sequence[Role], reason: str, hint: str) -> None:
@@ -53,5 +63,5 @@ def refuse(server: WorkerServer | None, roles: Sequence[Role], reason: str, hint
 
 
 def described(error: Exception) -> str:
-    """An error in words: those of ours speak for themselves."""
+    """An error in words; the type is named unless the error is one of netloader's."""
     return str(error) if isinstance(error, NetloaderError) else f"{type(error).__name__}: {error}"

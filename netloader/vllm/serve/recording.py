@@ -1,7 +1,7 @@
 """What is known of a model's raw tensors when loading ends, while they are still raw: for other ranks, and for serving.
 
-Nothing here may end a load, and every rank has to reach the exchange that follows: what fails leaves a reason, no root,
-and nothing that could be served.
+An error here must not end a load, and every rank has to reach the exchange that follows. So an error results in a
+record with a reason, without a root, and with nothing to serve.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from netloader.config import Config
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
 from netloader.vllm.model.load_state import PlainState
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from netloader.core.protocol.events import Announcement
 
-__all__ = ["Before", "Record", "Recorded", "record"]
+__all__ = ["Before", "Record", "Recorded", "Snapshot", "record"]
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Record:
-    """What came of it.
+    """The raw tensors of a model when loading ends, or why they can't be served.
 
     Attributes:
-        announcement: What the raw tensors are; None when they alone do not make this model, or nobody could tell.
-        recorded: What is to be served of them; None when nothing is, or there is no server.
+        announcement: Their manifest and digests; None when raw tensors alone do not make this model, or after an error.
+        recorded: What is served of them later; None when nothing is, or there is no server.
         refusal: Why there are no raw tensors to serve, and what could be done; empty when there are some.
     """
 
@@ -100,6 +100,32 @@ class Record:
         return replace(self, recorded=None, refusal=(f"{what} failed: {described(error)}", HINT))
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known of a model when loading ends, all ranks included: what it can be served as follows from this.
+
+    Attributes:
+        role: Whether it is the target or its draft.
+        record: What is known of its raw tensors.
+        load: Digest over the roots of all ranks; empty when one of them has none.
+        identity: What the model is; None for one that is not supported.
+        processed: Whether its weights were pulled processed.
+        shares: Whether it is a draft that uses tensors of its target.
+    """
+
+    role: Role
+    record: Record
+    load: str = ""
+    identity: ModelIdentity | None = None
+    processed: bool = False
+    shares: bool = False
+
+    @property
+    def root(self) -> str:
+        """Root of the raw tensors; empty when it is not known."""
+        return self.record.root
+
+
 def record(
     model: torch.nn.Module,
     before: Before,
@@ -111,14 +137,14 @@ def record(
     pulled: Announcement | None,
     serves: bool,
 ) -> Record:
-    """Take digests of the raw tensors while they are still raw; in every rank, whether or not it has a server.
+    """Take digests of the raw tensors while they are still raw, in ranks with and without a server; raises nothing.
 
     Args:
         model: The model, loaded and not yet post-processed.
         before: What it had before it was loaded.
         identity: Says what it is.
         left_out: Says which of its tensors are not served.
-        config: Ours.
+        config: netloader's configuration.
         who: The rank and the role, for the log.
         pulled: What was pulled into this model, if anything was: it is not hashed once more.
         serves: Whether there is a server.
@@ -144,9 +170,9 @@ def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: 
 
     try:
         if pulled is not None and describe(tensors)[0] == pulled.manifest:
-            # Every block was verified as it came. Whether it still is what it was then is looked at once all is over.
+            # The pull has verified every block. `RawWeights.settle` hashes them again after post-processing.
             return Record(replace(pulled, identity=identity))
-        # Not the holding itself: it keeps every tensor alive, also those that vLLM is about to replace.
+        # Not the holding itself, because it would keep tensors alive that vLLM is about to replace.
         return Record(hold(tensors, identity).announcement)
     except NetloaderError as error:
         return Record(refusal=(str(error), "load this model from storage"))

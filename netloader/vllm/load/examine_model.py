@@ -1,0 +1,96 @@
+"""Second step of a load: what the model is once vLLM has built it and before it has weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from netloader.core.identity import ModelIdentity
+from netloader.vllm.load.file_reads import Traced
+from netloader.vllm.load.inspect_engine import Context, model_identity
+from netloader.vllm.model.expert_maps import expert_maps
+from netloader.vllm.model.identity import fingerprint_of_model
+from netloader.vllm.model.load_state import load_state_of
+from netloader.vllm.model.quantisation import why_unknown
+from netloader.vllm.model.snapshot import named_raw_tensors
+from netloader.vllm.model.support import why_not
+from netloader.vllm.serve.guard import described, serving_only
+from netloader.vllm.serve.recording import Before
+from netloader.vllm.serve.retention import named
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Built", "examine"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that has no weights yet.
+
+    Attributes:
+        tensors: The raw tensors that are to be filled, by name.
+        load_state: Facts that loading may change (see :mod:`netloader.vllm.model.load_state`).
+        before: All else that loading may change; None where it could not be noted.
+        unsupported: Why the model can neither be pulled nor served; empty when it can.
+        identity: What has to be equal at a source and here; None for a model that is not supported.
+        fingerprint: Digest of the checkpoint's files on this host; empty where there are none.
+        maps: Digest of the expert maps of its layers; empty where it has none.
+        traced: What became of the tensors that its constructor read from files.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    load_state: Mapping[str, bool]
+    before: Before | None
+    unsupported: str = ""
+    identity: ModelIdentity | None = None
+    fingerprint: str = ""
+    maps: str = ""
+    traced: Traced = field(default_factory=Traced)
+
+
+def examine(context: Context, model: torch.nn.Module) -> Built:
+    """Look at a model that vLLM has just built.
+
+    A model that could not be examined is loaded by default: nothing of it is known to be equal to a source's. No error
+    of that is raised, because the other ranks wait for this one.
+    """
+    before: Before | None = None
+    with serving_only("noting what the model has beside its weights", None):
+        before = Before.of(model)
+    built = Built({}, load_state_of(model), before)
+    try:
+        fingerprint = fingerprint_of_model(context.engine.model_config)
+        tensors = named_raw_tensors(model)
+        built = replace(built, tensors=tensors, fingerprint=fingerprint, traced=context.reads.traced(tensors))
+        unsupported = _why_not(context, built)
+        if unsupported:
+            return replace(built, unsupported=unsupported)
+        asked = context.asked
+        identity = model_identity(context.engine, context.config, context.topology) if asked is None else asked.identity
+        unknown = why_unknown(identity)
+        if unknown:
+            return replace(built, unsupported=unknown)
+        maps = expert_maps(model)
+        placement = ", ".join(text for text in (context.topology.experts, maps) if text)
+        identity = msgspec.structs.replace(identity, fingerprint=fingerprint, expert_placement=placement)
+        return replace(built, identity=identity, maps=maps)
+    except Exception as error:
+        log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", context.rank)
+        return replace(built, unsupported=f"looking at the model failed: {described(error)}")
+
+
+def _why_not(context: Context, built: Built) -> str:
+    """Why these raw tensors can neither be pulled nor served, or would not be all of the model; empty if they can."""
+    if built.traced.lost:
+        return (
+            "the model reads tensors from files while it is built, and not all of them are weights that have a name: "
+            f"{named(built.traced.lost)}"
+        )
+    return why_not(context.engine.vllm_config, built.tensors, context.engine.model_config)

@@ -1,0 +1,130 @@
+"""Fifth step of a load: the model keeps what was pulled, or the default loader fills it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from netloader.core.identity import ModelIdentity
+from netloader.core.report import PullReport
+from netloader.vllm.load.agree_ranks import Decision
+from netloader.vllm.load.examine_model import Built
+from netloader.vllm.load.inspect_engine import Context, NothingPulled
+from netloader.vllm.load.processed_pull import Adopted
+from netloader.vllm.load.pull_weights import Pulled
+from netloader.vllm.load.relaying import withdraw
+from netloader.vllm.model.identity import fingerprint_of_model
+from netloader.vllm.model.load_state import apply_load_state, load_state_of
+from netloader.vllm.serve.guard import serving_only
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Filled", "fill", "load_by_default"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A model that has its weights, which are still raw unless they were pulled processed.
+
+    Attributes:
+        identity: What the model is, with the fingerprint of the checkpoint; None for a model that is not supported.
+        fingerprint: Digest of the checkpoint that the weights come from; empty when it is not known.
+        report: The account of the pull; None where the default loader filled the model.
+        adopted: What to compare the finished model with; None unless its weights were pulled processed.
+    """
+
+    identity: ModelIdentity | None
+    fingerprint: str
+    report: PullReport | None = None
+    adopted: Adopted | None = None
+
+
+def fill(context: Context, built: Built, pulled: Pulled, decision: Decision, model: torch.nn.Module) -> Filled:
+    """Keep what was pulled if the ranks decided so; else let the default loader fill the model.
+
+    Raises:
+        NothingPulled: Nothing is kept, and FALLBACK forbids the default loader.
+        Exception: What the default loader raises.
+    """
+    if decision.keeps:
+        return _keep(context, built, pulled, model)
+    return load_by_default(context, built, pulled, decision, model)
+
+
+def _keep(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module) -> Filled:
+    report = pulled.report
+    if report is None or built.identity is None:
+        raise NothingPulled("there is no report of a pull that succeeded", hint="this is a bug of netloader")
+    theirs, rank, role = report.identity, context.rank, context.role
+    apply_load_state(model, theirs.load_state)
+    tied = theirs.tied if built.identity.tied is None else built.identity.tied
+    # The fingerprint is the source's: what is known of the checkpoint now is what the files here did not contradict.
+    identity = msgspec.structs.replace(built.identity, tied=tied, fingerprint=theirs.fingerprint)
+    if theirs.fingerprint:
+        log.info("netloader: rank %d: %s: checkpoint fingerprint %s", rank, role, theirs.fingerprint)
+    for line in report.lines():
+        log.info("netloader: rank %d: %s: %s", rank, role, line)
+    return Filled(identity, theirs.fingerprint, report, pulled.adopted)
+
+
+def load_by_default(
+    context: Context, built: Built, pulled: Pulled, decision: Decision, model: torch.nn.Module
+) -> Filled:
+    """Undo what the pull has done to the model, and let vLLM's default loader fill it.
+
+    Raises:
+        NothingPulled: FALLBACK forbids the default loader.
+        NotRestored: The default loader left out tensors whose value before the pull is not known.
+        Exception: What the default loader raises.
+    """
+    config, rank, role, reason = context.config, context.rank, context.role, decision.why_default
+    if context.default_loader is None:
+        raise NothingPulled(
+            f"rank {rank} has no weights for its {role}, and FALLBACK is false: {reason}",
+            hint="leave FALLBACK out to let the default loader take over",
+        )
+    level = logging.INFO if decision.told.outcome == "default" and not context.sources else logging.WARNING
+    log.log(
+        level,
+        "netloader: rank %d: the default loader (%s) loads the %s: %s",
+        rank,
+        config.fallback_format,
+        role,
+        reason,
+    )
+    withdraw(context, pulled, "the default loader fills these weights instead")
+    restored = _undo(context, built, pulled, model)
+    try:
+        context.default_loader.load_weights(model, context.engine.model_config)
+    except Exception as error:
+        text = f"netloader: rank {rank}: the default loader failed too: {error}; it ran because: {reason}"
+        log.error("%s", text)  # noqa: TRY400 - the error itself goes on to vLLM
+        error.add_note(text)
+        raise
+    if restored and pulled.initial is not None:
+        pulled.initial.check_filled()
+    filled = Filled(built.identity, "")
+    # Taken again: the default loader may have fetched the files. Nothing that a source said of itself is used.
+    with serving_only("taking the checkpoint's fingerprint", None):
+        filled = replace(filled, fingerprint=fingerprint_of_model(context.engine.model_config))
+    if filled.identity is None:
+        return filled
+    return replace(filled, identity=msgspec.structs.replace(filled.identity, fingerprint=filled.fingerprint))
+
+
+def _undo(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module) -> bool:
+    """Make the model what vLLM built; whether its tensors are still those that the pull was given."""
+    rebuild = pulled.rebuild and context.registrations is not None
+    if rebuild and context.registrations is not None:
+        context.registrations.rebuild(model)
+    elif pulled.initial is not None:
+        pulled.initial.restore()
+    if load_state_of(model) != built.load_state:
+        apply_load_state(model, built.load_state)  # a source's facts: a loader sets facts, and takes none back
+    return not rebuild

@@ -1,0 +1,229 @@
+"""First step of a load: what is known of engine, model and sources before vLLM builds the model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from netloader.config import Config
+from netloader.core.addresses import Address
+from netloader.core.identity import ModelIdentity, Role
+from netloader.errors import NetloaderError
+from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.load.file_reads import FileReads
+from netloader.vllm.load.processed_pull import Registrations
+from netloader.vllm.load.pulling import ask_sources, check_transports
+from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
+from netloader.vllm.model.fallback import fallback_loader
+from netloader.vllm.model.identity import identity_of, role_of
+from netloader.vllm.model.topology import Topology, topology_of
+from netloader.vllm.serve.guard import failure_told, serving_only
+from netloader.vllm.serve.serving import WorkerServer, worker_server
+
+__all__ = ["Asked", "Context", "Engine", "NothingPulled", "inspect", "inspect_built", "model_identity"]
+
+log = logging.getLogger(__name__)
+
+
+class NothingPulled(NetloaderError):
+    """No weights could be pulled, and FALLBACK forbids the default loader."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What vLLM hands to a loader.
+
+    Attributes:
+        vllm_config: vLLM's configuration for this model.
+        model_config: The part of it that describes the model.
+        load_config: How vLLM was told to load.
+    """
+
+    vllm_config: Any
+    model_config: Any
+    load_config: Any
+
+    @property
+    def role(self) -> Role:
+        """Whether the model is the target or its draft."""
+        return role_of(self.model_config)
+
+    @property
+    def device(self) -> str:
+        """Where the model is built, as torch names it."""
+        wanted = self.load_config.device
+        return str(self.vllm_config.device_config.device if wanted is None else wanted)
+
+    @property
+    def loads_draft_next(self) -> bool:
+        """Whether this worker loads a draft model after this one."""
+        speculative = getattr(self.vllm_config, "speculative_config", None)
+        draft = None if speculative is None else getattr(speculative, "draft_model_config", None)
+        return self.role == "target" and draft is not None and role_of(draft) == "draft"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What asking the sources before the build has shown.
+
+    Attributes:
+        identity: Of the model; untied where the source's weight files made vLLM untie it.
+        load_state: Facts that the source's loading noted (see :mod:`netloader.vllm.model.load_state`).
+        seconds: Time that asking took.
+    """
+
+    identity: ModelIdentity
+    load_state: Mapping[str, bool] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known before vLLM builds the model.
+
+    Attributes:
+        engine: What vLLM handed over.
+        config: netloader's configuration.
+        topology: This worker's place in its engine.
+        sources: Addresses to pull from, in order.
+        default_loader: vLLM's loader to fall back to; None where FALLBACK forbids it.
+        reads: Records which tensors the model's constructor reads from files.
+        registrations: Builds the model a second time; None where vLLM did not leave the building to this load.
+        server: This worker's server; None where it serves nobody.
+        asked: What the sources answered; None where there are none.
+        post_processing: What vLLM's post-processing of the model has to run in.
+    """
+
+    engine: Engine
+    config: Config
+    topology: Topology
+    sources: Sequence[Address]
+    default_loader: Any
+    reads: FileReads
+    registrations: Registrations | None = None
+    server: WorkerServer | None = None
+    asked: Asked | None = None
+    post_processing: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank."""
+        return self.topology.rank
+
+    @property
+    def role(self) -> Role:
+        """Whether the model is the target or its draft."""
+        return self.engine.role
+
+    @property
+    def shares(self) -> bool:
+        """Whether this is a draft that uses tensors of its target."""
+        return shares_with_target(self.engine.vllm_config, self.role)
+
+    def left_out(self, names: Iterable[str], state: Mapping[str, bool]) -> frozenset[str]:
+        """Names of tensors that are neither pulled nor served, because the target's take their place."""
+        return left_out(names, state, pp_size=self.topology.pp_size) if self.shares else frozenset()
+
+
+def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
+    """Check the configuration, open the server, and ask the sources for what decides how the model is built.
+
+    Args:
+        engine: What vLLM handed over. Its model configuration is changed where a source holds untied embeddings.
+        config: netloader's configuration.
+        prefix: The name under which vLLM builds the model.
+
+    Raises:
+        ConfigError: The configuration can't work with this vLLM.
+        NothingPulled: There is nothing to pull from, and FALLBACK forbids the default loader.
+    """
+    topology = topology_of(engine.vllm_config, engine.model_config)
+    rank = topology.rank
+    sources = config.sources_for(rank)
+    for override in config.overrides:
+        log.info("netloader: %s", override)
+    for warning in config.warnings:
+        log.warning("netloader: %s", warning)
+    check_transports(config)
+    # Made whether or not it will be needed: an invalid FALLBACK_FORMAT is reported before anything is loaded.
+    default_loader = _default_loader(engine, config)
+    if default_loader is None and not sources:
+        raise NothingPulled(
+            f"rank {rank} has nothing to pull from ({config.why_no_source(rank)}), and FALLBACK is false",
+            hint="give it a SOURCE, or leave FALLBACK out",
+        )
+    registrations = Registrations(engine.vllm_config, engine.model_config, prefix, engine.device)
+    server = _open_server(engine, config, rank)
+    with failure_told(server, engine.role):
+        asked = _ask(engine, config, topology, sources) if sources else None
+    return Context(engine, config, topology, sources, default_loader, FileReads(), registrations, server, asked)
+
+
+def inspect_built(engine: Engine, config: Config) -> Context:
+    """The same for a model that exists already: it is only filled, and neither served nor built again.
+
+    Raises:
+        ConfigError: vLLM has no loader for FALLBACK_FORMAT.
+    """
+    topology = topology_of(engine.vllm_config, engine.model_config)
+    sources = config.sources_for(topology.rank)
+    return Context(engine, config, topology, sources, _default_loader(engine, config), FileReads())
+
+
+def model_identity(engine: Engine, config: Config, topology: Topology) -> ModelIdentity:
+    """What has to be equal at a source and here; without the fingerprint of the checkpoint."""
+    named = named_like_target(engine.vllm_config, engine.model_config, engine.role)
+    return identity_of(
+        engine.model_config,
+        topology,
+        name=config.model if named else None,
+        tied=tied_by_files(engine.model_config),
+        cache_config=getattr(engine.vllm_config, "cache_config", None),
+        load_config=engine.load_config,
+    )
+
+
+def _default_loader(engine: Engine, config: Config) -> Any:
+    if not config.fallback:
+        return None
+    return fallback_loader(engine.load_config, config.fallback_format, config.fallback_config)
+
+
+def _open_server(engine: Engine, config: Config, rank: int) -> WorkerServer | None:
+    server: WorkerServer | None = None
+    with serving_only("starting the server", None):
+        server = worker_server(config, rank, engine.device)
+    if server is not None:
+        with serving_only("announcing what is being loaded", server):
+            server.expect(engine.role, "the model is still being loaded")
+            if engine.loads_draft_next:
+                server.expect("draft", "the draft model is loaded after its target")
+    return server
+
+
+def _ask(engine: Engine, config: Config, topology: Topology, sources: Sequence[Address]) -> Asked:
+    identity = model_identity(engine, config, topology)
+    may_untie = identity.tied is None and could_adopt(engine.model_config)
+    if not may_untie and not shares_with_target(engine.vllm_config, engine.role):
+        return Asked(identity)
+    began = time.monotonic()
+    source = ask_sources(sources, engine.role, config)
+    seconds = time.monotonic() - began
+    if source is None:
+        return Asked(identity, seconds=seconds)
+    if may_untie and adopt_untied(engine.model_config, source):
+        identity = msgspec.structs.replace(identity, tied=False)
+        log.info(
+            "netloader: rank %d: config.json says that the embeddings are tied, the source's weight files have an "
+            "output embedding of its own; the %s is built as the source's is",
+            topology.rank,
+            engine.role,
+        )
+    # The load state tells which tensors of a draft its checkpoint fills. Only loading from files finds that out.
+    return Asked(identity, source.load_state, seconds)
