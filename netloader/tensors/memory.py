@@ -251,12 +251,10 @@ class Memory:
     def _why_missing(self, plan: Plan, number: int) -> str:
         """Why a block can't be read or written any more; empty when it can."""
         block = plan.blocks[number]
-        if self._look(plan, [number]) is not None:
-            return ""
-        self._kept[1].pop(number, None)  # nobody is to wait for us with freeing what was replaced
         for index, nbytes in zip(block.tensors, block.sizes, strict=True):
             reason = self._problem(index, block.offset + nbytes)
             if reason:
+                self._kept[1].pop(number, None)  # nobody is to wait for us with freeing what was replaced
                 return f"{self._manifest.tensors[index].name} {reason}"
         return ""
 
