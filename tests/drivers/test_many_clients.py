@@ -27,7 +27,6 @@ from netloader.core.protocol import State
 from netloader.core.protocol.context import Timings
 from netloader.core.report import Progress, PullReport
 from netloader.errors import NoSourceLeft
-from netloader.server import session as server_session_module
 from netloader.server.server import HoldingServer
 from netloader.session import driver as driver_module
 from netloader.session.holding import Holding
@@ -366,5 +365,5 @@ def test_every_client_ends_complete_or_with_a_reason(
         await world.run()
         return world
 
-    modules = (client_module, client_session_module, driver_module, server_session_module)
+    modules = (client_module, client_session_module, driver_module)
     jumping.run(live, *modules).check()
