@@ -125,17 +125,14 @@ class ClientSession(SessionDriver[ServerMessage]):
         self.blocks = 0
         self.nbytes = 0
         self._ledger = ledger
-        self._tell_pull = tell
+        self._tell = tell
         self._destination = destination
         self._digest = digest
         self._transports = transports
         self._supply = supply
         self._loop = asyncio.get_running_loop()
         self._landed: deque[tuple[int, bytes]] = deque()
-        self._account_due = False
         self._some_landed = asyncio.Event()
-        self._accounted = 0.0
-        self._over = False
         self._rejected: DigestMismatch | None = None
         self._granted = BlockQueue(_OPEN_GRANTS, f"the source sent more than {_OPEN_GRANTS} grants ahead")
         self._verify_seconds = 0.0
@@ -146,8 +143,6 @@ class ClientSession(SessionDriver[ServerMessage]):
             await super().run()
         finally:
             self._granted.close()
-            self._account()  # what is verified stays verified
-            self._over = True
             self._supply.ended(self)
             if self._verify_seconds:
                 self._observe(PhaseEnded("client", self.number, self.peer, "verify", self._verify_seconds))
@@ -171,11 +166,6 @@ class ClientSession(SessionDriver[ServerMessage]):
                 self.feed(self.gave_up())
 
     # --- what the session wants -------------------------------------------------------------------------------------
-
-    def _tell(self, event: p.Event) -> None:
-        """Tell the pull, after everything that landed before."""
-        self._account()
-        self._tell_pull(event)
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of the client's side."""
@@ -205,7 +195,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         """Start the tasks that receive and account for it, once there is a channel."""
         if after is State.TRANSFER:
             self._tell(p.Opened(self.number))
-            self.spawn(self._account_in_time, lambda _: None)
+            self.spawn(self._account_meanwhile, lambda _: None)
             self.spawn(lambda: self.move_blocks(self._next_receive), lambda _: None)
 
     def gave_up(self) -> e.Cancelled:
@@ -248,8 +238,7 @@ class ClientSession(SessionDriver[ServerMessage]):
                 self._rejected = DigestMismatch(view.number, names, expected.hex(), digest.hex())
                 raise self._rejected
             self._landed.append((view.number, digest))
-            if not self._account_due and len(numbers) > 1:  # the end of this receive tells a single block
-                self._account_due = True
+            if len(numbers) > 1 and not self._some_landed.is_set():  # a single block: this receive is over anyway
                 self._loop.call_soon_threadsafe(self._some_landed.set)
 
         try:
@@ -266,6 +255,7 @@ class ClientSession(SessionDriver[ServerMessage]):
             result = e.WorkFailed(self._rejected)
         finally:
             self._verify_seconds += sum(seconds)
+            self._account()  # before the session hears that the receive is over; what is verified stays verified
         return lambda: self.feed(result)
 
     def _plan(self) -> Plan:
@@ -273,19 +263,16 @@ class ClientSession(SessionDriver[ServerMessage]):
             raise LocalProtocolError("blocks landed before a plan was agreed")
         return self._ledger.plan
 
-    async def _account_in_time(self) -> None:
-        """Account for what landed, but not more often than every so many seconds."""
+    async def _account_meanwhile(self) -> None:
+        """Account for what landed while receives go on: for the first block at once, then every so many seconds."""
         while True:
             await self._some_landed.wait()
             self._some_landed.clear()
-            await anyio.sleep(max(0.0, self._accounted + _LOOK_SECONDS - self._loop.time()))
             self._account()
+            await anyio.sleep(_LOOK_SECONDS)
 
     def _account(self) -> None:
-        """Tell the pull what landed."""
-        self._account_due = False
-        if not self._landed or self._over:  # over: told by a thread that could not be brought back, nobody counts on it
-            return
-        self._accounted = self._loop.time()
+        """Tell the pull what landed and was not told yet."""
         blocks = [self._landed.popleft() for _ in range(len(self._landed))]
-        self._tell_pull(p.Landed(self.number, blocks))
+        if blocks:
+            self._tell(p.Landed(self.number, blocks))

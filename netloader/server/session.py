@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,11 +56,9 @@ _OPEN_REQUESTS = 4096
 
 _ELSEWHERE = "pull from another source"
 
-_SEND_BYTES = (64 << 20, 1 << 30)
-"""Bytes handed to the channel at once, at first and at most: between two calls nothing moves, so they should be few."""
-
-_SEND_SECONDS = 0.25
-"""What the calls that are open at once may take, at the rate seen: retraction is noticed between two of them."""
+_SEND_BYTES = 256 << 20
+"""Bytes handed to the channel at once, at most. What a client asks for ahead is half a second's worth at the rate it
+sees, so a call takes no longer, and retraction is noticed between two of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +129,6 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._holding: Holding | None = None
         self._asked = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
-        self._sent_at = 0.0
-        self._send_bytes = _SEND_BYTES[0]
         self._blocks = 0
         self._nbytes = 0
 
@@ -342,7 +337,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         if not self._holdings.holds(holding):
             self._asked.drop()
             return partial(self._say_gone, *self._holdings.why_gone(holding))
-        batch = self._asked.take(holding.announcement.plan, self._send_bytes)
+        batch = self._asked.take(holding.announcement.plan, _SEND_BYTES)
         self._sending += 1
         try:
             views = await looked_up(holding.memory.views, holding.announcement.plan, batch)
@@ -360,15 +355,11 @@ class ServerSession(SessionDriver[ClientMessage]):
         return lambda: self.retract(reason, sources)
 
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
-        began, channel = time.monotonic(), self.channel()
         try:
-            await channel.send(views)
+            await self.channel().send(views)
         finally:
             self._sending -= 1
-        nbytes, now = sum(view.nbytes for view in views), time.monotonic()
-        rate = nbytes / max(now - max(began, self._sent_at), 1e-4)
-        self._sent_at = now
-        self._send_bytes = int(min(max(rate * _SEND_SECONDS, 1), _SEND_BYTES[1])) // channel.depth
+        nbytes = sum(view.nbytes for view in views)
 
         def account() -> None:
             self._blocks += len(batch)

@@ -56,7 +56,7 @@ class ControlConnection(Generic[M]):
         decoder: Decoder for what the peer may send.
 
     Raises:
-        PeerLost: The peer is gone already, or this process has no descriptor left.
+        PeerLost: The peer is gone already.
     """
 
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
@@ -70,14 +70,6 @@ class ControlConnection(Generic[M]):
             raise PeerLost(
                 f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"
             ) from error
-        try:
-            # A descriptor of our own: the stream's may be closed, and mean something else, before we hear of it.
-            self._direct = socket.fromfd(raw.fileno(), raw.family, raw.type)
-        except OSError as error:
-            raise PeerLost(
-                f"there is no descriptor for the control connection: {error}", hint="raise the limit of open files"
-            ) from error
-        self._direct.setblocking(False)
         self.local_host = unmapped(str(local[0]))
         self.peer_host, self.peer_port = unmapped(str(peer[0])), int(peer[1])
 
@@ -104,18 +96,8 @@ class ControlConnection(Generic[M]):
             if messages:
                 return messages
 
-    def send_now(self, frame: bytes) -> bytes:
-        """Send as much of a frame as goes without waiting, and return the rest. Not while :meth:`send` is under way.
-
-        A task that waits for a message takes its turns of the event loop first, at both ends of each question.
-        """
-        try:
-            return frame[self._direct.send(frame) :]
-        except OSError:  # no room, or broken: `send` finds out which
-            return frame
-
     async def send(self, frame: bytes) -> None:
-        """Send a frame, or the rest of one.
+        """Send a frame.
 
         Raises:
             PeerLost: The connection ended.
@@ -142,5 +124,4 @@ class ControlConnection(Generic[M]):
 
     async def aclose(self) -> None:
         """Close the connection. Idempotent; does not wait for the peer, and drops what it has not taken yet."""
-        self._direct.close()
         await anyio.aclose_forcefully(self._stream)

@@ -7,6 +7,7 @@ which ends with the session.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -47,6 +48,9 @@ _log = logging.getLogger("netloader")
 
 _LINGER = 0.5
 """Seconds that the last messages of a session may take to leave."""
+
+_PARTING = 0.05
+"""Seconds that the last message of an abandoned session may take to leave."""
 
 _OUTBOX_LIMIT = 256
 """Messages that may wait to be sent before this side stops reading: a peer that does not read gets no more done."""
@@ -103,9 +107,9 @@ class SessionDriver(Generic[M]):
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
         self._feeding = False
-        self._outbox: deque[bytes | Announce] = deque()  # what did not leave at once
+        self._outbox: deque[bytes | Announce] = deque()
+        self._outbox_filled = asyncio.Event()
         self._outbox_shrank = anyio.Event()
-        self._writing = False
         self._deadline: float | None = None
         self._deadline_moved = anyio.Event()
         self._watch_until = math.inf
@@ -129,6 +133,7 @@ class SessionDriver(Generic[M]):
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 tasks.start_soon(self._read)
+                tasks.start_soon(self._write)
                 tasks.start_soon(self._watch_timer)
                 self.feed(e.Connected(os.urandom(16)))
                 try:
@@ -152,10 +157,10 @@ class SessionDriver(Generic[M]):
                 forget_frames(self.session.error)
 
     def abandon(self, reason: str, code: Ending = "internal") -> None:
-        """End the session at once, also one that is ending already: nobody waits for the peer."""
-        self._linger = 0.0
+        """End the session, also one that is ending already, and hardly wait for the peer to hear of it."""
+        self._linger = _PARTING
         self.feed(e.Cancelled(reason, code))
-        self._last_words.cancel()
+        self._last_words.deadline = min(self._last_words.deadline, anyio.current_time() + _PARTING)
 
     @property
     def seconds(self) -> float:
@@ -171,7 +176,6 @@ class SessionDriver(Generic[M]):
         """Send what is left, and see the peer close: closing with unread bytes would destroy what we said."""
         with self._last_words:
             self._last_words.deadline = min(anyio.current_time() + self._linger, self._hurry)
-            self._writing = True
             try:
                 while self._outbox and not self._connection_lost:
                     await self._connection.send(await framed(self._outbox.popleft()))
@@ -220,7 +224,7 @@ class SessionDriver(Generic[M]):
     def _perform(self, effect: f.Effect) -> None:
         match effect:
             case f.Send(Announce() as message) if message.manifest and len(message.manifest.tensors) > FEW_TENSORS:
-                self._say_later(message)
+                self._say(message)
             case f.Send(message):
                 self._say(encode_frame(message))
             case f.SetTimer(seconds):
@@ -255,19 +259,10 @@ class SessionDriver(Generic[M]):
         work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
         self.spawn(work, e.Examined)
 
-    def _say(self, frame: bytes) -> None:
-        """Send a frame: at once, or else after those before it."""
-        if not (self._outbox or self._writing or self._connection_lost):
-            frame = self._connection.send_now(frame)
-        if frame:
-            self._say_later(frame)
-
-    def _say_later(self, frame: bytes | Announce) -> None:
+    def _say(self, frame: bytes | Announce) -> None:
         """Send something after all that was said before; an announcement that is long to encode as it is."""
         self._outbox.append(frame)
-        if not (self._writing or self._tasks is None):
-            self._writing = True
-            self._tasks.start_soon(self._write)
+        self._outbox_filled.set()
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of this side only.
@@ -435,29 +430,37 @@ class SessionDriver(Generic[M]):
             await anyio.lowlevel.checkpoint()
 
     async def _write(self) -> None:
-        """Send what did not leave at once; most sessions have nothing of the kind."""
-        while self._outbox:
-            try:
-                frame = await framed(self._outbox.popleft())
-            except LocalProtocolError as error:
-                self._writing = False
-                self.feed(_as_event(error))
-                return
-            # Shielded: what is being said when the session closes is said to its end, or the peer could not make
-            # sense of the last words after it. Closing moves the deadline nearer.
-            deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
-            with anyio.CancelScope(shield=True, deadline=deadline) as self._send_scope:
+        """Send what is in the outbox; the only task that does while the session goes on."""
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            while self._outbox:
                 try:
-                    await self._connection.send(frame)
-                except PeerLost as error:
-                    self._lose(error.message)
+                    frame = await framed(self._outbox.popleft())
+                except LocalProtocolError as error:
+                    self.feed(_as_event(error))
+                    continue
+                if not await self._write_frame(frame):
                     return
-            if self._send_scope.cancelled_caught:
-                self._lose("the peer does not read")
-                return
-            changed, self._outbox_shrank = self._outbox_shrank, anyio.Event()
-            changed.set()
-        self._writing = False
+                changed, self._outbox_shrank = self._outbox_shrank, anyio.Event()
+                changed.set()
+
+    async def _write_frame(self, frame: bytes) -> bool:
+        """Send one frame; False when the connection is lost.
+
+        Shielded: what is being said when the session closes is said to its end, or the peer could not make sense of
+        the last words after it. Closing moves the deadline nearer.
+        """
+        deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
+        with anyio.CancelScope(shield=True, deadline=deadline) as self._send_scope:
+            try:
+                await self._connection.send(frame)
+            except PeerLost as error:
+                self._lose(error.message)
+                return False
+        if self._send_scope.cancelled_caught:
+            self._lose("the peer does not read")
+        return not self._send_scope.cancelled_caught
 
     def _lose(self, reason: str) -> None:
         self._connection_lost = True

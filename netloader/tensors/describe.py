@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter, eq, gt
@@ -46,19 +46,14 @@ def describe(
     Raises:
         ManifestError: Some tensors can't travel; each is named with its reason.
     """
-    names, values, problems = list(tensors), list(tensors.values()), []
     # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-        survey = _Survey.of(names, values)
-        if survey is None:
-            found = [_problem_of(name, tensor) for name, tensor in tensors.items()]
-            problems = [f"{_shown(name)}: {why}" for name, why in zip(names, found, strict=True) if why]
-            fine = [place for place, why in enumerate(found) if not why]
-            survey = _Survey([names[place] for place in fine], [values[place] for place in fine])
+        survey, refused = _surveyed(tensors)
+        problems = [f"{_shown(name)}: {refused[name]}" for name in tensors if name in refused]
         problems += survey.problems(writable=writable)
         specs = [] if problems else survey.specs()
-    if len(values) > MAX_TENSORS:
-        problems.append(f"{len(values)} tensors are too many: at most {MAX_TENSORS} are possible")
+    if len(tensors) > MAX_TENSORS:
+        problems.append(f"{len(tensors)} tensors are too many: at most {MAX_TENSORS} are possible")
     if problems:
         count = f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} of {len(tensors)}"
         raise ManifestError(
@@ -68,8 +63,35 @@ def describe(
         )
     manifest = Manifest.of(specs, survey.wire_bytes())
     return manifest, Memory(
-        manifest, values, survey.device, addresses=survey.addresses, weak=weak, keep=not (weak or writable)
+        manifest,
+        list(tensors.values()),
+        survey.device,
+        addresses=survey.addresses,
+        weak=weak,
+        keep=not (weak or writable),
     )
+
+
+def _surveyed(tensors: Mapping[str, torch.Tensor]) -> tuple[_Survey, dict[str, str]]:
+    """A survey of those that could each travel alone, and by name why the others can't."""
+    survey, refused = None, dict[str, str]()
+    if _all_usual(tensors):
+        try:
+            survey = _Survey(tensors)
+        except RuntimeError:  # some tensor has no memory that can be named by an address
+            survey = None
+    if survey is None:
+        refused = {name: why for name, tensor in tensors.items() if (why := _why_unreadable(name, tensor))}
+        survey = _Survey(_without(tensors, refused))
+    odd = survey.odd()
+    if odd:
+        refused |= odd
+        survey = _Survey(_without(tensors, refused))
+    return survey, refused
+
+
+def _without(tensors: Mapping[str, torch.Tensor], names: Container[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +128,7 @@ class _Survey:
     is asked of some of them before any of the others: what they are made of is then still in the processor's memory.
 
     Args:
-        names: Their names.
-        tensors: In the same order.
+        tensors: By name; of each :func:`_why_unreadable` finds nothing.
 
     Attributes:
         device: Where they are, or most of them.
@@ -117,9 +138,9 @@ class _Survey:
         RuntimeError: Some tensor has no memory that can be named by an address.
     """
 
-    def __init__(self, names: list[str], tensors: list[torch.Tensor]) -> None:
-        self._names = names
-        self._tensors = tensors
+    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        self._names = list(named)
+        self._tensors = tensors = list(named.values())
         self.addresses: list[int] = []
         self._known = _Kinds()
         self._kinds: list[_Kind] = []
@@ -148,16 +169,26 @@ class _Survey:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
-    @classmethod
-    def of(cls, names: list[str], tensors: list[torch.Tensor]) -> _Survey | None:
-        """A survey of tensors that can all travel; None when some can't."""
-        if any(map(_type_problem, set(map(type, tensors)))) or not _all_usual(names):
-            return None
-        try:
-            survey = cls(names, tensors)
-        except RuntimeError:
-            return None
-        return None if survey._doubtful() else survey
+    def odd(self) -> dict[str, str]:
+        """By name, why tensors can't travel that can be looked at: the first reason of each."""
+        tensors, kinds, known = self._tensors, self._kinds, self._known.values()
+        found: dict[int, str] = {}
+        if 0 in self.addresses:
+            for place, (address, kind) in enumerate(zip(self.addresses, kinds, strict=True)):
+                if kind.nbytes and not address:
+                    meta = tensors[place].is_meta
+                    found[place] = "it is on the meta device and has no memory" if meta else "it has no memory"
+        for place in self._permuted:
+            shape, stride = kinds[place].shape, tensors[place].stride()
+            if not is_dense(shape, stride):
+                found[place] = f"stride {tuple(stride)} leaves gaps or visits memory twice for shape {shape}"
+        if self._negative or any(kind.complex for kind in known):
+            for place, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
+                if tensor.is_neg() or (kind.complex and tensor.is_conj()):
+                    found[place] = "it is a lazy conjugate or negative: its memory holds other values"
+        if any(kind.problem for kind in known):
+            found |= {place: kind.problem for place, kind in enumerate(kinds) if kind.problem}
+        return {self._names[place]: why for place, why in found.items()}
 
     def specs(self) -> list[TensorSpec]:
         """What they look like, once :meth:`problems` has found none."""
@@ -198,20 +229,6 @@ class _Survey:
         if writable and self.device == torch.device("cpu"):
             found += self._locked(not_writable(self._starts, self._ends))
         return found
-
-    def _doubtful(self) -> bool:
-        """Whether some tensor can't travel, whichever."""
-        tensors, kinds = self._tensors, self._kinds
-        known = self._known.values()
-        if any(kind.problem for kind in known) or self._negative:
-            return True
-        if any(kind.complex for kind in known) and any(map(torch.Tensor.is_conj, tensors)):
-            return True
-        if 0 in self.addresses and any(
-            kind.nbytes and not address for kind, address in zip(kinds, self.addresses, strict=True)
-        ):
-            return True
-        return not all(is_dense(kinds[place].shape, tensors[place].stride()) for place in self._permuted)
 
     @cached_property
     def _strides(self) -> dict[int, tuple[int, ...]]:
@@ -304,15 +321,16 @@ def _shown(name: object) -> str:
     return str(name)[:80].encode(errors="backslashreplace").decode() or "''"
 
 
-def _all_usual(names: list[str]) -> bool:
-    """Whether no name needs a closer look: all are text of a fit length, in ASCII."""
-    if not names:
+def _all_usual(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether none needs a closer look before it is asked anything, as far as names and types tell."""
+    if not tensors:
         return True
     return (
-        set(map(type, names)) == {str}
-        and "" not in names
-        and max(map(len, names)) <= MAX_NAME
-        and "".join(names).isascii()
+        set(map(type, tensors)) == {str}
+        and "" not in tensors
+        and max(map(len, tensors)) <= MAX_NAME
+        and "".join(tensors).isascii()
+        and not any(map(_type_problem, set(map(type, tensors.values()))))
     )
 
 
@@ -340,24 +358,15 @@ def _type_problem(kind: type) -> str:
     return ""
 
 
-def _problem_of(name: object, tensor: torch.Tensor) -> str:
-    """Why a tensor can't travel; empty when it can, as far as that can be seen from it alone."""
+def _why_unreadable(name: object, tensor: torch.Tensor) -> str:
+    """Why a tensor cannot be named, or its memory not be addressed; empty when both can."""
     problem = _name_problem(name) or _type_problem(type(tensor))
     if problem:
         return problem
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}, only strided memory can travel"
-    kind = _Kinds()[tensor.dtype, tensor.shape]
-    if kind.problem:
-        return kind.problem
-    if tensor.is_neg() or (kind.complex and tensor.is_conj()):
-        return "it is a lazy conjugate or negative: its memory holds other values"
-    if not tensor.is_contiguous() and not is_dense(kind.shape, tensor.stride()):
-        return f"stride {tuple(tensor.stride())} leaves gaps or visits memory twice for shape {kind.shape}"
     try:
-        address = tensor.data_ptr()
+        tensor.data_ptr()
     except RuntimeError as error:  # a wrapper without a class of its own (torch.func)
         return f"its memory cannot be addressed: {error}"
-    if not address and kind.nbytes:
-        return "it is on the meta device and has no memory" if tensor.is_meta else "it has no memory"
     return ""

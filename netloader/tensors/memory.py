@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
@@ -29,12 +27,6 @@ is still in the processor's memory when the next question comes (docs/decisions/
 _WINDOW = ctypes.c_uint8 * (1 << 62)
 """As much as can be addressed. Cutting a block's spans out of one window makes one object per span; an array for each
 of them would make five, and with tens of thousands of spans the garbage collector would stop the process to look."""
-
-
-_FRESH = 0.02
-"""Seconds for which :meth:`Memory.views` takes a look's word that tensors are where they were: a server looks before it
-grants blocks, and mostly sends them right after that. What was replaced in between is kept, and holds what was
-announced; whether the memory itself is still there is always asked."""
 
 
 class _Kept(NamedTuple):
@@ -201,8 +193,8 @@ class Memory:
         self._tensors: list[torch.Tensor] = [] if weak else list(tensors)
         self._references: list[Callable[[], torch.Tensor | None]] = [weakref.ref(t) for t in tensors] if weak else []
         self._keep = keep
-        # For one plan: what is kept of each block, and when the tensors of each were last seen in their places.
-        self._kept: tuple[Plan | None, dict[int, _Kept], dict[int, float]] = (None, {}, {})
+        # For one plan: what is kept of each block.
+        self._kept: tuple[Plan | None, dict[int, _Kept]] = (None, {})
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order.
@@ -217,7 +209,7 @@ class Memory:
         self._check(plan)
         # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            found = self._all_kept(plan, numbers, fresh=True) or self._look(plan, numbers)
+            found = self._all_kept(plan, numbers) or self._look(plan, numbers)
             if found is None:
                 raise self._gone(plan, numbers)
             return [
@@ -251,44 +243,32 @@ class Memory:
     def _why_missing(self, plan: Plan, number: int) -> str:
         """Why a block can't be read or written any more; empty when it can."""
         block = plan.blocks[number]
-        if self._look(plan, [number]) is not None:
-            return ""
-        self._kept[1].pop(number, None)  # nobody is to wait for us with freeing what was replaced
         for index, nbytes in zip(block.tensors, block.sizes, strict=True):
             reason = self._problem(index, block.offset + nbytes)
             if reason:
+                self._kept[1].pop(number, None)  # nobody is to wait for us with freeing what was replaced
                 return f"{self._manifest.tensors[index].name} {reason}"
         return ""
 
-    def _all_kept(self, plan: Plan, numbers: Sequence[int], *, fresh: bool = False) -> list[_Kept] | None:
+    def _all_kept(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
         """What is kept about these blocks, compared with how it is now; None when not all of it is kept and true.
 
         All of them at once: a server does this for each block that it grants, and for each that it sends.
-
-        Args:
-            plan: Their plan.
-            numbers: The blocks.
-            fresh: Do not look again at tensors that were in their places a moment ago.
         """
-        kept_for, by_number, seen = self._kept  # together: another thread may look with another plan
+        kept_for, by_number = self._kept  # together: another thread may look with another plan
         if kept_for is not plan or self._private:
             return None
         kept = {number: one for number in numbers if (one := by_number.get(number)) is not None}
         if len(kept) < len(numbers):
             return None
-        now = time.monotonic()
-        known = fresh and all(now - seen.get(number, -math.inf) < _FRESH for number in numbers)
         for part in in_groups(plan, numbers, TOGETHER):
-            if not known:
-                places = list(chain.from_iterable(plan.blocks[number].tensors for number in part))
-                if not self._in_place(self._held(places), places):
-                    return None
+            places = list(chain.from_iterable(plan.blocks[number].tensors for number in part))
+            if not self._in_place(self._held(places), places):
+                return None
             holders = chain.from_iterable(kept[number].storages for number in part)
             sizes = list(chain.from_iterable(kept[number].sizes for number in part))
             if list(map(torch.UntypedStorage.nbytes, holders)) != sizes:
                 return None
-        if not known:
-            seen.update(dict.fromkeys(numbers, now))
         return list(kept.values())
 
     def _in_place(self, tensors: list[torch.Tensor] | None, places: Sequence[int]) -> bool:
@@ -346,9 +326,9 @@ class Memory:
             for part, block in zip(parts, blocks, strict=True)
         ]
         if self._keep:
-            kept_for, kept, _ = self._kept  # together, as above: what is kept for one plan never gets among another's
+            kept_for, kept = self._kept  # together, as above: what is kept for one plan never gets among another's
             if kept_for is not plan:
-                _, kept, _ = self._kept = (plan, {}, {})
+                _, kept = self._kept = (plan, {})
             kept.update(zip(numbers, found, strict=True))
         return found
 

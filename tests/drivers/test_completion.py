@@ -12,7 +12,6 @@ import pytest
 
 import netloader.client.pull
 import netloader.client.session
-import netloader.server.session
 import netloader.session.driver
 import netloader.session.phase_clock
 from netloader.codecs.block_view import BlockView
@@ -111,8 +110,7 @@ def test_sources_that_bring_nothing_do_not_hold_up_a_complete_pull(names: tuple[
             assert [session.session.error for session in good.ended] == [None]
             return times[True], ended
 
-    session = (netloader.session.driver, netloader.session.phase_clock)
-    modules = (netloader.client.pull, netloader.client.session, *session, netloader.server.session)
+    modules = (netloader.client.pull, netloader.client.session, netloader.session.driver, netloader.session.phase_clock)
     last, ended = jumping.run(story, *modules)
     assert ended - last <= AT_ONCE
 

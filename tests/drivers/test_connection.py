@@ -1,9 +1,8 @@
-"""What is said on a control connection leaves at once, or in order when it can't."""
+"""What is said on a control connection leaves in order, also when there is no room at once."""
 
 from __future__ import annotations
 
 import os
-import resource
 from typing import cast
 
 import anyio
@@ -18,8 +17,6 @@ from netloader.session.connection import ControlConnection
 from tests.drivers import kit
 
 MUCH = 16 << 20
-ENOUGH = 25
-"""Looks, some milliseconds apart, after which a connection that had no room in all of them has none."""
 
 
 async def connected() -> tuple[ControlConnection[ClientMessage], SocketStream]:
@@ -37,63 +34,35 @@ async def receive(stream: SocketStream, nbytes: int) -> bytes:
     return bytes(data)
 
 
-async def test_what_does_not_fit_is_left_to_be_sent() -> None:
+async def test_what_does_not_fit_waits_until_there_is_room() -> None:
     connection, far = await connected()
     async with far:
         small, large = b"hello", os.urandom(MUCH)
-        assert connection.send_now(small) == b""
-        rest = connection.send_now(large)
-        looks = 0
+        over = anyio.Event()
 
-        def is_full() -> bool:  # the kernel moves some of it on to the peer's buffer, when it gets round to it
-            nonlocal rest, looks
-            less = connection.send_now(rest)
-            looks = looks + 1 if less == rest else 0
-            rest = less
-            return looks == ENOUGH
+        async def say() -> None:
+            await connection.send(large)
+            over.set()
 
-        await kit.until(is_full)
-        assert 0 < len(rest) < MUCH
-        assert large.endswith(rest)
-        assert connection.send_now(b"no room") == b"no room"
+        await connection.send(small)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(connection.send, rest)
+            tasks.start_soon(say)
+            await anyio.sleep(0.1)
+            assert not over.is_set()
             assert await receive(far, len(small) + MUCH) == small + large
-        assert connection.send_now(b"room again") == b""
+        await connection.send(b"room again")
         assert await receive(far, 10) == b"room again"
         await connection.aclose()
 
 
-async def test_a_connection_that_broke_takes_nothing_and_says_so_when_it_is_waited_for() -> None:
+async def test_a_connection_that_broke_takes_nothing_and_says_so() -> None:
     connection, far = await connected()
     await kit.Wire(far, client_messages()).reset()
     with pytest.raises(PeerLost):
         await connection.receive()
-    assert connection.send_now(b"hello") == b"hello"
     with pytest.raises(PeerLost):
         await connection.send(b"hello")
     await connection.aclose()
-
-
-async def test_a_process_without_descriptors_says_so() -> None:
-    connection, far = await connected()
-    taken: list[int] = []
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    async with far:
-        try:
-            taken.append(os.dup(0))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 10, limits[1]))
-            with pytest.raises(OSError, match="Too many"):  # noqa: PT012 - some of them go well
-                while True:
-                    taken.append(os.dup(0))
-            with pytest.raises(PeerLost, match="no descriptor") as caught:
-                ControlConnection(far, client_messages())
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            for descriptor in taken:
-                os.close(descriptor)
-        await connection.aclose()
-    assert caught.value.hint == "raise the limit of open files"
 
 
 async def test_messages_keep_their_order_when_the_peer_reads_late() -> None:

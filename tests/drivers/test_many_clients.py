@@ -27,7 +27,6 @@ from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
 from netloader.discovery.fixed import FixedSources
 from netloader.errors import NoSourceLeft
-from netloader.server import session as server_session_module
 from netloader.server.server import HoldingServer
 from netloader.session import driver as driver_module
 from netloader.session import phase_clock as clock_module
@@ -367,5 +366,5 @@ def test_every_client_ends_complete_or_with_a_reason(
         await world.run()
         return world
 
-    modules = (client_module, client_session_module, driver_module, clock_module, server_session_module)
+    modules = (client_module, client_session_module, driver_module, clock_module)
     jumping.run(live, *modules).check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -248,6 +249,6 @@ async def test_time_in_which_everything_stood_still_counts_as_one_look(monkeypat
 class _Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        loop: Any = anyio.lowlevel.current_token().native_token
+        loop = asyncio.get_running_loop()
         real = loop.time
         monkeypatch.setattr(loop, "time", lambda: real() + self.now)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import anyio
-import anyio.lowlevel
 
 from netloader.errors import ChannelBusy, ChannelClosed, MemoryStillInUse, TransportError
 
@@ -52,11 +51,7 @@ class LoopEvent:
     def __init__(self) -> None:
         self._event = anyio.Event()
         self._thread = threading.get_ident()
-        loop: Any = anyio.lowlevel.current_token().native_token
-        # The one call that wakes a loop from outside goes by another name in trio.
-        self._soon: Callable[..., object] = (
-            loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
-        )
+        self._loop = asyncio.get_running_loop()
 
     def set(self) -> None:
         """Wake whoever waits; does nothing once the loop has ended, since nobody waits then."""
@@ -64,8 +59,8 @@ class LoopEvent:
             self._event.set()
             return
         try:
-            self._soon(self._event.set)
-        except RuntimeError:  # asyncio: loop closed; trio: RunFinishedError
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop is closed
             return
 
     def is_set(self) -> bool:
