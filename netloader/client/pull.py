@@ -21,7 +21,7 @@ from anyio.abc import TaskGroup
 from netloader.client.connect import ClientOptions, abilities_of, client_terms, connect
 from netloader.client.session import ClientSession, Destination, Digest
 from netloader.codecs.block_view import BlockView
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
@@ -205,7 +205,7 @@ class _Pull:
             with anyio.move_on_after(max(0.0, until - time.monotonic())) as waited:
                 await self._changed.wait()
             if waited.cancelled_caught:
-                self._tell(p.TimeIsUp(self._options.timeout) if until == last else p.Moment())
+                self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
 
     def _tell(self, event: p.Event) -> None:
         """Tell the pull what happened, and carry out what follows. What happens meanwhile is told afterwards."""
@@ -217,7 +217,7 @@ class _Pull:
             while self._events:
                 event = self._events.popleft()
                 self._carry_out(self._pull.handle(event, time.monotonic()))
-                if isinstance(event, p.Landed):
+                if isinstance(event, p.BlocksArrived):
                     self._tell_progress(event.session)
         finally:
             self._telling = False
@@ -230,13 +230,13 @@ class _Pull:
                     self._start(partial(self._session_with, command))
                 case p.Allocate():
                     self._start(partial(self._allocate, command))
-                case p.PassOn(announcement):
+                case p.StartRelaying(announcement):
                     self._pass_on(announcement)
                 case p.Log(level, text):
                     _log.log(_LEVELS[level], "%s", text)
-                case p.Done():
+                case p.Succeed():
                     self._farewell()
-                case p.Failed(error):
+                case p.Fail(error):
                     self._error = self._error or error
                     self._scope.cancel()
                 case _:
@@ -258,7 +258,7 @@ class _Pull:
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
             _log.exception("unexpected error, there is no memory for what a source announced")
             error = _explained(bug)
-        self._tell(p.Adopted(command.session, error))
+        self._tell(p.MemoryAllocated(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
         """One session with one source, to its end."""
@@ -267,7 +267,7 @@ class _Pull:
         try:
             connection = await connect(source, self._options.connect_timeout)
         except PeerLost as error:
-            self._tell(p.Ended(number, error))
+            self._tell(p.SessionEnded(number, error))
             return
         finally:
             self._report.phases.connect += time.monotonic() - began
@@ -289,7 +289,7 @@ class _Pull:
             stall=self._options.timings.stall,
             supply=self._supply,
         )
-        self._tell(p.Connected(number))
+        self._tell(p.SessionStarted(number))
         ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
         try:
             await session.run()
@@ -305,7 +305,7 @@ class _Pull:
                 self._scope.cancel()
             chosen = session.session.transport
             self._tell(
-                p.Ended(
+                p.SessionEnded(
                     number,
                     ended,
                     transport=chosen,

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
@@ -125,7 +125,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.now = 0.0
-        self.outcome: p.Done | NoSourceLeft | None = None
+        self.outcome: p.Succeed | NoSourceLeft | None = None
         self.connects: Counter[int] = Counter()
         self.asked: Counter[int] = Counter()
         self.verified: Counter[int] = Counter()
@@ -161,12 +161,12 @@ class World:
             assert wake is not None or due is not None, "it waits for nothing"
             self.now = at
             if at == self.timeout:
-                self._tell(p.TimeIsUp(self.timeout))
+                self._tell(p.DeadlinePassed(self.timeout))
             elif due is not None and due <= at:
                 event = heapq.heappop(self._queue)[2]
                 self._tell(event)
             else:
-                self._tell(p.Moment())
+                self._tell(p.TimerFired())
                 moments = moments + 1 if self.now == last else 0
                 last = self.now
                 assert moments < MOMENTS, "the same moment comes again and again"
@@ -180,18 +180,18 @@ class World:
 
     def _tell(self, event: p.Event) -> None:
         complete = self.pull.ledger.complete
-        if isinstance(event, p.Landed) and event.session in self._talks:
+        if isinstance(event, p.BlocksArrived) and event.session in self._talks:
             self.verified.update(number for number, _ in event.blocks)
         self._carry_out(self.pull.handle(event, self.now))
         if self.pull.ledger.complete and not complete:
             self.last_block_at = self.now
-            assert isinstance(self.outcome, p.Done), "every block is there, and it goes on"
+            assert isinstance(self.outcome, p.Succeed), "every block is there, and it goes on"
 
     def _check(self) -> None:
         ledger = self.pull.ledger
         ledger.check_invariants()
         assert all(count == 1 for count in self.verified.values()), "a block counts twice"
-        if isinstance(self.outcome, p.Done):
+        if isinstance(self.outcome, p.Succeed):
             assert ledger.complete
             assert ledger.root == self._announced[b""].root
         elif self.outcome is not None:
@@ -210,22 +210,22 @@ class World:
                 case p.Connect():
                     self._connect(command)
                 case p.Allocate(session, _):
-                    self._later(0.5, p.Adopted(session))
+                    self._later(0.5, p.MemoryAllocated(session))
                 case p.Accept(session):
                     self._accept(session)
-                case p.Ask(session, ranges):
+                case p.RequestBlocks(session, ranges):
                     self._ask(session, expand(ranges))
-                case p.Refuse(session, error):
+                case p.Reject(session, error):
                     self._end(session, error)
-                case p.Leave(session, reason):
+                case p.LeaveSource(session, reason):
                     self._end(session, NetloaderError(reason))
-                case p.Finish(session) | p.Dismiss(session):
+                case p.Finish(session) | p.CancelSession(session):
                     self._end(session, None)
-                case p.Done():
+                case p.Succeed():
                     self.outcome = command
-                case p.Failed(NoSourceLeft() as error):
+                case p.Fail(NoSourceLeft() as error):
                     self.outcome = error
-                case p.PassOn() | p.Log():
+                case p.StartRelaying() | p.Log():
                     pass
 
     def _end(self, number: int, error: NetloaderError | None, seconds: float = LATENCY) -> None:
@@ -235,12 +235,14 @@ class World:
         talk.over = True
         transport = talk.transport
         others = len(TRANSPORTS) > 1
-        self._later(seconds, p.Ended(number, error, transport, others and bool(transport), talk.opened, ("story",)))
+        self._later(
+            seconds, p.SessionEnded(number, error, transport, others and bool(transport), talk.opened, ("story",))
+        )
         # What was on its way does not arrive any more.
         self._queue = [
             entry
             for entry in self._queue
-            if isinstance(entry[2], p.Ended | p.Adopted) or getattr(entry[2], "session", None) != number
+            if isinstance(entry[2], p.SessionEnded | p.MemoryAllocated) or getattr(entry[2], "session", None) != number
         ]
         heapq.heapify(self._queue)
 
@@ -255,7 +257,7 @@ class World:
         if gone:
             self._end(number, PeerLost("nobody is there"))
             return
-        self._later(0.0, p.Connected(number))
+        self._later(0.0, p.SessionStarted(number))
         if source.silent:
             self._end(number, TransferTimeout("it says nothing"), SILENCE)
         elif self.now < source.ready_at:
@@ -270,8 +272,8 @@ class World:
         else:
             talk.transport = usable[0]
             if source.queue:
-                self._later(LATENCY, p.Queued(number))
-            self._later(LATENCY + source.queue, p.Announced(number, self._announced[source.salt]))
+                self._later(LATENCY, p.SessionQueued(number))
+            self._later(LATENCY + source.queue, p.HoldingAnnounced(number, self._announced[source.salt]))
 
     def _accept(self, number: int) -> None:
         talk = self._talks[number]
@@ -281,8 +283,8 @@ class World:
             self._end(number, TransportUnavailable("it can't be set up"))
             return
         talk.opened = True
-        self._later(LATENCY, p.Opened(number))
-        self._later(LATENCY, p.WantsWork(number))
+        self._later(LATENCY, p.SessionReady(number))
+        self._later(LATENCY, p.SessionIdle(number))
 
     def _ask(self, number: int, numbers: Sequence[int]) -> None:
         talk = self._talks[number]
@@ -293,9 +295,9 @@ class World:
         lacking = [n for n in numbers if n in talk.source.lacks]
         talk.asked.extend(n for n in numbers if n not in talk.source.lacks)
         if lacking:
-            self._later(0.0, p.Denied(number, to_ranges(lacking), "it was dropped"))
+            self._later(0.0, p.BlocksDenied(number, to_ranges(lacking), "it was dropped"))
             if not talk.asked:
-                self._later(0.0, p.WantsWork(number))
+                self._later(0.0, p.SessionIdle(number))
         if talk.asked and not talk.sending:
             talk.sending = True
             self._send(number, talk)
@@ -317,12 +319,12 @@ class World:
                 self._end_after(number, PeerLost("the connection broke"), at)
                 return
             talk.sent += 1
-            self._later(at, p.Landed(number, [(block, digest_of(block, source.salt))]))
-        self._later(at, p.WantsWork(number))
+            self._later(at, p.BlocksArrived(number, [(block, digest_of(block, source.salt))]))
+        self._later(at, p.SessionIdle(number))
         talk.sending = False
 
     def _end_after(self, number: int, error: NetloaderError, seconds: float) -> None:
         """The session ends once what was sent before has landed."""
         talk = self._talks[number]
         talk.over = True
-        self._later(seconds, p.Ended(number, error, talk.transport, others=True, opened=True, story=("story",)))
+        self._later(seconds, p.SessionEnded(number, error, talk.transport, others=True, opened=True, story=("story",)))

@@ -48,7 +48,7 @@ def test_sound_manifests_pass(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("specs", "says"),
     [
-        ((A, A), "comes twice"),
+        ((A, A), "the name is not unique"),
         ((TensorSpec("", "int8", ()),), "a name has 1 to 1024 characters"),
         ((TensorSpec(LONG_NAME + "n", "int8", ()),), "this one 1025"),
         ((TensorSpec("a", "float3", ()),), "unknown dtype 'float3'"),
@@ -175,7 +175,7 @@ def test_missing_and_unexpected_tensors_come_first() -> None:
 
 def test_order_counts() -> None:
     (found,) = compare(Manifest((A, B)), Manifest((B, A)))
-    assert (found.name, found.reason) == ("a", "the server has 'b' in place 0")
+    assert (found.name, found.reason) == ("a", "the server has 'b' at position 0")
 
 
 def test_a_name_that_comes_twice_is_no_crash() -> None:

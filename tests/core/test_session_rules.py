@@ -48,7 +48,7 @@ def test_a_probe_cannot_turn_into_a_pull() -> None:
     pair = Pair(client_terms(dataclasses.replace(SAME, identity=ModelIdentity(model="n")), probe=True), server_terms())
     go_on_until(pair, in_state(pair.server, State.PLAN))
     say(pair.server, m.Agree(plan=pair.announcement.plan.digest, transport="memory"))
-    error_of(pair.server, RemoteProtocolError, "only looks")
+    error_of(pair.server, RemoteProtocolError, "asked for a channel in a probe")
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_a_server_may_announce_and_offer_once() -> None:
     go_on_until(pair, lambda: any(isinstance(said, m.Agree) for said in pair.client.said))
     (announce,) = [said for said in pair.server.said if isinstance(said, m.Announce)]
     say(pair.client, announce)
-    error_of(pair.client, RemoteProtocolError, "announced twice")
+    error_of(pair.client, RemoteProtocolError, "sent Announce twice")
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, lambda: any(isinstance(x, f.ConnectChannel) for x in pair.client.effects))
     say(pair.client, m.ChannelOffer(transport="memory", offer=b"again"))
-    error_of(pair.client, RemoteProtocolError, "offered a channel twice")
+    error_of(pair.client, RemoteProtocolError, "sent ChannelOffer twice")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_server_may_only_answer_what_was_asked() -> None:
     for answer in (m.Grant(ranges=((3, 4),)), m.Gone(ranges=((3, 4),), reason="")):
         pair = until_transfer()
         say(pair.client, answer)
-        error_of(pair.client, RemoteProtocolError, "not asked for: [3]")
+        error_of(pair.client, RemoteProtocolError, "not requested: [3]")
 
 
 def test_a_signal_before_a_transport_is_chosen_is_refused() -> None:
@@ -156,7 +156,9 @@ def test_each_deadline_says_how_long_it_was_and_what_came_last() -> None:
     timings = Timings(hello=1, validate=2, plan=3, stall=4, finalize=5)
     pair = Pair(client_terms(SAME, timings=timings), server_terms(timings=timings))
     pair.time_out(pair.server)
-    error_of(pair.server, TransferTimeout, "a deadline of 1 s pass; the last move was LISTEN + Connected -> LISTEN")
+    error_of(
+        pair.server, TransferTimeout, "did not answer within 1 s; the last transition was LISTEN + Connected -> LISTEN"
+    )
     pair.end()
     assert code_of(pair.client) == "timeout"
 

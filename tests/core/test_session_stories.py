@@ -235,7 +235,7 @@ def test_a_client_without_identity_takes_only_what_it_asked_for(field: dict[str,
     pair = Pair(client_terms(layouts=("raw",)), server_terms())
     go_on_until(pair, in_state(pair.client, State.VALIDATE))
     say(pair.client, m.Accepted(identity=msgspec.structs.replace(IDENTITY, **field)))
-    error_of(pair.client, RemoteProtocolError, "asked for was 'target' in raw")
+    error_of(pair.client, RemoteProtocolError, "this client asked for 'target' in raw")
 
 
 def test_tensors_that_differ_are_named_all_at_once() -> None:

@@ -18,7 +18,7 @@ WAIT = 30.0
 
 
 def test_the_order_given_is_the_order_tried() -> None:
-    candidates = Sources([TWO, ONE, TWO], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([TWO, ONE, TWO], tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(0.0, work=True) == TWO
     assert candidates.take(0.0, work=True) == ONE
     assert candidates.take(0.0, work=True) is None
@@ -26,7 +26,7 @@ def test_the_order_given_is_the_order_tried() -> None:
 
 
 def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over() -> None:
-    candidates = Sources([ONE], tries=2, until=10.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=10.0, rng=random.Random(1))
     now = 0.0
     times = []
     while (due := candidates.next_due(now)) is not None:
@@ -40,7 +40,7 @@ def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over(
 
 
 def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
-    candidates = Sources([ONE, TWO], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([ONE, TWO], tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(0.0, work=True) == ONE
     candidates.again(ONE, 1.0, last=True)
     assert candidates.take(1.0, work=True) == TWO
@@ -50,7 +50,7 @@ def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
 
 
 def test_a_pause_that_was_asked_for_is_kept() -> None:
-    candidates = Sources([ONE], tries=2, until=100.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.later(ONE, 0.0, at_least=7.0)
     due = candidates.next_due(0.0)
@@ -59,7 +59,7 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
 
 
 def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     assert candidates.redirect(ONE, [TWO, THREE], 0.0)
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {TWO, THREE}
@@ -73,7 +73,7 @@ def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid
 
 
 def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.take(0.0, work=True) == TWO
@@ -83,7 +83,7 @@ def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
 
 
 def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
-    candidates = Sources([ONE, TWO], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([ONE, TWO], tries=2, until=0.0, rng=random.Random(1))
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {ONE, TWO}
     candidates.demote(ONE, 1.0)
     assert candidates.take(1.0, work=True) is None
@@ -94,7 +94,7 @@ def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
 
 
 def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.can_be_spared(TWO)
@@ -106,7 +106,7 @@ def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
 
 @pytest.mark.parametrize("end", ["rest", "demote", "again", "later", "redirect", "gone"])
 def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session_ends(end: str) -> None:
-    candidates = Sources([ONE], tries=2, until=100.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
     ends: dict[str, Callable[[], object]] = {
@@ -123,7 +123,7 @@ def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session
 
 
 def test_one_that_rests_is_woken_by_work_only() -> None:
-    candidates = Sources([ONE], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.rest(ONE)
     assert candidates.take(1.0, work=False) is None
@@ -144,7 +144,7 @@ class AnyOutcome(RuleBasedStateMachine):
     @initialize(ours=st.lists(st.sampled_from(POOL), min_size=1, max_size=4))
     def begin(self, ours: list[Address]) -> None:
         self.ours = ours
-        self.candidates = Sources(ours, tries=2, until=WAIT, chance=random.Random(1))
+        self.candidates = Sources(ours, tries=2, until=WAIT, rng=random.Random(1))
 
     @rule(work=st.booleans())
     def take(self, work: bool) -> None:
@@ -214,7 +214,7 @@ TestAnyOutcome = AnyOutcome.TestCase
 
 def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_once() -> None:
     seed, relay, parent = Address("s", 1), Address("r", 1), Address("p", 1)
-    candidates = Sources([seed], tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources([seed], tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(1.0, work=True) == seed
     assert candidates.redirect(seed, [relay], 1.0)
     assert candidates.take(1.0, work=True) == relay

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from netloader.core.messages import Ability
-from netloader.core.protocol.transport_choice import choose_transport, passed_over
+from netloader.core.protocol.transport_choice import choose_transport, why_not_chosen
 from netloader.errors import TransportUnavailable
 from tests.core.strategies import abilities
 
@@ -59,14 +59,14 @@ def test_the_log_says_of_each_other_one_why_it_was_not_chosen() -> None:
     elsewhere = Ability("shm", {"host": "b", "user": "1"})
     rdma = Ability("rdma")
     ours, theirs = [SHM, rdma, TCP, GLOO], [Ability("other"), GLOO, TCP, elsewhere]
-    assert passed_over("tcp", ours, theirs, {"hccl": "there is no NPU here"}) == [
+    assert why_not_chosen("tcp", ours, theirs, {"hccl": "there is no NPU here"}) == [
         "shm: the two sides differ in host",
         "rdma: the peer does not have it",
         "gloo: tcp is preferred",
         "hccl: there is no NPU here",
         "other: not used on this side",
     ]
-    assert passed_over("tcp", [TCP], [TCP], {}) == []
+    assert why_not_chosen("tcp", [TCP], [TCP], {}) == []
 
 
 @given(ours=abilities, theirs=abilities)
