@@ -1,4 +1,4 @@
-"""A simulated fleet around one pull: sources with a script each, a clock that jumps, no socket."""
+"""A simulation of a fleet around one pull: each source has a script, time is simulated, and there are no sockets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from netloader.errors import (
 
 BLOCK = 1024
 SILENCE = 30.0
-"""Seconds after which the session of a source that says nothing ends by its deadline."""
+"""Seconds after which the session with a silent source ends by its deadline."""
 
 LATENCY = 0.01
 MOMENTS = 50
@@ -38,7 +38,7 @@ STEPS = 5000
 
 
 def announcement(blocks: int, salt: bytes = b"") -> Announcement:
-    """Weights of so many blocks; other `salt`, other weights of equal shape."""
+    """Weights of this many blocks. Another `salt` gives other weights of equal shape."""
     manifest = Manifest((TensorSpec("w", "uint8", (blocks * BLOCK,)),))
     plan = make_plan(manifest, BLOCK)
     digests = b"".join(digest_of(number, salt) for number in range(blocks))
@@ -53,20 +53,20 @@ def digest_of(number: int, salt: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Source:
-    """How one source behaves; every default is that of a good one.
+    """How one source behaves. The defaults are those of a source without faults.
 
     Attributes:
         per_block: Seconds that a block takes.
         queue: Seconds that a client waits for its turn.
-        ready_at: Before that it says "not ready"; `absent`: before that nobody is there.
+        ready_at: Before this time it answers "not ready", or can't be reached if `absent`.
         dies_after: Blocks of each session after which the connection is lost; never when None.
-        dead_from: From then on nobody is there.
+        dead_from: From this time on it can't be reached.
         lacks: Blocks that it does not have.
-        salt: Whose weights it holds.
-        lies_at: Block that arrives with other bytes.
-        silent: It says nothing when it is connected; `mute`: it never sends a block.
-        relays: Whom it sends newcomers to, by number, before it serves them itself.
-        only: Transport that works with it; all do when empty.
+        salt: Which weights it holds.
+        lies_at: Block that arrives with wrong bytes.
+        silent: It sends nothing after the connection; `mute`: it never sends a block.
+        relays: Numbers of the relays to which it redirects new clients, before it serves them itself.
+        only: The only transport that works with it; all do when empty.
     """
 
     per_block: float = 0.01
@@ -85,7 +85,7 @@ class Source:
 
     @property
     def reliable(self) -> bool:
-        """Whether it gives everything that it has to whoever waits long enough."""
+        """Whether it sends every block that it has to a client that waits long enough."""
         faults = self.dies_after is not None or self.lies_at is not None or self.silent or self.mute
         return not faults and self.dead_from == float("inf") and not self.salt and not self.relays
 
@@ -111,7 +111,7 @@ class World:
     Attributes:
         blocks: Blocks of the model.
         sources: By number; addresses are made of these.
-        given: Numbers of the sources that the pull is told, in order.
+        given: Numbers of the sources that the pull is given, in order.
     """
 
     blocks: int
@@ -147,18 +147,18 @@ class World:
         return self._announced[b""].plan
 
     def run(self) -> None:
-        """Live to the end; checks what always holds at each step."""
+        """Run the simulation to the end, and check the invariants at each step."""
         last, moments, steps = -1.0, 0, 0
         self._carry_out(self.pull.begin(self.now))
         while self.outcome is None:
             self._check()
             steps += 1
-            assert steps < STEPS, "it goes on and on"
+            assert steps < STEPS, "the pull does not end"
             wake = self.pull.wake_at(self.now)
             due = self._queue[0][0] if self._queue else None
             times = [at for at in (wake, due, self.timeout) if at is not None]
             at = max(min(times), self.now)  # a source may be overdue already when another one begins to wait
-            assert wake is not None or due is not None, "it waits for nothing"
+            assert wake is not None or due is not None, "the pull waits without a timer or an event"
             self.now = at
             if at == self.timeout:
                 self._tell(p.DeadlinePassed(self.timeout))
@@ -169,7 +169,7 @@ class World:
                 self._tell(p.TimerFired())
                 moments = moments + 1 if self.now == last else 0
                 last = self.now
-                assert moments < MOMENTS, "the same moment comes again and again"
+                assert moments < MOMENTS, "the timer fires again and again at the same time"
             assert sum(self.connects.values()) <= self._most_connects(), "it connects without end"
         self.ended_at = self.now
         self._check()
@@ -185,7 +185,7 @@ class World:
         self._carry_out(self.pull.handle(event, self.now))
         if self.pull.ledger.complete and not complete:
             self.last_block_at = self.now
-            assert isinstance(self.outcome, p.Succeed), "every block is there, and it goes on"
+            assert isinstance(self.outcome, p.Succeed), "every block is verified, and the pull goes on"
 
     def _check(self) -> None:
         ledger = self.pull.ledger
@@ -198,7 +198,7 @@ class World:
             assert not ledger.complete
             assert self.outcome.attempts, "it failed without a reason"
 
-    # --- what the pull wants ----------------------------------------------------------------------------------------
+    # --- commands ---------------------------------------------------------------------------------------------------
 
     def _later(self, seconds: float, event: p.Event) -> None:
         heapq.heappush(self._queue, (self.now + seconds, next(self._count), event))
@@ -238,7 +238,7 @@ class World:
         self._later(
             seconds, p.SessionEnded(number, error, transport, others and bool(transport), talk.opened, ("story",))
         )
-        # What was on its way does not arrive any more.
+        # Blocks in flight do not arrive any more.
         self._queue = [
             entry
             for entry in self._queue
@@ -303,7 +303,7 @@ class World:
             self._send(number, talk)
 
     def _send(self, number: int, talk: _Talk) -> None:
-        """All that was asked for, block by block."""
+        """Send all requested blocks, one by one."""
         source = talk.source
         if source.mute:
             self._end(number, TransferTimeout("no block came"), SILENCE)
@@ -324,7 +324,7 @@ class World:
         talk.sending = False
 
     def _end_after(self, number: int, error: NetloaderError, seconds: float) -> None:
-        """The session ends once what was sent before has landed."""
+        """The session ends once the blocks sent before have arrived."""
         talk = self._talks[number]
         talk.over = True
         self._later(seconds, p.SessionEnded(number, error, talk.transport, others=True, opened=True, story=("story",)))

@@ -1,8 +1,8 @@
-"""The decisions of a pull, over any fleet: sources that are slow, dead, lying, loading, full, or lead elsewhere.
+"""The decisions of a pull, in any fleet: sources that are slow, down, malicious, loading, busy, or redirect elsewhere.
 
-Safe: no block counts twice, a pull ends complete and verified or failed with a reason, and nothing is waited for once
-every block is there. Alive: while honest, reachable sources hold every block and time is left, the pull completes, and
-what it fetches twice is bounded.
+Safety: no block counts twice, a pull ends complete and verified or failed with a reason, and it waits for nothing once
+every block is verified. Liveness: while honest, reachable sources hold every block and time is left, the pull
+completes, and the bytes that it fetches twice are bounded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECONDS = st.sampled_from([0.0, 0.5, 3.0, 20.0])
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    """A fleet in which the first source may be anything; relays are named by sources, and are sources."""
+    """A fleet with any kinds of sources. Sources may name others of the fleet as relays."""
     blocks = draw(st.integers(0, 12))
     count = draw(st.integers(1, 5))
     sources = []
@@ -69,7 +69,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 
 def ready_in_time(world: World, source: Source) -> bool:
-    """Whether the pull waits long enough for it. The last try comes when the wait is over."""
+    """Whether the pull waits long enough for this source. The last attempt is made when the wait ends."""
     return source.ready_at == 0.0 or source.ready_at < world.wait - 5.0
 
 
@@ -80,7 +80,7 @@ def live(world: World) -> None:
     held = set().union(*(set(range(world.blocks)) - source.lacks for source in honest)) if honest else set()
     if honest and held == set(range(world.blocks)) and world.timeout > 10_000.0:
         assert isinstance(world.outcome, p.Succeed), f"honest sources held every block: {world.outcome}"
-    # Blocks are asked for again only where a session was lost, left, or denied them.
+    # Blocks are requested again only after a session failed, was ended as slow, or denied them.
     sessions = sum(world.connects.values())
     assert sum(world.asked.values()) <= world.blocks * (1 + sessions)
     if isinstance(world.outcome, p.Succeed):
@@ -105,18 +105,18 @@ COMPLETE = (
 
 @settings(max_examples=max(300, settings().max_examples), suppress_health_check=[HealthCheck.too_slow])
 @given(worlds())
-def test_a_pull_is_safe_and_alive(world: World) -> None:
+def test_a_pull_is_safe_and_live(world: World) -> None:
     live(fresh(world))
 
 
 @pytest.mark.parametrize("number", range(len(COMPLETE)))
-def test_what_can_be_completed_is(number: int) -> None:
+def test_a_pull_that_can_complete_does(number: int) -> None:
     live(world := fresh(COMPLETE[number]))
     assert isinstance(world.outcome, p.Succeed)
 
 
 def fresh(world: World) -> World:
-    """The same world, not lived in yet: an example is run more than once."""
+    """A copy of the world before its run, because an example is run more than once."""
     return World(
         world.blocks,
         world.sources,
@@ -231,7 +231,7 @@ def begun(*sources: Address, **terms: Any) -> tuple[Pull, list[p.Command]]:
     return pull, pull.begin(0.0)
 
 
-def test_the_first_source_is_alone_until_it_is_accepted_unless_it_lets_us_wait() -> None:
+def test_no_second_source_is_tried_until_the_first_is_accepted_or_queues_the_client() -> None:
     pull, commands = begun(ONE, TWO)
     assert [c.source for c in commands if isinstance(c, p.Connect)] == [ONE]
     (second,) = pull.handle(p.SessionQueued(1), 1.0)
@@ -239,7 +239,7 @@ def test_the_first_source_is_alone_until_it_is_accepted_unless_it_lets_us_wait()
     assert second.source == TWO
 
 
-def test_what_is_pinned_and_what_failed_is_told_to_the_next_source() -> None:
+def test_the_next_source_is_told_the_pinned_root_and_the_failed_relays() -> None:
     pull, _ = begun(ONE, TWO, stripe=2)
     known = announcement(3)
     commands = pull.handle(p.HoldingAnnounced(1, known), 0.1)
@@ -250,7 +250,7 @@ def test_what_is_pinned_and_what_failed_is_told_to_the_next_source() -> None:
     assert (connect.root, connect.pinned_by) == (known.root, str(ONE))
 
 
-def test_memory_is_provided_for_one_source_and_the_next_has_to_hold_the_same_tensors() -> None:
+def test_memory_is_allocated_for_one_source_and_the_next_has_to_hold_the_same_tensors() -> None:
     pull, _ = begun(ONE, TWO, adopts=True)
     pull.handle(p.SessionQueued(1), 0.0)
     (allocate,) = pull.handle(p.HoldingAnnounced(1, announcement(3)), 0.1)
@@ -262,7 +262,7 @@ def test_memory_is_provided_for_one_source_and_the_next_has_to_hold_the_same_ten
     assert "other tensors" in str(refused[0].error)
 
 
-def test_one_that_is_slow_in_ending_because_of_wrong_bytes_is_dropped_and_not_kept_as_a_last_resort() -> None:
+def test_a_slow_source_that_sent_wrong_bytes_is_dropped_and_not_kept_as_a_last_resort() -> None:
     pull, _ = begun(ONE, TWO, stripe=2)
     for number in (1, 2):
         pull.handle(p.HoldingAnnounced(number, announcement(3)), 0.0)

@@ -36,7 +36,7 @@ from tests.core.stories import (
 # --- who breaks the rules -------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_says_twice_what_it_wants_takes_one_turn() -> None:
+def test_a_client_that_identifies_itself_twice_takes_one_turn() -> None:
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, lambda: any(isinstance(t.effect, f.TakeTurn) for t in pair.server.tasks))
     say(pair.server, m.Identify())
@@ -89,7 +89,7 @@ def test_a_server_may_announce_and_offer_once() -> None:
         (((2, 3), (0, 1)), "range 0..1"),
     ],
 )
-def test_ranges_that_make_no_sense(ranges: tuple[tuple[int, int], ...], says: str) -> None:
+def test_invalid_ranges(ranges: tuple[tuple[int, int], ...], says: str) -> None:
     for side, message in (
         ("server", m.Want(ranges=ranges)),
         ("client", m.Grant(ranges=ranges)),
@@ -138,7 +138,7 @@ def test_a_corrupted_block_ends_the_session_and_names_block_and_tensor() -> None
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
-def test_bytes_that_are_no_message_end_the_session_and_are_told(side: str) -> None:
+def test_invalid_bytes_end_the_session_and_the_peer_is_told(side: str) -> None:
     pair = until_transfer()
     peer = pair.server if side == "server" else pair.client
     pair.deliver(peer, 1 << 20)
@@ -152,7 +152,7 @@ def test_bytes_that_are_no_message_end_the_session_and_are_told(side: str) -> No
 # --- deadlines, losses, giving up -----------------------------------------------------------------------------------
 
 
-def test_each_deadline_says_how_long_it_was_and_what_came_last() -> None:
+def test_each_timeout_names_the_deadline_and_the_last_transition() -> None:
     timings = Timings(hello=1, validate=2, plan=3, stall=4, finalize=5)
     pair = Pair(client_terms(SAME, timings=timings), server_terms(timings=timings))
     pair.time_out(pair.server)
@@ -215,7 +215,7 @@ def test_a_refusal_or_a_goodbye_is_not_answered() -> None:
         assert pair.client.said[before:] == []
 
 
-def test_a_server_that_is_silent_in_the_middle_is_left() -> None:
+def test_a_session_with_a_silent_server_is_ended() -> None:
     pair = until_transfer()
     go_on_until(pair, lambda: any(isinstance(w, m.Want) for w in pair.client.said))
     assert pair.client.deadline is not None
@@ -223,7 +223,7 @@ def test_a_server_that_is_silent_in_the_middle_is_left() -> None:
     error_of(pair.client, TransferTimeout, "30 s")
 
 
-def test_what_the_peer_is_told_when_this_side_stops() -> None:
+def test_the_code_that_the_peer_gets_when_this_side_stops() -> None:
     pair = until_transfer()
     pair.server.feed(e.Cancelled("the server is stopping", code="gone"))
     pair.end()
@@ -231,7 +231,7 @@ def test_what_the_peer_is_told_when_this_side_stops() -> None:
     assert "the server is stopping" in str(pair.client.session.error)
 
 
-def test_retracting_tells_where_else_and_when() -> None:
+def test_retracting_names_other_sources_and_a_pause() -> None:
     pair = until_transfer()
     pair.server.feed(e.NotHeld("gone", "reloading", retry_after=1e9, sources=("h:1", "x" * 1000)))
     (refusal,) = [said for said in pair.server.said if isinstance(said, m.Refusal)]

@@ -1,4 +1,4 @@
-"""Which source is tried next, under any order of outcomes."""
+"""Which source is tried next, for any order of outcomes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_order_given_is_the_order_tried() -> None:
     assert candidates.running == 2
 
 
-def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over() -> None:
+def test_a_source_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_ends() -> None:
     candidates = Sources([ONE], tries=2, until=10.0, rng=random.Random(1))
     now = 0.0
     times = []
@@ -39,7 +39,7 @@ def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over(
     assert candidates.take(1e9, work=True) is None
 
 
-def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
+def test_a_source_that_timed_out_this_client_is_tried_again_after_all_others() -> None:
     candidates = Sources([ONE, TWO], tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(0.0, work=True) == ONE
     candidates.again(ONE, 1.0, last=True)
@@ -58,7 +58,7 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
     assert 7.0 <= due <= 7.0 * 1.25
 
 
-def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
+def test_a_source_that_redirected_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
     candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     assert candidates.redirect(ONE, [TWO, THREE], 0.0)
@@ -72,7 +72,7 @@ def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid
     assert not candidates.redirect(ONE, [TWO, THREE], 0.0)  # named again although they failed us
 
 
-def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
+def test_sources_that_name_each_other_are_not_tried_in_an_endless_cycle() -> None:
     candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
@@ -82,7 +82,7 @@ def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
     assert candidates.take(0.0, work=True) == ONE
 
 
-def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
+def test_a_source_that_was_too_slow_is_tried_again_when_no_other_is_left() -> None:
     candidates = Sources([ONE, TWO], tries=2, until=0.0, rng=random.Random(1))
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {ONE, TWO}
     candidates.demote(ONE, 1.0)
@@ -93,7 +93,7 @@ def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
     assert candidates.take(1.0, work=True) == ONE
 
 
-def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
+def test_a_relay_can_be_spared_while_its_server_is_known() -> None:
     candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
@@ -105,7 +105,7 @@ def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
 
 
 @pytest.mark.parametrize("end", ["rest", "demote", "again", "later", "redirect", "gone"])
-def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session_ends(end: str) -> None:
+def test_a_source_that_is_no_longer_offered_is_not_tried_again_however_its_session_ends(end: str) -> None:
     candidates = Sources([ONE], tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
@@ -122,7 +122,7 @@ def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session
     assert candidates.take(50.0, work=True) is None
 
 
-def test_one_that_rests_is_woken_by_work_only() -> None:
+def test_a_resting_source_is_tried_again_only_when_blocks_are_pending() -> None:
     candidates = Sources([ONE], tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.rest(ONE)
@@ -132,7 +132,7 @@ def test_one_that_rests_is_woken_by_work_only() -> None:
 
 
 class AnyOutcome(RuleBasedStateMachine):
-    """Whatever sources do, each of ours is tried, none runs twice at once, and it comes to an end."""
+    """Whatever sources do, each given source is tried, none runs twice at a time, and the attempts end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class AnyOutcome(RuleBasedStateMachine):
             assert due is None or due >= self.now
 
     def teardown(self) -> None:
-        """From any point on, sources that only fail come to an end, and each of ours was tried before it."""
+        """From any state, attempts end when sources only fail, and each given source was tried before."""
         if not hasattr(self, "candidates"):
             return
         for source in self.running:
@@ -205,14 +205,14 @@ class AnyOutcome(RuleBasedStateMachine):
             self.tried.add(taken)
             self.candidates.drop(taken)
         else:
-            raise AssertionError("it never comes to an end")
+            raise AssertionError("the attempts do not end")
         assert set(self.ours) <= self.tried
 
 
 TestAnyOutcome = AnyOutcome.TestCase
 
 
-def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_once() -> None:
+def test_a_relay_that_stopped_is_dropped_and_the_sources_that_it_names_are_tried_at_once() -> None:
     seed, relay, parent = Address("s", 1), Address("r", 1), Address("p", 1)
     candidates = Sources([seed], tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(1.0, work=True) == seed

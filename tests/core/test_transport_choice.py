@@ -13,7 +13,7 @@ from tests.core.strategies import abilities
 TCP, GLOO, SHM = Ability("tcp"), Ability("gloo"), Ability("shm", {"host": "a", "user": "1"})
 
 
-def test_our_order_decides() -> None:
+def test_the_preference_of_this_side_decides() -> None:
     assert choose_transport([TCP, GLOO], [GLOO, TCP]) == (TCP, TCP)
     assert choose_transport([GLOO, TCP], [GLOO, TCP]) == (GLOO, GLOO)
 
@@ -55,7 +55,7 @@ def test_a_name_listed_twice_counts_where_it_comes_first() -> None:
     assert choose_transport([TCP], [first, second]) == (TCP, first)
 
 
-def test_the_log_says_of_each_other_one_why_it_was_not_chosen() -> None:
+def test_the_log_says_why_each_other_transport_was_not_chosen() -> None:
     elsewhere = Ability("shm", {"host": "b", "user": "1"})
     rdma = Ability("rdma")
     ours, theirs = [SHM, rdma, TCP, GLOO], [Ability("other"), GLOO, TCP, elsewhere]
