@@ -1,9 +1,9 @@
 """Every error that netloader raises.
 
-One base, :class:`NetloaderError`, so that a caller needs a single ``except``. Below it, families named by who caused
-the error: the caller's configuration or tensors, the peer's behaviour, a peer's refusal, the transport, the contents.
-Each error carries ``hint``, one sentence that says what to do, and ``story``, the last moves of the session that
-failed (never tensor contents).
+All errors have one base class, :class:`NetloaderError`, so that a caller needs a single ``except``. Its subclasses are
+grouped by what caused the error: the caller's configuration or tensors, the peer's behaviour, a peer's refusal, the
+transport, or wrong contents. Each error has a ``hint``, one sentence that says what to do, and a ``story``, the last
+state transitions of the failed session. Neither contains tensor data.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class NetloaderError(Exception):
         hint: What to do about it; one sentence.
 
     Attributes:
-        hint: As given; empty when there is nothing useful to advise.
-        story: The last moves of the session concerned, oldest first.
+        hint: The hint as given; empty when there is no useful advice.
+        story: The last state transitions of the session concerned, oldest first.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -67,9 +67,9 @@ class NetloaderError(Exception):
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """Return `value` as a message shows it: its ``repr``, cut at `limit` characters.
+    """Return the ``repr`` of `value`, cut at `limit` characters, for use in a message.
 
-    Some values have none (an integer of thousands of digits, a list nested very deep); those are named by type.
+    Where ``repr`` fails (an integer of thousands of digits, a very deeply nested list), the type is named instead.
     """
     try:
         text = repr(value)
@@ -84,9 +84,9 @@ class ConfigError(NetloaderError):
     Args:
         field: Name of the field, as the user writes it (``SOURCE[1].sources[0]``).
         value: The value found.
-        allowed: What would have been accepted.
+        allowed: Which values are accepted.
         reason: What exactly is wrong, when `allowed` alone does not say it.
-        hint: What to do; defaults to none.
+        hint: What to do; by default none.
     """
 
     def __init__(self, *, field: str, value: object, allowed: str, reason: str | None = None, hint: str = "") -> None:
@@ -99,7 +99,7 @@ class ConfigError(NetloaderError):
 
 
 class ManifestError(NetloaderError):
-    """Tensors cannot be described, or two manifests do not describe the same tensors.
+    """Tensors can't be described in a manifest, or two manifests do not describe the same tensors.
 
     Args:
         message: Summary.
@@ -124,11 +124,11 @@ class DiscoveryError(NetloaderError):
 
 
 class ProtocolError(NetloaderError):
-    """The control conversation broke its rules."""
+    """A message or call violated the protocol of the control connection."""
 
 
 class LocalProtocolError(ProtocolError):
-    """This side asked for something that is not legal in the session's state: a bug in the caller."""
+    """This side did something that is not legal in the session's state: a bug in the caller."""
 
 
 class RemoteProtocolError(ProtocolError):
@@ -136,14 +136,14 @@ class RemoteProtocolError(ProtocolError):
 
 
 class RefusedError(NetloaderError):
-    """The peer refused, and said why.
+    """The peer refused, and gave a reason.
 
     Args:
         code: Which kind of refusal (see :class:`netloader.core.messages.RefusalCode`).
         message: The peer's reason.
         hint: The peer's advice.
-        retry_after: Seconds after which the peer suggests another try, or None when trying again is pointless.
-        sources: Where the peer says that it may be had instead.
+        retry_after: Seconds after which the peer suggests another attempt, or None when another attempt is useless.
+        sources: Addresses from which the peer says that the weights can be pulled instead.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class TransportError(NetloaderError):
 
 
 class PeerLost(TransportError):
-    """The peer went away: its process ended, or the connection was cut. Raised for control and data connections."""
+    """The peer is gone: its process ended, or the connection broke. Raised for control and data connections."""
 
 
 class TransferTimeout(TransportError):
@@ -178,11 +178,11 @@ class ChannelClosed(TransportError):
 
 
 class ChannelBusy(TransportError):
-    """Two operations were started on one direction of a channel at the same time: a bug in the caller."""
+    """More operations were started on one direction of a channel than it allows at a time: a bug in the caller."""
 
 
 class _Thread(Protocol):
-    """What is told about a thread."""
+    """The part of ``threading.Thread`` that is used here."""
 
     @property
     def name(self) -> str: ...
@@ -191,16 +191,17 @@ class _Thread(Protocol):
 
 
 class MemoryStillInUse(TransportError):
-    """Memory that was lent to a transport can't be had back: a thread that was told to return did not.
+    """A transport may still use memory that it was given: a thread that was told to return did not.
 
-    After a receive it may write there at any later time. So a pull that meets this has failed for good: no other source
-    and no other loader may fill the same memory, and the process has to end. After a send it only reads.
+    After a receive, the thread may write into the memory at any later time. Such a pull has failed for good: no other
+    source and no other loader may fill the same memory, and the process has to end. After a send, the thread only
+    reads.
 
     Args:
         what: The channel.
-        threads: Those that did not return; none where no thread of ours is concerned.
-        writes: Whether they may write.
-        seconds: For how long they were waited for.
+        threads: The threads that did not return; empty when it is a library's operation, and no thread of ours.
+        writes: Whether the memory may still be written.
+        seconds: How long the threads were waited for.
 
     Attributes:
         threads: Names of the threads.
@@ -220,12 +221,12 @@ class MemoryStillInUse(TransportError):
 
     @property
     def lasts(self) -> bool:
-        """Whether it is still so, as far as is known."""
+        """Whether the memory may still be in use: some of the threads are alive, or none are known."""
         return not self._threads or any(thread.is_alive() for thread in self._threads)
 
 
 class TransportUnavailable(TransportError):
-    """No transport that both sides have can run here, or the one asked for is unknown or not installed."""
+    """No transport that both sides have can run here, or a requested one is unknown or not installed."""
 
 
 class VerificationError(NetloaderError):
@@ -237,9 +238,9 @@ class DigestMismatch(VerificationError):
 
     Args:
         block: Number of the block.
-        tensors: Names of the tensors it holds bytes of.
-        expected: Digest announced, in hex.
-        actual: Digest of what landed in memory, in hex.
+        tensors: Names of the tensors whose bytes it holds.
+        expected: The announced digest, in hex.
+        actual: The digest of the bytes in memory, in hex.
     """
 
     def __init__(self, block: int, tensors: Sequence[str], expected: str, actual: str) -> None:
@@ -256,7 +257,7 @@ class DigestMismatch(VerificationError):
 
 
 class RootMismatch(VerificationError):
-    """A source holds other weights than the ones this pull is pinned to.
+    """A source holds other weights than those that this pull is pinned to.
 
     Args:
         expected: The pinned root, in hex.
@@ -274,12 +275,12 @@ class RootMismatch(VerificationError):
 
 
 class AttemptFailed(NetloaderError):
-    """One try at one source failed; a line in the account of a pull.
+    """An attempt at one source failed; an entry in the report of a pull.
 
     Args:
         source: The address.
-        cause: What happened there.
-        times: Tries that failed there in this way; `cause` is of the last one.
+        cause: Why it failed.
+        times: How many attempts at this source failed in this way; `cause` is the last error.
     """
 
     def __init__(self, source: str, cause: NetloaderError, times: int = 1) -> None:
@@ -294,15 +295,15 @@ class NoSourceLeft(NetloaderError):
     """A pull failed: no source could give all blocks.
 
     Args:
-        attempts: Every try that failed, in order.
-        verified: Bytes that were verified before the pull gave up.
-        total: Bytes that the pull needed, or None when no manifest was agreed.
+        attempts: The failed attempts, in order.
+        verified: Bytes that were verified before the pull failed.
+        total: Bytes of the whole pull, or None when no manifest was agreed on.
     """
 
     def __init__(self, attempts: Sequence[AttemptFailed], *, verified: int = 0, total: int | None = None) -> None:
         of_total = "" if total is None else f" ({verified} of {total} bytes were verified)"
-        told = (f"{a.message} ({a.times} times)" if a.times > 1 else a.message for a in attempts)
-        tries = "; ".join(told) or "no source was given"
+        failures = (f"{a.message} ({a.times} times)" if a.times > 1 else a.message for a in attempts)
+        tries = "; ".join(failures) or "no source was given"
         hints = list(dict.fromkeys(a.hint for a in attempts if a.hint))
         super().__init__(f"no source could be pulled from{of_total}: {tries}", hint="; ".join(hints))
         self.attempts = tuple(attempts)
@@ -310,30 +311,30 @@ class NoSourceLeft(NetloaderError):
         self.total = total
 
 
-SOON_OVER = frozenset({"not-ready", "busy", "gone"})
-"""Codes of refusals that may be over soon."""
+TRANSIENT_CODES = frozenset({"not-ready", "busy", "gone"})
+"""Codes of refusals that may not be repeated when the client tries again later."""
 
 
 def next_step(error: NetloaderError, *, progressed: bool) -> Literal["again", "last", "later", "drop"]:
-    """What an error of a session with a source means for that source.
+    """Decide whether to try a source again after its session failed.
 
     Args:
         error: Why the session ended.
-        progressed: Whether it had brought blocks before.
+        progressed: Whether the session delivered blocks before.
 
     Returns:
-        Whether the source is worth another try: ``again`` at once, ``last`` after all others, ``later`` after a pause
-        (as long as one waits), or not at all (``drop``).
+        ``again``: try again at once. ``last``: try again after all other sources. ``later``: try again after a pause,
+        until the pull stops waiting. ``drop``: don't try again.
     """
     code = error.code if isinstance(error, RefusedError) else ""
-    if code in SOON_OVER:
+    if code in TRANSIENT_CODES:
         return "later"
     if isinstance(error, TransferTimeout | TransportUnavailable):
         return "drop"
-    # It is there, and gave us up as too slow: this process or its host may have stood still for a while.
+    # The source is up, and ended the session because this side was too slow. It may have been suspended for a while.
     if code == "timeout":
         return "last" if progressed else "drop"
-    # Where a channel broke, the other end's farewell may be heard before the channel itself is seen to be broken.
+    # When a channel breaks, the peer's Goodbye may arrive before this side notices the broken channel.
     if isinstance(error, TransportError) or code == "transport":
         return "again" if progressed else "later"
     return "drop"

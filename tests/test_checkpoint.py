@@ -230,7 +230,7 @@ def two_indexes(folder: Path) -> None:
         (unknown_to_index, "model-00002-of-00003.safetensors holds layer.3.weight, but the index does not name it"),
         (misplaced, "holds layer.0.weight, but the index expects it in model-00003"),
         (lacking, "model-00003-of-00003.safetensors lacks layer.9.weight"),
-        (escaping, "names '../secret.safetensors', which is no safetensors file of this folder"),
+        (escaping, "names '../secret.safetensors', which is not a safetensors file of this folder"),
         (broken_index, "model.safetensors.index.json cannot be read"),
         (two_indexes, "several indexes: a.safetensors.index.json, b.safetensors.index.json"),
     ],

@@ -79,7 +79,7 @@ def test_device_spans_are_packed_by_one_operation() -> None:
 
 def test_staging_memory_has_to_fit() -> None:
     view = Meta([3, 5])
-    with pytest.raises(ManifestError, match="block 7 has 8 bytes, the staging tensor 7"):
+    with pytest.raises(ManifestError, match="block 7 has 8 bytes, the staging tensor only 7"):
         pack(view, staging_for(7, "meta"))
     for odd in (
         torch.empty(4, dtype=torch.int16),

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: opened without copying, written so that no reader sees half of one."""
+"""Checkpoints, which are folders of safetensors files: opened without copying, and written atomically."""
 
 from __future__ import annotations
 

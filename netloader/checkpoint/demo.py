@@ -1,4 +1,4 @@
-"""A checkpoint out of nothing, for demonstrations and benchmarks: shaped like a Llama, filled with random weights."""
+"""A generated checkpoint for demonstrations and benchmarks: the shapes of a Llama model, with random weights."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def make_demo_checkpoint(folder: Path | str, nbytes: int, seed: int = 0) -> list
     """Write a checkpoint with the names and proportions of a Llama in bfloat16, and its ``config.json``.
 
     Args:
-        folder: Made when it does not exist; must hold no weight files.
-        nbytes: Bytes of weights, at least 1 MiB; met to less than one row of the embeddings.
-        seed: Equal seeds give equal bytes, here and on any other machine.
+        folder: Created when it does not exist; must hold no weight files.
+        nbytes: Bytes of weights, at least 1 MiB. The result differs by less than one row of the embeddings.
+        seed: Equal seeds give equal bytes on every machine.
 
     Returns:
         The files written.
@@ -65,8 +65,8 @@ def make_demo_checkpoint(folder: Path | str, nbytes: int, seed: int = 0) -> list
 def _shape_for(nbytes: int) -> _Shape:
     layers = 4 if nbytes < _SMALL_MODEL else 16 if nbytes < _LARGE_MODEL else 32
     head = 16 if nbytes < _SMALL_MODEL else 64
-    # Four fifths of the bytes in the layers, whose matrices have 10.75 hidden**2 elements each; embeddings have the
-    # rest. Four heads share one key and value head, so the hidden size is a multiple of four heads.
+    # Four fifths of the bytes are in the layers, whose matrices have 10.75 hidden**2 elements each, and the rest in the
+    # embeddings. Four heads share one key and value head, so the hidden size is a multiple of four heads.
     hidden = max(1, int(math.sqrt(nbytes * 0.8 / _ITEM / (10.75 * layers))) // (4 * head)) * 4 * head
     heads = hidden // head
     shape = _Shape(hidden, hidden * 11 // 4, layers, heads, heads // 4, 0)
@@ -93,11 +93,11 @@ def _tensors(shape: _Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _random(elements: int, seed: int, index: int) -> memoryview:
-    """Bytes of `elements` random bfloat16 numbers of magnitude 2**-7 to 2**-3: plausible, and never NaN."""
+    """Bytes of `elements` random bfloat16 numbers of magnitude 2**-7 to 2**-3, as in real models, and never NaN."""
     import numpy as np
 
     words = np.random.PCG64([seed, index]).random_raw(-(-elements // 4)).astype("<u8", copy=False)
-    # Keep the sign, the mantissa and two bits of the exponent; the rest of the exponent is that of 2**-7.
+    # Keep the sign, the mantissa and two bits of the exponent. The other bits of the exponent are those of 2**-7.
     words &= np.uint64(0x81FF_81FF_81FF_81FF)
     words |= np.uint64(0x3C00_3C00_3C00_3C00)
     return words.view(np.uint8).data[: elements * _ITEM]

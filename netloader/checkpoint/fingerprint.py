@@ -1,13 +1,13 @@
-"""A digest that tells one checkpoint from another without reading it whole.
+"""The fingerprint of a checkpoint: a digest that distinguishes checkpoints without reading them completely.
 
-Two fine-tunes of one model have files of equal names, sizes and headers; only their contents differ. Reading all of
-them takes as long as loading does. So: what the headers of safetensors files say about each tensor, and samples of the
-contents. How many samples there are and where they lie follows from sizes alone: equal weights have equal fingerprints,
-on every host and at any time, also when they were cut into other files. Weight files of other kinds are taken as they
-are: size and samples of each.
+Two fine-tunes of one model have files of equal names, sizes and headers; only their contents differ. Reading all of it
+takes as long as loading. So the fingerprint covers what the headers of safetensors files say about each tensor, and
+samples of the contents. Number and positions of the samples depend only on sizes. Therefore equal weights have equal
+fingerprints on every host, even when they are split into files differently. For weight files of other formats it covers
+the size and samples of each file.
 
-A checkpoint that differs in a place where no sample lies is not told apart; the root, which covers every byte, does
-that.
+Checkpoints that differ only between the samples have equal fingerprints. The root, which covers every byte,
+distinguishes them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES = 1024
 tenth of a millisecond each, about 100 ms from a solid-state disk."""
 
 LEAST_PER_FILE = 2
-"""Samples of a file that is no safetensors file, however many there are."""
+"""Least samples of each file that is not a safetensors file."""
 
 SAMPLE_BYTES = 1024
 
@@ -36,7 +36,7 @@ _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf")
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
-"""What a trainer leaves beside weights; no engine loads it."""
+"""Files that trainers write beside weights, and that engines don't load."""
 
 _MAX_HEADER = 100 << 20
 """The format's own limit."""
@@ -58,10 +58,10 @@ class _Piece(NamedTuple):
     """A tensor, or a file whose tensors are not known.
 
     Attributes:
-        label: What is known about it beside its contents; pieces are ordered by that.
-        file: Where it lies, as a number among the files.
-        begin: Its first byte there.
-        size: Its bytes.
+        label: What is known about it besides its contents. Pieces are ordered by label.
+        file: Index of its file.
+        begin: Its first byte in the file.
+        size: Its size in bytes.
     """
 
     label: bytes
@@ -77,8 +77,8 @@ def fingerprint_of(path: Path | str) -> str:
         path: The folder, or the file.
 
     Returns:
-        The digest; empty where there are no weight files, where some are missing that an index names, or where they
-        can't be read: then nothing is known, which is not an error here.
+        The digest; empty (not known) when there are no weight files, when files that an index names are missing, or
+        when they can't be read. None of these is an error here.
     """
     try:
         files = weight_files_of(Path(path))
@@ -91,10 +91,10 @@ def fingerprint_of(path: Path | str) -> str:
 
 
 def weight_files_of(path: Path) -> tuple[Path, ...]:
-    """The files that hold the weights, in the order of their names; none where one of them is missing.
+    """The files that hold the weights, in the order of their names; empty when one of them is missing.
 
-    Safetensors files go before all others, as they do for engines; where there is an index it says which of them count,
-    since a folder may hold a second copy of everything under other names.
+    Safetensors files are preferred to all others, as in engines. An index decides which files are used, because a
+    folder may hold a second copy of all weights under other names.
     """
     if path.is_file():
         return (path,)
@@ -122,7 +122,7 @@ def _named_by_an_index(path: Path, names: Sequence[str]) -> list[str] | None:
         named = set(msgspec.json.decode((path / indexes[0]).read_bytes(), type=_Index).weight_map.values())
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    # No weight file at all: a client's folder, where the index stayed behind.
+    # No weight file at all: a client's folder that holds only the index.
     return sorted(named) if any(name in names for name in named) else []
 
 
@@ -157,7 +157,7 @@ def _header(descriptor: int, size: int) -> bytes:
 
 
 def _tensors(header: bytes, file: int) -> list[_Piece]:
-    """The tensors that a header names; none where it is no header."""
+    """The tensors that a header names; empty when it is not a valid header."""
     try:
         entries = msgspec.json.decode(header, type=dict[str, _Entry]) if header else {}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -165,7 +165,7 @@ def _tensors(header: bytes, file: int) -> list[_Piece]:
     start = 8 + len(header)
     found = []
     for name, entry in entries.items():
-        begin, end = entry.data_offsets or (0, -1)  # what is no tensor has none: the file's remarks
+        begin, end = entry.data_offsets or (0, -1)  # the entry of the file's metadata has none
         if 0 <= begin <= end <= _LARGEST:
             label = msgspec.msgpack.encode((name, entry.dtype, entry.shape))
             found.append(_Piece(label, file, start + begin, end - begin))
@@ -173,20 +173,20 @@ def _tensors(header: bytes, file: int) -> list[_Piece]:
 
 
 def _places(pieces: Sequence[_Piece], most: int) -> list[tuple[int, int, int]]:
-    """File, first byte and length of each sample: evenly spread over each piece, or over the pieces if they are many.
+    """File, first byte and length of each sample. Samples are spread evenly over each piece, or over many pieces.
 
-    For pieces in a fixed order they depend on sizes alone.
+    For pieces in a fixed order they depend only on sizes.
     """
     filled = [piece for piece in pieces if piece.size]
     if len(filled) > most:
-        # As many of them as there are samples, evenly chosen, the last one among them.
+        # One sample for each of `most` evenly chosen pieces; the last piece is one of them.
         filled = [filled[(number + 1) * len(filled) // most - 1] for number in range(most)]
     places = []
     for piece in filled:
         length = min(SAMPLE_BYTES, piece.size)
         each = min(most // len(filled), -(-piece.size // SAMPLE_BYTES))
         for number in range(each):
-            # The first sample begins with the piece and the last one ends with it; a single one lies in the middle.
+            # The first sample is at the start of the piece, the last at its end, and a single one in the middle.
             room = piece.size - length
             at = room * number // (each - 1) if each > 1 else room // 2
             places.append((piece.file, piece.begin + at, length))
@@ -194,10 +194,10 @@ def _places(pieces: Sequence[_Piece], most: int) -> list[tuple[int, int, int]]:
 
 
 def _announce(descriptors: Sequence[int], places: Sequence[tuple[int, int, int]]) -> None:
-    """Let the system fetch all samples at once, and nothing around them: one slow read instead of hundreds."""
+    """Let the system prefetch all samples in parallel, without readahead, instead of hundreds of slow reads."""
     if not hasattr(os, "posix_fadvise"):
         return
-    with contextlib.suppress(OSError):  # advice only; a file system may not take it
+    with contextlib.suppress(OSError):  # only advice, which a file system may refuse
         for descriptor in descriptors:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         for file, at, length in places:

@@ -24,7 +24,7 @@ SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.sa
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
 _AGAIN = "fetch the checkpoint again"
 _EXTRA_BYTES = 64 << 20
-"""The largest of the small files: a tokenizer of a large vocabulary takes half of that."""
+"""Size limit of an extra file. A tokenizer with a large vocabulary has half of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        folder: Where it is.
-        tensors: By name, in the order of their names however they are spread over files, then the aliases: equal
-            weights have an equal root. They lie in the files, mapped privately: nothing is read before it is needed,
-            nothing is held twice, and writing to them does not change the files. The files must not be changed in
-            place while they are used.
+        folder: The folder.
+        tensors: By name: all tensors in the order of their names, then the aliases. The order does not depend on the
+            files, so that equal weights have an equal root. The tensors are private mappings of the files: bytes are
+            read on first use, nothing is copied, and writing to a tensor does not change its file. The files must not
+            be changed in place while they are used.
         weight_files: Names of the safetensors files, in order.
-        extra_files: Names of the small files beside them (configuration, tokenizer), in order.
+        extra_files: Names of the small files in the folder (configuration, tokenizer), in order.
     """
 
     folder: Path
@@ -62,7 +62,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         The checkpoint.
 
     Raises:
-        CheckpointError: A file is missing, truncated, there twice, or not part of the whole; or there is none.
+        CheckpointError: There is no safetensors file, or one is missing, truncated, duplicate, or not part of the
+            checkpoint.
     """
     path = Path(path)
     files: tuple[Path, ...] = (path,)
@@ -82,7 +83,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         aliases |= metadata
     _check_complete(path, found, placed)
     ordered = {name: found[name] for name in sorted(found)}
-    # What safetensors' own `save_model` leaves behind for a tensor that shares its memory with another one.
+    # safetensors' own `save_model` records tensors that share the memory of another one in the metadata.
     for name, owner in sorted(aliases.items()):
         if name != "format" and name not in found and owner in found:
             ordered[name] = found[owner]
@@ -91,7 +92,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The files to open and, where there is an index, the file of each tensor."""
+    """The files to open, and the file of each tensor if there is an index."""
     files = sorted(file for file in folder.glob(f"*{WEIGHT_SUFFIX}") if not file.name.startswith("."))
     index = _index_file(folder)
     if index is None:
@@ -105,13 +106,13 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None
     wanted = set(placed.values())
     for name in sorted(wanted):
         if Path(name).name != name or not name.endswith(WEIGHT_SUFFIX):
-            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of this folder")
+            raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file of this folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing, {index.name} names it", hint=_AGAIN)
     stems = {match["stem"] for name in wanted if (match := SHARD_NAME.fullmatch(name))}
     for file in files:
         match = SHARD_NAME.fullmatch(file.name)
-        # A file of another kind beside the shards (one consolidated copy of all, say) is not theirs to complain about.
+        # Other files beside the shards, such as one consolidated copy of all weights, are no error.
         if file.name not in wanted and match is not None and match["stem"] in stems:
             raise CheckpointError(
                 f"{file} is not named by {index.name}", hint="it is left from another checkpoint: remove it"
@@ -138,7 +139,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _check_shards(folder: Path, names: set[str]) -> None:
-    """Without an index the names of shards still say how many there are."""
+    """Check that no shard is missing: without an index, the names of the shards say how many there are."""
     for name in sorted(names):
         match = SHARD_NAME.fullmatch(name)
         if match is None:
@@ -157,7 +158,7 @@ def _open_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return tensors, opened.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: safetensors files, straight from the tensors' memory, in place only when complete."""
+"""Writes a checkpoint: safetensors files, directly from the tensors' memory, renamed into place when complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT_NAMES", "SHARD_BYTES", "Entry", "write_checkpoint", "write_entries"]
 
 SHARD_BYTES = 5_000_000_000
-"""Bytes in one file at most, unless one tensor alone is larger: what other tools write."""
+"""Most bytes in one file, unless a single tensor is larger. Other tools use the same size."""
 
 FORMAT_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -49,10 +49,10 @@ FORMAT_NAMES: Mapping[str, str] = MappingProxyType(
         "float4_e2m1fn_x2": "F4",
     }
 )
-"""What the file format calls each dtype that it knows."""
+"""The file format's name of each dtype that it supports."""
 
 _MAX_HEADER = 100_000_000
-"""Bytes; readers refuse longer ones."""
+"""Most bytes of a header; readers refuse longer ones."""
 
 _NO_SPACE = "free space, or choose another folder"
 
@@ -66,7 +66,7 @@ class Entry:
         dtype: Key of :data:`FORMAT_NAMES`.
         shape: Sizes, in elements.
         nbytes: Bytes.
-        load: Gives the bytes, row-major, when they are about to be written.
+        load: Returns the bytes, row-major. Called when they are about to be written.
     """
 
     name: str
@@ -84,33 +84,33 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write tensors as safetensors files, bit by bit as they are.
+    """Write tensors as safetensors files, without changing any bit.
 
-    One file, ``model.safetensors``; more and an index when they would pass `shard_bytes`. Tensors that share their
-    memory (tied weights) are stored once, under the first name; the metadata of the file names the others, as
-    safetensors' own ``save_model`` does it, and :func:`open_checkpoint` finds them there.
+    Writes one file, ``model.safetensors``, or several files and an index when it would exceed `shard_bytes`. Tensors
+    that share their memory (tied weights) are stored once, under the first name. The metadata of the file names the
+    others, as safetensors' own ``save_model`` does, and :func:`open_checkpoint` reads them from there.
 
-    Files appear under their names only when all of them are complete on the disk: a call that fails before leaves what
-    was there, and one that is interrupted while names are changed leaves no folder that opens as a mixture.
+    Files get their final names only when all of them are completely on disk. A call that fails before leaves the folder
+    as it was. A call that is interrupted during renaming never leaves a folder that opens as a mixture.
 
-    Reads every byte and waits for the disk: call it in a worker thread.
+    It reads every byte and waits for the disk, so call it in a worker thread.
 
     Args:
         tensors: By name; on any device.
-        folder: Made when it does not exist.
-        overwrite: Replace the safetensors files and the index that are there.
-        metadata: Goes into every file, beside ``format: pt``.
-        shard_bytes: Bytes in one file at most, unless one tensor alone is larger.
+        folder: Created when it does not exist.
+        overwrite: Replace the safetensors files and the index in the folder.
+        metadata: Added to every file, besides ``format: pt``.
+        shard_bytes: Most bytes in one file, unless a single tensor is larger.
 
     Returns:
         The files written, in order.
 
     Raises:
-        CheckpointError: There are weight files already, a dtype has no place in the format, or a file can't be written.
+        CheckpointError: There are weight files already, a dtype is not supported, or a file can't be written.
     """
     unfit = [f"{name} ({t.dtype})" for name, t in tensors.items() if _dtype(t) not in FORMAT_NAMES]
     if unfit or "__metadata__" in tensors:
-        raise CheckpointError(f"safetensors files have no place for {', '.join(unfit[:5]) or 'a tensor __metadata__'}")
+        raise CheckpointError(f"safetensors files can't hold {', '.join(unfit[:5]) or 'a tensor named __metadata__'}")
     owners: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
     entries: list[Entry] = []
@@ -147,7 +147,7 @@ def write_entries(
     if len(shards) == 1:
         names = [f"model{WEIGHT_SUFFIX}"]
     with contextlib.ExitStack() as cleanup:
-        # The index comes last: shards without one are complete only when the last of them is there.
+        # The index comes last: without an index, shards count as complete only when all of them exist.
         made = [
             (_write_file(folder / name, shard, _own(metadata, aliases, shard), cleanup), folder / name)
             for name, shard in zip(names, shards, strict=True)
@@ -160,10 +160,10 @@ def write_entries(
 
 
 def _put_in_place(made: Sequence[tuple[Path, Path]], present: Sequence[Path]) -> None:
-    """Swap old files for new ones; a reader who comes in the middle finds a part of one set, never parts of both."""
+    """Replace old files by new ones. At any time a reader finds files of one set only, never of both."""
     try:
         if list(present) != [place for _, place in made] or len(made) > 1:
-            # The index first: without it, the names of the shards still say that some are missing.
+            # Remove the index first: without it, the names of the shards still show that some are missing.
             for file in sorted(present, key=lambda file: not file.name.endswith(INDEX_SUFFIX)):
                 file.unlink(missing_ok=True)
         for temporary, place in made:
@@ -195,12 +195,12 @@ def _shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    # Wide elements first, so that each tensor starts at a multiple of its element size. The order of equal ones stays.
+    # Wide elements first, so that each tensor starts at a multiple of its element size. The sort is stable.
     return [sorted(shard, key=lambda entry: -ITEM_BYTES[entry.dtype]) for shard in shards]
 
 
 def _own(metadata: Mapping[str, str], aliases: Mapping[str, str], shard: Sequence[Entry]) -> dict[str, str]:
-    """The metadata of one shard: what all have, and the aliases of its own tensors."""
+    """The metadata of one shard: the common metadata, and the aliases of its own tensors."""
     names = {entry.name for entry in shard}
     return {**metadata, **{alias: owner for alias, owner in aliases.items() if owner in names}}
 
@@ -235,7 +235,7 @@ def _write_file(
 
 
 def _write(place: Path, parts: Iterable[bytes | Callable[[], memoryview]], cleanup: contextlib.ExitStack) -> Path:
-    """Write a file beside its place, complete on the disk; removed when `cleanup` ends and it is still there."""
+    """Write a temporary file beside `place`, complete on disk; removed when `cleanup` ends, unless it was renamed."""
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""The command line: serve a checkpoint, pull one, ask a source what it holds, watch two processes do it all."""
+"""The command line: serve a checkpoint, pull one, probe a source, list transports, run a demonstration."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: What follows the command's name; the process's own when None.
+        arguments: The arguments after the command's name; those of the process when None.
 
     Returns:
         The exit status; see :class:`netloader.cli.console.Exit`.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whoever reads us through a pipe wants each line when it is written
+        if isinstance(stream, io.TextIOWrapper):  # a reader at the other end of a pipe needs each line at once
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     options = make_parser().parse_args(arguments)
     set_up_logging(options.log_level)
     try:
-        # Commands are imported when they are needed: most of them bring torch.
+        # Commands are imported on demand, because most of them import torch.
         with _without_collector():
             command = import_module(f"netloader.cli.{options.command}")
         return int(command.run(options))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - whatever it is, a command ends with one line and a status
+    except Exception as error:  # noqa: BLE001 - a command always ends with one line and a status
         return report_error(error, debug=options.debug)
     finally:
-        if arguments is None:  # this process ends now; Python would look through all of torch once more (0.5 s)
+        if arguments is None:  # the process ends now; skip Python's final garbage collection, which takes 0.5 s
             gc.freeze()
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """No garbage is looked for: nothing that an import brings is any."""
+    """Disable garbage collection during imports, which create no garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

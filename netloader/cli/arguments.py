@@ -29,7 +29,7 @@ def size(text: str) -> int:
     """Read a number of bytes: ``4096``, ``64M``, ``1.5GB``, ``2GiB``.
 
     Raises:
-        ArgumentTypeError: It is something else.
+        ArgumentTypeError: `text` is not a size.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
@@ -74,7 +74,7 @@ def _root(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; ``command`` names what was chosen."""
+    """The parser of the whole command line. ``command`` is the chosen command."""
     parser = argparse.ArgumentParser(
         prog="netloader",
         description="Move model weights from where they are held to where they are needed, with every byte checked.",

@@ -1,4 +1,4 @@
-"""What all commands share: how they end, how they log, how they show progress and errors."""
+"""What all commands share: exit status, logging, progress and error messages."""
 
 from __future__ import annotations
 
@@ -39,39 +39,39 @@ _CLEAR_LINE = "\r\x1b[K"
 
 
 class Exit(enum.IntEnum):
-    """How a command ends, as its exit status."""
+    """The exit status of a command."""
 
     OK = 0
     FAILED = 1
-    """No source could be pulled from, or something else went wrong on the way."""
+    """No source could be pulled from, or another error occurred."""
     USAGE = 2
-    """An argument, a file or this installation is not what the command needs; nothing was sent."""
+    """An argument, a file or the installation is not what the command needs. Nothing was sent."""
     UNVERIFIED = 3
-    """What arrived, or what a source holds, is not what it should be."""
+    """What arrived, or what a source holds, is not what was expected."""
     INTERRUPTED = 130
     """The user pressed Ctrl-C."""
 
 
 def exit_for(error: BaseException) -> Exit:
-    """The exit status that tells of `error`."""
+    """The exit status for `error`."""
     causes = [attempt.cause for attempt in error.attempts] if isinstance(error, NoSourceLeft) else [error]
     if any(_is_unverified(cause) for cause in causes):
         return Exit.UNVERIFIED
-    # Of several sources only the last word counts: a wrong address beside one that is down is no wrong usage.
+    # A usage error at one of several sources is not a usage error of the command, because others may only be down.
     if isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError):
-        return Exit.FAILED  # a full disk, say
+        return Exit.FAILED  # for example a full disk
     if isinstance(error, CheckpointError | ConfigError | ManifestError | TransportUnavailable | ImportError):
         return Exit.USAGE
     return Exit.FAILED
 
 
 def _is_unverified(error: BaseException) -> bool:
-    # Whichever side first sees that the roots differ says so: a server does it by refusing.
+    # Either side may find that the roots differ: a server then refuses.
     return isinstance(error, VerificationError) or (isinstance(error, RefusedError) and error.code == "root")
 
 
 def whole_error(error: BaseException) -> BaseException:
-    """The error itself, where a task group wrapped a single one."""
+    """The error itself, if a task group wrapped a single one."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
@@ -81,11 +81,11 @@ def report_error(error: BaseException, *, debug: bool) -> Exit:
     """Print one line about `error`, and a hint where there is one.
 
     Args:
-        error: What ended the command.
-        debug: Print where it happened as well.
+        error: The error that ended the command.
+        debug: Print the traceback and the last transitions too.
 
     Returns:
-        How the command ends.
+        The exit status.
     """
     error = whole_error(error)
     message, hint = error_lines(error)
@@ -101,7 +101,7 @@ def report_error(error: BaseException, *, debug: bool) -> Exit:
 
 
 def error_lines(error: BaseException) -> tuple[str, str]:
-    """What was wrong and what to do, a line each; the latter may be empty."""
+    """The message and the hint, one line each. The hint may be empty."""
     if isinstance(error, NetloaderError):
         message, hint = error.message, error.hint
     elif isinstance(error, ImportError):
@@ -109,21 +109,21 @@ def error_lines(error: BaseException) -> tuple[str, str]:
     elif isinstance(error, OSError):
         message, hint = str(error), ""
     else:
-        message, hint = f"{type(error).__name__}: {error}", "this is a fault of netloader; --debug shows where"
+        message, hint = f"{type(error).__name__}: {error}", "this is a bug in netloader; --debug shows where"
     return " ".join(message.split()), " ".join(hint.split())
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Print a line; results go to standard output, news about the way there to standard error."""
+    """Print a line: results to standard output, messages about progress to standard error."""
     try:
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
     except BrokenPipeError:
-        sys.stdout = sys.stderr  # whoever read us has seen enough; what we do goes on
+        sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
 
 
 def set_up_logging(level: str) -> None:
     """Send netloader's log to standard error, one line per record."""
-    clear = _CLEAR_LINE if sys.stderr.isatty() else ""  # a record may come while a bar stands in the last line
+    clear = _CLEAR_LINE if sys.stderr.isatty() else ""  # the last line may hold a progress bar
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{clear}%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("netloader")
@@ -146,7 +146,7 @@ def token_from(path: str | None) -> bytes | None:
     """The shared secret in a file, or None without one.
 
     Raises:
-        ConfigError: The file can't be read, or its contents are no secret.
+        ConfigError: The file can't be read, or its contents are not a valid secret.
     """
     if path is None:
         return None

@@ -16,5 +16,5 @@ __all__ = ["run"]
 def run(options: argparse.Namespace) -> Exit:
     """Run both processes; the client's exit status is ours."""
     if options.fault is not None:
-        Fault.parse(options.fault)  # a wrong one is refused before anything is made
+        Fault.parse(options.fault)  # refuse an invalid fault before any file is created
     return Exit(anyio.run(run_demo, options.bytes, options.transport, options.fault, options.keep, say))

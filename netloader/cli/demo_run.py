@@ -1,7 +1,7 @@
-"""The demonstration: a server process and a client process move a real checkpoint, then both copies are compared.
+"""The demonstration: a server process and a client process move a checkpoint, then both copies are compared.
 
-The comparison reads the files byte by byte with nothing but the standard library: no code that moved the bytes judges
-whether they arrived.
+The comparison reads the files byte by byte with the standard library only, so that it does not rely on the code that
+moved the bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _START = 60.0
 _RUN = 120.0
 _STOP = 5.0
 _STALL = "3"
-"""Seconds: a stall on purpose should not keep anyone waiting."""
+"""Seconds. Short, so that an injected stall ends soon."""
 
 _EVERY = "0.1"
 _PART = 1 << 20
@@ -45,11 +45,11 @@ async def run_demo(nbytes: int, transports: Sequence[str], fault: str | None, ke
     """Make a checkpoint, serve it in one process, pull it in another, compare both.
 
     Args:
-        nbytes: About how many bytes the checkpoint has.
-        transports: What may carry them.
-        fault: Harm done to them on their way, as the command line names it; None for none.
+        nbytes: Approximate size of the checkpoint, in bytes.
+        transports: Names of the transports that may be used.
+        fault: The fault to inject, as on the command line; None for none.
         keep: New or empty folder for both checkpoints; None for a temporary one.
-        say: Takes each line of output.
+        say: Called with each line of output.
 
     Returns:
         The client's exit status; 3 as well when it reports success and the files differ.
@@ -103,20 +103,20 @@ async def _serve_and_pull(original: Path, pulled: Path, transports: Sequence[str
     if fault is not None:
         serve += ["--fault", fault]
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(_Side.started("server", serve, say))
+        server = await stack.enter_async_context(_DemoProcess.started("server", serve, say))
         address = await server.address()
         if address is None:
             return await server.status(_STOP)
         client = await stack.enter_async_context(
-            _Side.started("client", ["pull", address, "-o", str(pulled), *common], say)
+            _DemoProcess.started("client", ["pull", address, "-o", str(pulled), *common], say)
         )
         status = await client.status(_RUN)
         await server.stop()
         return status
 
 
-class _Side:
-    """One of the two processes. What it prints is said with its name in front."""
+class _DemoProcess:
+    """One of the two processes. Its output is printed with its name in front."""
 
     def __init__(self, name: str, process: Process, say: Say) -> None:
         self._name = name
@@ -128,10 +128,10 @@ class _Side:
 
     @classmethod
     @asynccontextmanager
-    async def started(cls, name: str, arguments: Sequence[str], say: Say) -> AsyncIterator[_Side]:
-        """Start it; when the block ends, so has the process."""
+    async def started(cls, name: str, arguments: Sequence[str], say: Say) -> AsyncIterator[_DemoProcess]:
+        """Start the process. When the block ends, the process has ended."""
         command = [sys.executable, "-m", "netloader", *arguments]
-        # The pipe on its standard input ends with us, whatever becomes of us: a server never outlives the demo.
+        # Its standard input is a pipe that ends with this process, so that a server never outlives the demo.
         process = await anyio.open_process(command, stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
         side = cls(name, process, say)
         async with anyio.create_task_group() as tasks:
@@ -145,10 +145,10 @@ class _Side:
                 tasks.cancel_scope.cancel()
 
     async def address(self) -> str | None:
-        """Where the server listens; None when it ended instead.
+        """The address of the server; None when it ended instead.
 
         Raises:
-            TransferTimeout: It said nothing in time.
+            TransferTimeout: It printed no address in time.
         """
         with anyio.move_on_after(_START):
             await self._known.wait()
@@ -156,10 +156,10 @@ class _Side:
         raise TransferTimeout(f"the {self._name} was not ready within {_START:g} s")
 
     async def status(self, within: float) -> int:
-        """How it ended.
+        """Wait for the exit status.
 
         Raises:
-            TransferTimeout: It still runs.
+            TransferTimeout: The process still runs.
         """
         with anyio.move_on_after(within):
             await self._silent.wait()
@@ -167,7 +167,7 @@ class _Side:
         raise TransferTimeout(f"the {self._name} did not end within {within:g} s")
 
     async def stop(self) -> None:
-        """End it, kindly first."""
+        """End the process: terminate it, and kill it if that is not enough."""
         if self._process.returncode is not None:
             return
         self._process.terminate()
@@ -204,12 +204,12 @@ class _Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found.
+    """The result of a comparison.
 
     Attributes:
-        tensors: Tensors in the original.
+        tensors: Number of tensors in the original.
         nbytes: Their bytes.
-        problems: A line for each tensor that differs, is missing or is too much.
+        problems: One line for each tensor that differs, is missing or is additional.
     """
 
     tensors: int
@@ -219,7 +219,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies."""
+    """The position of a tensor in a file."""
 
     path: Path
     offset: int
@@ -243,7 +243,7 @@ def compare_checkpoints(original: Path, copy: Path) -> Comparison:
     """Compare the tensors in all safetensors files of two folders, byte by byte.
 
     Raises:
-        ValueError: A file is not what it should be.
+        ValueError: A file is not a valid safetensors file, or a tensor is stored twice.
     """
     first, second = _stored(original), _stored(copy)
     problems = [f"{name} is missing" for name in first if name not in second]

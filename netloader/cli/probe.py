@@ -1,4 +1,4 @@
-"""``netloader probe``: what a source holds, and whether that is what one wants."""
+"""``netloader probe``: shows what a source holds, and whether that is what the user expects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALWAYS = ("layout", "role")
 
 
 def run(options: argparse.Namespace) -> Exit:
-    """Ask, compare, tell."""
+    """Probe the source, compare, and print the result."""
     probe = anyio.run(_probe, options)
     reasons: list[str] = []
     if options.root is not None:
@@ -61,7 +61,7 @@ def _other_root(probe: Probe, root: str) -> list[str]:
 
 
 def _other_than(probe: Probe, folder: Path) -> list[str]:
-    """Every reason why a pull would give something else than what is in `folder`."""
+    """Every reason why a pull would give something other than the contents of `folder`."""
     from netloader import checkpoint
     from netloader.tensors import hold
 
@@ -104,7 +104,7 @@ def _lines(probe: Probe) -> list[str]:
 
 
 def _identity(identity: ModelIdentity) -> dict[str, object]:
-    """The fields that say something: those at their default are not known, or do not apply."""
+    """The fields that are not at their default. A default means: not known, or does not apply."""
     default = msgspec.structs.asdict(ModelIdentity())
     known = msgspec.structs.asdict(identity)
     return {name: value for name, value in known.items() if name in _ALWAYS or value != default[name]}

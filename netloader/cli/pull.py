@@ -1,4 +1,4 @@
-"""``netloader pull``: what a source holds, into a folder of safetensors."""
+"""``netloader pull``: pulls what a source holds into a folder of safetensors files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> Exit:
     try:
         _check_output(options.output, overwrite=options.overwrite)
         report, files = anyio.run(_pull, options)
-    except Exception as wrapped:  # noqa: BLE001 - told in a form that programs read, and raised again
+    except Exception as wrapped:  # noqa: BLE001 - printed as JSON if asked for, and raised again
         error = whole_error(wrapped)
         if options.json:
             _print_json({"ok": False, "exit": exit_for(error), **_error_as_data(error)})
@@ -65,7 +65,7 @@ def _write(options: argparse.Namespace, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """Find out before the first byte moves whether the result can be kept.
+    """Check that the output folder can be used, before any byte is pulled.
 
     Raises:
         ConfigError: `folder` is a file, or it is not empty and nothing may be overwritten.

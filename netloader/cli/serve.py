@@ -1,4 +1,4 @@
-"""``netloader serve``: hold a folder of safetensors, without an engine, until told to stop."""
+"""``netloader serve``: serves a folder of safetensors files, without an engine, until it is stopped."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _SHORTEST_PAUSE = 0.05
-"""Seconds between two looks at the sessions."""
+"""Least seconds between two checks of the sessions."""
 
 
 class _Stopped(Exception):
-    """Told to stop while the files were being hashed."""
+    """The command was stopped while files were being hashed."""
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -62,12 +62,12 @@ async def _serve(options: argparse.Namespace) -> Exit:
     stop = threading.Event()
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with server, anyio.create_task_group() as tasks:
-            # Only what happens in here is cancelled: the server then says goodbye to its clients in its own way.
+            # Only the body of this scope is cancelled. The server then sends its clients a Goodbye when it closes.
             tasks.start_soon(_stop_on_signal, signals, tasks.cancel_scope, stop)
             if options.stop_on_eof:
                 tasks.start_soon(_stop_on_eof, tasks.cancel_scope, stop)
             server.expect("target", "checkpoint", reason="its files are being read and hashed")
-            # Its thread ends by itself soon after `stop` is set.
+            # The thread ends soon after `stop` is set.
             holding = await anyio.to_thread.run_sync(_read, options, stop)
             if holding is not None:
                 _check(fault, holding)
@@ -91,7 +91,7 @@ def _transports(names: Sequence[str], fault: Fault | None) -> list[str | Transpo
 
 
 def _read(options: argparse.Namespace, stop: threading.Event) -> Holding | None:
-    """Hash the files; None when told to stop meanwhile."""
+    """Hash the files. Returns None when stopped meanwhile."""
     log = ProgressLog(say, every=options.progress_every, verb="hashed")
     began = time.monotonic()
 
@@ -109,7 +109,7 @@ def _read(options: argparse.Namespace, stop: threading.Event) -> Holding | None:
 
 
 def _check(fault: Fault | None, holding: Holding) -> None:
-    """Refuse a fault that could not happen.
+    """Refuse a fault that can't occur.
 
     Raises:
         ConfigError: There is no such block, or no such byte in it.
@@ -125,7 +125,7 @@ def _check(fault: Fault | None, holding: Holding) -> None:
 
 
 async def _show_sessions(server: Server, total: int, every: float) -> None:
-    """Say how far each transfer is, when it got any further, until cancelled."""
+    """Print the progress of each transfer whenever it advances, until cancelled."""
     pause = max(every, _SHORTEST_PAUSE)
     seen: dict[str, _Seen] = {}
     while True:
@@ -138,7 +138,7 @@ async def _show_sessions(server: Server, total: int, every: float) -> None:
 
 
 class _Seen:
-    """How far a client was when it was last looked at."""
+    """The progress of a client at the last check."""
 
     def __init__(self, peer: str, began: float) -> None:
         self._peer = peer
@@ -181,7 +181,7 @@ async def _stop_on_eof(scope: anyio.CancelScope, stop: threading.Event) -> None:
 
 @contextmanager
 def _written(path: Path | None, address: str) -> Iterator[None]:
-    """The address in a file, whole or not at all, for as long as it is true."""
+    """Write the address to a file, atomically, and remove the file at the end."""
     if path is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""``netloader transports``: what can carry tensors on this machine."""
+"""``netloader transports``: lists the transports that can run on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["run"]
 
 
 def run(_: argparse.Namespace) -> Exit:
-    """One line for each transport that is registered; `auto` is what is used without a choice."""
+    """Print one line for each registered transport, and the names that `auto` stands for."""
     auto = registry.preferred("cpu")
     runs = []
     for name in registry.known():

@@ -22,7 +22,7 @@ from netloader.client.connect import abilities_of, connect
 from netloader.client.search import search
 from netloader.client.session import ClientSession, Destination, Digest
 from netloader.codecs.block_view import BlockView
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
 from netloader.core.messages import ServerMessage
@@ -242,7 +242,7 @@ class _Pull:
             with anyio.move_on_after(max(0.0, until - time.monotonic())) as waited:
                 await self._changed.wait()
             if waited.cancelled_caught:
-                self._tell(p.TimeIsUp(self._options.timeout) if until == last else p.Moment())
+                self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
 
     def _tell(self, event: p.Event) -> None:
         """Tell the pull what happened, and carry out what follows. What happens meanwhile is told afterwards."""
@@ -254,7 +254,7 @@ class _Pull:
             while self._events:
                 event, before = self._events.popleft(), self._verified()
                 self._carry_out(self._pull.handle(event, time.monotonic()))
-                if isinstance(event, p.Landed):
+                if isinstance(event, p.BlocksArrived):
                     self._tell_progress(event.session, before)
         finally:
             self._telling = False
@@ -267,13 +267,13 @@ class _Pull:
                     self._start(partial(self._session_with, command))
                 case p.Allocate():
                     self._start(partial(self._allocate, command))
-                case p.PassOn(announcement):
+                case p.StartRelaying(announcement):
                     self._pass_on(announcement)
                 case p.Log(level, text):
                     _log.log(_LEVELS[level], "%s", text)
-                case p.Done():
+                case p.Succeed():
                     self._farewell()
-                case p.Failed(error):
+                case p.Fail(error):
                     self._error = self._error or error
                     self._scope.cancel()
                 case _:
@@ -295,7 +295,7 @@ class _Pull:
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
             _log.exception("unexpected error, there is no memory for what a source announced")
             error = _explained(bug)
-        self._tell(p.Adopted(command.session, error))
+        self._tell(p.MemoryAllocated(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
         """One session with one source, to its end."""
@@ -312,7 +312,7 @@ class _Pull:
                 self._observe(PhaseEnded("client", number, source, "connect", time.monotonic() - began))
                 self._observe(SourceLeft(number, source, ended))
         if connection is None:
-            self._tell(p.Ended(number, ended))
+            self._tell(p.SessionEnded(number, ended))
             return
         if self._pull.over:  # meanwhile, by other sessions
             await connection.aclose()
@@ -333,7 +333,7 @@ class _Pull:
             observers=self._observe,
         )
         self._observe(SessionBegan("client", number, source))
-        self._tell(p.Connected(number))
+        self._tell(p.SessionStarted(number))
         try:
             await session.run()
             ended = session.session.error
@@ -361,7 +361,7 @@ class _Pull:
             )
             self._observe(SourceLeft(number, source, ended))
             self._tell(
-                p.Ended(
+                p.SessionEnded(
                     number,
                     ended,
                     transport=chosen,

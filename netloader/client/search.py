@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import anyio.lowlevel
 
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.discovery.base import Appeared, Listed, SourceProvider, Vanished
 from netloader.errors import DiscoveryError, shown
 
@@ -25,9 +25,9 @@ async def search(provider: SourceProvider, tell: Callable[[p.Event], None]) -> N
             async for change in changes:
                 match change:
                     case Appeared(source):
-                        tell(p.Found([source]))
+                        tell(p.SourcesFound([source]))
                     case Vanished(address):
-                        tell(p.Lost(address))
+                        tell(p.SourceLost(address))
                     case Listed():
                         tell(p.Listed())
                     case _:

@@ -12,7 +12,7 @@ from typing import Protocol
 import anyio
 
 from netloader.codecs.block_view import BlockView
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.ledger import Ledger
 from netloader.core.manifest import Manifest
 from netloader.core.messages import ServerMessage
@@ -42,7 +42,7 @@ the loop accounts for blocks, and while it is woken, the threads that move bytes
 _OPEN_GRANTS = 1 << 16
 """Grants that may wait for their blocks: a server answers a request with one, or a few."""
 
-SessionCommand = p.Accept | p.Refuse | p.Ask | p.Finish | p.Leave | p.Dismiss
+SessionCommand = p.Accept | p.Reject | p.RequestBlocks | p.Finish | p.LeaveSource | p.CancelSession
 """What a pull wants of one session."""
 
 
@@ -154,15 +154,15 @@ class ClientSession(SessionDriver[ServerMessage]):
         match command:
             case p.Accept():
                 self.feed(e.Pinned())
-            case p.Refuse(_, error):
+            case p.Reject(_, error):
                 self.feed(e.WorkFailed(error))
-            case p.Ask(_, ranges):
+            case p.RequestBlocks(_, ranges):
                 self.feed(e.BlocksWanted(ranges))
             case p.Finish(_, outcome, blocks, nbytes):
                 self.feed(e.Finished(outcome, blocks, nbytes))
-            case p.Leave(_, reason):
+            case p.LeaveSource(_, reason):
                 self.feed(e.Cancelled(reason, "timeout"))
-            case p.Dismiss():
+            case p.CancelSession():
                 self.feed(self.gave_up())
 
     # --- what the session wants -------------------------------------------------------------------------------------
@@ -171,21 +171,21 @@ class ClientSession(SessionDriver[ServerMessage]):
         """Carry out an effect of the client's side."""
         match effect:
             case f.Pin(announcement):
-                self._tell(p.Announced(self.number, announcement))
+                self._tell(p.HoldingAnnounced(self.number, announcement))
             case f.ConnectChannel(transport, offer, peer_facts):
                 self.spawn(lambda: self._connect(transport, offer, peer_facts), lambda event: event)
             case f.AskForWork():
-                self._tell(p.WantsWork(self.number))
+                self._tell(p.SessionIdle(self.number))
             case f.ReceiveBlocks(ranges):
                 self._granted.put(ranges)
             case f.ReturnBlocks(ranges, reason, sources):
-                self._tell(p.Denied(self.number, ranges, reason, sources))
+                self._tell(p.BlocksDenied(self.number, ranges, reason, sources))
             case _:
                 super().perform(effect)
 
     def queued(self) -> None:
         """The source lets us wait."""
-        self._tell(p.Queued(self.number))
+        self._tell(p.SessionQueued(self.number))
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:
         """The source told which relays its blocks come through."""
@@ -194,7 +194,7 @@ class ClientSession(SessionDriver[ServerMessage]):
     def moved(self, after: State) -> None:
         """Start the tasks that receive and account for it, once there is a channel."""
         if after is State.TRANSFER:
-            self._tell(p.Opened(self.number))
+            self._tell(p.SessionReady(self.number))
             self.spawn(self._account_meanwhile, lambda _: None)
             self.spawn(lambda: self.move_blocks(self._next_receive), lambda _: None)
 
@@ -275,4 +275,4 @@ class ClientSession(SessionDriver[ServerMessage]):
         """Tell the pull what landed and was not told yet."""
         blocks = [self._landed.popleft() for _ in range(len(self._landed))]
         if blocks:
-            self._tell(p.Landed(self.number, blocks))
+            self._tell(p.BlocksArrived(self.number, blocks))

@@ -1,1 +1,1 @@
-"""How things are laid out on the wire: control messages into frames, tensors into block bytes."""
+"""Codecs: control messages as frames, and tensors as the bytes of blocks."""

@@ -1,4 +1,4 @@
-"""One block as it lies in memory: what transports move, and what is hashed, packed and staged."""
+"""A block in memory, as transports, hashing, packing and staging access it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["BlockView"]
 
 
 class BlockView(Protocol):
-    """One block's bytes, where they live: memory of the caller's own tensors, not a copy."""
+    """The bytes of one block in the memory of the caller's tensors, without a copy."""
 
     @property
     def number(self) -> int:
@@ -23,14 +23,14 @@ class BlockView(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Bytes of the block."""
         ...
 
     def tensors(self) -> Sequence[torch.Tensor]:
-        """The spans in order: one-dimensional, contiguous ``uint8`` tensors over the caller's memory, where that is.
+        """The spans in order: one-dimensional, contiguous ``uint8`` tensors over the caller's memory.
 
-        What is received goes to the channel's device. What is sent may lie in the CPU's memory, in part or as a whole,
-        while the channel's device is another one: a server keeps copies there.
+        When receiving, they are on the channel's device. When sending, some or all may be in the CPU's memory although
+        the channel's device is another one, because a server may keep copies there.
         """
         ...
 
@@ -43,9 +43,9 @@ class BlockView(Protocol):
         ...
 
     def regions(self) -> Regions[int]:
-        """The spans in order, by address and length, without empty ones; where there are many, cheaper than byte views.
+        """The spans in order, by address and length, without empty ones. Cheaper than byte views when there are many.
 
-        Valid as long as the block is there; not to be changed.
+        The array is valid as long as the block exists, and must not be changed.
 
         Raises:
             TransportUnavailable: The memory is not the CPU's.
@@ -53,8 +53,8 @@ class BlockView(Protocol):
         return regions_of(self.buffers())
 
     def settle(self) -> None:
-        """The block was filled: bring its bytes to where they belong, if that is not where they are.
+        """Complete a filled block: copy its bytes to their destination, if they were received elsewhere.
 
-        Called once all bytes are in place, by the receiver of the block and not by its transport. May wait for the
-        device: not for the event loop's thread.
+        The receiver of the block calls it once all bytes have arrived; the transport does not. It may wait for the
+        device, so it must not be called in the event loop's thread.
         """

@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 CLIENT_FRAME_CAP = 256 << 10
-"""Bytes in a frame from a client: nothing a client says is long, and a server hears strangers."""
+"""Most bytes in a frame from a client. It is small, because a server reads from unauthenticated clients."""
 
 SERVER_FRAME_CAP = 256 << 20
-"""Bytes in a frame from a server: a manifest and its digests may be long."""
+"""Most bytes in a frame from a server. It is large, because a manifest and its digests may be long."""
 
 LARGE_FRAME = 512 << 10
-"""Bytes of a frame whose decoding would hold up an event loop: it takes about 2 ms."""
+"""Bytes from which on a frame is decoded outside of the event loop: decoding takes about 2 ms."""
 
 _HEADER = struct.Struct(">I")
 _ENCODER = msgspec.msgpack.Encoder()
@@ -51,11 +51,11 @@ _FROM_CLIENT = Hello | Identify | Agree | Want | Verdict
 M = TypeVar("M")
 
 _SHOWN_ERROR = 300
-"""Characters shown of why a body could not be decoded: the reason quotes what the peer sent."""
+"""Most characters of a decoding error that are shown, because the error quotes what the peer sent."""
 
 
 class _Tagged(msgspec.Struct):
-    """Any message, for its name only."""
+    """Any message; only its name is decoded."""
 
     type: str
 
@@ -79,7 +79,7 @@ def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
     """One message as a frame.
 
     Raises:
-        LocalProtocolError: The message is larger than any peer would accept, or holds what msgpack cannot say.
+        LocalProtocolError: The message is larger than a peer accepts, or can't be encoded in msgpack.
     """
     name = type(message).__name__
     try:
@@ -90,13 +90,13 @@ def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
         ) from error
     cap = CLIENT_FRAME_CAP if isinstance(message, _FROM_CLIENT) else SERVER_FRAME_CAP
     if len(body) > cap:
-        hint = "shorten what it says" if cap == CLIENT_FRAME_CAP else "serve fewer tensors under one role"
-        raise LocalProtocolError(f"{name} takes {len(body)} bytes, the peer accepts {cap}", hint=hint)
+        hint = "shorten its texts" if cap == CLIENT_FRAME_CAP else "serve fewer tensors under one role"
+        raise LocalProtocolError(f"{name} takes {len(body)} bytes, the peer accepts at most {cap}", hint=hint)
     return _HEADER.pack(len(body)) + body
 
 
 class FrameDecoder(Generic[M]):
-    """Cuts a byte stream into messages.
+    """Decodes a byte stream into messages.
 
     Args:
         decoder: Typed decoder for the messages that this side may receive.
@@ -120,11 +120,11 @@ class FrameDecoder(Generic[M]):
         """Take bytes as they came from the peer.
 
         Args:
-            data: Any number of bytes, cut anywhere.
+            data: Any number of bytes, split anywhere.
 
         Returns:
-            Every message that is complete now, in order. What came before a broken frame is returned first, so that
-            the outcome does not depend on where the stream was cut; the next call raises, also with no data.
+            Every message that is complete now, in order. Messages before an invalid frame are returned first, and the
+            next call raises, even without data. So the result does not depend on how the stream was split.
 
         Raises:
             RemoteProtocolError: A frame is larger than the cap, or its body is not a message. Every later call raises
@@ -167,7 +167,7 @@ class FrameDecoder(Generic[M]):
             raise self._explained(body, error) from error
 
     def _in_parts(self, body: bytes) -> M:
-        """As the decoder, but a manifest by some thousand tensors at a time, so that other threads have their turns."""
+        """Decode a manifest in parts of some thousand tensors, so that other threads can run in between."""
         fields = _FIELDS.decode(body)
         manifest = fields.pop("manifest", None)
         if manifest is None or bytes(manifest) == _NIL or _NAME.decode(body).type != Announce.__name__:
@@ -180,7 +180,7 @@ class FrameDecoder(Generic[M]):
         return whole
 
     def _explained(self, body: bytes, error: Exception) -> RemoteProtocolError:
-        """What is wrong with a body: no message at all, one that this side does not know, or a wrong field."""
+        """The error for a body that is not a message, is an unknown message, or has an invalid field."""
         why = str(error)[:_SHOWN_ERROR]
         try:
             name = _NAME.decode(body).type
@@ -198,10 +198,10 @@ def _names(union: UnionType) -> frozenset[str]:
 
 
 def client_messages() -> FrameDecoder[ClientMessage]:
-    """A decoder for what clients send (a server uses it)."""
+    """A decoder for the messages of clients, for use by a server."""
     return FrameDecoder(msgspec.msgpack.Decoder(ClientMessage), _names(ClientMessage), CLIENT_FRAME_CAP)
 
 
 def server_messages() -> FrameDecoder[ServerMessage]:
-    """A decoder for what servers send (a client uses it)."""
+    """A decoder for the messages of servers, for use by a client."""
     return FrameDecoder(msgspec.msgpack.Decoder(ServerMessage), _names(ServerMessage), SERVER_FRAME_CAP)

@@ -1,10 +1,10 @@
-"""Memory formats of Ascend devices: which one a tensor has, and the plain bytes that travel for it.
+"""Memory formats of Ascend devices: which format a tensor has, and the plain bytes that are sent for it.
 
-A private format (FRACTAL_NZ) lies in tiles: its bytes mean nothing to a reader that expects rows, and only torch_npu
-knows them. So what travels is always the plain form, of which a copy is made on both sides; the destination keeps its
-storage, and with it its address, its aliases and the graphs that captured it.
+A private format (FRACTAL_NZ) is stored in tiles, whose layout only torch_npu knows. So the plain form is sent, for
+which both sides make a copy. The destination tensor keeps its storage, and so its address, its aliases and the graphs
+that captured it.
 
-Nothing here imports torch_npu: where there is no tensor on an ``npu``, it is not needed.
+This module does not import torch_npu at module level, because it is only needed for tensors on an ``npu``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["PLAIN", "format_of", "from_plain", "gather", "is_private", "scatter"
 PLAIN = "nd"
 _ND = 2
 _BASE = frozenset({-1, 0, 1, 2, 16, 27, 30, 35, 47})
-"""Formats whose memory is plain rows, under whatever name of dimensions."""
+"""Formats whose memory is row-major; they differ only in the names of the dimensions."""
 
 _NAMES = {29: "fractal-nz", 50: "nz-c0-16", 51: "nz-c0-32", 52: "nz-c0-2", 53: "nz-c0-4", 54: "nz-c0-8"}
 
 
 def format_of(tensor: torch.Tensor) -> str:
-    """The memory format of a tensor, as a manifest says it: ``nd`` for plain memory, on every device."""
+    """The memory format of a tensor, as written in a manifest: ``nd`` for plain memory, on every device."""
     if tensor.device.type != "npu":
         return PLAIN
     import torch_npu
@@ -37,12 +37,12 @@ def format_of(tensor: torch.Tensor) -> str:
 
 
 def is_private(tensor: torch.Tensor) -> bool:
-    """Whether its memory is not what its shape says."""
+    """Whether the tensor has a private format, so that its memory does not follow its shape and strides."""
     return format_of(tensor) != PLAIN
 
 
 def _castable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as torch_npu can cast it: four-bit weights are int8 tiles that call themselves int32."""
+    """The tensor in a dtype that torch_npu can cast: four-bit weights are int8 tiles, but have dtype int32."""
     return tensor.view(torch.int8) if tensor.dtype == torch.int32 else tensor
 
 
@@ -65,24 +65,24 @@ def to_plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_plain(plain: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Write the values of a plain tensor into one in a private format; its storage stays.
+    """Write the values of a plain tensor into a tensor in a private format, which keeps its storage.
 
     Raises:
-        TransportError: torch_npu cannot do it.
+        TransportError: torch_npu cannot convert it.
     """
     try:
         with torch.no_grad():
             _castable(tensor.detach()).copy_(_castable(plain))
     except RuntimeError as error:
-        raise TransportError(f"{tensor.dtype} cannot be brought into format {format_of(tensor)}: {error}") from error
+        raise TransportError(f"{tensor.dtype} cannot be converted to format {format_of(tensor)}: {error}") from error
 
 
 def gather(spans: Sequence[torch.Tensor], staging: torch.Tensor) -> torch.Tensor:
     """Copy spans, without gaps, to the start of `staging`.
 
     Args:
-        spans: One-dimensional ``uint8``, on the device of `staging` or in the host's memory.
-        staging: At least as long as all of them.
+        spans: One-dimensional ``uint8`` tensors, on the device of `staging` or in the host's memory.
+        staging: At least as long as all spans together.
 
     Returns:
         The part of `staging` that holds them.
@@ -96,7 +96,7 @@ def gather(spans: Sequence[torch.Tensor], staging: torch.Tensor) -> torch.Tensor
 
 
 def scatter(staging: torch.Tensor, spans: Sequence[torch.Tensor]) -> None:
-    """The reverse of :func:`gather`. Queued on the current stream: not done when this returns."""
+    """The reverse of :func:`gather`. It is queued on the current stream, and may not be complete when this returns."""
     start = 0
     with torch.no_grad():
         for span in spans:

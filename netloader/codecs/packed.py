@@ -1,7 +1,7 @@
-"""A block of many small spans as one staging tensor, for transports whose cost is per operation and not per byte.
+"""Packs a block of many small spans into one staging tensor, for transports with a high cost per operation.
 
-One copy on each side buys one operation instead of up to :data:`~netloader.core.plan.MAX_SPANS`. A block of a single
-span gains nothing by it and goes as :mod:`~netloader.codecs.raw`.
+A copy on each side saves up to :data:`~netloader.core.plan.MAX_SPANS` - 1 operations. A block with a single span gains
+nothing, and is sent as in :mod:`~netloader.codecs.raw`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["pack", "staging_bytes", "staging_for", "unpack", "worth_packing"]
 def worth_packing(view: BlockView) -> bool:
     """Whether `view` has more than one span, so that packing saves operations."""
     try:
-        return len(view.buffers()) > 1  # much cheaper than tensors, and wanted soon anyway
+        return len(view.buffers()) > 1  # much cheaper than tensors, and needed later anyway
     except TransportUnavailable:
         return len(view.tensors()) > 1
 
 
 def staging_bytes(views: Iterable[BlockView]) -> int:
-    """Bytes that a staging tensor needs to hold any one of `views` that is worth packing; 0 when none is."""
+    """Size of a staging tensor that can hold any one of `views` that is worth packing; 0 when none is."""
     return max((view.nbytes for view in views if worth_packing(view)), default=0)
 
 
@@ -37,7 +37,7 @@ def staging_for(nbytes: int, device: torch.device | str) -> torch.Tensor:
 
     Args:
         nbytes: Size; see :func:`staging_bytes`.
-        device: Where the blocks live.
+        device: Device of the blocks.
 
     Returns:
         A one-dimensional ``uint8`` tensor of `nbytes`.
@@ -51,7 +51,7 @@ def pack(view: BlockView, staging: torch.Tensor) -> torch.Tensor:
     Args:
         view: The block to send.
         staging: One-dimensional contiguous ``uint8`` on the block's device, at least as long as the block. Its memory
-            may be used again once what is returned has been sent.
+            may be reused once the returned tensor has been sent.
 
     Returns:
         The part of `staging` that holds the block: ``uint8``, ``view.nbytes`` long.
@@ -61,13 +61,13 @@ def pack(view: BlockView, staging: torch.Tensor) -> torch.Tensor:
     """
     packed = _part(view, staging)
     if packed.is_cpu:
-        # Byte views cost a tenth of what tensors over the same memory do.
+        # Byte views cost a tenth of tensors over the same memory.
         target, start = packed.numpy().data, 0
         for buffer in view.buffers():
             target[start : start + len(buffer)] = buffer
             start += len(buffer)
     elif view.nbytes:
-        # Inference mode: memory is copied, nothing is computed, and tensors made in that mode refuse it elsewhere.
+        # In inference mode, because tensors created in that mode can't be written outside of it.
         with torch.inference_mode():
             torch.cat(list(view.tensors()), out=packed)
     return packed
@@ -98,8 +98,8 @@ def unpack(staging: torch.Tensor, view: BlockView) -> None:
 def _part(view: BlockView, staging: torch.Tensor) -> torch.Tensor:
     if staging.dtype != torch.uint8 or staging.dim() != 1 or not staging.is_contiguous():
         raise ManifestError(
-            f"staging memory is {staging.dtype} of shape {tuple(staging.shape)}, needed is one contiguous row of uint8"
+            f"staging memory is {staging.dtype} of shape {tuple(staging.shape)}, required: one contiguous row of uint8"
         )
     if staging.numel() < view.nbytes:
-        raise ManifestError(f"block {view.number} has {view.nbytes} bytes, the staging tensor {staging.numel()}")
+        raise ManifestError(f"block {view.number} has {view.nbytes} bytes, the staging tensor only {staging.numel()}")
     return staging[: view.nbytes]

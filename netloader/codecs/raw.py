@@ -1,4 +1,4 @@
-"""A block's bytes as they lie in memory: what most transports put on the wire, without a copy."""
+"""A block's bytes in the order of memory, which most transports send without a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["grouped_buffers", "spans"]
 
 
 def spans(views: Iterable[BlockView]) -> Iterator[torch.Tensor]:
-    """The spans of all blocks, in the order in which their bytes travel: one-dimensional ``uint8`` tensors."""
+    """The spans of all blocks, in the order in which they are sent: one-dimensional ``uint8`` tensors."""
     for view in views:
         yield from view.tensors()
 
@@ -24,8 +24,8 @@ def grouped_buffers(views: Iterable[BlockView], most: int, nbytes: int) -> Itera
 
     Args:
         views: Blocks on the CPU, in order.
-        most: Byte views in one group at most (``IOV_MAX``).
-        nbytes: Bytes after which a group ends; it may pass this by less than its last span.
+        most: Most byte views in one group (``IOV_MAX``).
+        nbytes: Size at which a group ends; its last span may exceed it.
 
     Yields:
         Groups whose concatenation is the concatenation of all blocks.

@@ -1,6 +1,6 @@
-"""Pieces of this process's memory by address and length: what the kernel's scatter-gather calls take.
+"""Regions of this process's memory, given by address and length, for the kernel's scatter-gather calls.
 
-A list of numbers costs a tenth of what an object for each piece does, and there may be tens of thousands of pieces.
+An array of numbers costs a tenth of one object for each region, and there may be tens of thousands of regions.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 __all__ = ["Regions", "left_of", "objects", "regions_of", "regions_over", "total"]
 
 Regions = array
-"""Address, bytes, address, bytes, ... as unsigned 64-bit numbers: an array of ``iovec`` as it lies in memory.
+"""Address, bytes, address, bytes, ... as unsigned 64-bit numbers, which is the memory layout of an array of ``iovec``.
 
-Whoever made it keeps the memory alive while it is used."""
+The creator of the array keeps the memory alive while it is used."""
 
 
 def regions_over(addresses: Sequence[int], sizes: Sequence[int]) -> Regions[int]:
-    """Regions that begin at these addresses and have these sizes, in bytes."""
+    """Regions with these addresses and sizes, in bytes."""
     regions = array("Q", bytes(16 * len(addresses)))
     regions[::2] = array("Q", addresses)
     regions[1::2] = array("Q", sizes)
@@ -30,19 +30,19 @@ def regions_over(addresses: Sequence[int], sizes: Sequence[int]) -> Regions[int]
 
 
 def regions_of(buffers: Iterable[memoryview]) -> Regions[int]:
-    """Where writable byte views lie, in order, without empty ones: what a block that has nothing cheaper says."""
+    """The regions of writable byte views, in order, without empty ones."""
     byte, address_of = ctypes.c_char, ctypes.addressof
     pieces = [buffer for buffer in buffers if len(buffer)]
     return regions_over([address_of(byte.from_buffer(piece)) for piece in pieces], [len(piece) for piece in pieces])
 
 
 def total(regions: Regions[int]) -> int:
-    """Bytes in all."""
+    """Total bytes of all regions."""
     return sum(regions[1::2])
 
 
 def left_of(regions: Regions[int], done: int) -> Regions[int]:
-    """What is left of `regions` when the first `done` bytes are done."""
+    """The rest of `regions` after the first `done` bytes."""
     ends = list(accumulate(regions[1::2]))
     if not ends or done >= ends[-1]:
         return array("Q")
@@ -55,7 +55,7 @@ def left_of(regions: Regions[int], done: int) -> Regions[int]:
 
 
 def objects(regions: Regions[int]) -> Iterator[Any]:
-    """Each region as an object with the buffer protocol, without holding on to the memory."""
+    """Each region as an object with the buffer protocol, which does not keep the memory alive."""
     sizes = regions[1::2]
     if len(set(sizes)) == 1:
         return map(_maker(sizes[0]), regions[::2])
@@ -64,5 +64,5 @@ def objects(regions: Regions[int]) -> Iterator[Any]:
 
 @lru_cache(maxsize=1024)
 def _maker(nbytes: int) -> Callable[[int], Any]:
-    """What makes such an object. Kept, since each size takes a class of its own; a model has few sizes."""
+    """A function that makes such an object. Cached, because each size needs its own class; a model has few sizes."""
     return (ctypes.c_char * nbytes).from_address

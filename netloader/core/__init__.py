@@ -1,1 +1,1 @@
-"""What can be said and decided without any I/O: the standard library and msgspec, nothing else."""
+"""Data types and decisions without any I/O. Imports the standard library and msgspec only."""

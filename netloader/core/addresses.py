@@ -27,7 +27,7 @@ ALLOWED_HOST = "an IPv4 address, an IPv6 address or a host name"
 ALLOWED_ADDRESS = "IPv4:port, hostname:port or [IPv6]:port, with a port from 1 to 65535"
 
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
-# The C library reads "1.2.3", "0x7f.1" or a bare "2130706433" as IPv4 addresses of its own kind. Nobody means that.
+# The C library reads "1.2.3", "0x7f.1" and "2130706433" as IPv4 addresses. Such forms are refused as likely mistakes.
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _ZONE = re.compile(r"[A-Za-z0-9_.@~-]{1,32}")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -38,8 +38,8 @@ _LONGEST_NAME = 253
 class Address(msgspec.Struct, frozen=True, order=True):
     """Where a server listens.
 
-    Two addresses that mean the same are equal: host names are kept in lower case, IPv6 addresses in their shortest
-    form. ``str(address)`` gives the text that :func:`parse_address` reads back.
+    Different spellings of one address are equal: host names are stored in lower case, and IPv6 addresses in their
+    shortest form. :func:`parse_address` reads ``str(address)`` back.
 
     Attributes:
         host: IPv4 address, IPv6 address (no brackets, zone after ``%``) or host name.
@@ -91,7 +91,7 @@ def parse_address(text: object, *, field: str = "address") -> Address:
             raise wrong("the port is missing", "write [IPv6]:port")
         host, port = text[1:closing], text[closing + 2 :]
         if ":" not in host:
-            raise wrong("only IPv6 addresses stand in brackets")
+            raise wrong("only IPv6 addresses are written in brackets")
     elif not colon:
         raise wrong("the port is missing", "write host:port; the server's log names both")
     elif ":" in host:
@@ -128,7 +128,7 @@ def parse_host(text: object, *, field: str = "host") -> str:
 
 
 def unmapped(host: str) -> str:
-    """A numeric address without the prefix that a dual-stack socket puts before IPv4 ones."""
+    """A numeric address without the prefix (``::ffff:``) that a dual-stack socket puts before an IPv4 address."""
     return host.removeprefix("::ffff:") if "." in host else host
 
 
@@ -141,7 +141,7 @@ def is_wildcard(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is an address by which a machine reaches itself only; a name is not looked up."""
+    """Whether `host` is a loopback address. Names are not resolved."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -149,12 +149,12 @@ def is_loopback(host: str) -> bool:
 
 
 def seen_from(source: str, peer_host: str, local_host: str) -> str:
-    """An address as a peer can use it: one on this very host goes by the name that the peer has for this host.
+    """An address in a form that a peer can use: a loopback address is replaced by the address that the peer uses.
 
     Args:
-        source: The address as we use it.
+        source: The address as this process uses it.
         peer_host: Address of the peer.
-        local_host: Our address, as the peer sees it.
+        local_host: Address of this host, as the peer sees it.
     """
     try:
         address = parse_address(source)
@@ -166,13 +166,13 @@ def seen_from(source: str, peer_host: str, local_host: str) -> str:
 
 
 def _fault_of_host(host: str) -> str | None:
-    """Say what is wrong with `host`, or None."""
+    """What is wrong with `host`; None when nothing is."""
     if not host:
         return "the host is missing"
     if ":" in host:
         return _fault_of_ipv6(host)
     if not host.isascii():
-        return "a host name with other than ASCII letters must be written in its xn-- form"
+        return "a host name with non-ASCII letters must be written in its xn-- form"
     labels = host.removesuffix(".").split(".")
     if _NUMERIC_LABEL.fullmatch(labels[-1]):
         try:
@@ -184,14 +184,14 @@ def _fault_of_host(host: str) -> str | None:
         return f"a host name has at most {_LONGEST_NAME} characters"
     for label in labels:
         if not _LABEL.fullmatch(label):
-            return f"{label[:64]!r} is not a part of a host name"
+            return f"{label[:64]!r} can't be part of a host name"
     return None
 
 
 def _fault_of_ipv6(host: str) -> str | None:
     address, percent, zone = host.partition("%")
     if percent and not _ZONE.fullmatch(zone):
-        return f"{zone[:40]!r} is not a zone of an IPv6 address"
+        return f"{zone[:40]!r} is not an IPv6 zone"
     try:
         ipaddress.IPv6Address(address)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What must match between a server and a client before anything is sent."""
+"""The identity of a model: what has to match between a server and a client before anything is sent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ MAX_WORD = 256
 MAX_DIGEST = 64
 MAX_FACTS = 64
 
-# A name may be a path, as long as the system allows; the rest are words. A peer that sends more breaks the rules.
+# A model's name may be a path, so it may be as long as a path; the other texts are short. Longer texts break the
+# protocol.
 _Model = Annotated[str, msgspec.Meta(max_length=MAX_MODEL)]
 _Word = Annotated[str, msgspec.Meta(max_length=MAX_WORD)]
 _Digest = Annotated[str, msgspec.Meta(max_length=MAX_DIGEST)]
@@ -41,44 +42,44 @@ _HEX = re.compile(r"[0-9a-f]{1,64}")
 
 
 def is_digest(text: str) -> bool:
-    """Whether `text` is a digest as this library writes them, or empty: not known."""
+    """Whether `text` is a digest in hex as this library writes them, or empty (not known)."""
     return not text or _HEX.fullmatch(text) is not None
 
 
 class Severity(enum.Enum):
-    """What a difference means for a pull."""
+    """Whether a difference forbids a pull."""
 
     REFUSE = "refuse"
     WARN = "warn"
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Names one rank's share of one model.
+    """Identifies one rank's share of one model.
 
-    Fields left at their default are not known, or do not apply; a field known on one side only is a difference
-    unless :func:`differences` says otherwise.
+    A field at its default is not known, or does not apply. A field that only one side knows counts as a difference,
+    except where :func:`differences` makes an exception.
 
     Attributes:
-        model: Name of the model, as both sides were told.
+        model: Name of the model, as configured on both sides.
         architecture: Class of the model (``LlamaForCausalLM``).
         revision: Revision of the checkpoint.
-        dtype: Type that the model computes in (``bfloat16``).
+        dtype: Data type that the model computes in (``bfloat16``).
         quantization: Quantisation method.
-        quantization_config: Digest over the method's configuration. Of a quantised model that is no checkpoint's files
-            an empty one means that nothing is known, and never counts as equal.
+        quantization_config: Digest over the method's configuration. For a quantised model in an engine, an empty digest
+            means that the configuration is not known, and never counts as equal. In the layout ``checkpoint`` it may be
+            empty.
         layout: How the tensors are laid out (see the words in docs/protocol.md).
         role: ``target``, or ``draft`` for the draft model of speculative decoding.
-        tp_size, tp_rank: Tensor-parallel size and this rank's place in it.
-        pp_size, pp_rank: Pipeline-parallel size and place.
-        ep_size, ep_rank: Expert-parallel size and place; 1 and 0 where experts are not spread.
+        tp_size, tp_rank: Tensor-parallel size and rank.
+        pp_size, pp_rank: Pipeline-parallel size and rank.
+        ep_size, ep_rank: Expert-parallel size and rank; 1 and 0 without expert parallelism.
         expert_placement: How experts are placed: the rule, and digests of the maps that follow from the configuration.
-        tied: Whether input and output embeddings are one tensor, where the engine decided that by looking into files.
-        load_state: Named facts that a model's own loading sets beside tensors (``has_own_lm_head``).
+        tied: Whether input and output embeddings are one tensor; None unless the engine decided it from weight files.
+        load_state: Named facts that the model's loading code sets beside tensors (``has_own_lm_head``).
         engine: Name and version of the engine that holds the tensors.
-        load: Digest over rank and root of every rank of the engine that loaded together: equal only where all ranks
-            hold the same weights, so that ranks of one client can see that they pulled one model. Never compared
-            between server and client.
-        fingerprint: Digest of what the checkpoint's headers say and of samples of its contents; empty without weight
+        load: Digest over rank and root of all ranks of an engine that loaded together. By it the ranks of one client
+            check that they pulled the same model. It is not compared between server and client.
+        fingerprint: Digest of the headers of the weight files and of samples of their contents; empty without weight
             files.
     """
 
@@ -105,7 +106,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:
-    """The identity of weights that are passed on while they are pulled: our own, with what only the source knows."""
+    """The identity that a relay announces: its own, with the fields that only its source knows."""
     return msgspec.structs.replace(
         own,
         tied=source.tied if own.tied is None else own.tied,
@@ -116,21 +117,22 @@ def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:
 
 
 def quantised_unknown_how(identity: ModelIdentity) -> bool:
-    """Whether these are tensors of a quantised model of which nothing says how it is quantised.
+    """Whether an engine holds a quantised model whose quantisation configuration is not known.
 
-    One method has many configurations that make tensors of equal names, types and shapes. The files of a checkpoint are
-    what they are, whoever quantised them.
+    Different configurations of one method can give tensors of equal names, types and shapes, so the tensors alone don't
+    show whether two models are equal. In the layout ``checkpoint`` the bytes of the files are compared, so the
+    configuration does not matter.
     """
     return bool(identity.quantization) and not identity.quantization_config and identity.layout != "checkpoint"
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One field that two identities disagree about, or that neither of them knows.
+    """One field in which two identities differ, or that has to be known and is not.
 
     Attributes:
         field: Name of the field.
         ours, theirs: Both values as text.
-        severity: Whether it forbids a pull.
+        severity: Whether the difference forbids a pull.
     """
 
     field: str
@@ -143,37 +145,37 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severity | None:
-    """What a disagreement about `field` means: refuse, warn, or nothing at all (None)."""
+    """How severe a difference in `field` is; None when it is allowed."""
     mine, other = getattr(ours, field), getattr(theirs, field)
     if field == "fingerprint":
-        # A side without weight files has none; where both have one, other contents are other weights.
+        # A side without weight files has no fingerprint. Two different fingerprints mean different weights.
         return Severity.REFUSE if mine and other else None
     if field == "load":
-        return None  # compared among the ranks of a client, where it means something
+        return None  # compared among the ranks of one client only
     if field == "engine":
-        # Raw tensors are what the checkpoint loader left; processed ones depend on the engine's code.
+        # Raw tensors come from the checkpoint's loader; processed tensors depend on the engine's code.
         if "processed" in (ours.layout, theirs.layout):
             return Severity.REFUSE
         return Severity.WARN if mine and other else None
     if field == "revision":
         return Severity.REFUSE if mine and other else Severity.WARN
     if field in ("tied", "load_state"):
-        # Facts that only the side that read weight files knows; the other adopts them or has none.
+        # Only a side that read weight files knows these facts. The other side takes them over, or has none.
         return Severity.REFUSE if mine not in (None, {}) and other not in (None, {}) else None
     return Severity.REFUSE
 
 
 def differences(ours: ModelIdentity, theirs: ModelIdentity) -> tuple[Difference, ...]:
-    """Name each field in which two identities disagree.
+    """Find each field in which two identities differ.
 
     Args:
         ours: Identity of this side.
         theirs: Identity of the peer.
 
     Returns:
-        One :class:`Difference` per field, in the order of the fields; empty when both agree. How a model is quantised
-        counts as a difference where neither knows it. A pull is possible when
-        none of them has :attr:`Severity.REFUSE`.
+        One :class:`Difference` for each field, in the order of the fields; empty when both agree. The quantisation
+        configuration counts as a difference also when neither side knows it. A pull is possible when no difference has
+        :attr:`Severity.REFUSE`.
     """
     found = []
     for field in ModelIdentity.__struct_fields__:

@@ -1,8 +1,8 @@
-"""The client's account of blocks, across all its sessions. No I/O.
+"""The ledger: the state of every block of a pull, across all its sessions. No I/O.
 
 A block is pending, in flight (given to one session), received, or verified. Striping over several sources, failover and
-resume are nothing but blocks moving between pending and in flight. The ledger is pinned to one root: a source that
-holds other weights is refused by name, however alike its tensors look.
+resuming are the same operation: blocks move between pending and in flight. The ledger is pinned to one root. A source
+with another root holds other weights, and is refused, even if its tensors have equal names and shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SessionId = Hashable
 
 
 class BlockState(enum.IntEnum):
-    """Where a block is."""
+    """The state of a block."""
 
     PENDING = 0
     IN_FLIGHT = 1
@@ -30,15 +30,15 @@ class BlockState(enum.IntEnum):
     VERIFIED = 3
 
 
-# A member of an enumeration takes several times as long to look up, and each block takes a dozen of these.
+# Plain integers, because looking up an enum member is several times slower, and each block needs a dozen look-ups.
 _PENDING, _IN_FLIGHT, _RECEIVED, _VERIFIED = map(int, BlockState)
 
 
 class _Queue:
     """Block numbers, lowest first, each at most once.
 
-    May hold numbers that are pending no more: they are dropped when they come to the front, so that a block can leave
-    all queues without being searched in any.
+    It may hold blocks that are no longer pending. They are dropped when they reach the front, so that a block need not
+    be searched for in every queue.
     """
 
     def __init__(self, size: int, numbers: Iterable[int]) -> None:
@@ -57,7 +57,7 @@ class _Queue:
             heapq.heappush(self._heap, number)
 
     def first(self, states: bytearray, denied: AbstractSet[int]) -> int | None:
-        """The lowest number that is pending and not in `denied`; None when there is none."""
+        """The lowest block that is pending and not in `denied`; None when there is none."""
         heap = self._heap
         while heap and (states[heap[0]] != _PENDING or heap[0] in denied):
             self.pop()
@@ -71,7 +71,7 @@ class Ledger:
     """Which session fetches which block, and what has been verified.
 
     Args:
-        root: Root that is required from the start (EXPECT_ROOT), in hex; empty to take that of the first source.
+        root: Root that is required from the start (EXPECT_ROOT), in hex; empty to take the root of the first source.
         pinned_by: Where `root` comes from, for messages.
     """
 
@@ -81,19 +81,19 @@ class Ledger:
         self._plan: Plan | None = None
         self._digests = b""
         self._states = bytearray()
-        self._queue = _Queue(0, ())  # at least the blocks in state PENDING
-        self._in_flight: dict[SessionId, set[int]] = {}  # IN_FLIGHT and RECEIVED
-        self._in_flight_bytes: dict[SessionId, int] = {}  # of those
+        self._queue = _Queue(0, ())  # all blocks in state PENDING, and maybe others
+        self._in_flight: dict[SessionId, set[int]] = {}  # blocks in state IN_FLIGHT or RECEIVED
+        self._in_flight_bytes: dict[SessionId, int] = {}  # bytes of those blocks
         self._denied: dict[SessionId, set[int]] = {}
-        # A session that was denied blocks has a queue of its own, at least the pending ones that it may have:
-        # looking for them in the common queue would pass over the denied ones each time.
+        # A session that was denied blocks gets a queue of its own, without them.
+        # In the common queue it would have to skip the denied blocks at each look-up.
         self._own_queues: dict[SessionId, _Queue] = {}
         self._verified_blocks = 0
         self._verified_bytes = 0
 
     @property
     def root(self) -> str:
-        """The pinned root in hex; empty before any was accepted."""
+        """The pinned root in hex; empty before a source was accepted."""
         return self._root
 
     @property
@@ -113,12 +113,12 @@ class Ledger:
 
     @property
     def verified_blocks(self) -> int:
-        """Blocks verified so far."""
+        """Number of verified blocks."""
         return self._verified_blocks
 
     @property
     def verified_bytes(self) -> int:
-        """Their bytes."""
+        """Bytes of the verified blocks."""
         return self._verified_bytes
 
     @property
@@ -128,23 +128,23 @@ class Ledger:
 
     @property
     def idle(self) -> bool:
-        """Whether blocks are left that no session is fetching."""
-        flying = sum(len(numbers) for numbers in self._in_flight.values())
-        return self._verified_blocks + flying < len(self._states)
+        """Whether any block is pending."""
+        in_flight = sum(len(numbers) for numbers in self._in_flight.values())
+        return self._verified_blocks + in_flight < len(self._states)
 
     @property
     def sharers(self) -> int:
-        """Sessions that are fetching blocks."""
+        """Number of sessions that have blocks in flight."""
         return sum(1 for numbers in self._in_flight.values() if numbers)
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes of the blocks that no session is fetching."""
+        """Bytes of all pending blocks."""
         plan = self._known_plan()
         return plan.nbytes - self._verified_bytes - sum(self._in_flight_bytes.values())
 
     def state(self, number: int) -> BlockState:
-        """Where block `number` is."""
+        """The state of block `number`."""
         return BlockState(self._states[number])
 
     def expected_digest(self, number: int) -> bytes:
@@ -152,17 +152,17 @@ class Ledger:
         return self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
 
     def pin(self, root: str, plan: Plan, digests: bytes, by: str) -> None:
-        """Accept what a source announced: the first pins, later ones have to agree.
+        """Accept what a source announced. The first announcement pins the root; later ones have to have the same root.
 
         Args:
             root: The root announced, already checked against manifest and digests.
-            plan: The plan derived from it.
+            plan: The plan derived from the announcement.
             digests: All block digests, joined.
             by: The source.
 
         Raises:
             RootMismatch: The ledger is pinned to another root.
-            LocalProtocolError: The same root came with another plan: the caller did not check it.
+            LocalProtocolError: The same root came with another plan: the caller did not check the announcement.
         """
         if not root:
             raise LocalProtocolError(f"{by} announced no root")
@@ -181,11 +181,11 @@ class Ledger:
         self._queue = _Queue(len(plan.blocks), range(len(plan.blocks)))
 
     def assign(self, session: SessionId, max_bytes: int) -> Ranges:
-        """Give a session the lowest pending blocks that its server may have.
+        """Assign the lowest pending blocks that its server did not deny to a session.
 
         Args:
-            session: Who is to fetch them.
-            max_bytes: Stop before more than this; one block is given in any case.
+            session: The session.
+            max_bytes: Most bytes to assign; the first block is assigned even if it is larger.
 
         Returns:
             The blocks, now in flight; empty when there is none for this session.
@@ -207,20 +207,20 @@ class Ledger:
         return to_ranges(taken)
 
     def in_flight(self, session: SessionId) -> frozenset[int]:
-        """Blocks that `session` is fetching."""
+        """Blocks that `session` has in flight."""
         return frozenset(self._in_flight.get(session, ()))
 
     def in_flight_bytes(self, session: SessionId) -> int:
-        """Bytes of the blocks that `session` is fetching; 0 only when it is fetching none."""
+        """Bytes of the blocks that `session` has in flight; 0 only when it has none."""
         return self._in_flight_bytes.get(session, 0)
 
     def has_work_for(self, session: SessionId) -> bool:
-        """Whether :meth:`assign` would give `session` any block now."""
+        """Whether :meth:`assign` would assign a block to `session` now."""
         queue, denied = self._queue_of(session)
         return queue.first(self._states, denied) is not None
 
     def received(self, session: SessionId, number: int) -> None:
-        """A block's bytes are all there, not yet checked.
+        """Mark a block as received: all its bytes have arrived, and are not yet verified.
 
         Raises:
             LocalProtocolError: The block is not in flight with this session.
@@ -230,15 +230,15 @@ class Ledger:
         self._states[number] = _RECEIVED
 
     def verify(self, session: SessionId, number: int, digest: bytes) -> None:
-        """Compare what landed with what was announced.
+        """Compare the digest of a received block with the announced one, and mark the block as verified.
 
         Args:
-            session: Who fetched the block.
+            session: The session that received the block.
             number: The block.
             digest: Digest of the bytes in memory.
 
         Raises:
-            DigestMismatch: They differ; the block is pending again.
+            DigestMismatch: The digests differ; the block is pending again.
             LocalProtocolError: The block was not received by this session.
         """
         if number not in self._in_flight.get(session, ()) or self._states[number] != _RECEIVED:
@@ -256,10 +256,10 @@ class Ledger:
         self._verified_bytes += nbytes
 
     def give_back(self, session: SessionId, ranges: Ranges) -> None:
-        """A session's server can't send these blocks: they become pending, for other sessions only.
+        """Make blocks that a session's server can't send pending again, for other sessions only.
 
         Raises:
-            LocalProtocolError: One of them is not in flight with this session, or has arrived already.
+            LocalProtocolError: A block is not in flight with this session, or was received already.
         """
         numbers = set(expand(ranges))
         mine = self._in_flight.get(session, set())
@@ -280,7 +280,7 @@ class Ledger:
             self._make_pending(number)
 
     def lose(self, session: SessionId) -> Ranges:
-        """A session ended: what it had in flight becomes pending.
+        """A session ended: the blocks that it had in flight become pending.
 
         Returns:
             Those blocks.
@@ -294,25 +294,25 @@ class Ledger:
         return to_ranges(numbers)
 
     def check_invariants(self) -> None:
-        """Check what must hold between any two calls.
+        """Check the invariants that hold between any two calls.
 
         Raises:
-            LocalProtocolError: Something does not hold: a bug in this module.
+            LocalProtocolError: An invariant is violated: a bug in this module.
         """
-        flying = [n for numbers in self._in_flight.values() for n in numbers]
+        in_flight = [n for numbers in self._in_flight.values() for n in numbers]
         by_state: dict[BlockState, set[int]] = {state: set() for state in BlockState}
         for number, value in enumerate(self._states):
             by_state[BlockState(value)].add(number)
         pending, verified = by_state[BlockState.PENDING], by_state[BlockState.VERIFIED]
         nbytes = 0 if self._plan is None else sum(self._plan.blocks[n].nbytes for n in verified)
         broken = [
-            len(flying) != len(set(flying)) and "a block is in flight with two sessions",
-            set(flying) != by_state[BlockState.IN_FLIGHT] | by_state[BlockState.RECEIVED]
+            len(in_flight) != len(set(in_flight)) and "a block is in flight with two sessions",
+            set(in_flight) != by_state[BlockState.IN_FLIGHT] | by_state[BlockState.RECEIVED]
             and "in flight and received blocks belong to exactly one session",
             any(n not in self._queue for n in pending) and "each pending block is in the common queue",
             any(n not in q for s, q in self._own_queues.items() for n in pending - self._denied[s])
-            and "each pending block is in the queue of each session that may have it",
-            self._own_queues.keys() != self._denied.keys() and "who was denied blocks has a queue",
+            and "each pending block is in the queue of each session that was not denied it",
+            self._own_queues.keys() != self._denied.keys() and "each session that was denied blocks has a queue",
             len(verified) != self._verified_blocks and "each verified block counts once",
             nbytes != self._verified_bytes and "each verified byte counts once",
             any(self._bytes_of(n) != self.in_flight_bytes(s) for s, n in self._in_flight.items())
@@ -331,7 +331,7 @@ class Ledger:
                 queue.push(number)
 
     def _count(self, session: SessionId, numbers: Iterable[int], sign: int) -> None:
-        """Note that blocks are now, or no longer, in flight with a session."""
+        """Add (`sign` 1) or subtract (-1) the bytes of blocks to or from those that a session has in flight."""
         self._in_flight_bytes[session] = self._in_flight_bytes.get(session, 0) + sign * self._bytes_of(numbers)
 
     def _bytes_of(self, numbers: Iterable[int]) -> int:
@@ -339,7 +339,7 @@ class Ledger:
         return sum(plan.blocks[number].nbytes for number in numbers)
 
     def _queue_of(self, session: SessionId) -> tuple[_Queue, AbstractSet[int]]:
-        """The queue that serves `session`, and the blocks in it that are not for it."""
+        """The queue of `session`, and the blocks in it that its server denied."""
         return self._own_queues.get(session, self._queue), self._denied.get(session, frozenset())
 
     def _known_plan(self) -> Plan:

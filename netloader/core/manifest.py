@@ -1,4 +1,7 @@
-"""The ordered list of tensors that a server holds, and the root that names their exact contents."""
+"""The manifest, which is the ordered list of tensors that a server holds, and the root, which identifies their bytes.
+
+A root is a digest over the manifest and the digests of all blocks.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +38,16 @@ MAX_NAME = 1024
 """Characters in a tensor's name."""
 
 MAX_DIMS = 64
-"""Dimensions of a tensor: as many as torch computes with."""
+"""Dimensions of a tensor; torch's own limit."""
 
 MAX_TENSORS = 1 << 20
-"""Tensors in one manifest. A peer's manifest is decoded before it can be judged, so its length has a limit."""
+"""Tensors in one manifest. A peer's manifest is decoded before it can be checked, so its length has a limit."""
 
 MAX_ELEMENTS = 1 << 62
-"""Elements of one tensor, its empty dimensions left out: what an allocator can still count."""
+"""Most elements of one tensor, not counting dimensions of size 0: their bytes still fit into 64 bits."""
 
 TENSORS_AT_ONCE = 4096
-"""Tensors that are dealt with by one call into C: other threads, an event loop among them, wait for it."""
+"""Most tensors that one call into C handles, because it blocks all other threads, including the event loop's."""
 
 DIGEST_BYTES = 16
 """Bytes of one block digest (128 bits)."""
@@ -73,25 +76,25 @@ ITEM_BYTES: dict[str, int] = {
     "float8_e8m0fnu": 1,
     "float4_e2m1fn_x2": 1,
 }
-"""Element sizes in bytes of every dtype that may travel, by torch's name without the ``torch.``."""
+"""Bytes per element of every supported dtype, by torch's name without the ``torch.``."""
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ELEMENTS)]
 _Sizes = Annotated[tuple[_Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
 _Word = Annotated[str, msgspec.Meta(max_length=64)]
 
 
-# gc: nothing in it can refer back to it, so the collector need not look at tens of thousands of them.
+# gc=False: an instance can't be part of a reference cycle, so the collector need not visit tens of thousands of them.
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One tensor of a manifest. Fields are only ever added at the end: the order is the wire format.
+    """One tensor of a manifest. New fields are added at the end only, because their order is the wire format.
 
     Attributes:
         name: Full name, unique within the manifest.
         dtype: Key of :data:`ITEM_BYTES`.
         shape: Sizes, in elements.
         stride: Strides, in elements, when the memory is dense but not in row-major order (a transposed weight); empty
-            for row-major. The bytes that travel are always the memory in address order.
-        format: Device memory format; ``nd`` for the plain one.
-        alias_of: Name of an earlier tensor that is the very same memory (tied weights); no bytes of its own then.
+            for row-major order. The bytes are sent in the order of their addresses.
+        format: Memory format on the device; ``nd`` for the plain one.
+        alias_of: Name of an earlier tensor in the same memory (tied weights). An alias has no bytes of its own.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
@@ -103,17 +106,17 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's elements, also for an alias."""
+        """Bytes of the tensor's elements, for an alias too."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that travel for this tensor: 0 for an alias."""
+        """Bytes that are sent for this tensor: 0 for an alias."""
         return 0 if self.alias_of else self.nbytes
 
 
 class _BytesOf(dict[tuple[int, ...], int]):
-    """Bytes of tensors of one dtype by shape, each worked out once: a model has few shapes."""
+    """Cache of tensor sizes in bytes by shape, for one dtype: a model has few distinct shapes."""
 
     def __init__(self, item_bytes: int) -> None:
         super().__init__()
@@ -128,14 +131,14 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """The ordered list of tensors of one holding.
 
     Attributes:
-        tensors: In the order in which blocks are cut from them.
+        tensors: The tensors, in the order in which blocks are cut from them.
     """
 
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 
     @classmethod
     def of(cls, tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> Manifest:
-        """A manifest of which :attr:`sizes` are known already."""
+        """A manifest whose :attr:`sizes` are known already."""
         manifest = cls(tuple(tensors))
         vars(manifest)["sizes"] = tuple(sizes)
         return manifest
@@ -148,18 +151,18 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes that travel for a whole pull."""
+        """Bytes that are sent in a whole pull."""
         return sum(self.sizes)
 
     def check(self) -> None:
-        """Check what a peer sent for everything that the plan relies on.
+        """Check a peer's manifest for everything that the plan relies on.
 
         Raises:
-            ManifestError: A name is empty or comes twice, a dtype is unknown, a shape is impossible, a stride is not
+            ManifestError: A name is empty or not unique, a dtype is unknown, a shape is impossible, a stride is not
                 dense, or an alias names no earlier tensor of the same dtype, shape, stride and format.
         """
         if len(self.tensors) > MAX_TENSORS:
-            raise ManifestError(f"the manifest has {len(self.tensors)} tensors, at most {MAX_TENSORS} are possible")
+            raise ManifestError(f"the manifest has {len(self.tensors)} tensors, at most {MAX_TENSORS} are allowed")
         problems: list[str] = []
         seen: dict[str, TensorSpec] = {}
         for spec in self.tensors:
@@ -171,17 +174,17 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
             raise ManifestError(
                 f"the manifest has {len(problems)} unusable tensors",
                 problems=problems,
-                hint="such tensors cannot travel: leave them out, or pull from another source",
+                hint="such tensors cannot be sent: leave them out, or pull from another source",
             )
 
 
 def _problem(spec: TensorSpec, seen: dict[str, TensorSpec]) -> str:
     if not 1 <= len(spec.name) <= MAX_NAME:
         return f"a name has 1 to {MAX_NAME} characters, this one {len(spec.name)}"
-    if not (_sayable(spec.name) and _sayable(spec.format)):
+    if not (_encodable(spec.name) and _encodable(spec.format)):
         return "name or format cannot be written in UTF-8"
     if spec.name in seen:
-        return "the name comes twice"
+        return "the name is not unique"
     if spec.dtype not in ITEM_BYTES:
         return f"unknown dtype {shown(spec.dtype, 80)}"
     if not _possible(spec.shape):
@@ -202,8 +205,8 @@ def _problem(spec: TensorSpec, seen: dict[str, TensorSpec]) -> str:
     return ""
 
 
-def _sayable(text: str) -> bool:
-    """Whether UTF-8 can say `text`; half a surrogate pair, from an undecodable file name, it can't."""
+def _encodable(text: str) -> bool:
+    """Whether `text` can be encoded in UTF-8. A lone surrogate, from an undecodable file name, can't."""
     if text.isascii():
         return True
     try:
@@ -214,14 +217,14 @@ def _sayable(text: str) -> bool:
 
 
 def _possible(shape: Sequence[int]) -> bool:
-    """Whether memory could be described by `shape`: few dimensions, no negative one, a product that can be counted."""
+    """Whether `shape` is a possible tensor shape: few dimensions, none negative, and a product within the limit."""
     if len(shape) > MAX_DIMS:
         return False
     elements = 1
     for size in shape:
         if not 0 <= size <= MAX_ELEMENTS:
             return False
-        # Empty dimensions don't make huge ones beside them harmless: strides are computed from all of them.
+        # A dimension of size 0 does not make huge ones acceptable, because strides are computed from all of them.
         elements *= size or 1
         if elements > MAX_ELEMENTS:
             return False
@@ -229,7 +232,7 @@ def _possible(shape: Sequence[int]) -> bool:
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether `stride` visits each address of one gapless span exactly once for `shape` (any order of dimensions)."""
+    """Whether `shape` with `stride` covers one contiguous span exactly once, with its dimensions in any order."""
     if len(shape) != len(stride) or not all(0 <= step <= MAX_ELEMENTS for step in stride):
         return False
     if math.prod(shape) == 0:
@@ -243,7 +246,7 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 class Mismatch(msgspec.Struct, frozen=True):
-    """One tensor that two manifests disagree about.
+    """One tensor in which two manifests differ.
 
     Attributes:
         name: The tensor.
@@ -258,15 +261,15 @@ class Mismatch(msgspec.Struct, frozen=True):
 
 
 def compare(ours: Manifest, theirs: Manifest) -> tuple[Mismatch, ...]:
-    """Name every tensor in which two manifests disagree; order counts, since blocks are cut in order.
+    """Find every tensor in which two manifests differ. Their order counts, because blocks are cut in this order.
 
     Args:
-        ours: What this side is about to fill.
-        theirs: What the server announced.
+        ours: Manifest of the tensors that this side is about to fill.
+        theirs: The manifest that the server announced.
 
     Returns:
-        All mismatches, missing tensors first; empty when the manifests are equal. Without a mismatch by name, the
-        first place where the order differs.
+        All mismatches, missing tensors first; empty when the manifests are equal. When only the order differs, the
+        first place where it does.
     """
     if len(ours.tensors) == len(theirs.tensors) and all(
         ours.tensors[at : at + TENSORS_AT_ONCE] == theirs.tensors[at : at + TENSORS_AT_ONCE]
@@ -285,11 +288,11 @@ def compare(ours: Manifest, theirs: Manifest) -> tuple[Mismatch, ...]:
                 if getattr(spec, f) != getattr(other[name], f)
             ]
             found.append(Mismatch(name, ", ".join(fields)))
-    if not found and len(ours.tensors) != len(theirs.tensors):  # only possible when a name comes twice
+    if not found and len(ours.tensors) != len(theirs.tensors):  # only possible when a name is not unique
         found.append(Mismatch("(all)", f"{len(ours.tensors)} tensors here and {len(theirs.tensors)} at the server"))
     if not found:
         at, (a, b) = next((i, ab) for i, ab in enumerate(zip(ours.tensors, theirs.tensors, strict=True)) if ne(*ab))
-        found.append(Mismatch(a.name, f"the server has {b.name!r} in place {at}"))
+        found.append(Mismatch(a.name, f"the server has {b.name!r} at position {at}"))
     return tuple(found)
 
 
@@ -309,7 +312,7 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def array_header(length: int) -> bytes:
-    """What MessagePack puts before the elements of an array."""
+    """The MessagePack header of an array of this length."""
     if length < _FIXARRAY:
         return bytes((0x90 | length,))
     return struct.pack(">BH", 0xDC, length) if length < 1 << 16 else struct.pack(">BI", 0xDD, length)
@@ -318,14 +321,14 @@ def array_header(length: int) -> bytes:
 def compute_root(
     manifest: Manifest, block_bytes: int, algorithm: str, digests: bytes, *, known_digest: str = ""
 ) -> str:
-    """The root: one digest that names exact weights.
+    """The root: one digest that identifies the exact weights.
 
     Args:
         manifest: The tensors.
-        block_bytes: Size that blocks were cut with, since it decides what each digest covers.
+        block_bytes: The block size, which decides which bytes each digest covers.
         algorithm: Name of the block digest.
         digests: All block digests joined, :data:`DIGEST_BYTES` each, in the order of the blocks.
-        known_digest: :func:`manifest_digest` of `manifest`, where that was computed already.
+        known_digest: :func:`manifest_digest` of `manifest`, if it was computed already.
 
     Returns:
         64 hex digits (blake2b-256).

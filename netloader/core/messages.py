@@ -1,7 +1,7 @@
-"""Control messages: what crosses the wire between server and client, as types.
+"""The types of the control messages between server and client.
 
-One tagged union per direction. Unknown fields are ignored, so that a newer peer may add some; an unknown message is
-refused by name. New fields need defaults; no field ever changes its type.
+There is one tagged union per direction. Unknown fields are ignored, so that a newer peer may add fields. An unknown
+message ends the session with an error that names it. New fields need defaults, and no field ever changes its type.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Sources = Annotated[
 ]
 
 Chain = Annotated[tuple[Hex, ...], msgspec.Meta(max_length=MAX_CHAIN)]
-"""Names of relays; a client that finds its own among them would wait for itself."""
+"""Names of relays. A client that finds its own name here would wait for itself."""
 
 RefusalCode = Literal[
     "version",  # no common protocol version
@@ -79,17 +79,17 @@ RefusalCode = Literal[
     "root",  # the weights differ
     "plan",  # both sides derived different blocks
     "transport",  # no common transport
-    "not-ready",  # it will be held, later
+    "not-ready",  # it is not held yet, and will be later
     "busy",  # all turns are taken, and the queue is full too
-    "gone",  # it was held, and is not any more
-    "relay",  # joining this relay makes no sense: a loop, or too far from the seed
+    "gone",  # it was held, and no longer is
+    "relay",  # this relay can't be used: it pulls from this client, or it is too far from the seed
     "timeout",  # the peer took too long
-    "protocol",  # the peer broke the rules
+    "protocol",  # the peer violated the protocol
     "internal",  # this side failed
 ]
 
 Ending = Literal["done"] | RefusalCode
-"""How a session ends: well, or with a kind of failure."""
+"""How a session ends: ``done``, or the kind of failure."""
 
 Outcome = Literal["complete", "partial", "probed"]
 
@@ -99,11 +99,11 @@ class Wire(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=Tr
 
 
 class Ability(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One transport that a side could use, in the order of its preference.
+    """One transport that a side can use. A list of them is in order of preference.
 
     Attributes:
         name: Name of the transport.
-        facts: What the peer needs to know to judge whether both could meet (which host, which user).
+        facts: Facts by which the peer decides whether the transport can connect both sides (which host, which user).
     """
 
     name: Name
@@ -153,17 +153,17 @@ class Identify(Wire, frozen=True, kw_only=True):
     """Client: says what it wants.
 
     Attributes:
-        identity: What it is about to fill, or None to adopt whatever is held under `role`.
-        role: The holding it asks about when it has no identity.
-        layouts: Layouts it can take.
+        identity: Identity of the model that it is about to fill, or None to adopt what is held under `role`.
+        role: Role of the holding that it wants, when it has no identity.
+        layouts: Layouts that it accepts.
         proof: HMAC over both nonces, when a token is configured; else empty.
-        manifest: Digest of the manifest it is about to fill; the server then need not send an equal one.
-        root: The root it is pinned to, or empty.
-        probe: It only looks and takes no turn.
-        node: Name of this process among relays, random; empty when it does not relay.
-        relay: Port at which it serves what it has while it pulls; 0 when it does not.
-        follow: It will go to a relay when it is sent there.
-        avoid: Relays that failed it, by address; it is not to be sent there again.
+        manifest: Digest of the manifest that it is about to fill; the server need not send an equal manifest.
+        root: The root that it is pinned to, or empty.
+        probe: It only asks what is held: it takes no turn and pulls nothing.
+        node: Random name of this process among relays; empty when it does not relay.
+        relay: Port at which it serves blocks while it pulls; 0 when it does not relay.
+        follow: It accepts being redirected to a relay.
+        avoid: Addresses of relays that failed it. The server must not redirect it to them.
     """
 
     identity: ModelIdentity | None = None
@@ -180,11 +180,11 @@ class Identify(Wire, frozen=True, kw_only=True):
 
 
 class Waiting(Wire, frozen=True, kw_only=True):
-    """Server: the client's turn has not come; repeated, so that silence means a dead server.
+    """Server: the client has to wait for its turn. Repeated while it waits, so that silence means a dead server.
 
     Attributes:
         reason: Why.
-        position: Clients before it.
+        position: Number of clients before it.
     """
 
     reason: Text
@@ -192,23 +192,23 @@ class Waiting(Wire, frozen=True, kw_only=True):
 
 
 class Accepted(Wire, frozen=True, kw_only=True):
-    """Server: the identities match; this is its own."""
+    """Server: the identities match. Carries the server's identity."""
 
     identity: ModelIdentity
 
 
 class Announce(Wire, frozen=True, kw_only=True):
-    """Server: what it holds, exactly.
+    """Server: announces exactly what it holds.
 
     Attributes:
-        manifest: The tensors; None when the client's digest showed that it has the same.
-        block_bytes: Size to cut blocks with.
+        manifest: The tensors; None when the client's digest showed that its manifest is equal.
+        block_bytes: The block size.
         algorithm: Name of the block digest.
         digests: Digest of every block, joined.
-        root: Root over all of it.
+        root: Root over manifest and digests.
         plan: Digest of the plan.
         node: Name of the server among relays; empty when it holds everything itself.
-        chain: Relays that it still gets blocks from, directly or not.
+        chain: Names of the relays that it still pulls blocks from, directly or through others.
     """
 
     manifest: Manifest | None = None
@@ -222,7 +222,7 @@ class Announce(Wire, frozen=True, kw_only=True):
 
 
 class Agree(Wire, frozen=True, kw_only=True):
-    """Client: it derived the same plan, and chose a transport.
+    """Client: confirms that it derived the same plan, and names the transport that it chose.
 
     Attributes:
         plan: Digest of the plan.
@@ -234,11 +234,11 @@ class Agree(Wire, frozen=True, kw_only=True):
 
 
 class ChannelOffer(Wire, frozen=True, kw_only=True):
-    """Server: what the client needs to connect the channel.
+    """Server: tells the client how to connect the channel.
 
     Attributes:
         transport: Name of the transport.
-        offer: Belongs to the transport.
+        offer: Data of the transport, opaque to the session.
     """
 
     transport: Name
@@ -246,30 +246,30 @@ class ChannelOffer(Wire, frozen=True, kw_only=True):
 
 
 class Signal(Wire, frozen=True, kw_only=True):
-    """Either side: a small message of the transport, while a channel is being set up."""
+    """Either side: carries a small message of the transport."""
 
     data: Annotated[bytes, msgspec.Meta(max_length=65536)]
 
 
 class Want(Wire, frozen=True, kw_only=True):
-    """Client: asks for blocks; each range is half open."""
+    """Client: requests blocks. Each range is half open."""
 
     ranges: WireRanges
 
 
 class Grant(Wire, frozen=True, kw_only=True):
-    """Server: these blocks come next on the channel, in this order."""
+    """Server: will send these blocks next on the channel, in this order."""
 
     ranges: WireRanges
 
 
 class Gone(Wire, frozen=True, kw_only=True):
-    """Server: these blocks, asked for, will not come.
+    """Server: will not send these requested blocks.
 
     Attributes:
         ranges: The blocks.
         reason: Why.
-        sources: Where they may be had instead.
+        sources: Addresses from which they can be pulled instead.
     """
 
     ranges: WireRanges
@@ -278,7 +278,7 @@ class Gone(Wire, frozen=True, kw_only=True):
 
 
 class Upstream(Wire, frozen=True, kw_only=True):
-    """Server: the relays that it gets blocks from are others now.
+    """Server: the relays that it pulls blocks from have changed.
 
     Attributes:
         chain: As in Announce.
@@ -288,11 +288,12 @@ class Upstream(Wire, frozen=True, kw_only=True):
 
 
 class Verdict(Wire, frozen=True, kw_only=True):
-    """Client: how it ended for it.
+    """Client: reports the result of the session.
 
     Attributes:
-        outcome: ``complete``: it has all blocks; ``partial``: it needs no more from this server; ``probed``.
-        blocks: Blocks from this server that were verified.
+        outcome: ``complete``: it has all blocks; ``partial``: it needs no more blocks from this server; ``probed``: it
+            only asked what is held.
+        blocks: Number of blocks from this server that were verified.
         nbytes: Their bytes.
     """
 
@@ -302,14 +303,14 @@ class Verdict(Wire, frozen=True, kw_only=True):
 
 
 class Refusal(Wire, frozen=True, kw_only=True):
-    """Server: no, and why; the session is over.
+    """Server: refuses, says why, and ends the session.
 
     Attributes:
         code: Kind of refusal.
         message: The reason, with the values concerned.
         hint: What to do.
-        retry_after: Seconds after which another try makes sense, or None.
-        sources: Where it may be had instead.
+        retry_after: Seconds after which the client may try again, or None when another attempt is useless.
+        sources: Addresses from which the weights can be pulled instead.
     """
 
     code: RefusalCode
@@ -320,11 +321,11 @@ class Refusal(Wire, frozen=True, kw_only=True):
 
 
 class Goodbye(Wire, frozen=True, kw_only=True):
-    """Either side: the session is over.
+    """Either side: ends the session.
 
     Attributes:
         code: ``done``, or the kind of failure.
-        reason: In words.
+        reason: The reason as text.
     """
 
     code: Ending = "done"
@@ -332,19 +333,19 @@ class Goodbye(Wire, frozen=True, kw_only=True):
 
 
 ClientMessage = Hello | Identify | Agree | Signal | Want | Verdict | Goodbye
-"""What a server may receive."""
+"""Messages that a server may receive."""
 
 ServerMessage = (
     Welcome | Waiting | Accepted | Announce | ChannelOffer | Signal | Grant | Gone | Upstream | Refusal | Goodbye
 )
-"""What a client may receive."""
+"""Messages that a client may receive."""
 
 
 def wire_text(text: str) -> str:
-    """`text` as a Text field takes it: without what UTF-8 cannot say (part of a file name), and cut to length."""
+    """`text` made valid for a Text field: lone surrogates (from file names) are escaped, and it is cut to length."""
     return text.encode(errors="backslashreplace").decode()[:MAX_TEXT]
 
 
 def wire_sources(sources: tuple[str, ...]) -> tuple[str, ...]:
-    """`sources` as a Sources field takes them: those that are too long, or too many, are left out."""
+    """`sources` made valid for a Sources field: addresses that are too long, or too many, are left out."""
     return tuple(source for source in sources if len(source) <= MAX_SOURCE)[:MAX_SOURCES]

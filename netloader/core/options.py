@@ -12,12 +12,12 @@ __all__ = ["PullOptions", "ServeOptions", "Timings"]
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How long a session may stay where it is, in seconds.
+    """The deadlines of a session, in seconds.
 
     Attributes:
-        hello: From connection to the end of the greeting.
-        validate: Between two signs of life while validating, or waiting for a turn.
-        plan: From manifest to open channel.
+        hello: From the connection to the end of LISTEN.
+        validate: Between two messages while validating, or while waiting for a turn.
+        plan: From the announcement to the open channel.
         stall: Between two blocks, or two requests for blocks.
         finalize: From verdict to goodbye.
     """

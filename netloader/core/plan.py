@@ -1,4 +1,4 @@
-"""From a manifest to blocks: pure and deterministic, so that both sides derive the same blocks."""
+"""The plan: a manifest cut into blocks. It is deterministic, so that both sides derive the same blocks."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ __all__ = [
 MIN_BLOCK_BYTES = 1024
 MAX_BLOCK_BYTES = 1 << 30
 DEFAULT_BLOCK_BYTES = 4 << 20
-"""4 MiB: large enough that cost per block vanishes, small enough to stay in cache between receiving and hashing."""
+"""4 MiB: large enough that the cost per block is negligible, small enough to be still in cache when it is hashed."""
 
 SMALLEST_USUAL = 1 << 20
-"""Bytes of a block of a small model; see :func:`block_bytes_for`."""
+"""Least block size of a model, in bytes; see :func:`block_bytes_for`."""
 
 _ENOUGH = 256
-"""Blocks of a model from which a chain of relays is hardly slower for waiting until each is whole."""
+"""Number of blocks of a model from which on a chain of relays loses little time by passing on whole blocks only."""
 
 MAX_SPANS = 1024
 """Spans in one block: what one scatter-gather system call takes (IOV_MAX on Linux)."""
@@ -71,11 +71,11 @@ class Block(msgspec.Struct, frozen=True, gc=False):
     """The unit of transfer: one cut of a large tensor, or several small tensors packed together.
 
     Attributes:
-        number: Its address; blocks count from 0.
-        tensors: Indices into the manifest of the tensors that it has bytes of, in the order of its bytes.
+        number: Number of the block, counted from 0.
+        tensors: Indices into the manifest of the tensors whose bytes it holds, in the order of its bytes.
         offset: First byte of a cut, counted from the start of its tensor's memory; 0 where whole tensors are packed.
         sizes: Bytes of each of `tensors`.
-        nbytes: Bytes in all.
+        nbytes: Bytes of the whole block.
     """
 
     number: int
@@ -86,7 +86,7 @@ class Block(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """What it is made of, in the order of its bytes."""
+        """The spans of the block, in the order of its bytes."""
         return tuple(map(Span, self.tensors, repeat(self.offset), self.sizes))
 
 
@@ -95,9 +95,9 @@ class Plan:
     """All blocks of a manifest.
 
     Attributes:
-        manifest: What they were cut from.
-        block_bytes: Size they were cut with.
-        blocks: In order of number.
+        manifest: The manifest that the blocks were cut from.
+        block_bytes: The block size.
+        blocks: The blocks, by number.
     """
 
     manifest: Manifest
@@ -124,11 +124,10 @@ class Plan:
 
 
 def block_bytes_for(nbytes: int) -> int:
-    """The block size to use for `nbytes` in all: the default, doubled until the number of blocks stays moderate.
+    """The block size for a model of `nbytes` bytes: the default, doubled until the number of blocks is moderate.
 
-    A list of digests should stay far below a frame's size limit, whatever the model. Models of less than 1 GiB get
-    smaller blocks: a relay can pass on a block only once all of it is there, so a chain is slower by one block for each
-    of its links.
+    The list of digests has to stay far below a frame's size limit for any model. Models of less than 1 GiB get smaller
+    blocks, because a relay passes on whole blocks only: each relay of a chain adds the time of one block.
     """
     size = DEFAULT_BLOCK_BYTES
     while size > SMALLEST_USUAL and nbytes < _ENOUGH * size:
@@ -149,7 +148,7 @@ def make_plan(manifest: Manifest, block_bytes: int) -> Plan:
         block_bytes: Size of a block, from :data:`MIN_BLOCK_BYTES` to :data:`MAX_BLOCK_BYTES`.
 
     Returns:
-        The plan; every byte of the manifest is in exactly one block.
+        The plan. Every byte of the manifest is in exactly one block.
 
     Raises:
         ManifestError: `block_bytes` is out of range, or there would be more than :data:`MAX_BLOCKS` blocks.
@@ -158,7 +157,7 @@ def make_plan(manifest: Manifest, block_bytes: int) -> Plan:
         raise ManifestError(f"block size {block_bytes} is outside {MIN_BLOCK_BYTES}..{MAX_BLOCK_BYTES}")
     sizes = manifest.sizes
     blocks: list[Block] = []
-    if manifest.nbytes <= MAX_BLOCKS * block_bytes:  # else it is hopeless: spare the work
+    if manifest.nbytes <= MAX_BLOCKS * block_bytes:  # otherwise there are too many blocks in any case
         for number, cut in enumerate(_cuts(sizes, block_bytes)):
             if number == MAX_BLOCKS:
                 break
@@ -166,7 +165,7 @@ def make_plan(manifest: Manifest, block_bytes: int) -> Plan:
         else:
             return Plan(manifest, block_bytes, tuple(blocks))
     raise ManifestError(
-        f"{manifest.nbytes} bytes in blocks of {block_bytes} make more than {MAX_BLOCKS} blocks",
+        f"{manifest.nbytes} bytes in blocks of {block_bytes} bytes make more than {MAX_BLOCKS} blocks",
         hint="use larger blocks",
     )
 
@@ -176,10 +175,10 @@ _Cut = tuple[tuple[int, ...], int, tuple[int, ...], int]
 
 
 def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
-    """Blocks in their order: a pack comes where the tensor is that did not fit into it any more."""
+    """All blocks in order. A pack comes before the tensor that no longer fitted into it."""
     large: Sequence[int] = ()
     small: Sequence[int] = range(len(sizes))
-    # Where there are tens of thousands, mostly all of them are small: no loop of ours goes through them then.
+    # With tens of thousands of tensors nearly all are small, so avoid a Python loop over them.
     if max(sizes, default=0) >= block_bytes or not all(sizes):
         large = [index for index, size in enumerate(sizes) if size >= block_bytes]
         small = [index for index, size in enumerate(sizes) if 0 < size < block_bytes]
@@ -198,8 +197,8 @@ def _cuts(sizes: Sequence[int], block_bytes: int) -> Iterator[_Cut]:
 
 
 def _packs(sizes: Sequence[int], small: Sequence[int], block_bytes: int) -> Iterator[tuple[int, _Cut]]:
-    """Packs of the tensors in `small`, in order; each with the index of the one that did not fit into it."""
-    # By their sums: a client plans before it asks for anything.
+    """Packs of the tensors in `small`, in order; each with the index of the first tensor that did not fit into it."""
+    # Prefix sums make this fast, which matters because a client plans before it requests the first block.
     small_sizes = sizes if len(small) == len(sizes) else [sizes[index] for index in small]
     ends = list(accumulate(small_sizes))
     first = before = 0
@@ -211,7 +210,7 @@ def _packs(sizes: Sequence[int], small: Sequence[int], block_bytes: int) -> Iter
 
 
 def in_groups(plan: Plan, numbers: Iterable[int], most: int) -> Iterator[list[int]]:
-    """Blocks in order, in groups of at most `most` spans, or of one block that has more."""
+    """Blocks in order, in groups of at most `most` spans; a block with more spans is a group by itself."""
     group: list[int] = []
     spans = 0
     for number in numbers:

@@ -1,11 +1,12 @@
-"""The decisions of a pull: which source next, what to ask of whom, when to wait, to leave, to give up. Pure.
+"""The decisions of a pull, as a state machine without I/O.
 
-:meth:`Pull.handle` is told what happened and when, and says what is to be done. It opens no socket and knows no clock:
-time is an argument, chance a generator that is handed over. Who carries it out is :mod:`netloader.client.pull`.
+It decides which source to try next, which blocks to request from which source, when to wait, when to end the session
+with a slow source, and when to give up. :meth:`Pull.handle` takes an event and the time, and returns commands, which
+:mod:`netloader.client.pull` carries out. The machine opens no socket and reads no clock: the time and the random
+generator are arguments.
 
-The ledger stands above the sessions: striping over several sources, taking over from one that is slow, and going on
-where one died are nothing but blocks that move between pending and in flight. Nothing waits for a source once every
-block is verified.
+All sessions share one ledger. Striping, taking over from a slow source, and continuing after a source failed are the
+same operation: blocks move between pending and in flight. Once every block is verified, the pull waits for no source.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.addresses import Address, valid_addresses
 from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
@@ -42,7 +43,7 @@ from netloader.errors import (
 __all__ = ["Pull"]
 
 _REQUEST_PART = 2
-"""Part of a window that has to be free before more is asked for: how often a source is given more."""
+"""More blocks are requested once 1 / this of the window is free."""
 
 _TAKEN_OVER = "its blocks are taken over by faster sources"
 
@@ -52,14 +53,14 @@ class Pull:
 
     Args:
         sources: Where to pull from, in the order to try; more may be found.
-        options: How it behaves.
-        chance: Spreads the pauses of clients that wait for one source.
-        began: When it began.
-        adopts: It has no memory yet, and takes what the first source announces.
+        options: How the pull behaves.
+        rng: Randomises pauses, so that clients that wait for one source don't all retry at once.
+        began: When the pull began.
+        adopts: Whether memory is allocated for what the first source announces.
         listing: Seconds that finding the first sources may take; None when none will be found.
 
     Attributes:
-        ledger: The account of blocks.
+        ledger: The state of every block.
         shares: What each source gave, by address, in the order of first use.
     """
 
@@ -67,7 +68,7 @@ class Pull:
         self,
         sources: Sequence[Source],
         options: PullOptions,
-        chance: random.Random,
+        rng: random.Random,
         *,
         began: float = 0.0,
         adopts: bool = False,
@@ -77,12 +78,12 @@ class Pull:
         self.shares: dict[str, SourceShare] = {}
         self._options = options
         self._began = began
-        self._sources = Sources(sources, tries=options.tries, until=began + options.wait, chance=chance)
+        self._sources = Sources(sources, tries=options.tries, until=began + options.wait, rng=rng)
         searching = -math.inf if listing is None else max(options.wait, listing)
         self._search_until = began + searching  # until then having no source left is no end
         self._left_out = False
         self._sessions: dict[int, SessionState] = {}
-        self._count = 0
+        self._session_count = 0
         self._unfit: dict[Address, set[str]] = {}
         self._failures = Failures()
         self._adopts = adopts
@@ -90,85 +91,85 @@ class Pull:
         self._allocating: SessionState | None = None
         self._to_pin: list[tuple[SessionState, Announcement]] = []
         self._over = False
-        self._last = ""
+        self._last_source = ""
 
-    # --- what can be asked ------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------------
 
     @property
     def over(self) -> bool:
-        """Whether Done or Failed was said."""
+        """Whether Succeed or Fail was returned."""
         return self._over
 
     @property
     def retries(self) -> int:
-        """Tries that failed."""
+        """Number of failed attempts."""
         return self._failures.retries
 
     @property
     def attempts(self) -> tuple[AttemptFailed, ...]:
-        """How they failed, once for each source and kind of failure."""
+        """The failed attempts, one entry for each source and kind of failure."""
         return tuple(self._failures.by_kind.values())
 
     def wake_at(self, now: float) -> float | None:
-        """When Moment has to be told, if nothing else happens before; None when time alone changes nothing."""
+        """When TimerFired is due, unless another event comes first; None when no timer is needed."""
         if self._over:
             return None
-        due = [] if self._first_is_alone() or self._full() else [self._sources.next_due(now)]
+        due = [] if self._waits_for_first() or self._full() else [self._sources.next_due(now)]
         plan = self.ledger.plan
         if not self._sessions and due == [None]:
             due = [self._search_until]
         if plan is not None and any(s.parked for s in self._sessions.values()):
-            due += [s.overdue_at(plan) for s in self._moving()]
+            due += [s.overdue_at(plan) for s in self._active()]
         times = [at for at in due if at is not None]
         return min(times) if times else None
 
-    # --- what happens -----------------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------
 
     def begin(self, now: float) -> list[p.Command]:
-        """The first moves."""
-        return list(self._go_on(now))
+        """The first commands."""
+        return list(self._advance(now))
 
     def handle(self, event: p.Event, now: float) -> list[p.Command]:
         """Take one event.
 
         Args:
             event: What happened.
-            now: When, on any clock that does not go backwards.
+            now: Time of the event, on a monotonic clock.
 
         Returns:
-            What is to be done, in order.
+            The commands, in order.
         """
-        commands = [*self._react(event, now)]
+        commands = [*self._apply(event, now)]
         if not self._over:
-            commands += self._go_on(now)
+            commands += self._advance(now)
         return commands
 
-    def _react(self, event: p.Event, now: float) -> Iterator[p.Command]:
+    def _apply(self, event: p.Event, now: float) -> Iterator[p.Command]:
         match event:
-            case p.Found() | p.Lost() | p.Listed() | p.SearchEnded():
+            case p.SourcesFound() | p.SourceLost() | p.Listed() | p.SearchEnded():
                 yield from self._of_search(event)
-            case p.TimeIsUp(seconds):
-                yield from self._time_is_up(seconds)
-            case p.Moment():
+            case p.DeadlinePassed(seconds):
+                yield from self._deadline_passed(seconds)
+            case p.TimerFired():
                 yield from self._leave_slow_ones(now)
-            case p.Ended():
+            case p.SessionEnded():
                 session = self._sessions.pop(event.session, None)
                 if session is not None:
                     yield from self._ended(session, event, now)
-            case p.Adopted(number, error):
+            case p.MemoryAllocated(number, error):
                 yield from self._allocated(self._sessions.get(number), error)
             case _:
                 session = self._sessions.get(event.session)
                 if session is not None:
-                    yield from self._of_session(session, event, now)
+                    yield from self._session_event(session, event, now)
 
-    def _of_search(self, event: p.Found | p.Lost | p.Listed | p.SearchEnded) -> Iterator[p.Command]:
+    def _of_search(self, event: p.SourcesFound | p.SourceLost | p.Listed | p.SearchEnded) -> Iterator[p.Command]:
         match event:
-            case p.Found(sources):
+            case p.SourcesFound(sources):
                 if self._sources.add(sources) and not self._left_out:
                     self._left_out = True
                     yield p.Log("warning", f"{MAX_KNOWN} sources are known: more are left out until some are gone")
-            case p.Lost(source):
+            case p.SourceLost(source):
                 self._sources.lose(source)
             case p.Listed():
                 self._search_until = min(self._search_until, self._began + self._options.wait)
@@ -177,71 +178,81 @@ class Pull:
                 if error is not None:
                     yield self._search_failed(error)
 
-    def _of_session(
+    def _session_event(
         self,
         session: SessionState,
-        event: p.Connected | p.Queued | p.Announced | p.Opened | p.WantsWork | p.Denied | p.Landed,
+        event: p.SessionStarted
+        | p.SessionQueued
+        | p.HoldingAnnounced
+        | p.SessionReady
+        | p.SessionIdle
+        | p.BlocksDenied
+        | p.BlocksArrived,
         now: float,
     ) -> Iterator[p.Command]:
         match event:
-            case p.Connected():
+            case p.SessionStarted():
                 self.shares.setdefault(str(session.source), SourceShare())
-            case p.Queued():
+            case p.SessionQueued():
                 session.queued = True
-            case p.Announced(_, announcement):
+            case p.HoldingAnnounced(_, announcement):
                 session.queued = False
                 self._to_pin.append((session, announcement))
                 yield from self._pin_next()
-            case p.Opened():
+            case p.SessionReady():
                 session.open = True
                 session.began = session.moved = now
-            case p.WantsWork():
+            case p.SessionIdle():
                 yield from self._give_work(session, now)
-            case p.Denied(_, ranges, reason, sources):
+            case p.BlocksDenied(_, ranges, reason, sources):
                 session.denied, session.elsewhere = reason or "it did not say why", sources
                 self.ledger.give_back(session.number, ranges)
-            case p.Landed(_, blocks):
+            case p.BlocksArrived(_, blocks):
                 yield from self._landed(session, blocks, now)
-                # A fast source is asked for more before it has nothing to do.
+                # Request more blocks before the session runs out of them.
                 if self.ledger.in_flight_bytes(session.number):
-                    yield from self._ask(session)
+                    yield from self._request_blocks(session)
 
-    def _go_on(self, now: float) -> Iterator[p.Command]:
-        """What follows from where things stand: finish, wake the parked, connect, or give up."""
+    def _advance(self, now: float) -> Iterator[p.Command]:
+        """Act on the current state: finish, give work to parked sessions, connect to more sources, or give up."""
         if self.ledger.complete:
             yield from self._complete()
             return
-        yield from self._wake(now)
-        while not (self._full() or self._first_is_alone()):
+        yield from self._feed_parked(now)
+        while not (self._full() or self._waits_for_first()):
             source = self._sources.take(now, work=self.ledger.plan is None or self.ledger.idle)
             if source is None:
                 break
             yield self._connect(source)
         if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
-            if not self._count and self._search_until > -math.inf:
+            if not self._session_count and self._search_until > -math.inf:
                 none = f"no source appeared within {now - self._began:.3g} s"
                 yield self._search_failed(DiscoveryError(none, hint="raise WAIT"))
             yield from self._fail()
 
-    def _wake(self, now: float) -> Iterator[p.Command]:
-        """Blocks may be pending again: give them to who has nothing to do."""
+    def _feed_parked(self, now: float) -> Iterator[p.Command]:
+        """Give blocks that are pending again to parked sessions."""
         for session in [s for s in self._sessions.values() if s.parked]:
             yield from self._give_work(session, now)
 
     def _full(self) -> bool:
         return len(self._sessions) >= max(1, self._options.stripe)
 
-    def _first_is_alone(self) -> bool:
-        """Before one is accepted there is one at a time, unless it lets us wait: the first one decides the root."""
+    def _waits_for_first(self) -> bool:
+        """Whether a second source has to wait.
+
+        The first accepted source decides the root, so until then sources are tried one at a time. A source that only
+        keeps this client in its queue does not hold up the next one.
+        """
         return self.ledger.plan is None and any(not session.queued for session in self._sessions.values())
 
     def _connect(self, source: Address) -> p.Connect:
-        self._count += 1
-        self._last = str(source)
-        self._sessions[self._count] = SessionState(self._count, source)
+        self._session_count += 1
+        self._last_source = str(source)
+        self._sessions[self._session_count] = SessionState(self._session_count, source)
         labels, named_by = self._sources.told_of(source)
         return p.Connect(
-            self._count,
+            self._session_count,
             source,
             root=self.ledger.root,
             pinned_by=self.ledger.pinned_by,
@@ -254,7 +265,7 @@ class Pull:
     # --- pinning ----------------------------------------------------------------------------------------------------
 
     def _pin_next(self) -> Iterator[p.Command]:
-        """Accept or refuse what was announced, one source after the other: the first decides for all."""
+        """Accept or reject announcements one by one, because the first accepted one decides the root."""
         while self._to_pin and self._allocating is None:
             session, announcement = self._to_pin[0]
             if session.number not in self._sessions:
@@ -269,14 +280,14 @@ class Pull:
 
     def _allocated(self, session: SessionState | None, error: NetloaderError | None) -> Iterator[p.Command]:
         if self._allocating is None:
-            raise LocalProtocolError("memory was provided that nobody asked for")
+            raise LocalProtocolError("memory was allocated without an Allocate command")
         self._allocating = None
         asked, announcement = self._to_pin[0]
         if error is None:
             self._adopts, self._adopted = False, announcement.manifest_digest
         elif session is asked:
             self._to_pin.pop(0)
-            yield p.Refuse(asked.number, error)
+            yield p.Reject(asked.number, error)
         yield from self._pin_next()
 
     def _pin(self, session: SessionState, announcement: Announcement) -> Iterator[p.Command]:
@@ -284,21 +295,21 @@ class Pull:
         try:
             if self._adopted and announcement.manifest_digest != self._adopted:
                 raise ManifestError(
-                    "the source holds other tensors than those that memory was provided for",
+                    "the source holds other tensors than those that memory was allocated for",
                     hint="give sources of one checkpoint only",
                 )
             self.ledger.pin(announcement.root, announcement.plan, announcement.digests, str(session.source))
         except NetloaderError as error:
-            yield p.Refuse(session.number, error)
+            yield p.Reject(session.number, error)
             return
         yield p.Accept(session.number)
         if first:
-            yield p.PassOn(announcement)
+            yield p.StartRelaying(announcement)
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
-    def _moving(self) -> list[SessionState]:
-        """Sessions that fetch blocks."""
+    def _active(self) -> list[SessionState]:
+        """Sessions that have blocks in flight."""
         return [
             s
             for s in self._sessions.values()
@@ -314,9 +325,9 @@ class Pull:
             self.ledger.received(session.number, number)
             try:
                 self.ledger.verify(session.number, number, digest)
-            except DigestMismatch as error:  # pending again, for others
+            except DigestMismatch as error:  # the block is pending again, for other sessions
                 session.leaving = True
-                yield p.Refuse(session.number, error)
+                yield p.Reject(session.number, error)
                 continue
             nbytes = plan.blocks[number].nbytes
             session.blocks += 1
@@ -326,13 +337,13 @@ class Pull:
         session.moved = now
 
     def _give_work(self, session: SessionState, now: float) -> Iterator[p.Command]:
-        """Ask for blocks; with none to ask for, finish, or park while blocks of others may come back."""
+        """Request blocks. Without any, finish the session, or park it while blocks of others may become pending."""
         if not session.open or session.finished or session.leaving:
             return
         ahead = self.ledger.in_flight_bytes(session.number)
         if not ahead:
             session.moved = now
-        asked = list(self._ask(session))
+        asked = list(self._request_blocks(session))
         yield from asked
         session.parked = False
         if asked or ahead:
@@ -342,8 +353,8 @@ class Pull:
         else:
             session.parked = True
 
-    def _ask(self, session: SessionState) -> Iterator[p.Command]:
-        """Fill the session's window."""
+    def _request_blocks(self, session: SessionState) -> Iterator[p.Command]:
+        """Request blocks until the session's window is full."""
         plan = self.ledger.plan
         if plan is None or session.finished or session.leaving:
             return
@@ -351,15 +362,15 @@ class Pull:
         window = session.window(plan)
         sharers = self.ledger.sharers
         if sharers > (1 if ahead else 0):
-            # Towards the end, what one session has asked for others could have fetched.
+            # Near the end, a large window of one session would leave the other sessions idle.
             fair = self.ledger.pending_bytes // (sharers + (0 if ahead else 1))
             window = min(window, max(fair, 2 * plan.block_bytes))
-        # No trickle: a request is worth its messages only when it is a fair part of the window.
+        # Many small requests would cost more messages than they save time.
         if ahead > window - window // _REQUEST_PART:
             return
         ranges = self.ledger.assign(session.number, window - ahead)
         if ranges:
-            yield p.Ask(session.number, ranges)
+            yield p.RequestBlocks(session.number, ranges)
 
     def _finish(self, session: SessionState) -> p.Finish:
         session.finished, session.parked = True, False
@@ -368,14 +379,14 @@ class Pull:
         return p.Finish(session.number, outcome, share.blocks, share.nbytes)
 
     def _leave_slow_ones(self, now: float) -> Iterator[p.Command]:
-        """Leave sessions that move nothing, if another one has nothing left to do."""
+        """End sessions whose next block is overdue, if another session is parked and can take over."""
         plan = self.ledger.plan
         if plan is None or not any(s.parked for s in self._sessions.values()):
             return
-        for session in self._moving():
+        for session in self._active():
             if now >= session.overdue_at(plan):
                 session.leaving = session.slow = True
-                yield p.Leave(session.number, _TAKEN_OVER)
+                yield p.LeaveSource(session.number, _TAKEN_OVER)
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
@@ -386,29 +397,29 @@ class Pull:
                 yield self._finish(session)
             elif not session.open:
                 session.dismissed = True
-                yield p.Dismiss(session.number)
-        yield p.Done()
+                yield p.CancelSession(session.number)
+        yield p.Succeed()
 
     def _fail(self) -> Iterator[p.Command]:
         self._over = True
-        yield p.Failed(
+        yield p.Fail(
             NoSourceLeft(self.attempts, verified=self.ledger.verified_bytes, total=self.ledger.total_bytes),
         )
 
-    def _time_is_up(self, seconds: float) -> Iterator[p.Command]:
+    def _deadline_passed(self, seconds: float) -> Iterator[p.Command]:
         late = TransferTimeout(f"the pull did not end within {seconds:g} s", hint="raise TIMEOUT")
-        yield self._failed(self._last or "all sources", late)
+        yield self._failed(self._last_source or "all sources", late)
         yield from self._fail()
 
-    def _ended(self, session: SessionState, event: p.Ended, now: float) -> Iterator[p.Command]:
-        """One session is over: what follows for its source."""
+    def _ended(self, session: SessionState, event: p.SessionEnded, now: float) -> Iterator[p.Command]:
+        """A session ended: decide what to do with its source."""
         source, error = session.source, event.error
         self.ledger.lose(session.number)
         if event.transport:
             self.shares.setdefault(str(source), SourceShare()).transport = event.transport
         if isinstance(error, MemoryStillInUse):  # no other source may fill this memory
             self._over = True
-            yield p.Failed(error)
+            yield p.Fail(error)
             return
         if self._over:
             if error is not None and not session.dismissed:
@@ -419,7 +430,7 @@ class Pull:
             hint = "add a source that holds all of them"
             error = RefusedError("gone", text, hint=hint, sources=session.elsewhere)
             error.story = event.story
-        if self._goes_otherwise(event):
+        if self._other_transport_may_work(event):
             self._unfit.setdefault(source, set()).add(event.transport)
             yield p.Log("warning", f"source {source}: not by {event.transport}: {error}")
             yield self._connect(source)
@@ -427,22 +438,24 @@ class Pull:
         if error is None:
             self._sources.rest(source)
             return
-        if session.slow and error.message == _TAKEN_OVER:  # it did nothing wrong, and may be the only one in the end
+        if session.slow and error.message == _TAKEN_OVER:  # not a failure: it stays the last resort
             yield self._failed(source, error)
             self._sources.demote(source, now)
             return
-        yield from self._judge(source, error, now, progressed=session.blocks > 0)
+        yield from self._handle_failure(source, error, now, progressed=session.blocks > 0)
 
     @staticmethod
-    def _goes_otherwise(event: p.Ended) -> bool:
-        """Whether the chosen transport could not be set up, and another one may do."""
+    def _other_transport_may_work(event: p.SessionEnded) -> bool:
+        """Whether the chosen transport could not be set up, and another one may work."""
         error = event.error
         unfit = isinstance(error, TransportUnavailable) or (
             isinstance(error, RefusedError) and error.code == "transport"
         )
         return unfit and bool(event.transport) and event.others and not event.opened
 
-    def _judge(self, source: Address, error: NetloaderError, now: float, *, progressed: bool) -> Iterator[p.Command]:
+    def _handle_failure(
+        self, source: Address, error: NetloaderError, now: float, *, progressed: bool
+    ) -> Iterator[p.Command]:
         retry_after = error.retry_after if isinstance(error, RefusedError) else None
         if isinstance(error, RefusedError) and error.sources:
             named = list(valid_addresses(error.sources))
@@ -458,7 +471,7 @@ class Pull:
         yield self._failed(source, error)
         gone = isinstance(error, RefusedError) and error.code == "gone"
         if self._sources.can_be_spared(source) and (gone or isinstance(error, PeerLost)):
-            # It was there when it was named to us, and while it is waited for, whoever named it is not asked again.
+            # A relay that its server named has gone. Retrying it would only delay asking that server again.
             self._sources.drop(source)
             return
         match next_step(error, progressed=progressed):
@@ -477,6 +490,6 @@ class Pull:
         return p.Log("warning", f"discovery: {error}")
 
     def _failed(self, source: Address | str, error: NetloaderError) -> p.Log:
-        """Account for a try that failed. A source that is waited for says the same again and again: shown once."""
+        """Count a failed attempt. Only the first of its kind is a warning, because retries repeat the same error."""
         first = self._failures.add(str(source), error)
         return p.Log("warning" if first else "debug", f"source {source}: {error}")

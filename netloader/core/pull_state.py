@@ -1,4 +1,4 @@
-"""What a pull knows of one session, and of what failed. Pure."""
+"""The state that a pull keeps for each session, and its count of failures. No I/O."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from netloader.errors import AttemptFailed, NetloaderError, RefusedError
 __all__ = ["Failures", "SessionState"]
 
 _WINDOW_BYTES = (32 << 20, 2 << 30)
-"""Bytes asked for ahead, at first and at most: enough to keep a fast link busy while requests travel."""
+"""Bytes requested ahead, at first and at most: enough to keep a fast link busy while requests travel."""
 
 _WINDOW_SECONDS = 0.5
-"""What may be asked for ahead, in seconds at the rate seen: what others may have to wait for when a source is slow."""
+"""How many seconds' worth of blocks may be requested ahead, at the measured rate.
+
+Other sources may have to wait this long for the blocks of a source that became slow."""
 
 _IMPATIENCE = 2.0
-"""Seconds without a block after which a source may be left when another one could take over its blocks."""
+"""Least seconds without a block before a session with a source is ended because another source is idle."""
 
 _LATE = 4
-"""A block that takes this many times as long as blocks took until now is overdue."""
+"""A block is overdue when it takes this many times as long as the average block so far."""
 
 
 @dataclass(slots=True, eq=False)
 class SessionState:
-    """One conversation with one source, and how fast it brings blocks."""
+    """One session with one source, and the rate at which it delivers blocks."""
 
     number: int
     source: Address
@@ -45,31 +47,31 @@ class SessionState:
 
     @property
     def seconds_per_byte(self) -> float:
-        """How long a byte took on average; 0 before one came."""
+        """Average seconds per byte; 0 before the first block."""
         return max(self.moved - self.began, 1e-3) / self.nbytes if self.nbytes else 0.0
 
     def window(self, plan: Plan) -> int:
-        """Bytes that may be asked for ahead."""
+        """Bytes that may be requested ahead."""
         if not self.nbytes:
             return _WINDOW_BYTES[0]
         return int(min(max(_WINDOW_SECONDS / self.seconds_per_byte, 2 * plan.block_bytes), _WINDOW_BYTES[1]))
 
     def overdue_at(self, plan: Plan) -> float:
-        """When the next block has taken much longer than one takes at the rate seen."""
-        # A source that brought nothing yet is given more time: it may be at the far end of a slow line.
+        """The time from which the next block counts as overdue."""
+        # A source that has delivered nothing yet gets more time, because its network may be slow.
         usual = plan.block_bytes * self.seconds_per_byte if self.nbytes else _IMPATIENCE
         return self.moved + max(_IMPATIENCE, _LATE * usual)
 
 
 @dataclass(slots=True)
 class Failures:
-    """Tries that failed: for each source and kind of failure the last one, and how many there were."""
+    """Failed attempts: for each source and kind of failure the last error, and how often it occurred."""
 
     retries: int = 0
     by_kind: dict[tuple[str, str], AttemptFailed] = field(default_factory=dict)
 
     def add(self, source: str, error: NetloaderError) -> bool:
-        """Account for one; whether it is the first of its kind."""
+        """Count a failure. Returns whether it is the first of its kind."""
         self.retries += 1
         key = (source, error.code if isinstance(error, RefusedError) else type(error).__name__)
         known = self.by_kind.get(key)

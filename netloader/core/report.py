@@ -1,4 +1,4 @@
-"""What a pull tells its caller: progress while it runs, and an account at the end. Plain data, no I/O."""
+"""What a pull reports to its caller: progress while it runs, and a report at the end. Plain data, no I/O."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Progress:
     """How far a pull is.
 
     Attributes:
-        verified: Bytes that are in place and checked.
-        total: Bytes in all.
-        seconds: Since the pull began.
-        source: Where the last of them came from.
+        verified: Bytes verified so far.
+        total: Bytes of the whole pull.
+        seconds: Seconds since the pull began.
+        source: Address of the source that sent the last verified block.
     """
 
     verified: int
@@ -30,7 +30,7 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-"""Called in the event loop's thread each time blocks were verified; has to be quick."""
+"""Called in the event loop's thread each time blocks were verified. It must return quickly."""
 
 
 @dataclass(slots=True)
@@ -38,11 +38,11 @@ class Phases:
     """Seconds by phase, summed over all sessions of a pull.
 
     Attributes:
-        connect: Until the greeting was over.
-        validate: Until the server accepted, waiting for a turn included.
+        connect: Until Hello and Welcome were exchanged.
+        validate: Until the server accepted, including the wait for a turn.
         plan: Until the channel was open.
-        transfer: Until the last block was in place and checked.
-        verify: Spent hashing; happens within `transfer`, in worker threads.
+        transfer: Until the last block was verified.
+        verify: Time spent hashing. It is part of `transfer`, in worker threads.
         finalize: Verdict, goodbye, closing.
     """
 
@@ -75,20 +75,21 @@ class SourceShare:
 
 @dataclass(slots=True)
 class PullReport:
-    """Account of a pull.
+    """The result of a pull.
 
     Attributes:
         root: Root of the weights, in hex.
         nbytes: Bytes pulled and verified.
         blocks: Blocks pulled and verified.
         tensors: Tensors in the manifest.
-        seconds: Whole time.
+        seconds: Duration of the whole pull.
         phases: Seconds by phase.
         sources: What each source gave, by address, in the order of first use.
-        retries: Tries that failed on the way.
-        attempts: How they failed; what a source said again and again is there once.
-        identity: What the source that was accepted first said that it holds; all others hold the same weights.
-        announcement: What was pulled, as it can be announced in turn: every block was verified against its digests.
+        retries: Number of failed attempts.
+        attempts: The failed attempts. Repeated failures of one kind at one source are one entry.
+        identity: Identity that the first accepted source stated. All other sources hold the same weights.
+        announcement: What was pulled, ready to be announced to other clients: every block was verified against its
+            digests.
     """
 
     root: str = ""
@@ -105,11 +106,11 @@ class PullReport:
 
     @property
     def rate(self) -> float:
-        """Bytes per second over the whole time."""
+        """Bytes per second over the whole pull."""
         return self.nbytes / self.seconds if self.seconds > 0 else 0.0
 
     def lines(self) -> list[str]:
-        """The report for people, a line each."""
+        """The report as lines of text."""
         phases: Mapping[str, float] = self.phases.as_dict()
         spent = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in phases.items())
         text = [

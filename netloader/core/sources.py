@@ -1,4 +1,4 @@
-"""A source, and which one to try next: order, pauses, redirections to relays, what failed. Pure; time is passed in."""
+"""Which source to try next: order, pauses, redirects to relays, and failed relays. No I/O; the time is an argument."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PAUSE = (0.2, 5.0)
 """Seconds until a source that was not ready is tried again: first, and at most."""
 
 _RELAY_PAUSE = 0.05
-"""Seconds until a relay that was not ready is tried again: it only has to hear what its own source holds."""
+"""Seconds until a relay that was not ready is tried again: it waits only for the announcement of its own source."""
 
 _RELAY_WAIT = 5.0
-"""Seconds after which a relay that is still not ready is given up."""
+"""Seconds after which a relay that is still not ready is dropped."""
 
 MAX_KNOWN = 4096
-"""Sources that one pull remembers: what is found and what servers name is bounded by this."""
+"""Most sources that one pull remembers, because a provider can find and servers can name any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(slots=True)
 class _Candidate:
-    """A source that may still have something to give."""
+    """A source that may still be of use."""
 
     tries: int
     until: float
@@ -62,35 +62,36 @@ class _Candidate:
     late: int = 0  # it gave us up as too slow: tried after all others, in this order
     due: float = 0.0
     running: bool = False
-    lost: bool = False  # not offered any more: dropped when its session ends
-    resting: bool = False  # it had nothing to do; worth another session when blocks become pending again
-    last_resort: bool = False  # slower than others: worth another session when none of those is left
-    waits_for: frozenset[Address] = frozenset()  # it sent us to these; worth another try when they are gone
+    lost: bool = False  # no longer offered: dropped when its session ends
+    resting: bool = False  # its session ran out of blocks; tried again when blocks become pending again
+    last_resort: bool = False  # slower than others; tried again when none of those is left
+    waits_for: frozenset[Address] = frozenset()  # relays that it named; tried again when they are gone
 
     @property
     def rank(self) -> tuple[bool, bool, int, float, int]:
-        """In which order sources are tried: relays first, those that were too slow last, the least load first."""
+        """Sort key for the order of attempts: relays first, sources that were too slow last, less load before more."""
         return self.last_resort, self.via is None, self.late, self.load, self.order
 
 
 class Sources:
     """The sources of one pull.
 
-    A source is tried in the order given, those with less load before others, relays that a server named before all.
-    One that says "not ready" or cannot be reached is tried again after a growing pause, for the last time when the wait
-    is over. One that sent us to relays is tried again when none of those is left, and is told which ones to avoid.
+    Sources are tried in the order given, those with less load before others, and relays that a server named before the
+    servers themselves. A source that answers "not ready" or cannot be reached is tried again after a growing pause, for
+    the last time when the wait ends. A source that redirected this client to relays is tried again when none of those
+    relays is left. The client then tells it which relays to avoid.
 
     Args:
         sources: In the order to try.
-        tries: Sessions with one source that may break after they brought something.
-        until: When waiting for sources that are not ready ends.
-        chance: Spreads the pauses of clients that wait for one source.
+        tries: Sessions with one source that may fail after they delivered blocks.
+        until: Time at which waiting for sources that are not ready ends.
+        rng: Randomises pauses, so that clients that wait for one source don't all retry at once.
     """
 
-    def __init__(self, sources: Iterable[Source], *, tries: int, until: float, chance: random.Random) -> None:
+    def __init__(self, sources: Iterable[Source], *, tries: int, until: float, rng: random.Random) -> None:
         self._tries = tries
         self._until = until
-        self._chance = chance
+        self._rng = rng
         self._order = 0
         self._known: dict[Address, _Candidate] = {}
         self._failed: dict[Address, None] = {}
@@ -99,7 +100,7 @@ class Sources:
 
     @property
     def avoid(self) -> tuple[Address, ...]:
-        """Relays that failed us, newest last."""
+        """Relays that failed in this pull, newest last."""
         return tuple(self._failed)
 
     @property
@@ -108,7 +109,7 @@ class Sources:
         return sum(c.running for c in self._known.values())
 
     def add(self, sources: Iterable[Source]) -> int:
-        """Sources to try after those that are known. One that is known stays what it is, but for its labels and load.
+        """Add sources behind those that are known. Of a known source, only labels and load change.
 
         Returns:
             How many were left out, because :data:`MAX_KNOWN` are known.
@@ -133,7 +134,7 @@ class Sources:
         return candidate.labels, candidate.via
 
     def lose(self, source: Address) -> None:
-        """A source is not offered any more: it is not tried again; a session with it goes on. It may be added anew."""
+        """A source is no longer offered: don't try it until it is added anew. A session that runs with it continues."""
         self._useless.pop(source, None)
         candidate = self._known.get(source)
         if candidate is not None and candidate.running:
@@ -142,16 +143,16 @@ class Sources:
             self._known.pop(source, None)
 
     def can_be_spared(self, source: Address) -> bool:
-        """Whether `source` is a relay, and whoever named it is still there to name another one or to serve us."""
+        """Whether `source` is a relay whose server is still known, and can name another relay or serve by itself."""
         candidate = self._known.get(source)
         return candidate is not None and candidate.via is not None and candidate.via in self._known
 
     def take(self, now: float, *, work: bool) -> Address | None:
-        """The source to try now, which is running from here on; None when there is none at the moment.
+        """Take the source to try now, and mark it as running. None when no source is due.
 
         Args:
             now: The time.
-            work: Whether any block is waiting to be fetched.
+            work: Whether any block is pending.
         """
         alone = not self.running
         for source, candidate in sorted(self._known.items(), key=lambda item: item[1].rank):
@@ -167,7 +168,7 @@ class Sources:
         return None
 
     def next_due(self, now: float) -> float | None:
-        """When :meth:`take` may have something, as far as time decides; None when time alone brings nothing."""
+        """When :meth:`take` will next return a source, if no event comes before; None when it won't."""
         alone = not self.running
         waiting = [
             c.due
@@ -177,24 +178,24 @@ class Sources:
         return max(now, min(waiting)) if waiting else None
 
     def rest(self, source: Address) -> None:
-        """It had nothing more to do for us; it may be asked again when that changes."""
+        """Its session ended because no block was pending. It may be tried again when blocks become pending."""
         candidate = self._known[source]
         candidate.running, candidate.resting = False, True
         self._drop_lost(source)
 
     def demote(self, source: Address, now: float) -> None:
-        """It was left since others are faster: worth another try once no other source is being pulled from."""
+        """Its session was ended because others are faster. It is tried again once no other source is running."""
         candidate = self._known[source]
         candidate.running, candidate.last_resort, candidate.due = False, True, now
         self._drop_lost(source)
 
     def again(self, source: Address, now: float, *, last: bool = False) -> None:
-        """Its session broke after it had brought something: worth another try at once, a limited number of times.
+        """Its session failed after it delivered blocks: try it again at once, a limited number of times.
 
         Args:
             source: The source.
             now: The time.
-            last: Try all others before.
+            last: Try all other sources first.
         """
         candidate = self._known[source]
         candidate.running = False
@@ -206,39 +207,37 @@ class Sources:
             self.drop(source)
 
     def later(self, source: Address, now: float, at_least: float | None = None) -> None:
-        """It is not ready: worth another try after a pause, as long as the wait lasts.
+        """It is not ready: try it again after a pause, until the wait ends.
 
         Args:
             source: The source.
             now: The time.
-            at_least: Seconds that the source asked for, if it did.
+            at_least: Least pause in seconds, when the source asked for one.
         """
         candidate = self._known[source]
         candidate.running = False
         if now >= candidate.until or candidate.lost:
             self.drop(source)
             return
-        pause = candidate.pause * self._chance.uniform(0.5, 1.5)
+        pause = candidate.pause * self._rng.uniform(0.5, 1.5)
         if at_least is not None and candidate.via is None:
-            pause = max(pause, at_least * self._chance.uniform(1.0, 1.25))
+            pause = max(pause, at_least * self._rng.uniform(1.0, 1.25))
         candidate.due = min(now + pause, candidate.until)
         candidate.pause = min(candidate.pause * 2, _PAUSE[1])
 
     def redirect(self, source: Address, relays: Sequence[Address], now: float) -> bool:
-        """It sent us to relays.
+        """It redirected this client to relays.
 
         Args:
             source: The source.
-            relays: Where it sent us.
+            relays: The relays that it named.
             now: The time.
 
         Returns:
-            Whether any of them is worth trying; the source waits for them then.
+            Whether any relay is worth trying. If so, the source is held back until they are gone.
         """
         candidate = self._known[source]
-        usable = [
-            r for r in relays if r != source and r not in self._failed and not self._waits_in_a_circle(r, candidate)
-        ]
+        usable = [r for r in relays if r != source and r not in self._failed and not self._waits_in_cycle(r, candidate)]
         for relay in usable:
             if relay not in self._known and len(self._known) < MAX_KNOWN:
                 self._known[relay] = _Candidate(
@@ -253,20 +252,20 @@ class Sources:
         return True
 
     def gone(self, source: Address, others: Sequence[Address], now: float, at_least: float | None = None) -> None:
-        """It stopped serving, and named where it had its blocks from: those are asked now.
+        """It stopped serving, and named the sources that it pulled from: try those now.
 
         Args:
-            source: The source. A relay is left for good, since it may be a long time before it serves again.
-            others: What it named.
+            source: The source. A relay is dropped, because it may take long until it serves again.
+            others: The sources that it named.
             now: The time.
-            at_least: Seconds that it asked for, if it did.
+            at_least: Least pause in seconds, when the source asked for one.
         """
         via = self._known[source].via
         if via is None:
             self.later(source, now, at_least)
         else:
             self.drop(source)
-        # One that is known already keeps its pause: two that name each other would be asked without end.
+        # A known source keeps its pause. Otherwise two sources that name each other would be tried in an endless loop.
         for other in others:
             new = other != source and other not in self._known and other not in self._failed
             if new and len(self._known) < MAX_KNOWN:
@@ -275,7 +274,7 @@ class Sources:
                 )
 
     def drop(self, source: Address) -> None:
-        """It is no use any more; when it is a relay, whoever named it is told to avoid it."""
+        """It is of no more use. If it is a relay, servers are told to name another one."""
         candidate = self._known.pop(source, None)
         if candidate is None:
             return
@@ -292,11 +291,11 @@ class Sources:
             self.drop(source)
 
     def _held_back(self, candidate: _Candidate) -> bool:
-        """Whether one of the relays that it named may still be of use."""
-        return any(r in self._known and not self._waits_in_a_circle(r, candidate) for r in candidate.waits_for)
+        """Whether one of the relays that it named is still known."""
+        return any(r in self._known and not self._waits_in_cycle(r, candidate) for r in candidate.waits_for)
 
-    def _waits_in_a_circle(self, relay: Address, candidate: _Candidate) -> bool:
-        """Whether `relay` in turn waits for `candidate`: two servers that name each other hold nobody back."""
+    def _waits_in_cycle(self, relay: Address, candidate: _Candidate) -> bool:
+        """Whether `relay` in turn waits for `candidate`: servers that name each other must not block each other."""
         seen: set[Address] = set()
         todo = [relay]
         while todo:

@@ -17,15 +17,16 @@ __all__ = ["BlockView", "Channel", "Landed", "Pending", "Setup", "Signals", "Tra
 
 
 Landed = Callable[[BlockView], None]
-"""Called by ``recv`` once for each block, as soon as all its bytes are in place; may be called in worker threads, in
-several at once, and for a later block first. It may take a while (blocks are hashed there). When it raises, ``recv``
-ends the channel and raises that."""
+"""Callback of ``recv``, called once for each block, as soon as all its bytes are in place.
+
+It may be called in worker threads, in several at once, and for a later block first. It may take long, because blocks
+are hashed in it. When it raises, ``recv`` ends the channel and raises the same error."""
 
 
 class Signals(Protocol):
     """Small messages between the two ends of a transport, carried by the control connection.
 
-    Whoever can read or write them is the peer itself: no stranger reaches this path, unlike a port.
+    Only the peer can read or write them. A port, in contrast, can be reached by unauthenticated peers.
     """
 
     async def post(self, data: bytes) -> None:
@@ -37,7 +38,7 @@ class Signals(Protocol):
         ...
 
     async def fetch(self) -> bytes:
-        """The next message from the other end; waits for it.
+        """Wait for the next message from the other end, and return it.
 
         Raises:
             PeerLost: The control connection ended.
@@ -47,16 +48,16 @@ class Signals(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a transport is told when a channel is set up.
+    """The parameters with which a channel is set up.
 
     Attributes:
-        device: Where the blocks live, as torch names it (``cpu``, ``npu:3``).
-        local_host: Our address on the control connection (numeric, without port).
-        peer_host: The peer's address on the control connection: the only one a transport may connect to.
-        peer_facts: What the peer's transport stated about itself.
+        device: Device of the blocks, as torch names it (``cpu``, ``npu:3``).
+        local_host: Address of this side on the control connection (numeric, without port).
+        peer_host: Address of the peer on the control connection: the only address that a transport may connect to.
+        peer_facts: The facts that the peer's transport states.
         signals: Small messages to and from the other end.
         timeout: Seconds that setting up may take.
-        stall: Seconds that a running operation may go without any progress.
+        stall: Seconds that a running operation may go without progress.
     """
 
     device: str
@@ -70,27 +71,27 @@ class Setup:
 
 @runtime_checkable
 class Pending(Protocol):
-    """A server's half-open channel: made by :meth:`Transport.offer`, used up by :meth:`accept`.
+    """A server's half-open channel: made by :meth:`Transport.offer`, completed once by :meth:`accept`.
 
     Attributes:
-        offer: What the client needs to connect; opaque to everyone but the transport.
+        offer: What the client needs to connect. Only the transport interprets it.
     """
 
     offer: bytes
 
     async def accept(self) -> Channel:
-        """Wait for the client, within the set-up's timeout.
+        """Wait until the client connects, within the set-up's timeout.
 
-        Called once at most. The offer is used up, also when this raises or is cancelled.
+        Called at most once. The offer can't be used again, even if this raises or is cancelled.
 
         Raises:
-            TransferTimeout: The client did not come in time.
-            PeerLost: It came and went, or the control connection ended.
+            TransferTimeout: The client did not connect in time.
+            PeerLost: The client connected and disconnected, or the control connection ended.
         """
         ...
 
     async def aclose(self) -> None:
-        """Give up the offer and free what it holds. Idempotent; does nothing once accepted."""
+        """Withdraw the offer and free its resources. Idempotent. Does nothing after :meth:`accept` succeeded."""
         ...
 
 
@@ -98,20 +99,20 @@ class Pending(Protocol):
 class Channel(Protocol):
     """One open data path between two peers.
 
-    Order: blocks arrive in the order in which they were sent, whatever the grouping into calls: the receiver's calls
-    name the same blocks in the same order, but may cut the sequence elsewhere.
+    Order: blocks arrive in the order in which they were sent. Both ends name the same blocks in the same order, but
+    their calls may group the blocks differently.
 
-    Concurrency: as many calls of ``send``, and as many of ``recv``, at a time as :attr:`depth` says; one more in the
-    same direction raises :class:`~netloader.errors.ChannelBusy` and harms nothing. They are carried out in the order in
-    which they were made, so that nothing stands still between two of them.
+    Concurrency: up to :attr:`depth` calls of ``send``, and as many of ``recv``, may run at a time. One more in the same
+    direction raises :class:`~netloader.errors.ChannelBusy`, and the running calls go on. Calls are carried out in the
+    order in which they were made, without an idle gap between two calls.
 
-    Failure: one failed, timed-out or cancelled operation ends the channel; every later one raises
-    :class:`~netloader.errors.ChannelClosed`, and the peer's raises :class:`~netloader.errors.PeerLost` within its own
-    deadline at the latest. There is no retry on a channel.
+    Failure: a failed, timed-out or cancelled operation ends the channel. Every later operation raises
+    :class:`~netloader.errors.ChannelClosed`. An operation of the peer raises :class:`~netloader.errors.PeerLost` within
+    its own deadline at the latest. There are no retries on a channel.
 
     Attributes:
-        depth: How many calls of one direction may be open at once, from 1 on; the same as long as the channel lives.
-        whole_blocks: Whether both ends have to name blocks of equal sizes, so that a part of a block can't be sent.
+        depth: How many calls of one direction may run at once, at least 1. It does not change during a channel's life.
+        whole_blocks: Whether both ends have to name blocks of equal sizes, so that part of a block can't be sent.
     """
 
     depth: int = 1
@@ -120,79 +121,80 @@ class Channel(Protocol):
     async def send(self, blocks: Sequence[BlockView]) -> None:
         """Send blocks, whole and in order.
 
-        The memory belongs to the channel until this returns or raises; it may be reused then, unless what is raised is
-        MemoryStillInUse.
+        The channel may read the memory until this returns or raises. After that the memory may be reused, unless
+        MemoryStillInUse was raised.
 
         Raises:
-            MemoryStillInUse: It can't be had back within a bound: something may still read it.
-            PeerLost: The peer closed, died, or was cut off.
+            MemoryStillInUse: The operation can't be stopped within a bounded time, and may still read the memory.
+            PeerLost: The peer closed the channel, died, or was disconnected.
             TransferTimeout: Nothing moved for the stall time: the peer does not receive.
-            ChannelBusy: As many sends as the channel takes are running.
+            ChannelBusy: :attr:`depth` sends are running already.
             ChannelClosed: The channel was closed here, or an earlier operation failed.
         """
         ...
 
     async def recv(self, blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
-        """Fill blocks in place, whole and in order; all of them, or an error.
+        """Fill blocks in place, whole and in order. Fills all of them, or raises an error.
 
-        The memory belongs to the channel until this returns or raises, cancelled included; after that no byte lands in
-        it any more, even if the peer goes on sending. Where that can't be promised within a bound, MemoryStillInUse is
-        raised, in the place of a cancellation too, and nobody uses the memory any more. A receive is posted only for
-        what the peer has granted.
+        The channel may write the memory until this returns, raises or is cancelled. After that no byte is written, even
+        if the peer continues to send. Where this can't be ensured within a bounded time, MemoryStillInUse is raised,
+        also instead of a cancellation, and the memory must not be used any more. A receive is posted only for blocks
+        that the peer has granted.
 
         Args:
-            blocks: What to fill.
+            blocks: Blocks to fill.
             landed: See :data:`Landed`.
 
         Raises:
             PeerLost, TransferTimeout, ChannelBusy, ChannelClosed: As for ``send``; whatever `landed` raises.
-            MemoryStillInUse: Bytes may still land.
+            MemoryStillInUse: The memory may still be written.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close and free everything, threads, ports and device memory included. Idempotent, bounded, never cancelled.
+        """Close the channel and free everything, including threads, ports and device memory.
 
-        An operation that is running on this side ends with :class:`~netloader.errors.ChannelClosed`; the peer's with
-        :class:`~netloader.errors.PeerLost`. When this has returned, no byte lands in any view any more.
+        Idempotent. It ends within a bounded time, and a cancellation does not interrupt it. A running operation on this
+        side ends with :class:`~netloader.errors.ChannelClosed`, one of the peer with
+        :class:`~netloader.errors.PeerLost`. After this returns, no byte is written into any view.
 
         Raises:
-            MemoryStillInUse: The one thing that it may raise, each time that it is called as long as it is so: memory
-                that was lent to an operation is still in use.
+            MemoryStillInUse: Memory that was passed to an operation is still in use. It is raised by each call for as
+                long as this is so. No other error is raised.
         """
         ...
 
 
 def depth_of(channel: Channel) -> int:
-    """How many calls of one direction `channel` takes at once: of release 0.1, :attr:`Channel.depth` says it now."""
+    """How many calls of one direction `channel` accepts at once. Deprecated since 0.1: use :attr:`Channel.depth`."""
     warnings.warn("depth_of(channel) is channel.depth now, and goes after 0.2", DeprecationWarning, stacklevel=2)
-    depth: int = getattr(channel, "depth", 1)  # channels of 0.1 need not have it
+    depth: int = getattr(channel, "depth", 1)  # optional in the contract of 0.1
     return depth
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """A way to move blocks; stateless, one object per name.
+    """A way to move blocks. Stateless; there is one object for each name.
 
     Attributes:
-        name: The name in configuration and on the wire.
+        name: The name in the configuration and in messages.
     """
 
     name: str
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot run here for tensors on `device`, in words; None when it can. Cheap, no side effects."""
+        """Why it can't run here for tensors on `device`, as text; None when it can. Cheap, without side effects."""
         ...
 
     def facts(self, device: str) -> Mapping[str, str]:
-        """What the peer has to know to judge whether both could meet; equal keys have to have equal values."""
+        """Facts that decide whether it can connect both sides: keys that both state must have equal values."""
         ...
 
     async def offer(self, setup: Setup) -> Pending:
-        """Server: get ready for one client, which gets :attr:`Pending.offer`.
+        """Server: prepare a channel for one client, which is sent :attr:`Pending.offer`.
 
         Raises:
-            TransportError: It can't be set up here now.
+            TransportError: It can't be set up now.
         """
         ...
 
@@ -200,8 +202,8 @@ class Transport(Protocol):
         """Client: connect to an offer, within the set-up's timeout.
 
         Raises:
-            PeerLost: The server is not there.
-            TransferTimeout: It did not answer in time.
-            TransportError: The offer makes no sense.
+            PeerLost: The server can't be reached.
+            TransferTimeout: The server did not answer in time.
+            TransportError: The offer is invalid.
         """
         ...

@@ -1,7 +1,7 @@
-"""What every transport has to do, as checks that anybody can run against theirs.
+"""Conformance checks: what every transport has to do, for authors of transports.
 
-``await check_transport(pair_maker(MyTransport()))`` runs them all. Each check opens pairs of channels of its own,
-within one process. No test framework is needed; what is wrong is raised as :class:`Failed`, which names the check.
+``await check_transport(pair_maker(MyTransport()))`` runs all checks. Each check opens its own pairs of channels within
+one process. No test framework is needed: a failure is raised as :class:`Failed`, which names the check.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from netloader.transports.conformance_kit import (
     Failed,
     LocalSignals,
     MakePair,
-    Operation,
+    RunningCall,
     TensorBlockView,
-    ahead,
-    demand,
-    living_threads,
+    live_threads,
     local_signals,
-    made,
     mixed_blocks,
     open_descriptors,
     pair_maker,
     raises,
+    require,
+    run_pipelined,
+    started,
     within,
 )
 from netloader.transports.contract_0_1 import adapted_pairs
@@ -51,7 +51,7 @@ Check = Callable[[MakePair], Awaitable[None]]
 
 _MIB = 1 << 20
 _WAYS = 16
-"""More than that no channel is expected to move blocks on at once."""
+"""The most blocks that any channel is expected to move in parallel."""
 
 _STALL = 0.3
 _LATER = 0x5A
@@ -62,7 +62,7 @@ async def check_transport(make_pair: MakePair, checks: Sequence[Check] | None = 
 
     Args:
         make_pair: Opens pairs; see :func:`pair_maker`.
-        checks: Those to run; all of :data:`CHECKS` by default.
+        checks: The checks to run; by default all of :data:`CHECKS`.
 
     Raises:
         Failed: The first check that failed, and why.
@@ -86,7 +86,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 async def blocks_arrive_whole_and_in_order(make_pair: MakePair) -> None:
-    """Blocks of all shapes, cut into calls differently on both sides, from server to client."""
+    """Blocks of all shapes arrive from server to client, grouped into different calls on both sides."""
     async with make_pair() as (server, client):
         await _carry(server, client)
 
@@ -99,12 +99,12 @@ async def blocks_travel_both_ways_at_once(make_pair: MakePair) -> None:
 
 
 async def both_ends_say_what_they_take(make_pair: MakePair) -> None:
-    """How many calls at once, and whether parts of blocks."""
+    """Both ends have valid attributes `depth` and `whole_blocks`."""
     async with make_pair() as ends:
         for channel in ends:
             depth, whole = channel.depth, channel.whole_blocks
-            demand(type(depth) is int and depth >= 1, f"depth is {depth!r}, not a number from 1 on")
-            demand(type(whole) is bool, f"whole_blocks is {whole!r}, neither True nor False")
+            require(type(depth) is int and depth >= 1, f"depth is {depth!r}, not a number from 1 on")
+            require(type(whole) is bool, f"whole_blocks is {whole!r}, neither True nor False")
 
 
 async def many_small_calls_in_a_row(make_pair: MakePair) -> None:
@@ -124,7 +124,7 @@ async def many_small_calls_in_a_row(make_pair: MakePair) -> None:
 
 
 async def landed_is_called_once_for_each_block_with_the_bytes_in_place(make_pair: MakePair) -> None:
-    """And while later blocks of the same call may still be on their way."""
+    """Later blocks of the same call may still be in flight at that time."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         sent = mixed_blocks()
         into = _like(sent)
@@ -132,27 +132,27 @@ async def landed_is_called_once_for_each_block_with_the_bytes_in_place(make_pair
         tasks.start_soon(server.send, sent)
         await client.recv(into, lambda view: landed.append((view.number, into[view.number].data)))
         called = sorted(number for number, _ in landed)
-        demand(called == [block.number for block in sent], "landed was not called once for each block")
-        demand(
+        require(called == [block.number for block in sent], "landed was not called once for each block")
+        require(
             all(data == sent[number].data for number, data in landed), "landed was called before the bytes were there"
         )
 
 
 async def memory_may_be_reused_when_send_returns(make_pair: MakePair) -> None:
-    """What the sender writes afterwards does not arrive."""
+    """The receiver does not get bytes that the sender writes afterwards."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         sent = TensorBlockView(0, [bytes([1]) * 300_000, bytes([2]) * 5])
         expected = sent.data
         into = _like([sent])
-        receiving = Operation(tasks, lambda: client.recv(into))
+        receiving = RunningCall(tasks, lambda: client.recv(into))
         await server.send([sent])
         sent.fill(_LATER)
         await receiving.value()
-        demand(into[0].data == expected, "the receiver got what was written after send had returned")
+        require(into[0].data == expected, "the receiver got what was written after send had returned")
 
 
 async def nothing_to_send_is_fine(make_pair: MakePair) -> None:
-    """Empty calls and empty blocks."""
+    """Empty calls and empty blocks are allowed."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         await server.send([])
         await client.recv([])
@@ -162,14 +162,14 @@ async def nothing_to_send_is_fine(make_pair: MakePair) -> None:
         tasks.start_soon(server.send, blocks)
         await client.recv(into, lambda view: seen.append(view.number))
         _same(blocks, into)
-        demand(sorted(seen) == [0, 1, 2], "landed is called for empty blocks, too")
+        require(sorted(seen) == [0, 1, 2], "landed is called for empty blocks, too")
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------
 
 
 async def an_error_of_landed_ends_the_channel(make_pair: MakePair) -> None:
-    """It comes out of recv as it is, and the peer learns of it."""
+    """Recv raises the same error, and the peer's operations fail."""
 
     class Unwelcome(Exception):
         pass
@@ -179,7 +179,7 @@ async def an_error_of_landed_ends_the_channel(make_pair: MakePair) -> None:
             raise Unwelcome
 
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
-        sending = Operation(tasks, lambda: _send_until_lost(server))
+        sending = RunningCall(tasks, lambda: _send_until_lost(server))
         try:
             await client.recv([TensorBlockView(number, [bytes(_MIB)]) for number in range(4)], landed)
         except Unwelcome:
@@ -193,7 +193,7 @@ async def an_error_of_landed_ends_the_channel(make_pair: MakePair) -> None:
 
 
 async def closing_twice_is_fine(make_pair: MakePair) -> None:
-    """One after the other, at once, and when the peer has closed."""
+    """Twice in a row, twice at the same time, and after the peer has closed."""
     async with make_pair() as (server, client):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(server.aclose)
@@ -204,7 +204,7 @@ async def closing_twice_is_fine(make_pair: MakePair) -> None:
 
 
 async def nothing_works_after_closing(make_pair: MakePair) -> None:
-    """Here ChannelClosed, at the peer PeerLost."""
+    """Operations raise ChannelClosed on this side, and PeerLost at the peer."""
     for index in range(2):
         async with make_pair() as pair:
             closed, other = pair[index], pair[1 - index]
@@ -223,7 +223,7 @@ async def nothing_works_after_closing(make_pair: MakePair) -> None:
 
 
 async def closing_ends_what_is_blocked(make_pair: MakePair) -> None:
-    """An operation on this side ends with ChannelClosed, one at the peer with PeerLost; no byte lands any more."""
+    """An operation on this side ends with ChannelClosed, one at the peer with PeerLost. No more bytes are written."""
     for closer in ("receiver", "sender"):
         async with make_pair() as (server, client), anyio.create_task_group() as tasks:
             receiving, into = await _blocked_recv(tasks, server, client)
@@ -233,7 +233,7 @@ async def closing_ends_what_is_blocked(make_pair: MakePair) -> None:
                 await receiving.ends_with(ChannelClosed, "recv when the channel was closed here")
                 with raises(PeerLost, "the peer's send into a closed channel"):
                     await _send_until_lost(server)
-                demand(_snapshot(into) == before, "bytes landed after aclose had returned")
+                require(_snapshot(into) == before, "bytes landed after aclose had returned")
             else:
                 await receiving.ends_with(PeerLost, "recv when the peer closed")
         async with make_pair() as (server, client), anyio.create_task_group() as tasks:
@@ -245,7 +245,7 @@ async def closing_ends_what_is_blocked(make_pair: MakePair) -> None:
 
 
 async def cancelling_ends_the_channel(make_pair: MakePair) -> None:
-    """Cancelled before it starts, or while it is blocked: it ends soon, and with it the channel."""
+    """An operation that is cancelled before it starts, or while it is blocked, ends soon and ends the channel."""
     for index in range(2):
         for direction in ("send", "recv"):
             async with make_pair() as pair:
@@ -254,7 +254,7 @@ async def cancelling_ends_the_channel(make_pair: MakePair) -> None:
                 with anyio.CancelScope() as scope:
                     scope.cancel()
                     await (here.send if direction == "send" else here.recv)([block])
-                demand(scope.cancelled_caught, f"a {direction} that was cancelled before it started ran")
+                require(scope.cancelled_caught, f"a {direction} that was cancelled before it started ran")
                 await _is_over(here, there)
     for direction in ("send", "recv"):
         async with make_pair() as (server, client), anyio.create_task_group() as tasks:
@@ -268,24 +268,24 @@ async def cancelling_ends_the_channel(make_pair: MakePair) -> None:
 
 
 async def no_byte_lands_after_a_cancelled_recv(make_pair: MakePair) -> None:
-    """Even if the peer goes on sending."""
+    """This holds even if the peer continues to send."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         receiving, into = await _blocked_recv(tasks, server, client)
-        sending = Operation(tasks, lambda: _send_until_lost(server))
+        sending = RunningCall(tasks, lambda: _send_until_lost(server))
         await receiving.cancelled()
         before = _snapshot(into)
         await client.aclose()
         await sending.ends_with(PeerLost, "send to a peer that gave up")
-        demand(_snapshot(into) == before, "bytes landed after a cancelled recv had returned")
+        require(_snapshot(into) == before, "bytes landed after a cancelled recv had returned")
 
 
 async def a_cut_in_full_flight_ends_everything(make_pair: MakePair) -> None:
-    """While blocks of some size travel in both directions: every operation, on both sides, in the middle of a block."""
+    """While large blocks are in flight in both directions, a cut ends every operation on both sides."""
     for cut in ("server closes", "client closes", "a recv is cancelled", "a send is cancelled"):
         async with make_pair() as (server, client), anyio.create_task_group() as tasks:
             landed = threading.Event()
-            receiving = [Operation(tasks, partial(_recv_in_bulk, end, landed)) for end in (client, server)]
-            sending = [Operation(tasks, partial(_send_in_bulk, end)) for end in (server, client)]
+            receiving = [RunningCall(tasks, partial(_recv_in_bulk, end, landed)) for end in (client, server)]
+            sending = [RunningCall(tasks, partial(_send_in_bulk, end)) for end in (server, client)]
             await _is_set(landed, "nothing lands when blocks travel in both directions")
             match cut:
                 case "server closes":
@@ -298,18 +298,18 @@ async def a_cut_in_full_flight_ends_everything(make_pair: MakePair) -> None:
                     sending[0].scope.cancel()
             for operation in (*receiving, *sending):
                 await operation.wait()
-                demand(
+                require(
                     operation.scope.cancelled_caught or isinstance(operation.error, PeerLost | ChannelClosed),
                     f"an operation ended with {operation.error!r} when {cut}",
                 )
 
 
 async def no_more_calls_than_the_channel_takes(make_pair: MakePair) -> None:
-    """One more than its depth raises ChannelBusy, and the others go on unharmed."""
+    """One call more than the channel's depth raises ChannelBusy, and the others continue."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         receiving, into = await _blocked_recv(tasks, server, client)
         behind = [TensorBlockView(9, [bytes(7)]) for _ in range(client.depth - 1)]
-        waiting = [await made(tasks, partial(client.recv, [block])) for block in behind]
+        waiting = [await started(tasks, partial(client.recv, [block])) for block in behind]
         with raises(ChannelBusy, "a recv too many"):
             await client.recv([TensorBlockView(9, [b"x"])])
         rest = [TensorBlockView(block.number, [os.urandom(block.nbytes)]) for block in (*into[1:], *behind)]
@@ -319,34 +319,34 @@ async def no_more_calls_than_the_channel_takes(make_pair: MakePair) -> None:
         _same(rest, [*into[1:], *behind])
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         sending = await _blocked_send(tasks, server, client)
-        # As many blocks as a channel may have ways that are still free: none of these calls may be over by itself.
+        # More blocks than any channel moves in parallel, so that none of these calls completes by itself.
         behind = [_large()] * _WAYS
-        waiting = [await made(tasks, partial(server.send, behind)) for _ in range(server.depth - 1)]
+        waiting = [await started(tasks, partial(server.send, behind)) for _ in range(server.depth - 1)]
         with raises(ChannelBusy, "a send too many"):
             await server.send([TensorBlockView(9, [b"x"])])
-        demand(not sending.over, "a send too many ended the first")
+        require(not sending.over, "a send too many ended the first")
         await server.aclose()
         for operation in (sending, *waiting):
             await operation.ends_with(ChannelClosed, "a send that was open when its channel was closed")
 
 
 async def calls_made_ahead_are_carried_out_in_order(make_pair: MakePair) -> None:
-    """With as many open as the channel takes, at both ends, and cut into calls differently."""
+    """With `depth` calls open at both ends, and blocks grouped into different calls."""
     async with make_pair() as (server, client), anyio.create_task_group() as tasks:
         sent = [TensorBlockView(number, [os.urandom(1 + number * 7919 % 50_000)]) for number in range(120)]
         into = _like(sent)
         landed: list[int] = []
-        tasks.start_soon(ahead, server, [partial(server.send, sent[i : i + 2]) for i in range(0, 120, 2)])
+        tasks.start_soon(run_pipelined, server, [partial(server.send, sent[i : i + 2]) for i in range(0, 120, 2)])
         receives = [
             partial(client.recv, into[i : i + 3], lambda block: landed.append(block.number)) for i in range(0, 120, 3)
         ]
-        await ahead(client, receives)
-        demand(sorted(landed) == list(range(120)), "landed was not called once for each block")
+        await run_pipelined(client, receives)
+        require(sorted(landed) == list(range(120)), "landed was not called once for each block")
         _same(sent, into)
 
 
 async def a_silent_peer_is_not_waited_for(make_pair: MakePair) -> None:
-    """Without any progress for the stall time, recv and send raise TransferTimeout."""
+    """Recv and send raise TransferTimeout after the stall time without progress."""
     async with make_pair(stall=_STALL) as (server, client):
         with raises(TransferTimeout, "recv from a silent peer"):
             await client.recv([TensorBlockView(0, [bytes(10)])])
@@ -358,7 +358,7 @@ async def a_silent_peer_is_not_waited_for(make_pair: MakePair) -> None:
 
 
 async def everything_is_freed(make_pair: MakePair) -> None:
-    """Threads and descriptors, after good and bad ends."""
+    """No threads or descriptors are left after a channel ended, well or with an error."""
 
     async def round_trip() -> None:
         async with make_pair() as (server, client), anyio.create_task_group() as tasks:
@@ -369,13 +369,13 @@ async def everything_is_freed(make_pair: MakePair) -> None:
             await receiving.cancelled()
 
     await round_trip()  # what is made once per process is made here
-    threads, descriptors = living_threads(), open_descriptors()
+    threads, descriptors = live_threads(), open_descriptors()
     for _ in range(3):
         await round_trip()
-    demand(not living_threads() - threads, f"threads were left: {living_threads() - threads}")
+    require(not live_threads() - threads, f"threads were left: {live_threads() - threads}")
     now = open_descriptors()
     new = [what for number, what in now.items() if descriptors.get(number) != what]
-    demand(len(now) <= len(descriptors), f"{len(now) - len(descriptors)} descriptors were left, of {new}")
+    require(len(now) <= len(descriptors), f"{len(now) - len(descriptors)} descriptors were left, of {new}")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -398,7 +398,7 @@ CHECKS: tuple[Check, ...] = (
     a_silent_peer_is_not_waited_for,
     everything_is_freed,
 )
-"""All checks, each of which stands for itself."""
+"""All checks. They are independent of each other."""
 
 
 # --- parts of checks --------------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def _like(blocks: Sequence[TensorBlockView]) -> list[TensorBlockView]:
 
 def _same(sent: Sequence[TensorBlockView], received: Sequence[TensorBlockView]) -> None:
     for ours, theirs in zip(sent, received, strict=True):
-        demand(ours.data == theirs.data, f"block {ours.number} ({ours.nbytes} bytes) arrived changed")
+        require(ours.data == theirs.data, f"block {ours.number} ({ours.nbytes} bytes) arrived changed")
 
 
 async def _carry(sender: Channel, receiver: Channel) -> None:
@@ -429,7 +429,7 @@ async def _carry(sender: Channel, receiver: Channel) -> None:
 
 
 async def _send_until_lost(channel: Channel) -> None:
-    """A peer that is gone may be noticed late, but not never."""
+    """Send until the loss of the peer is detected, which may take a while."""
     block = TensorBlockView(0, [bytes([_LATER]) * _MIB])
     for _ in range(1024):
         await channel.send([block])
@@ -449,11 +449,11 @@ async def _recv_in_bulk(channel: Channel, landed: threading.Event) -> None:
 
 async def _blocked_recv(
     tasks: anyio.abc.TaskGroup, sender: Channel, receiver: Channel
-) -> tuple[Operation, list[TensorBlockView]]:
-    """A recv that has got its first block and waits for the second."""
+) -> tuple[RunningCall, list[TensorBlockView]]:
+    """A recv that has received its first block, and waits for the second."""
     into = _like([TensorBlockView(number, [bytes(nbytes)]) for number, nbytes in enumerate((3, 2 * _MIB, 5))])
     first = threading.Event()
-    receiving = Operation(tasks, lambda: receiver.recv(into, lambda _: first.set()))
+    receiving = RunningCall(tasks, lambda: receiver.recv(into, lambda _: first.set()))
     await sender.send([TensorBlockView(0, [b"abc"])])
     await _is_set(first, "the first of several blocks does not land")
     return receiving, into
@@ -465,11 +465,11 @@ async def _is_set(event: threading.Event, otherwise: str) -> None:
             await anyio.sleep(0.001)
 
 
-async def _blocked_send(tasks: anyio.abc.TaskGroup, sender: Channel, receiver: Channel) -> Operation:
-    """A send whose first block was received and of which much more is left than any buffer holds."""
-    sending = Operation(tasks, lambda: sender.send([TensorBlockView(0, [b"abc"]), *[_large()] * 2]))
+async def _blocked_send(tasks: anyio.abc.TaskGroup, sender: Channel, receiver: Channel) -> RunningCall:
+    """A send whose first block was received, and whose rest is larger than any buffer."""
+    sending = RunningCall(tasks, lambda: sender.send([TensorBlockView(0, [b"abc"]), *[_large()] * 2]))
     await receiver.recv([TensorBlockView(0, [bytes(3)])])
-    demand(not sending.over, "a send of 64 MiB was over when 3 bytes had been received")
+    require(not sending.over, "a send of 64 MiB was over when 3 bytes had been received")
     return sending
 
 
@@ -483,7 +483,7 @@ async def _is_over(ended: Channel, peer: Channel) -> None:
 
 
 def _large() -> TensorBlockView:
-    """More than fits into the buffers on the way, with another one like it."""
+    """A block that, together with a second one, is larger than all buffers in between."""
     return TensorBlockView.zeros(1, 32 * _MIB)
 
 

@@ -1,4 +1,4 @@
-"""What conformance checks need: two ends within one process, blocks of their own, operations that are watched."""
+"""Helpers for conformance checks: two ends within one process, blocks in their own tensors, and calls in tasks."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ __all__ = [
     "Failed",
     "LocalSignals",
     "MakePair",
-    "Operation",
+    "RunningCall",
     "TensorBlockView",
-    "ahead",
-    "demand",
-    "living_threads",
+    "live_threads",
     "local_signals",
-    "made",
     "mixed_blocks",
     "open_descriptors",
     "pair_maker",
     "raises",
+    "require",
+    "run_pipelined",
+    "started",
     "within",
 ]
 
 _MIB = 1 << 20
 
 PATIENCE = 30.0
-"""Seconds that anything which should happen at once may take before the check fails."""
+"""Seconds after which a check fails when something that should happen at once has not happened."""
 
 
 class Failed(AssertionError):
@@ -60,17 +60,17 @@ class MakePair(Protocol):
     """Opens two ends of one channel and closes them afterwards."""
 
     def __call__(self, *, stall: float = PATIENCE) -> AbstractAsyncContextManager[tuple[Channel, Channel]]:
-        """The server's end and the client's; `stall` is what :class:`~netloader.transports.base.Setup` says."""
+        """The server's end and the client's end. `stall`: see :class:`~netloader.transports.base.Setup`."""
         ...
 
 
 class TensorBlockView:
-    """A block in tensors of its own.
+    """A block in its own tensors.
 
     Args:
         number: Its number.
         spans: The bytes of each span.
-        device: Where to put them.
+        device: Device of the tensors.
     """
 
     def __init__(self, number: int, spans: Sequence[bytes | bytearray], device: str = "cpu") -> None:
@@ -124,7 +124,7 @@ def _tensor(torch: Any, span: bytes | bytearray) -> Any:
 
 
 def mixed_blocks() -> list[TensorBlockView]:
-    """Blocks of one byte and of several MiB, with one span and with a thousand, some of them empty."""
+    """Blocks from one byte to several MiB, with one span or with a thousand, some of them empty."""
     shapes: list[list[int]] = [
         [1],
         [3 * _MIB + 1],
@@ -149,7 +149,7 @@ class LocalSignals:
     async def post(self, data: bytes) -> None:
         """See :class:`~netloader.transports.base.Signals`."""
         if len(data) > 64 << 10:
-            raise Failed(f"a signal of {len(data)} bytes: 64 KiB is the limit")
+            raise Failed(f"a signal has {len(data)} bytes, at most 64 KiB are allowed")
         try:
             await self._outgoing.send(bytes(data))
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
@@ -183,7 +183,7 @@ def pair_maker(
     Args:
         server: The transport at the server's end.
         client: The one at the client's end; the same object by default.
-        device: Where the blocks live.
+        device: Device of the blocks.
         host: The address of both ends.
     """
     server = adapted(server)
@@ -207,15 +207,15 @@ def pair_maker(
         opened: list[Channel] = []
         try:
             pending = await server.offer(setups[0])
-            demand(isinstance(pending, Pending), f"offer returns what is no Pending: {type(pending).__name__}")
-            demand(isinstance(pending.offer, bytes), f"the pending offer is no bytes: {type(pending.offer).__name__}")
+            require(isinstance(pending, Pending), f"offer returns no Pending, but {type(pending).__name__}")
+            require(isinstance(pending.offer, bytes), f"pending.offer is not bytes, but {type(pending.offer).__name__}")
             async with anyio.create_task_group() as tasks:
-                accepting = Operation(tasks, pending.accept)
-                connecting = Operation(tasks, lambda: other.connect(pending.offer, setups[1]))
+                accepting = RunningCall(tasks, pending.accept)
+                connecting = RunningCall(tasks, lambda: other.connect(pending.offer, setups[1]))
                 opened.append(await accepting.value())
                 opened.append(await connecting.value())
             for end, channel in zip(("accept", "connect"), opened, strict=True):
-                demand(isinstance(channel, Channel), f"{end} returns what is no Channel: {type(channel).__name__}")
+                require(isinstance(channel, Channel), f"{end} returns no Channel, but {type(channel).__name__}")
             yield opened[0], opened[1]
         finally:
             with anyio.CancelScope(shield=True):
@@ -228,8 +228,8 @@ def pair_maker(
     return make_pair
 
 
-class Operation:
-    """An operation in a task of its own, and how it ended."""
+class RunningCall:
+    """An operation that runs in its own task, and its result."""
 
     def __init__(self, tasks: anyio.abc.TaskGroup, start: Callable[[], Awaitable[Any]]) -> None:
         self._start = start
@@ -245,25 +245,25 @@ class Operation:
         return self._over.is_set()
 
     async def value(self) -> Any:
-        """Its result; raises what it raised."""
+        """Wait for its result; raises what it raised."""
         await self.wait()
         if self.error is not None:
             raise self.error
         return self._value
 
     async def wait(self) -> None:
-        """Until it has ended, in whatever way."""
+        """Wait until it has ended, with or without an error."""
         with within(PATIENCE, "an operation does not end"):
             await self._over.wait()
 
     async def ends_with(self, kind: type[BaseException], what: str) -> None:
-        """It has to end with this error."""
+        """Fail unless it ends with this error."""
         await self.wait()
         if not isinstance(self.error, kind):
             raise Failed(f"{what}: expected {kind.__name__}, got {self.error!r}") from self.error
 
     async def cancelled(self) -> None:
-        """Cancel it; it has to end soon, as cancelled operations do."""
+        """Cancel it. Fail unless it ends soon, as cancelled."""
         self.scope.cancel()
         await self.wait()
         if self.error is not None or not self.scope.cancelled_caught:
@@ -273,22 +273,22 @@ class Operation:
         try:
             with self.scope:
                 self._value = await self._start()
-        except Exception as error:  # noqa: BLE001 - looked at by whoever waits
+        except Exception as error:  # noqa: BLE001 - raised by value()
             self.error = error
         finally:
             self._over.set()
 
 
-async def made(tasks: anyio.abc.TaskGroup, call: Callable[[], Awaitable[None]]) -> Operation:
-    """A call that has got under way, if it can."""
-    operation = Operation(tasks, call)
+async def started(tasks: anyio.abc.TaskGroup, call: Callable[[], Awaitable[None]]) -> RunningCall:
+    """Start a call in a task, and let it run until it blocks."""
+    operation = RunningCall(tasks, call)
     for _ in range(3):
         await anyio.lowlevel.checkpoint()
     return operation
 
 
-async def ahead(channel: Channel, calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Make calls in order, as many at a time as the channel takes."""
+async def run_pipelined(channel: Channel, calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Make calls in order, up to `depth` at a time."""
     slots = anyio.Semaphore(channel.depth)
 
     async def make(call: Callable[[], Awaitable[None]]) -> None:
@@ -303,7 +303,7 @@ async def ahead(channel: Channel, calls: Sequence[Callable[[], Awaitable[None]]]
 
 @contextmanager
 def within(seconds: float, what: str) -> Iterator[None]:
-    """Fail when the body takes longer."""
+    """Fail if the body takes longer."""
     try:
         with anyio.fail_after(seconds):
             yield
@@ -313,7 +313,7 @@ def within(seconds: float, what: str) -> Iterator[None]:
 
 @contextmanager
 def raises(kind: type[BaseException], what: str) -> Iterator[None]:
-    """Fail when the body does not raise this."""
+    """Fail if the body does not raise this error."""
     try:
         yield
     except kind:
@@ -323,23 +323,23 @@ def raises(kind: type[BaseException], what: str) -> Iterator[None]:
     raise Failed(f"{what}: expected {kind.__name__}, nothing was raised")
 
 
-def demand(condition: object, what: str) -> None:
-    """Fail when `condition` does not hold."""
+def require(condition: object, what: str) -> None:
+    """Fail if `condition` is false."""
     if not condition:
         raise Failed(what)
 
 
-def living_threads() -> set[str]:
-    """Names of the threads that are alive, but for those that event loops keep for calls that block."""
+def live_threads() -> set[str]:
+    """Names of all live threads, except those that event loops keep for blocking calls."""
     names = {thread.name for thread in threading.enumerate() if thread.is_alive()}
     return {name for name in names if not name.startswith(("asyncio_", "AnyIO worker"))}
 
 
 def open_descriptors() -> dict[int, str]:
-    """What each descriptor that this process has open leads to."""
+    """The target of each open descriptor of this process."""
     gc.collect()
     found = {}
     for path in list(Path("/proc/self/fd").iterdir()):
-        with suppress(FileNotFoundError):  # the one that the folder itself was read by
+        with suppress(FileNotFoundError):  # the descriptor of the folder itself
             found[int(path.name)] = str(path.readlink())
     return found

@@ -1,4 +1,4 @@
-"""Transports written for release 0.1, made to keep the contract of today. Goes after release 0.2.
+"""Adapters for transports that were written for the contract of release 0.1. To be removed after release 0.2.
 
 In 0.1, ``offer`` returned ``(bytes, pending)``, the transport had ``accept(pending)``, and a channel need not have
 ``depth`` and ``whole_blocks``.
@@ -17,13 +17,13 @@ from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 
 __all__ = ["adapted", "adapted_pairs"]
 
-_NOW = "docs/transports.md has the contract of today; that of 0.1 is kept until after release 0.2"
+_NOW = "docs/transports.md has the present contract; that of 0.1 is supported until after release 0.2"
 
 P = ParamSpec("P")
 
 
 def adapted(transport: Transport) -> Transport:
-    """The transport itself; or, where it has the method ``accept`` of 0.1, one of today around it, and a warning."""
+    """The transport itself. One with the method ``accept`` of 0.1 is wrapped in an adapter, with a warning."""
     if not hasattr(transport, "accept"):
         return transport
     _warn(f"transport {transport.name!r} ({type(transport).__name__}) is written for netloader 0.1: {_NOW}")
@@ -33,7 +33,7 @@ def adapted(transport: Transport) -> Transport:
 def adapted_pairs(
     make_pair: Callable[P, AbstractAsyncContextManager[tuple[Channel, Channel]]],
 ) -> Callable[P, AbstractAsyncContextManager[tuple[Channel, Channel]]]:
-    """A maker of pairs whose channels may be of 0.1: they say ``depth`` and ``whole_blocks`` then, after a warning."""
+    """Wrap a maker of pairs: channels of 0.1 get ``depth`` and ``whole_blocks``, with a warning."""
 
     @asynccontextmanager
     async def make(*args: P.args, **kwargs: P.kwargs) -> AsyncIterator[tuple[Channel, Channel]]:
@@ -47,7 +47,7 @@ def adapted_pairs(
 
 
 def _warn(message: str) -> None:
-    """A warning that names the first caller outside of this package."""
+    """Warn, with the first caller outside of this package as the location."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and f"{frame.f_globals.get('__name__')}.".startswith("netloader."):
         frame, level = frame.f_back, level + 1

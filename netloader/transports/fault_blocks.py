@@ -1,4 +1,4 @@
-"""Copies of a block's bytes that may be changed without touching the caller's memory."""
+"""Copies of blocks, which can be changed without changing the caller's memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Bytes:
 
 
 class _Tensors:
-    """A block in tensors of its own, on a device."""
+    """A block in its own tensors on a device."""
 
     def __init__(self, number: int, spans: Sequence[torch.Tensor]) -> None:
         self.number = number
@@ -61,7 +61,7 @@ class _Tensors:
 
 
 def copy_of(block: BlockView) -> BlockView:
-    """The same bytes elsewhere, on the same device."""
+    """A copy of a block on the same device."""
     try:
         return _Bytes(block.number, [bytearray(buffer) for buffer in block.buffers()])
     except TransportUnavailable:
@@ -80,7 +80,7 @@ def head(block: BlockView, nbytes: int) -> BlockView:
 
 
 def flip(block: BlockView, byte: int) -> None:
-    """Turn over the lowest bit of one byte of a block, where it lives; nothing when the block has no such byte."""
+    """Flip the lowest bit of one byte of a block, in place. Does nothing when the block has no such byte."""
     spans: Sequence[Any]
     span: Any  # a memoryview or a tensor: they index alike
     try:

@@ -1,6 +1,6 @@
-"""Harm on purpose: any transport, wrapped so that chosen blocks are lost, late, cut off or changed on their way.
+"""Fault injection: a wrapper for any transport that drops, delays, truncates or corrupts chosen blocks.
 
-The caller's own memory is never touched by a fault on the sending side: what is changed is what goes out.
+A fault on the sending side changes only the bytes that are sent, never the caller's memory.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from netloader.transports.io.channel_state import ChannelState
 __all__ = ["Fault", "FaultKind", "Faults", "FaultyTransport", "Side"]
 
 _LOOK_EVERY = 0.02
-"""Seconds between two looks for the file that ends a hold."""
+"""Seconds between two checks for the file that ends a hold."""
 
 
 _CLOSING = 60.0
-"""Seconds that closing the transport inside may take: its own bounds are smaller, if it keeps the contract."""
+"""Seconds that closing the wrapped channel may take. A transport that keeps the contract needs less."""
 
 _NUMBER = re.compile("[0-9]{1,12}")
 
 
 class FaultKind(StrEnum):
-    """What is done to a block."""
+    """The kinds of faults."""
 
     DROP = "drop"
-    """It is not sent; those after it are."""
+    """The block is not sent; later blocks are."""
     DELAY = "delay"
-    """It is held up for `seconds`."""
+    """The block is delayed by `seconds`."""
     CUT = "cut"
-    """The channel is closed when `byte` bytes of it are out (none where the transport moves whole blocks only)."""
+    """The channel is closed after `byte` bytes of the block (after 0 where the transport moves whole blocks only)."""
     CORRUPT = "corrupt"
-    """One bit of its byte `byte` is turned over; a byte beyond its end strikes nothing."""
+    """One bit of the block's byte `byte` is flipped. A byte past the end of the block changes nothing."""
     SWAP = "swap"
-    """It and block `other` (same size, same call of send) carry each other's bytes."""
+    """The block and block `other` are exchanged; both have one size and are in one call of send."""
     TRUNCATE = "truncate"
-    """Only its first `byte` bytes are sent."""
+    """Only the first `byte` bytes of the block are sent."""
     STALL = "stall"
-    """Nothing more happens from it on, until the channel is closed."""
+    """Nothing moves from this block on, until the channel is closed."""
     HOLD = "hold"
-    """It passes; what follows waits until told (see :class:`Fault`)."""
+    """The block is sent; later blocks wait until the hold ends (see :class:`Fault`)."""
 
 
 class Side(StrEnum):
-    """Which operation a fault strikes."""
+    """The operation in which a fault occurs."""
 
     SEND = "send"
     RECV = "recv"
@@ -67,17 +67,17 @@ _BEFORE = (FaultKind.DELAY, FaultKind.CUT, FaultKind.STALL)
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong.
+    """One fault.
 
     Attributes:
-        kind: What.
-        block: Number of the block it happens to.
-        side: While sending, or while receiving. Dropping, swapping and truncating exist for sending only.
-        byte: Which byte of the block, counted from 0, where the kind asks for one.
+        kind: Kind of fault.
+        block: Number of the block.
+        side: Whether it occurs in ``send`` or in ``recv``. Drop, swap and truncate exist for sending only.
+        byte: Which byte of the block, counted from 0, for kinds that need one.
         other: The second block of a swap.
-        seconds: How long a delay takes.
-        until: What ends a hold: a ``threading.Event`` or the path of a file that appears. None: :meth:`Faults.release`.
-        times: How many passages of the block are struck; None for all.
+        seconds: Duration of a delay.
+        until: What ends a hold: a ``threading.Event``, or a path at which a file appears. None: :meth:`Faults.release`.
+        times: How often it occurs; None for every time that the block is moved.
     """
 
     kind: FaultKind
@@ -97,10 +97,10 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """From the form that a command line takes: ``corrupt:BLOCK[:BYTE]``, ``cut:BLOCK[:BYTE]``, ``stall:BLOCK``.
+        """Parse the form of the command line: ``corrupt:BLOCK[:BYTE]``, ``cut:BLOCK[:BYTE]`` or ``stall:BLOCK``.
 
         Raises:
-            ConfigError: It has another form.
+            ConfigError: `text` has another form.
         """
         kind, *numbers = text.split(":")
         longest = {"corrupt": 2, "cut": 2, "stall": 1}.get(kind, 0)
@@ -112,12 +112,12 @@ class Fault:
 
 
 class Faults:
-    """The faults that one or several channels run into, and the account of those that happened.
+    """The faults of one or several channels, and a list of those that occurred.
 
     May be shared by transports, event loops and threads.
 
     Args:
-        faults: What is to go wrong. Several may strike one block; they do so in this order.
+        faults: The faults. Several of one block occur in this order.
     """
 
     def __init__(self, faults: Sequence[Fault] = ()) -> None:
@@ -133,16 +133,16 @@ class Faults:
 
     @property
     def fired(self) -> tuple[Fault, ...]:
-        """Those that happened, in order, once for each time."""
+        """The faults that occurred, in order, once for each time."""
         with self._lock:
             return tuple(self._fired)
 
     def release(self) -> None:
-        """End every hold that waits for nothing else; also those to come."""
+        """End every hold whose `until` is None, now and in the future."""
         self._released.set()
 
     def take(self, side: Side, block: int, nbytes: int) -> list[Fault]:
-        """The faults, other than swaps, that strike this block of `nbytes` bytes now; they count as happened."""
+        """Take the faults, except swaps, of this block of `nbytes` bytes; they are counted as occurred."""
         with self._lock:
             struck = [
                 fault
@@ -155,7 +155,7 @@ class Faults:
             return [fault for fault in struck if self._count(fault)]
 
     def swap(self, blocks: Sequence[BlockView]) -> list[tuple[int, BlockView]]:
-        """The blocks of one call with the number that each goes out for; swaps are counted as happened."""
+        """The blocks of one call, each with the number of the block that it is sent as; swaps count as occurred."""
         outgoing = list(blocks)
         at = {block.number: index for index, block in enumerate(blocks)}
         with self._lock:
@@ -168,7 +168,7 @@ class Faults:
         return [(block.number, sent) for block, sent in zip(blocks, outgoing, strict=True)]
 
     def over(self, fault: Fault) -> bool:
-        """Whether a hold has come to its end."""
+        """Whether a hold has ended."""
         if fault.until is None:
             return self._released.is_set()
         return fault.until.exists() if isinstance(fault.until, Path) else fault.until.is_set()
@@ -184,12 +184,12 @@ class Faults:
 
 
 class FaultyTransport:
-    """Any transport, with faults on its channels, at both ends or at the one where this object is used.
+    """A transport whose channels have faults, at each end where this object is used.
 
     Args:
-        inner: The transport that does the work.
-        faults: What is to go wrong.
-        name: A name of its own; the inner transport's by default, so that it meets unharmed peers.
+        inner: The wrapped transport.
+        faults: The faults.
+        name: Its name; by default that of `inner`, so that it can connect to peers without faults.
     """
 
     def __init__(self, inner: Transport, faults: Faults, *, name: str | None = None) -> None:
@@ -294,7 +294,7 @@ class _FaultyChannel:
                     await move(batch)
                     batch = []
                     await self._hold(fault)
-        # Empty calls too: they find out whether the channel is still there.
+        # Pass on empty calls too, because they report whether the channel is still open.
         await move(batch)
 
     async def _strike(self, fault: Fault, block: BlockView) -> None:
@@ -307,7 +307,7 @@ class _FaultyChannel:
             if fault.side is Side.SEND and fault.byte and not self.whole_blocks:
                 await self._inner.send([head(block, fault.byte)])
             await self._inner.aclose()
-            raise PeerLost(f"cut off in block {fault.block} by a fault made on purpose")
+            raise PeerLost(f"connection cut in block {fault.block} by an injected fault")
 
     async def _hold(self, fault: Fault) -> None:
         while not self._faults.over(fault):
@@ -320,7 +320,7 @@ class _FaultyChannel:
 
     @asynccontextmanager
     async def _ending_both(self) -> AsyncIterator[None]:
-        """What fails or is cancelled out here ends the channel inside as well."""
+        """End the wrapped channel too when the body fails or is cancelled."""
         try:
             yield
         except BaseException:

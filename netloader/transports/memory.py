@@ -1,4 +1,4 @@
-"""Blocks within one process: for tests, and for whoever wants to see the rest of the machinery without a network."""
+"""The memory transport: blocks within one process, for tests and demonstrations without a network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from netloader.transports.io.channel_state import ChannelState, LoopEvent
 __all__ = ["DEFAULT_CAPACITY", "MemoryHub", "MemoryTransport"]
 
 DEFAULT_CAPACITY = 4 << 20
-"""Bytes under way in one direction before a sender has to wait."""
+"""Bytes in flight in one direction before a sender has to wait."""
 
 
-class _Pipe:
-    """One direction: a bounded byte stream between two event loops, which may be the same one.
+class _ByteBuffer:
+    """One direction: a bounded byte stream between two event loops, or within one.
 
-    With a capacity of 0 nothing is buffered: a write is over when a read has taken the bytes (lockstep).
+    With a capacity of 0 nothing is buffered: a write returns when a read has taken the bytes (lockstep).
     """
 
     def __init__(self, capacity: int) -> None:
@@ -34,7 +34,7 @@ class _Pipe:
         self._waiting: set[LoopEvent] = set()
 
     async def write(self, data: memoryview, stall: float) -> None:
-        """Hand over all of `data`; it may be reused afterwards.
+        """Write all of `data`, which may be reused afterwards.
 
         Raises:
             PeerLost: The pipe is cut.
@@ -73,7 +73,7 @@ class _Pipe:
             into = into[taken:]
 
     def cut(self) -> None:
-        """End the direction for both sides; what was under way is gone."""
+        """End the direction for both sides. Bytes in flight are discarded."""
         with self._lock:
             self._lost = True
             self._buffer.clear()
@@ -116,7 +116,7 @@ class _Pipe:
                 with anyio.move_on_after(stall) as scope:
                     await changed.wait()
                 if scope.cancelled_caught:
-                    raise TransferTimeout(f"{what} for {stall:g} s", hint="is the peer still alive?")
+                    raise TransferTimeout(f"{what} for {stall:g} s", hint="check that the peer is still running")
                 changed = LoopEvent()
                 with self._lock:
                     if ready():
@@ -131,7 +131,7 @@ class _MemoryChannel:
     depth = 1
     whole_blocks = False
 
-    def __init__(self, incoming: _Pipe, outgoing: _Pipe, stall: float) -> None:
+    def __init__(self, incoming: _ByteBuffer, outgoing: _ByteBuffer, stall: float) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
         self._stall = stall
@@ -167,7 +167,7 @@ class _MemoryChannel:
 
 
 class _MemoryPending:
-    """An offer that waits in the hub under its key."""
+    """An offer that is published in the hub under its key."""
 
     def __init__(self, hub: MemoryHub, setup: Setup) -> None:
         self.hub = hub
@@ -189,7 +189,7 @@ class _MemoryPending:
         if channel is None or scope.cancelled_caught:
             if channel is not None:
                 await channel.aclose()
-            raise TransferTimeout(f"the client did not come within {self.setup.timeout:g} s")
+            raise TransferTimeout(f"the client did not connect within {self.setup.timeout:g} s")
         return channel
 
     async def aclose(self) -> None:
@@ -200,11 +200,11 @@ class _MemoryPending:
 
 
 class MemoryHub:
-    """Where the two ends of memory channels meet; give one hub to both sides' transports.
+    """Connects the two ends of memory channels. Give one hub to the transports of both sides.
 
     Args:
-        capacity: Bytes under way in one direction before a sender has to wait. 0: lockstep, a send returns only when
-            the receiver has taken its bytes.
+        capacity: Bytes in flight in one direction before a sender has to wait. With 0 a send returns only when the
+            receiver has taken its bytes (lockstep).
     """
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
@@ -215,26 +215,26 @@ class MemoryHub:
 
     @property
     def open_offers(self) -> int:
-        """Offers that were neither taken up nor withdrawn."""
+        """Number of offers that were neither accepted nor withdrawn."""
         return len(self._offers)
 
     def publish(self, pending: _MemoryPending) -> None:
-        """Let a client find this offer."""
+        """Publish this offer for clients."""
         with self._lock:
             self._offers[pending.offer] = pending
 
     def withdraw(self, pending: _MemoryPending) -> None:
-        """Forget this offer, if it is still there."""
+        """Remove this offer, if it is still published."""
         with self._lock:
             self._offers.pop(pending.offer, None)
 
     def take(self, key: bytes, stall: float) -> Channel:
-        """Make both ends of a channel; the other one goes to whoever made the offer.
+        """Make both ends of a channel. Returns the client's end; the server's end goes to the maker of the offer.
 
         Raises:
-            TransportError: There is no such offer (any more).
+            TransportError: There is no such offer, or it is no longer published.
         """
-        there, back = _Pipe(self.capacity), _Pipe(self.capacity)
+        there, back = _ByteBuffer(self.capacity), _ByteBuffer(self.capacity)
         with self._lock:
             pending = self._offers.pop(key, None)
             if pending is None:
@@ -245,10 +245,10 @@ class MemoryHub:
 
 
 class MemoryTransport:
-    """Moves blocks within one process, bounded; for tensors in the CPU's memory.
+    """Moves blocks within one process, for tensors in the CPU's memory.
 
     Args:
-        hub: Where both sides meet; a new one by default, which then has to be reached through this very object.
+        hub: The hub that connects both sides. By default a new hub; both sides then have to use this object.
     """
 
     name = "memory"
@@ -263,7 +263,7 @@ class MemoryTransport:
         )
 
     def facts(self, device: str) -> Mapping[str, str]:
-        """The hub, so that two processes (or two hubs) are never paired."""
+        """The hub's name, so that two processes, or two hubs, are never connected."""
         del device
         return {"hub": self._hub.name}
 

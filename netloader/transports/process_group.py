@@ -1,8 +1,8 @@
-"""A channel over a collective library's point-to-point operations: what gloo and its relatives have in common.
+"""A channel over the point-to-point operations of a collective library: the part that gloo and HCCL have in common.
 
-Such a library moves one tensor for each operation, blocks the calling thread while it waits, and has no notion of a
-block. Here are the window of operations in flight, the packing of blocks with many spans, the thread that waits, and
-the watch on progress. A :class:`Link` adds how a group of two is made, and how a blocked call in it is freed.
+Such a library moves one tensor with each operation, blocks the calling thread while it waits, and does not know blocks.
+This module has the window of operations in flight, the packing of blocks with many spans, the waiting thread, and the
+stall detection. A :class:`Link` makes a group of two, and unblocks calls in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import anyio
 from netloader.codecs.packed import pack, staging_for, unpack, worth_packing
 from netloader.errors import MemoryStillInUse, TransferTimeout, TransportError
 from netloader.transports.base import BlockView, Landed
-from netloader.transports.io.channel_state import ChannelState, came_in_time
+from netloader.transports.io.channel_state import ChannelState, finished_within
 from netloader.transports.io.worker import Job, Worker
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ WINDOW = 16
 """Operations in flight in one direction; more gained little (docs/transports.md)."""
 
 MAX_STAGED = 16 << 20
-"""Bytes of packed blocks in flight in one direction; a larger block goes alone."""
+"""Most bytes of packed blocks in flight in one direction; a larger block is sent alone."""
 
 _CLOSING = 10.0
-"""Seconds that freeing a group and its threads may take before we say that it does not end."""
+"""Seconds that freeing a group and its threads may take before an error is logged."""
 
 _FREED = 40.0
 """Seconds that a second call of `aclose` waits for the first one, whose own waits take no longer."""
@@ -49,15 +49,15 @@ Work = Any
 
 
 class Link(ABC):
-    """Two ranks of a collective library, and what is particular about it.
+    """A group of two ranks of a collective library, with the library's own behaviour.
 
-    Everything but :meth:`abort` and :meth:`progress` is called in the channel's threads and may block there.
+    All methods except :meth:`abort` and :meth:`progress` are called in the channel's threads and may block.
 
     Attributes:
-        device: Where the tensors live.
-        max_staged: Bytes of staged blocks in flight in one direction; a larger block goes alone.
-        lands_in_place: Whether bytes may be received straight into a caller's memory; otherwise into staging memory,
-            for libraries whose operations cannot be called back once they were started.
+        device: Device of the tensors.
+        max_staged: Most bytes of staged blocks in flight in one direction; a larger block is sent alone.
+        lands_in_place: Whether bytes are received directly into the caller's memory. Otherwise they are received into
+            staging memory, for libraries whose operations can't be cancelled.
     """
 
     device: str
@@ -65,19 +65,19 @@ class Link(ABC):
     lands_in_place: bool = True
 
     def enter(self) -> None:
-        """First act in a thread that did not open the link (choosing the device, where that is per thread)."""
+        """Called first in a thread that did not open the link, for example to choose the thread's device."""
         return
 
     def stage(self, nbytes: int) -> torch.Tensor:
-        """Fresh staging memory.
+        """Allocate staging memory.
 
         Raises:
-            TransportError: There is none.
+            TransportError: There is not enough memory.
         """
         return staging_for(nbytes, self.device)
 
     def reaches(self, block: BlockView) -> bool:
-        """Whether a block's memory can be sent from where it is; else it is gathered in staging memory first."""
+        """Whether a block can be sent from its own memory. Otherwise it is copied to staging memory first."""
         del block
         return True
 
@@ -86,7 +86,7 @@ class Link(ABC):
         return pack(block, staging)
 
     def unpack(self, staging: torch.Tensor, block: BlockView) -> None:
-        """Spread a block, so that the host can see it; see :func:`netloader.codecs.packed.unpack`."""
+        """Scatter a block, and wait until the host can read it; see :func:`netloader.codecs.packed.unpack`."""
         unpack(staging, block)
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Link(ABC):
         """Start sending a one-dimensional contiguous ``uint8`` tensor; the peer receives one of the same length.
 
         Raises:
-            TransportError: It can't be started any more.
+            TransportError: It can't be started.
         """
 
     @abstractmethod
@@ -103,10 +103,10 @@ class Link(ABC):
 
     @abstractmethod
     def finish(self, work: Work) -> None:
-        """Wait until an operation has ended and its bytes can be seen by the host.
+        """Wait until an operation has ended and the host can read its bytes.
 
         Raises:
-            TransportError: It failed; also after :meth:`abort`.
+            TransportError: It failed, or :meth:`abort` was called.
         """
 
     @abstractmethod
@@ -119,12 +119,12 @@ class Link(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything. Idempotent; after it no byte lands in any tensor."""
+        """Free everything. Idempotent. No byte is written into any tensor after it returns."""
 
 
 @dataclass(slots=True)
-class _Flight:
-    """An operation under way."""
+class _InFlight:
+    """An operation in flight."""
 
     block: BlockView
     work: Work | None = None
@@ -132,7 +132,7 @@ class _Flight:
 
 
 class _Staging:
-    """Memory for packed blocks of one direction, used again and again: fresh memory costs more than the copy."""
+    """A pool of staging memory for one direction, because allocating memory costs more than the copy."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -140,11 +140,11 @@ class _Staging:
         self.used = 0
 
     def fits(self, nbytes: int) -> bool:
-        """Whether another block may be staged now."""
+        """Whether another block of this size may be staged now."""
         return self.used == 0 or self.used + nbytes <= self._link.max_staged
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Memory for `nbytes` bytes, perhaps more."""
+        """Memory for at least `nbytes` bytes."""
         for index, tensor in enumerate(self._free):
             if tensor.numel() >= nbytes:
                 del self._free[index]
@@ -156,7 +156,7 @@ class _Staging:
         return tensor
 
     def give(self, tensor: torch.Tensor) -> None:
-        """Memory from :meth:`take` that is free again."""
+        """Return memory from :meth:`take`."""
         self.used -= tensor.numel()
         self._free.append(tensor)
 
@@ -164,13 +164,13 @@ class _Staging:
 class LinkChannel:
     """A :class:`~netloader.transports.base.Channel` over a link.
 
-    Each block that has any bytes is one operation: its only span in place, or all its spans packed into one staging
+    Each block that is not empty is one operation: a single span in place, or several spans packed into one staging
     tensor. At most :data:`WINDOW` operations are in flight in one direction.
 
     Args:
-        link: Open already.
-        worker: The thread in which it was opened; the channel's from now on.
-        stall: Seconds that an operation may go without any progress.
+        link: An open link.
+        worker: The thread in which it was opened. The channel owns it from now on.
+        stall: Seconds that an operation may go without progress.
     """
 
     depth = 1
@@ -209,7 +209,7 @@ class LinkChannel:
             finally:
                 self._freed.set()
         else:
-            await came_in_time(_FREED, self._freed.wait)
+            await finished_within(_FREED, self._freed.wait)
         late = [worker.thread for worker in self._late if worker.thread.is_alive()]
         if late and (self._writes or "send" in self._lent):
             raise MemoryStillInUse(self._state.name, late, writes=self._writes, seconds=_CLOSING)
@@ -218,7 +218,7 @@ class LinkChannel:
         with suppress(MemoryStillInUse):  # its thread is named below
             await self._state.idle()
         self._staging.clear()
-        # In the thread: it takes a library's own threads some milliseconds to notice that they shall end.
+        # In the worker thread, because a library's own threads need some milliseconds to end.
         freeing = self._workers[0].start(partial(self._close_link, [blocks for _, blocks in self._lent.values()]))
         for worker in self._workers:
             if not await worker.aclose(_CLOSING):
@@ -228,13 +228,13 @@ class LinkChannel:
             _log.error("%s could not be freed", self._workers[0].name, exc_info=freeing.error)
 
     def _close_link(self, lent: Sequence[Sequence[BlockView]]) -> None:
-        """Free the link; `lent` stays alive until then, for libraries that still know where it is."""
+        """Free the link. `lent` stays alive until then, because a library may still have its address."""
         self._link.close()
         del lent
 
     @property
     def _writes(self) -> bool:
-        """Whether a thread that does not end may write into memory that was lent."""
+        """Whether a thread that does not end may write into a caller's memory."""
         if "recv" not in self._lent:
             return False
         job, _ = self._lent["recv"]
@@ -245,7 +245,7 @@ class LinkChannel:
         if worker is None:
             if not self._used:
                 worker = self._workers[0]
-            else:  # the other direction has the first thread
+            else:  # the other direction uses the first thread
                 worker = Worker(f"{self._workers[0].name}-{direction}", self._link.abort)
                 self._workers.append(worker)
                 await worker.run(self._link.enter)
@@ -259,7 +259,7 @@ class LinkChannel:
                 seen, since = moved, now
             elif now - since >= self._stall:
                 waits = "the peer takes no bytes" if direction == "send" else "the peer sends no bytes"
-                raise TransferTimeout(f"{waits} for {self._stall:g} s", hint="is the peer still alive?")
+                raise TransferTimeout(f"{waits} for {self._stall:g} s", hint="check that the peer is still running")
 
         job = worker.start(partial(move, blocks))
         self._lent[direction] = job, blocks
@@ -278,7 +278,7 @@ class LinkChannel:
         return self._link.progress(), self._steps
 
     def _send(self, blocks: list[BlockView]) -> None:
-        flights: deque[_Flight] = deque()
+        flights: deque[_InFlight] = deque()
         staging = self._staging["send"]
 
         def land() -> None:
@@ -304,7 +304,7 @@ class LinkChannel:
             raise
 
     def _recv(self, landed: Landed | None, blocks: list[BlockView]) -> None:
-        flights: deque[_Flight] = deque()
+        flights: deque[_InFlight] = deque()
         staging = self._staging["recv"]
 
         def land() -> None:
@@ -336,23 +336,23 @@ class LinkChannel:
     def _staged(
         self,
         block: BlockView,
-        flights: deque[_Flight],
+        flights: deque[_InFlight],
         staging: _Staging,
         land: Callable[[], None],
         *,
         in_place: bool,
-    ) -> _Flight:
-        """Room for one more operation, and staging memory for its block, if it can't go in place."""
+    ) -> _InFlight:
+        """Wait for room for one more operation. Returns staging memory, if the block can't be sent from its own."""
         while len(flights) >= WINDOW:
             land()
         if block.nbytes == 0 or in_place:
-            return _Flight(block)
+            return _InFlight(block)
         while not staging.fits(block.nbytes):
             land()
-        return _Flight(block, staged=staging.take(block.nbytes))
+        return _InFlight(block, staged=staging.take(block.nbytes))
 
-    def _give_up(self, flights: deque[_Flight]) -> None:
-        """Return only when nothing that was posted can touch memory any more."""
+    def _give_up(self, flights: deque[_InFlight]) -> None:
+        """Return only when no posted operation can access memory any more."""
         self._link.abort()
         while flights:
             work = flights.popleft().work

@@ -1,4 +1,4 @@
-"""Transports by name, from the entry-point group ``netloader.transports``; imported when first asked for."""
+"""Transports by name, from the entry-point group ``netloader.transports``. They are imported on first use."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _OURS = {
     "shm": "netloader.transports.shm:ShmTransport",
     "tcp": "netloader.transports.tcp:TcpTransport",
 }
-"""What this package brings: known also where it was never installed (a source tree on the path)."""
+"""The transports of this package. They are also known where it is not installed (a source tree on the path)."""
 
 _EXTRAS = {"gloo": "torch"}
-"""Which extra of this package brings what a transport of ours imports."""
+"""Which extra of this package installs what a transport of this package imports."""
 
 _PREFERENCE = ("shm", "tcp", "hccl")
-"""For ``auto``, best first. Others are used only when they are named: `gloo`, since a peer that breaks its rules can
-end this process; `memory`, and those of other packages."""
+"""The transports of ``auto``, best first. All others are used only when they are named: `gloo`, because a peer that
+violates its protocol can end this process, `memory`, and transports of other packages."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Available:
-    """What can run here.
+    """The transports that can run here.
 
     Attributes:
         transports: In order of preference; at least one.
-        reasons: Why each of the others that were considered cannot, by name.
+        reasons: By name, why each other transport that was considered can't run.
     """
 
     transports: tuple[Transport, ...]
@@ -62,14 +62,14 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def known() -> tuple[str, ...]:
-    """Names of all transports that are registered, whether or not they can be loaded."""
+    """Names of all registered transports, whether or not they can be loaded."""
     return tuple(sorted(_entries()))
 
 
 def preferred(device: str) -> tuple[str, ...]:
-    """What ``auto`` stands for with tensors on `device`: names, best first, registered or not."""
+    """The names that ``auto`` stands for with tensors on `device`, best first, registered or not."""
     kind = device.partition(":")[0]
-    if kind == "npu":  # what moves device memory itself comes before what takes the way through the host's
+    if kind == "npu":  # a transport that moves device memory directly comes before those that copy through the host
         return ("hccl", *(name for name in _PREFERENCE if name != "hccl"))
     return tuple(name for name in _PREFERENCE if name != "hccl")
 
@@ -79,8 +79,8 @@ def load(name: str) -> Transport:
     """The transport of that name; the same object each time.
 
     Raises:
-        TransportUnavailable: There is none of that name; or there is, but what it needs is not installed; or what is
-            registered under the name is no transport.
+        TransportUnavailable: There is none of that name, it needs something that is not installed, or the object
+            registered under the name is not a transport.
     """
     entry = _entries().get(name)
     if entry is None:
@@ -95,7 +95,7 @@ def load(name: str) -> Transport:
         ) from error
     except AttributeError as error:
         raise TransportUnavailable(
-            f"transport {name!r} is registered as {entry.value}, which is not there: {error}"
+            f"transport {name!r} is registered as {entry.value}, which does not exist: {error}"
         ) from error
     transport = made() if isinstance(made, type) else made
     if not isinstance(transport, Transport) or transport.name != name:
@@ -114,12 +114,12 @@ def available(device: str, wanted: str | Sequence[str] = AUTO) -> Available:
         wanted: ``auto``, one name, or names in order of preference (``auto`` may be among them).
 
     Raises:
-        TransportUnavailable: A name is unknown, or none of those wanted can run here; it says why for each.
+        TransportUnavailable: A name is unknown, or none of the wanted transports can run here. It says why for each.
     """
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     names: list[str] = []
     for name in asked:
-        # What auto stands for is tried where it is registered; what the user names has to be there.
+        # The names that auto stands for need not be registered; names that the user gives have to be.
         names += [one for one in preferred(device) if one in _entries()] if name == AUTO else [name]
     unknown = [name for name in names if name not in _entries()]
     if unknown:

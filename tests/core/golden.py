@@ -1,7 +1,7 @@
 """One example of every message with every field set, and of every message with as few as possible.
 
-`golden.json` holds their frames as they were first sent. They never change: a release that reads or writes other bytes
-for them cannot talk to the ones before it. To add some for a new message or field, run
+`golden.json` holds their frames as they were first sent. They never change, because a release that reads or writes
+other bytes for them is not compatible with earlier releases. To add frames for a new message or field, run
 `python -m tests.core.golden`, which only adds.
 """
 

@@ -1,7 +1,7 @@
 """A server session and a client session joined by two byte pipes and a block channel, all in one thread.
 
-A driver without I/O: effects become tasks that somebody else finishes, in any order, with any outcome. It checks at
-every step what must hold whatever happens, and keeps an account of what was said.
+This is a driver without I/O: effects become tasks, which a test finishes in any order and with any outcome. It checks
+the invariants at every step, and records all messages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def digest_of(content: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a server holds: some blocks, told apart by `salt`."""
+    """What a server holds: some blocks. Another `salt` gives other weights."""
 
     blocks: int = 4
     salt: bytes = b""
@@ -67,7 +67,7 @@ _CLIENT_TERMS = frozenset(known.name for known in fields(ClientTerms))
 
 
 def client_terms(weights: Weights | None = None, **given: Any) -> ClientTerms:
-    """A client that is about to fill `weights`, or takes what comes; `given` are terms and options."""
+    """A client that is about to fill `weights`, or adopts what the server holds; `given` are terms and options."""
     terms = {name: value for name, value in given.items() if name in _CLIENT_TERMS}
     options = {name: value for name, value in given.items() if name not in _CLIENT_TERMS}
     if weights is not None:
@@ -97,13 +97,13 @@ class Task:
 
 @dataclass
 class Peer:
-    """One side: its session, what it owes it, and what it said and heard."""
+    """One side: its session, its unfinished tasks, and the messages that it sent and received."""
 
     pair: Pair
     session: Session
     decoder: Any
     token: bytes | None
-    pipe: bytearray = field(default_factory=bytearray)  # said, not yet heard by the other
+    pipe: bytearray = field(default_factory=bytearray)  # sent, and not yet received by the other side
     tasks: list[Task] = field(default_factory=list)
     deadline: float | None = None
     closed: bool = False
@@ -125,7 +125,7 @@ class Peer:
         return self.pair.client if self is self.pair.server else self.pair.server
 
     def feed(self, event: e.Event) -> None:
-        """Give the session one event, carry out what follows, check what always holds."""
+        """Feed one event to the session, carry out its effects, and check the invariants."""
         if isinstance(event, m.Wire):
             self.heard.append(event)
         was_final = self.ended
@@ -148,7 +148,7 @@ class Peer:
             assert error.hint
             assert error.story
             assert error.story[-1].endswith("-> FAILED")
-            assert not isinstance(error, LocalProtocolError), f"this driver makes no mistake: {error}"
+            assert not isinstance(error, LocalProtocolError), f"this driver must not cause a local error: {error}"
 
     def _perform(self, effect: f.Effect) -> None:
         match effect:
@@ -192,7 +192,7 @@ class Peer:
                     self._check_proven()
                 self.tasks.append(Task(effect))
 
-    # --- what may be said before both have proven that they know the token ------------------------------------------
+    # --- messages that are allowed before both sides have proven that they know the token ---------------------------
 
     def _check_secrecy(self, message: Any) -> None:
         about_the_model = isinstance(
@@ -219,7 +219,7 @@ class Peer:
     # --- tasks ------------------------------------------------------------------------------------------------------
 
     def ready(self) -> list[Task]:
-        """Tasks that could be finished now; blocks move in order, so only the first of those."""
+        """Tasks that can be finished now. Blocks move in order, so only the first of their tasks is included."""
         found, moving = [], False
         for task in self.tasks:
             if isinstance(task.effect, f.SendBlocks | f.ReceiveBlocks):
@@ -234,7 +234,7 @@ class Peer:
         return found
 
     def finish(self, task: Task, *, ok: bool = True, subset: Callable[[int], bool] = lambda _: True) -> None:
-        """Finish one step of a task: well, or badly; `subset` picks blocks where only some may be concerned."""
+        """Finish one step of a task, successfully or not. `subset` selects some of its blocks."""
         pair, effect = self.pair, task.effect
         if not (isinstance(effect, f.TakeTurn | f.AcceptChannel) and ok and task.stage == 0):
             self.tasks.remove(task)
@@ -318,7 +318,7 @@ class Peer:
             if not pair.wire:
                 if pair.broken:
                     self.feed(e.WorkFailed(PeerLost("the channel broke")))
-                else:  # the rest is still to come
+                else:  # the rest follows later
                     self.tasks.insert(0, Task(f.ReceiveBlocks(to_ranges(set(numbers) - set(arrived)))))
                 break
             _, content = pair.wire.popleft()
@@ -348,7 +348,7 @@ class Pair:
         memory: dict[int, bytes] | None = None,
         speaks: tuple[int, int] | None = None,
         upstream: tuple[str, tuple[str, ...]] = ("", ()),
-        examines_late: bool = False,  # as a client does that has a long manifest to look at
+        examines_late: bool = False,  # like a client that checks a long manifest in a thread
     ) -> None:
         self.weights = Weights() if weights is None else weights
         self.announcement = self.weights.announcement()
@@ -367,23 +367,23 @@ class Pair:
         self.client.feed(e.Connected(CLIENT_NONCE))
 
     def altered(self, peer: Peer, message: Any) -> bytes:
-        """A client of another release says hello: the only thing that this code cannot be made to say by itself."""
+        """The Hello of a client of another release, which this code can't send by itself."""
         if self._speaks is not None and isinstance(message, m.Hello):
             newest, oldest = self._speaks
             message = msgspec.structs.replace(message, protocol=newest, oldest=oldest)
         return encode_frame(message)
 
-    # --- what always holds --------------------------------------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------------------------------
 
     def check_asked_for(self, ranges: Ranges) -> None:
-        """The server sends a block only when asked, and once for each time."""
+        """The server sends a block only when it was requested, and once for each request."""
         wanted = [n for w in self.server.heard if isinstance(w, m.Want) for n in expand(w.ranges)]
         sent = [n for s in self.server.effects if isinstance(s, f.SendBlocks) for n in expand(s.ranges)]
         for number in expand(ranges):
             assert sent.count(number) <= wanted.count(number)
 
     def check_granted(self, ranges: Ranges) -> None:
-        """The client receives only what it asked for and was granted."""
+        """The client receives only blocks that it requested and that were granted."""
         asked = [n for w in self.client.said if isinstance(w, m.Want) for n in expand(w.ranges)]
         granted = [n for g in self.client.heard if isinstance(g, m.Grant) for n in expand(g.ranges)]
         received = [n for r in self.client.effects if isinstance(r, f.ReceiveBlocks) for n in expand(r.ranges)]
@@ -391,7 +391,7 @@ class Pair:
             assert received.count(number) <= min(asked.count(number), granted.count(number))
 
     def check(self) -> None:
-        """What must hold between any two steps."""
+        """Check the invariants that hold between any two steps."""
         self.ledger.check_invariants()
         plan = self.ledger.plan
         for number in () if plan is None else range(len(plan.blocks)):
@@ -401,10 +401,10 @@ class Pair:
             assert (verdict.outcome == "complete") <= self.ledger.complete
             assert (verdict.outcome == "probed") <= self.client.session.probing
 
-    # --- moves --------------------------------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------------------------------
 
     def work_is_known(self, session: Session) -> bool:
-        """Whether AskForWork can be answered now: there is work, there will be none, or its own blocks come first."""
+        """Whether AskForWork can be answered now: blocks are pending, none will be, or its own blocks come first."""
         others = any(
             self.ledger.state(n) in (BlockState.IN_FLIGHT, BlockState.RECEIVED)
             for n in range(len(self._plan().blocks))
@@ -417,7 +417,7 @@ class Pair:
         return self.ledger.plan
 
     def deliver(self, to: Peer, nbytes: int) -> None:
-        """Let `to` hear up to `nbytes` of what the other said; after the last one, that the other has closed."""
+        """Deliver up to `nbytes` to `to`; then the end of the connection if the other side closed it."""
         data = bytes((pipe := to.other.pipe)[:nbytes])
         del pipe[:nbytes]
         if to.closed:
@@ -442,20 +442,20 @@ class Pair:
             peer.feed(e.ConnectionLost(reason))
 
     def cut(self) -> None:
-        """Both sides lose the connection; what was under way is lost with it."""
+        """Both sides lose the connection, and all bytes in flight."""
         for peer in self.peers:
             peer.pipe.clear()
         for peer in self.peers:
             self.lose(peer, "cut")
 
     def post_signal(self, peer: Peer, data: bytes) -> None:
-        """The transport of `peer` says something, while or after a channel is set up."""
+        """The transport of `peer` sends a signal, while or after a channel is set up."""
         if any(isinstance(known, f.AcceptChannel | f.ConnectChannel) for known in peer.effects) and not peer.ended:
             peer.signals_posted.append(data)
             peer.feed(e.SignalPosted(data))
 
     def change_upstream(self, chain: tuple[str, ...]) -> None:
-        """The server, a relay, gets its blocks from elsewhere."""
+        """The server, a relay, pulls its blocks from other relays now."""
         if self.server.session.state in (State.PLAN, State.TRANSFER, State.FINALIZE):
             self.upstream = (self.upstream[0], chain)
             self.server.feed(e.UpstreamChanged(chain))
@@ -466,15 +466,15 @@ class Pair:
             peer.feed(e.TimedOut())
 
     def idle(self) -> bool:
-        """Whether nothing can happen any more but deadlines."""
+        """Whether nothing can happen any more except timeouts."""
         return not any(peer.ready() or self.has_news(peer) for peer in self.peers)
 
     def has_news(self, peer: Peer) -> bool:
-        """Whether `peer` has not heard everything yet."""
+        """Whether there are bytes that `peer` has not yet received."""
         return not peer.closed and bool(peer.other.pipe or (peer.other.closed and not peer.lost))
 
     def drain(self, rounds: int = 500) -> None:
-        """Let everything that is under way happen, well."""
+        """Deliver everything, and finish all tasks successfully."""
         for _ in range(rounds):
             if self.idle():
                 return
@@ -483,10 +483,10 @@ class Pair:
                 for task in peer.ready()[:1]:
                     peer.finish(task)
             self.check()
-        raise AssertionError(f"they talk without end: {[(p.session, p.said[-4:]) for p in self.peers]}")
+        raise AssertionError(f"the sessions do not end: {[(p.session, p.said[-4:]) for p in self.peers]}")
 
     def end(self) -> None:
-        """Nothing more is done to them: whoever has not ended has a deadline, and after it both have ended."""
+        """Without further steps, each side that has not ended has a deadline, after which both have ended."""
         self.drain()
         for peer in self.peers:
             assert peer.ended or peer.deadline is not None, f"{peer.session} waits for ever: {peer.session.story}"
@@ -506,9 +506,9 @@ def run(pair: Pair) -> Pair:
 
 
 def snapshots(pair: Pair) -> Iterable[tuple[Side, Session]]:
-    """Both sessions before each step of an undisturbed conversation. They change with the next step: copy them.
+    """Both sessions before each step of a successful session. They change with the next step, so copy them.
 
-    Small pieces are delivered, so that there is a moment between any two messages.
+    Bytes are delivered in small parts, so that there is a step between any two messages.
     """
     while not pair.idle():
         for peer in pair.peers:

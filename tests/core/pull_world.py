@@ -1,4 +1,4 @@
-"""A simulated fleet around one pull: sources with a script each, a clock that jumps, no socket."""
+"""A simulation of a fleet around one pull: each source has a script, time is simulated, and there are no sockets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
@@ -32,7 +32,7 @@ from netloader.errors import (
 
 BLOCK = 1024
 SILENCE = 30.0
-"""Seconds after which the session of a source that says nothing ends by its deadline."""
+"""Seconds after which the session with a silent source ends by its deadline."""
 
 LATENCY = 0.01
 LISTING = 10.0
@@ -41,7 +41,7 @@ STEPS = 5000
 
 
 def announcement(blocks: int, salt: bytes = b"") -> Announcement:
-    """Weights of so many blocks; other `salt`, other weights of equal shape."""
+    """Weights of this many blocks. Another `salt` gives other weights of equal shape."""
     manifest = Manifest((TensorSpec("w", "uint8", (blocks * BLOCK,)),))
     plan = make_plan(manifest, BLOCK)
     digests = b"".join(digest_of(number, salt) for number in range(blocks))
@@ -56,20 +56,20 @@ def digest_of(number: int, salt: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Source:
-    """How one source behaves; every default is that of a good one.
+    """How one source behaves. The defaults are those of a source without faults.
 
     Attributes:
         per_block: Seconds that a block takes.
         queue: Seconds that a client waits for its turn.
-        ready_at: Before that it says "not ready"; `absent`: before that nobody is there.
+        ready_at: Before this time it answers "not ready", or can't be reached if `absent`.
         dies_after: Blocks of each session after which the connection is lost; never when None.
-        dead_from: From then on nobody is there.
+        dead_from: From this time on it can't be reached.
         lacks: Blocks that it does not have.
-        salt: Whose weights it holds.
-        lies_at: Block that arrives with other bytes.
-        silent: It says nothing when it is connected; `mute`: it never sends a block.
-        relays: Whom it sends newcomers to, by number, before it serves them itself.
-        only: Transport that works with it; all do when empty.
+        salt: Which weights it holds.
+        lies_at: Block that arrives with wrong bytes.
+        silent: It sends nothing after the connection; `mute`: it never sends a block.
+        relays: Numbers of the relays to which it redirects new clients, before it serves them itself.
+        only: The only transport that works with it; all do when empty.
     """
 
     per_block: float = 0.01
@@ -88,7 +88,7 @@ class Source:
 
     @property
     def reliable(self) -> bool:
-        """Whether it gives everything that it has to whoever waits long enough."""
+        """Whether it sends every block that it has to a client that waits long enough."""
         faults = self.dies_after is not None or self.lies_at is not None or self.silent or self.mute
         return not faults and self.dead_from == float("inf") and not self.salt and not self.relays
 
@@ -114,9 +114,9 @@ class World:
     Attributes:
         blocks: Blocks of the model.
         sources: By number; addresses are made of these.
-        given: Numbers of the sources that the pull is told, in order.
+        given: Numbers of the sources that the pull is given, in order.
         appears: When each of those is found; all are known at the beginning when empty.
-        vanishes: When each of those is gone for whoever looks for sources; it goes on serving.
+        vanishes: When each of those vanishes from the provider; it continues to serve.
     """
 
     blocks: int
@@ -132,7 +132,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.now = 0.0
-        self.outcome: p.Done | NoSourceLeft | None = None
+        self.outcome: p.Succeed | NoSourceLeft | None = None
         self.connects: Counter[int] = Counter()
         self.asked: Counter[int] = Counter()
         self.verified: Counter[int] = Counter()
@@ -152,9 +152,9 @@ class World:
             listing=LISTING if self.appears else None,
         )
         for source, at in zip(offered, self.appears, strict=False):
-            self._later(at, p.Found([source]))
+            self._later(at, p.SourcesFound([source]))
         for source, at in zip(offered, self.vanishes, strict=False):
-            self._later(at, p.Lost(source.address))
+            self._later(at, p.SourceLost(source.address))
         if self.appears:
             self._later(LISTING, p.Listed())
             self._later(max(self.appears), p.SearchEnded())
@@ -168,29 +168,29 @@ class World:
         return self._announced[b""].plan
 
     def run(self) -> None:
-        """Live to the end; checks what always holds at each step."""
+        """Run the simulation to the end, and check the invariants at each step."""
         last, moments, steps = -1.0, 0, 0
         self._carry_out(self.pull.begin(self.now))
         while self.outcome is None:
             self._check()
             steps += 1
-            assert steps < STEPS, "it goes on and on"
+            assert steps < STEPS, "the pull does not end"
             wake = self.pull.wake_at(self.now)
             due = self._queue[0][0] if self._queue else None
             times = [at for at in (wake, due, self.timeout) if at is not None]
             at = max(min(times), self.now)  # a source may be overdue already when another one begins to wait
-            assert wake is not None or due is not None, "it waits for nothing"
+            assert wake is not None or due is not None, "the pull waits without a timer or an event"
             self.now = at
             if at == self.timeout:
-                self._tell(p.TimeIsUp(self.timeout))
+                self._tell(p.DeadlinePassed(self.timeout))
             elif due is not None and due <= at:
                 event = heapq.heappop(self._queue)[2]
                 self._tell(event)
             else:
-                self._tell(p.Moment())
+                self._tell(p.TimerFired())
                 moments = moments + 1 if self.now == last else 0
                 last = self.now
-                assert moments < MOMENTS, "the same moment comes again and again"
+                assert moments < MOMENTS, "the timer fires again and again at the same time"
             assert sum(self.connects.values()) <= self._most_connects(), "it connects without end"
         self.ended_at = self.now
         self._check()
@@ -201,25 +201,25 @@ class World:
 
     def _tell(self, event: p.Event) -> None:
         complete = self.pull.ledger.complete
-        if isinstance(event, p.Landed) and event.session in self._talks:
+        if isinstance(event, p.BlocksArrived) and event.session in self._talks:
             self.verified.update(number for number, _ in event.blocks)
         self._carry_out(self.pull.handle(event, self.now))
         if self.pull.ledger.complete and not complete:
             self.last_block_at = self.now
-            assert isinstance(self.outcome, p.Done), "every block is there, and it goes on"
+            assert isinstance(self.outcome, p.Succeed), "every block is verified, and the pull goes on"
 
     def _check(self) -> None:
         ledger = self.pull.ledger
         ledger.check_invariants()
         assert all(count == 1 for count in self.verified.values()), "a block counts twice"
-        if isinstance(self.outcome, p.Done):
+        if isinstance(self.outcome, p.Succeed):
             assert ledger.complete
             assert ledger.root == self._announced[b""].root
         elif self.outcome is not None:
             assert not ledger.complete
             assert self.outcome.attempts, "it failed without a reason"
 
-    # --- what the pull wants ----------------------------------------------------------------------------------------
+    # --- commands ---------------------------------------------------------------------------------------------------
 
     def _later(self, seconds: float, event: p.Event) -> None:
         heapq.heappush(self._queue, (self.now + seconds, next(self._count), event))
@@ -231,22 +231,22 @@ class World:
                 case p.Connect():
                     self._connect(command)
                 case p.Allocate(session, _):
-                    self._later(0.5, p.Adopted(session))
+                    self._later(0.5, p.MemoryAllocated(session))
                 case p.Accept(session):
                     self._accept(session)
-                case p.Ask(session, ranges):
+                case p.RequestBlocks(session, ranges):
                     self._ask(session, expand(ranges))
-                case p.Refuse(session, error):
+                case p.Reject(session, error):
                     self._end(session, error)
-                case p.Leave(session, reason):
+                case p.LeaveSource(session, reason):
                     self._end(session, NetloaderError(reason))
-                case p.Finish(session) | p.Dismiss(session):
+                case p.Finish(session) | p.CancelSession(session):
                     self._end(session, None)
-                case p.Done():
+                case p.Succeed():
                     self.outcome = command
-                case p.Failed(NoSourceLeft() as error):
+                case p.Fail(NoSourceLeft() as error):
                     self.outcome = error
-                case p.PassOn() | p.Log():
+                case p.StartRelaying() | p.Log():
                     pass
 
     def _end(self, number: int, error: NetloaderError | None, seconds: float = LATENCY) -> None:
@@ -256,12 +256,14 @@ class World:
         talk.over = True
         transport = talk.transport
         others = len(TRANSPORTS) > 1
-        self._later(seconds, p.Ended(number, error, transport, others and bool(transport), talk.opened, ("story",)))
-        # What was on its way does not arrive any more.
+        self._later(
+            seconds, p.SessionEnded(number, error, transport, others and bool(transport), talk.opened, ("story",))
+        )
+        # Blocks in flight do not arrive any more.
         self._queue = [
             entry
             for entry in self._queue
-            if isinstance(entry[2], p.Ended | p.Adopted) or getattr(entry[2], "session", None) != number
+            if isinstance(entry[2], p.SessionEnded | p.MemoryAllocated) or getattr(entry[2], "session", None) != number
         ]
         heapq.heapify(self._queue)
 
@@ -276,7 +278,7 @@ class World:
         if gone:
             self._end(number, PeerLost("nobody is there"))
             return
-        self._later(0.0, p.Connected(number))
+        self._later(0.0, p.SessionStarted(number))
         if source.silent:
             self._end(number, TransferTimeout("it says nothing"), SILENCE)
         elif self.now < source.ready_at:
@@ -291,8 +293,8 @@ class World:
         else:
             talk.transport = usable[0]
             if source.queue:
-                self._later(LATENCY, p.Queued(number))
-            self._later(LATENCY + source.queue, p.Announced(number, self._announced[source.salt]))
+                self._later(LATENCY, p.SessionQueued(number))
+            self._later(LATENCY + source.queue, p.HoldingAnnounced(number, self._announced[source.salt]))
 
     def _accept(self, number: int) -> None:
         talk = self._talks[number]
@@ -302,8 +304,8 @@ class World:
             self._end(number, TransportUnavailable("it can't be set up"))
             return
         talk.opened = True
-        self._later(LATENCY, p.Opened(number))
-        self._later(LATENCY, p.WantsWork(number))
+        self._later(LATENCY, p.SessionReady(number))
+        self._later(LATENCY, p.SessionIdle(number))
 
     def _ask(self, number: int, numbers: Sequence[int]) -> None:
         talk = self._talks[number]
@@ -314,15 +316,15 @@ class World:
         lacking = [n for n in numbers if n in talk.source.lacks]
         talk.asked.extend(n for n in numbers if n not in talk.source.lacks)
         if lacking:
-            self._later(0.0, p.Denied(number, to_ranges(lacking), "it was dropped"))
+            self._later(0.0, p.BlocksDenied(number, to_ranges(lacking), "it was dropped"))
             if not talk.asked:
-                self._later(0.0, p.WantsWork(number))
+                self._later(0.0, p.SessionIdle(number))
         if talk.asked and not talk.sending:
             talk.sending = True
             self._send(number, talk)
 
     def _send(self, number: int, talk: _Talk) -> None:
-        """All that was asked for, block by block."""
+        """Send all requested blocks, one by one."""
         source = talk.source
         if source.mute:
             self._end(number, TransferTimeout("no block came"), SILENCE)
@@ -338,12 +340,12 @@ class World:
                 self._end_after(number, PeerLost("the connection broke"), at)
                 return
             talk.sent += 1
-            self._later(at, p.Landed(number, [(block, digest_of(block, source.salt))]))
-        self._later(at, p.WantsWork(number))
+            self._later(at, p.BlocksArrived(number, [(block, digest_of(block, source.salt))]))
+        self._later(at, p.SessionIdle(number))
         talk.sending = False
 
     def _end_after(self, number: int, error: NetloaderError, seconds: float) -> None:
-        """The session ends once what was sent before has landed."""
+        """The session ends once the blocks sent before have arrived."""
         talk = self._talks[number]
         talk.over = True
-        self._later(seconds, p.Ended(number, error, talk.transport, others=True, opened=True, story=("story",)))
+        self._later(seconds, p.SessionEnded(number, error, talk.transport, others=True, opened=True, story=("story",)))

@@ -1,4 +1,4 @@
-"""What the stories of two sessions are told with."""
+"""Helpers for the tests of two sessions."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def until_transfer(**terms: Any) -> Pair:
 
 
 def say(to: Peer, message: m.ClientMessage | m.ServerMessage) -> None:
-    """`to` hears everything that is under way, and then `message`."""
+    """Deliver everything that is in flight to `to`, and then `message`."""
     to.pair.deliver(to, 1 << 20)
     to.other.pipe += encode_frame(message)
     to.pair.deliver(to, 1 << 20)
 
 
 def announced_by(weights: Weights) -> tuple[m.ServerMessage, ...]:
-    """What a server of `weights` says when a client's turn has come."""
+    """The messages of a server of `weights` when a client gets its turn."""
     known = weights.announcement()
     announce = m.Announce(
         manifest=known.manifest,
@@ -80,7 +80,7 @@ def code_of(peer: Peer) -> str:
 
 
 def steps(pair: Pair, count: int, piece: int) -> None:
-    """Hear a piece, work, hear, work: one side and then the other, `count` steps."""
+    """Run `count` steps: deliver some bytes and finish a task, alternately for each side."""
     for step in range(count):
         peer = pair.peers[step // 2 % 2]
         if step % 2 == 0:

@@ -11,7 +11,7 @@ from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec
 from netloader.core.plan import Ranges, to_ranges
 
-# Names as checkpoints have them, and names as nobody should have them.
+# Names as in checkpoints, and unusual names.
 names = st.from_regex(r"[a-z]{1,6}(\.[a-z0-9_]{1,8}){0,3}", fullmatch=True) | st.text(
     st.characters(exclude_categories=["Cs"]), min_size=1, max_size=24
 )
@@ -32,7 +32,7 @@ def dense_strides(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @st.composite
 def manifests(draw: st.DrawFn, max_tensors: int = 12, max_bytes: int = 1 << 20) -> Manifest:
-    """Manifests that pass `check`: all dtypes, 0-dim, empty, transposed, tied tensors; `max_bytes` each at most."""
+    """Manifests that pass `check`: all dtypes, 0-dim, empty, transposed and tied; at most `max_bytes` each."""
     specs: list[TensorSpec] = []
     for name in draw(st.lists(names, max_size=max_tensors, unique=True)):
         owners = [spec for spec in specs if not spec.alias_of]
@@ -162,7 +162,7 @@ message_strategies: dict[type, st.SearchStrategy[m.ClientMessage | m.ServerMessa
     ),
     m.Goodbye: st.builds(m.Goodbye, code=st.just("done") | codes, reason=short_text),
 }
-"""One strategy per message; a test sees to it that none is missing."""
+"""One strategy for each message; a test checks that none is missing."""
 
 client_messages = st.one_of(*(message_strategies[kind] for kind in get_args(m.ClientMessage)))
 server_messages = st.one_of(*(message_strategies[kind] for kind in get_args(m.ServerMessage)))

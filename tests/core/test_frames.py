@@ -101,13 +101,13 @@ def test_messages_round_trip_whole_and_byte_by_byte_and_with_trailing_bytes(
 
 
 @pytest.mark.parametrize("name", golden.EXAMPLES)
-def test_golden_frames_do_not_move(name: str) -> None:
+def test_golden_frames_are_unchanged(name: str) -> None:
     message, wire = golden.EXAMPLES[name], golden.load()[name]
     assert encode_frame(message) == wire
     assert decoder_for(message).feed(wire) == [message]
 
 
-def test_golden_frames_are_all_tried() -> None:
+def test_every_golden_frame_is_checked() -> None:
     assert golden.load().keys() == golden.EXAMPLES.keys()
 
 
@@ -138,7 +138,7 @@ mutated_frames = st.builds(
 @example(stream=frame(b"\x82\xa4type\xa7Goodbye\xa6reason\xa2\xff\xfe"), at=[])
 @example(stream=encode_frame(m.Goodbye()) + frame(b"\xc1") + encode_frame(m.Goodbye()), at=[])
 @example(stream=frame(b"\x82\xa4type\xa8Announce\xa8manifest\x91\xdd\xff\xff\xff\xff"), at=[])
-def test_any_bytes_give_the_same_messages_and_at_most_one_error_wherever_they_are_cut(
+def test_any_bytes_give_the_same_messages_and_at_most_one_error_however_they_are_split(
     stream: bytes, at: list[int]
 ) -> None:
     for make in BOTH:
@@ -166,7 +166,7 @@ def test_the_cap_is_checked_before_the_body_is_there(make: Any, cap: int) -> Non
     assert decoder.pending == 4
 
 
-def test_the_length_is_judged_as_soon_as_its_four_bytes_are_there() -> None:
+def test_the_length_is_checked_as_soon_as_its_four_bytes_have_arrived() -> None:
     decoder = client_messages()
     assert decoder.feed(b"\xff\xff\xff") == []
     error_for(decoder, b"\xff")
@@ -204,7 +204,7 @@ def test_a_wrong_field_is_named() -> None:
     assert "$.ranges[0][1]" in str(error)
 
 
-def test_the_error_stays_short_whatever_the_peer_says() -> None:
+def test_the_error_stays_short_whatever_the_peer_sends() -> None:
     assert len(str(error_for(client_messages(), frame_of(type="x" * 200_000)))) < 1000
 
 
@@ -283,14 +283,16 @@ def too_large() -> Iterator[tuple[m.ClientMessage | m.ServerMessage, str]]:
 
 
 @pytest.mark.parametrize(("message", "says"), list(too_large()))
-def test_what_the_peer_could_not_read_is_not_sent(message: m.ClientMessage | m.ServerMessage, says: str) -> None:
+def test_a_message_that_the_peer_could_not_decode_is_not_sent(
+    message: m.ClientMessage | m.ServerMessage, says: str
+) -> None:
     with pytest.raises(LocalProtocolError, match=says) as caught:
         encode_frame(message)
     assert caught.value.hint
 
 
 @given(text=st.text(max_size=50) | st.text(st.characters(categories=["Cs", "Ll"]), max_size=5000))
-def test_any_text_can_be_made_to_fit(text: str) -> None:
+def test_any_text_can_be_shortened_to_fit(text: str) -> None:
     (received,) = client_messages().feed(encode_frame(m.Goodbye(reason=m.wire_text(text))))
     assert isinstance(received, m.Goodbye)
     sayable = text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -65,11 +65,11 @@ def severities(ours: ModelIdentity, theirs: ModelIdentity) -> dict[str, Severity
     return {d.field: d.severity for d in differences(ours, theirs)}
 
 
-def test_every_field_is_tried_below() -> None:
+def test_every_field_has_an_example() -> None:
     assert OTHER.keys() == set(FIELDS)
 
 
-def test_what_the_ranks_of_one_side_compare_among_themselves_is_no_difference() -> None:
+def test_the_load_digest_is_not_compared_between_two_sides() -> None:
     assert [field for field in FIELDS if not differences(BASE, changed(**{field: OTHER[field]}))] == [*NOT_COMPARED]
 
 
@@ -111,12 +111,12 @@ def test_differences_are_those_fields_and_look_the_same_from_both_sides(
         ("quantization", "", Severity.REFUSE),
     ],
 )
-def test_what_one_side_does_not_know(field: str, unknown: Any, expected: Severity | None) -> None:
+def test_fields_that_one_side_does_not_know(field: str, unknown: Any, expected: Severity | None) -> None:
     assert severities(BASE, changed(**{field: unknown})).get(field) is expected
 
 
 @pytest.mark.parametrize("layout", ["raw", "processed"])
-def test_a_quantised_model_of_which_nothing_says_how_equals_nothing(layout: str) -> None:
+def test_an_unknown_quantisation_configuration_never_counts_as_equal(layout: str) -> None:
     """Two of them may hold tensors of equal names and types that mean different numbers."""
     ours = changed(quantization_config="", layout=layout)
     (found,) = differences(ours, ours)
@@ -129,7 +129,7 @@ def test_a_quantised_model_of_which_nothing_says_how_equals_nothing(layout: str)
 
 
 @pytest.mark.parametrize("fields", [{"quantization": ""}, {"layout": "checkpoint"}])
-def test_nothing_has_to_be_known_of_plain_models_and_of_files(fields: dict[str, Any]) -> None:
+def test_plain_models_and_checkpoints_need_no_quantisation_configuration(fields: dict[str, Any]) -> None:
     ours = changed(quantization_config="", **fields)
     assert differences(ours, ours) == ()
 
@@ -153,7 +153,7 @@ TEXTS = [field for field in FIELDS if isinstance(OTHER[field], str) and field no
 
 
 @pytest.mark.parametrize("field", TEXTS)
-def test_no_text_is_longer_on_the_wire_than_it_has_to_be(field: str) -> None:
+def test_texts_on_the_wire_have_a_length_limit(field: str) -> None:
     most = 4096 if field == "model" else 64 if field in {"fingerprint", "load"} else 256
     for length in (most, most + 1, 1_000_000):
         said: dict[str, Any] = {field: "a" * length}
@@ -165,7 +165,7 @@ def test_no_text_is_longer_on_the_wire_than_it_has_to_be(field: str) -> None:
                 msgspec.msgpack.decode(encoded, type=ModelIdentity)
 
 
-def test_facts_are_few_on_the_wire() -> None:
+def test_the_number_of_facts_on_the_wire_is_limited() -> None:
     many = msgspec.msgpack.encode(changed(load_state={str(number): True for number in range(65)}))
     with pytest.raises(msgspec.ValidationError, match="load_state"):
         msgspec.msgpack.decode(many, type=ModelIdentity)
@@ -177,5 +177,5 @@ def test_digests_are_hex(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0" * 65, "A", "0x1", "a\n", " ", "\uff11"])
-def test_other_texts_are_no_digests(text: str) -> None:
+def test_other_texts_are_not_digests(text: str) -> None:
     assert not is_digest(text)

@@ -1,4 +1,4 @@
-"""The ledger under any order of assignments, losses and lies, beside a plain model of it."""
+"""The ledger compared with a simple model, for any order of assignments, losses and wrong digests."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def pinned(blocks: int) -> Ledger:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Several sessions, each doing what a session may do in any order, and some things that it may not."""
+    """Several sessions that do legal steps in any order, and some illegal ones."""
 
     sessions: Bundle[str] = Bundle("sessions")
 
     def __init__(self) -> None:
         super().__init__()
         self.names = (f"session {i}" for i in itertools.count())
-        # The model: where each block is, who has it, who must not have it again.
+        # The model: the state of each block, the session that has it, and the sessions that were denied it.
         self.where: list[tuple[BlockState, str | None]] = []
         self.denied: dict[str, set[int]] = {}
         self.alive: set[str] = set()
@@ -158,7 +158,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.where[number] = (BlockState.PENDING, None)
         self.alive.discard(session)
 
-    # --- what no session may do -------------------------------------------------------------------------------------
+    # --- illegal steps ----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.where)
     @rule(session=sessions, pick=st.integers(0, 99))
@@ -174,7 +174,7 @@ class AnyOrder(RuleBasedStateMachine):
             with pytest.raises(LocalProtocolError):
                 self.ledger.verify(session, number, digest_of(number))
 
-    # --- what always holds ------------------------------------------------------------------------------------------
+    # --- invariants -------------------------------------------------------------------------------------------------
 
     @invariant()
     def agrees_with_the_model(self) -> None:
@@ -193,7 +193,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.ledger.pinned_by == self.pinned_by
 
     def teardown(self) -> None:
-        """Whatever happened: every session that is left can go, and a last honest source can finish the pull."""
+        """From any state, all sessions can end, and one honest source can complete the pull."""
         if not hasattr(self, "ledger"):
             return
         for session in self.alive:
@@ -245,7 +245,7 @@ def test_a_block_with_another_digest_is_pending_again_and_not_counted() -> None:
     assert (ledger.verified_blocks, ledger.verified_bytes) == (1, BLOCK)
 
 
-def test_a_session_is_never_given_again_what_its_server_cannot_send() -> None:
+def test_denied_blocks_are_never_assigned_to_the_same_session_again() -> None:
     ledger = pinned(3)
     assert ledger.assign("a", 2 * BLOCK) == ((0, 2),)
     ledger.give_back("a", ((0, 1),))
@@ -265,7 +265,7 @@ def test_giving_back_overlapping_ranges_counts_once() -> None:
     assert ledger.assign("b", 9 * BLOCK) == ((0, 3),)
 
 
-def test_denied_blocks_are_not_passed_over_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_denied_blocks_are_not_skipped_again_at_each_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pops = 0
 
     class CountingQueue(ledger_module._Queue):

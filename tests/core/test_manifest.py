@@ -48,7 +48,7 @@ def test_sound_manifests_pass(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("specs", "says"),
     [
-        ((A, A), "comes twice"),
+        ((A, A), "the name is not unique"),
         ((TensorSpec("", "int8", ()),), "a name has 1 to 1024 characters"),
         ((TensorSpec(LONG_NAME + "n", "int8", ()),), "this one 1025"),
         ((TensorSpec("a", "float3", ()),), "unknown dtype 'float3'"),
@@ -119,7 +119,7 @@ anything = st.builds(
 @given(specs=st.lists(anything, max_size=5))
 @example(specs=[TensorSpec("a", "complex128", (2**62,), (1,))])
 @example(specs=[TensorSpec("a", "int8", (0,), (2**70,))])
-def test_whatever_comes_is_refused_cleanly_or_can_be_planned(specs: list[TensorSpec]) -> None:
+def test_any_manifest_is_refused_cleanly_or_can_be_planned(specs: list[TensorSpec]) -> None:
     manifest = Manifest(tuple(specs))
     try:
         manifest.check()
@@ -143,7 +143,7 @@ def test_dense_means_each_address_once(shape: list[int], stride: list[int]) -> N
     assert is_dense(shape, stride) == expected
 
 
-def test_bytes_of_aliases_travel_once() -> None:
+def test_bytes_of_aliases_are_sent_once() -> None:
     manifest = Manifest((B, TensorSpec("c", "float32", (5,), alias_of="b")))
     assert [t.nbytes for t in manifest.tensors] == [20, 20]
     assert [t.wire_bytes for t in manifest.tensors] == [20, 0]
@@ -175,10 +175,10 @@ def test_missing_and_unexpected_tensors_come_first() -> None:
 
 def test_order_counts() -> None:
     (found,) = compare(Manifest((A, B)), Manifest((B, A)))
-    assert (found.name, found.reason) == ("a", "the server has 'b' in place 0")
+    assert (found.name, found.reason) == ("a", "the server has 'b' at position 0")
 
 
-def test_a_name_that_comes_twice_is_no_crash() -> None:
+def test_a_duplicate_name_does_not_crash_the_comparison() -> None:
     assert compare(Manifest((A, B)), Manifest((A, B, A)))
     assert compare(Manifest((A, B, A)), Manifest((A, B)))
 
@@ -193,11 +193,11 @@ def test_compare_finds_nothing_exactly_when_both_are_equal(ours: Manifest, their
 
 
 @given(one=manifests(max_tensors=4), two=manifests(max_tensors=4))
-def test_the_digest_tells_manifests_apart(one: Manifest, two: Manifest) -> None:
+def test_different_manifests_have_different_digests(one: Manifest, two: Manifest) -> None:
     assert (manifest_digest(one) == manifest_digest(two)) == (one == two)
 
 
-def test_the_digest_does_not_move() -> None:
+def test_the_digest_is_unchanged() -> None:
     """Both sides have to compute the same, whatever release they run."""
     manifest = Manifest((A, B, TensorSpec("c", "float32", (5,), alias_of="b"), TensorSpec("t", "int8", (2, 3), (1, 2))))
     assert manifest_digest(manifest) == "4066dad7343b2b6c7fb83ace7c3d74a069ef551d68d3c43c9f9598dcaf13ecfa"
@@ -277,7 +277,7 @@ def test_the_wire_form_round_trips(manifest: Manifest) -> None:
         ["a", "int8", [1.5]],
     ],
 )
-def test_what_check_forbids_does_not_even_decode(spec: list[Any]) -> None:
+def test_values_that_check_forbids_do_not_decode(spec: list[Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode([[spec]]), type=Manifest)
 

@@ -76,7 +76,7 @@ def test_both_sides_derive_the_same_plan(manifest: Manifest, block_bytes: int) -
     assert make_plan(manifest, block_bytes).digest == make_plan(again, block_bytes).digest
 
 
-def test_the_plan_digest_sees_every_cut() -> None:
+def test_the_plan_digest_depends_on_every_cut() -> None:
     a, b = TensorSpec("a", "uint8", (1500,)), TensorSpec("b", "uint8", (600,))
     plans = [
         make_plan(Manifest((a, b)), 1024),
@@ -90,7 +90,7 @@ def test_the_plan_digest_sees_every_cut() -> None:
     assert len({plan.digest for plan in plans}) == len(plans)
 
 
-def test_the_blocks_do_not_move() -> None:
+def test_the_blocks_of_a_plan_are_unchanged() -> None:
     """Both sides derive them, whatever release they run: another plan would be another protocol."""
     sizes = {"full": 1024, "half": 512, "rest": 512, "tail": 2049, "small": 1, "none": 0, "large": 1023, "last": 2}
     specs = [TensorSpec(name, "uint8", (size,)) for name, size in sizes.items()]

@@ -90,6 +90,6 @@ def test_the_numbers_in_the_prose_are_those_of_the_code() -> None:
     assert f"Both send {m.NONCE_BYTES} random bytes" in prose
 
 
-def test_the_words_for_types_have_none_missing() -> None:
+def test_every_type_has_a_description() -> None:
     with pytest.raises(SystemExit, match="no words"):
         docs.type_text(msgspec.inspect.AnyType())

@@ -1,8 +1,8 @@
-"""The decisions of a pull, over any fleet: sources that are slow, dead, lying, loading, full, or lead elsewhere.
+"""The decisions of a pull, in any fleet: sources that are slow, down, malicious, loading, busy, or redirect elsewhere.
 
-Safe: no block counts twice, a pull ends complete and verified or failed with a reason, and nothing is waited for once
-every block is there. Alive: while honest, reachable sources hold every block and time is left, the pull completes, and
-what it fetches twice is bounded.
+Safety: no block counts twice, a pull ends complete and verified or failed with a reason, and it waits for nothing once
+every block is verified. Liveness: while honest, reachable sources hold every block and time is left, the pull
+completes, and the bytes that it fetches twice are bounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from netloader.core import pull as pull_module
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core import sources as sources_module
 from netloader.core.addresses import Address
 from netloader.core.ledger import Ledger
@@ -31,7 +31,7 @@ SECONDS = st.sampled_from([0.0, 0.5, 3.0, 20.0])
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    """A fleet in which the first source may be anything; relays are named by sources, and are sources."""
+    """A fleet with any kinds of sources. Sources may name others of the fleet as relays."""
     blocks = draw(st.integers(0, 12))
     count = draw(st.integers(1, 5))
     sources = []
@@ -75,7 +75,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 
 def ready_in_time(world: World, source: Source) -> bool:
-    """Whether the pull waits long enough for it. The last try comes when the wait is over."""
+    """Whether the pull waits long enough for this source. The last attempt is made when the wait ends."""
     return source.ready_at == 0.0 or source.ready_at < world.wait - 5.0
 
 
@@ -91,11 +91,11 @@ def live(world: World) -> None:
     honest = [source for source in honest if source.reliable and ready_in_time(world, source)]
     held = set().union(*(set(range(world.blocks)) - source.lacks for source in honest)) if honest else set()
     if honest and held == set(range(world.blocks)) and world.timeout > 10_000.0:
-        assert isinstance(world.outcome, p.Done), f"honest sources held every block: {world.outcome}"
-    # Blocks are asked for again only where a session was lost, left, or denied them.
+        assert isinstance(world.outcome, p.Succeed), f"honest sources held every block: {world.outcome}"
+    # Blocks are requested again only after a session failed, was ended as slow, or denied them.
     sessions = sum(world.connects.values())
     assert sum(world.asked.values()) <= world.blocks * (1 + sessions)
-    if isinstance(world.outcome, p.Done):
+    if isinstance(world.outcome, p.Succeed):
         assert world.ended_at == world.last_block_at or not world.blocks
 
 
@@ -118,18 +118,18 @@ COMPLETE = (
 
 @settings(max_examples=max(300, settings().max_examples), suppress_health_check=[HealthCheck.too_slow])
 @given(worlds())
-def test_a_pull_is_safe_and_alive(world: World) -> None:
+def test_a_pull_is_safe_and_live(world: World) -> None:
     live(fresh(world))
 
 
 @pytest.mark.parametrize("number", range(len(COMPLETE)))
-def test_what_can_be_completed_is(number: int) -> None:
+def test_a_pull_that_can_complete_does(number: int) -> None:
     live(world := fresh(COMPLETE[number]))
-    assert isinstance(world.outcome, p.Done)
+    assert isinstance(world.outcome, p.Succeed)
 
 
 def fresh(world: World) -> World:
-    """The same world, not lived in yet: an example is run more than once."""
+    """A copy of the world before its run, because an example is run more than once."""
     return World(
         world.blocks,
         world.sources,
@@ -144,58 +144,62 @@ def fresh(world: World) -> World:
     )
 
 
-# --- the same, with a bug in it ---------------------------------------------------------------------------------------
+# --- seeded bugs ----------------------------------------------------------------------------------------------------
 
 
-def _waits_for_the_last_goodbye(self: Pull) -> Iterator[p.Command]:
+def _waits_for_sessions(self: Pull) -> Iterator[p.Command]:
     if not self._sessions:
         yield from _complete(self)
 
 
 def _always_parks(self: Pull, session: Any, now: float) -> Iterator[p.Command]:
-    asked = list(self._ask(session)) if session.open and not session.finished else []
+    asked = list(self._request_blocks(session)) if session.open and not session.finished else []
     yield from asked
     session.parked = not asked
 
 
-def _forgets_what_was_lost(self: Ledger, session: int) -> tuple[()]:
+def _keeps_lost_blocks_in_flight(self: Ledger, session: int) -> tuple[()]:
     self._in_flight_bytes.pop(session, None)
     return ()
 
 
-def _first_is_never_alone(self: Pull) -> bool:
+def _never_waits_for_first(self: Pull) -> bool:
     return False
 
 
-def _drops_whoever_redirects(self: Sources, source: Address, relays: Any, now: float) -> bool:
+def _drops_redirecting_source(self: Sources, source: Address, relays: Any, now: float) -> bool:
     led = _redirect(self, source, relays, now)
     if led:
         self.drop(source)
     return led
 
 
-def _tires_at_once(self: Sources, source: Address, now: float, *, last: bool = False) -> None:
+def _drops_at_once(self: Sources, source: Address, now: float, *, last: bool = False) -> None:
     self.drop(source)
 
 
-def _waits_without_pauses(self: Sources, source: Address, now: float, at_least: float | None = None) -> None:
+def _retries_without_pause(self: Sources, source: Address, now: float, at_least: float | None = None) -> None:
     self._known[source].running = False
 
 
 _complete, _redirect, _gone = Pull._complete, Sources.redirect, Sources.gone
 
 BUGS: dict[str, tuple[object, str, Callable[..., Any]]] = {
-    "a complete pull waits for its sessions": (Pull, "_complete", _waits_for_the_last_goodbye),
+    "a complete pull waits for its sessions": (Pull, "_complete", _waits_for_sessions),
     "sessions park although nothing can come back": (Pull, "_give_work", _always_parks),
-    "parked sessions are never woken": (Pull, "_wake", lambda self, now: ()),
-    "blocks of a lost session stay in flight": (Ledger, "lose", _forgets_what_was_lost),
-    "a source that redirected is forgotten": (Sources, "redirect", _drops_whoever_redirects),
-    "a source that breaks off is left for good": (Sources, "again", _tires_at_once),
-    "sources are asked again without a pause": (Sources, "later", _waits_without_pauses),
-    "no transport but the first is tried": (Pull, "_goes_otherwise", staticmethod(lambda event: False)),
-    "what a source lacks is asked of it again": (Ledger, "_queue_of", lambda self, session: (self._queue, frozenset())),
-    "a second source is never asked": (Pull, "_full", lambda self: bool(self._count)),
-    "a refusal that will be over soon is final": (
+    "parked sessions get no work": (Pull, "_feed_parked", lambda self, now: ()),
+    "blocks of a lost session stay in flight": (Ledger, "lose", _keeps_lost_blocks_in_flight),
+    "a source that redirected is dropped": (Sources, "redirect", _drops_redirecting_source),
+    "a source that broke off is dropped": (Sources, "again", _drops_at_once),
+    "sources are retried without a pause": (Sources, "later", _retries_without_pause),
+    "no transport but the first is tried": (Pull, "_other_transport_may_work", staticmethod(lambda event: False)),
+    "denied blocks are requested from the same source again": (
+        Ledger,
+        "_queue_of",
+        lambda self, session: (self._queue, frozenset()),
+    ),
+    "a second source is never connected": (Pull, "_full", lambda self: bool(self._session_count)),
+    "a transient refusal is final": (
         pull_module,
         "next_step",
         lambda error, *, progressed: "again" if progressed else "drop",
@@ -224,7 +228,7 @@ def test_a_bug_in_a_decision_is_found(bug: str, monkeypatch: pytest.MonkeyPatch)
     def tried() -> None:
         for known in COMPLETE:
             live(world := fresh(known))
-            assert isinstance(world.outcome, p.Done)
+            assert isinstance(world.outcome, p.Succeed)
         live(fresh(ONE_LACKS_A_BLOCK))
         lived()
 
@@ -245,61 +249,61 @@ def begun(
     return pull, pull.begin(0.0)
 
 
-def test_the_first_source_is_alone_until_it_is_accepted_unless_it_lets_us_wait() -> None:
+def test_no_second_source_is_tried_until_the_first_is_accepted_or_queues_the_client() -> None:
     pull, commands = begun(ONE, TWO)
     assert [c.source for c in commands if isinstance(c, p.Connect)] == [ONE]
-    (second,) = pull.handle(p.Queued(1), 1.0)
+    (second,) = pull.handle(p.SessionQueued(1), 1.0)
     assert isinstance(second, p.Connect)
     assert second.source == TWO
 
 
-def test_what_is_pinned_and_what_failed_is_told_to_the_next_source() -> None:
+def test_the_next_source_is_told_the_pinned_root_and_the_failed_relays() -> None:
     pull, _ = begun(ONE, TWO, stripe=2)
     known = announcement(3)
-    commands = pull.handle(p.Announced(1, known), 0.1)
+    commands = pull.handle(p.HoldingAnnounced(1, known), 0.1)
     accepted, passed_on, connect = commands
     assert isinstance(accepted, p.Accept)
-    assert isinstance(passed_on, p.PassOn)
+    assert isinstance(passed_on, p.StartRelaying)
     assert isinstance(connect, p.Connect)
     assert (connect.root, connect.pinned_by) == (known.root, str(ONE))
 
 
-def test_memory_is_provided_for_one_source_and_the_next_has_to_hold_the_same_tensors() -> None:
+def test_memory_is_allocated_for_one_source_and_the_next_has_to_hold_the_same_tensors() -> None:
     pull, _ = begun(ONE, TWO, adopts=True)
-    pull.handle(p.Queued(1), 0.0)
-    (allocate,) = pull.handle(p.Announced(1, announcement(3)), 0.1)
+    pull.handle(p.SessionQueued(1), 0.0)
+    (allocate,) = pull.handle(p.HoldingAnnounced(1, announcement(3)), 0.1)
     assert isinstance(allocate, p.Allocate)
-    assert pull.handle(p.Announced(2, announcement(4)), 0.2) == []
-    pull.handle(p.Ended(1, PeerLost("gone")), 0.3)
-    refused = [c for c in pull.handle(p.Adopted(1), 0.4) if isinstance(c, p.Refuse)]
+    assert pull.handle(p.HoldingAnnounced(2, announcement(4)), 0.2) == []
+    pull.handle(p.SessionEnded(1, PeerLost("gone")), 0.3)
+    refused = [c for c in pull.handle(p.MemoryAllocated(1), 0.4) if isinstance(c, p.Reject)]
     assert [c.session for c in refused] == [2]
     assert "other tensors" in str(refused[0].error)
 
 
-def test_one_that_is_slow_in_ending_because_of_wrong_bytes_is_dropped_and_not_kept_as_a_last_resort() -> None:
+def test_a_slow_source_that_sent_wrong_bytes_is_dropped_and_not_kept_as_a_last_resort() -> None:
     pull, _ = begun(ONE, TWO, stripe=2)
     for number in (1, 2):
-        pull.handle(p.Announced(number, announcement(3)), 0.0)
-        pull.handle(p.Opened(number), 0.0)
-        pull.handle(p.WantsWork(number), 0.0)
+        pull.handle(p.HoldingAnnounced(number, announcement(3)), 0.0)
+        pull.handle(p.SessionReady(number), 0.0)
+        pull.handle(p.SessionIdle(number), 0.0)
     late = pull.wake_at(0.0)
     assert late is not None
-    assert [c.session for c in pull.handle(p.Moment(), late) if isinstance(c, p.Leave)] == [1]
-    pull.handle(p.Ended(1, DigestMismatch(0, ("w",), "aa", "bb")), late)
-    commands = pull.handle(p.Ended(2, RefusedError("identity", "another model")), late)
-    assert [type(c) for c in commands if isinstance(c, p.Connect | p.Failed)] == [p.Failed]
+    assert [c.session for c in pull.handle(p.TimerFired(), late) if isinstance(c, p.LeaveSource)] == [1]
+    pull.handle(p.SessionEnded(1, DigestMismatch(0, ("w",), "aa", "bb")), late)
+    commands = pull.handle(p.SessionEnded(2, RefusedError("identity", "another model")), late)
+    assert [type(c) for c in commands if isinstance(c, p.Connect | p.Fail)] == [p.Fail]
 
 
 def test_failures_are_counted_by_source_and_kind() -> None:
     pull, _ = begun(ONE, wait=100.0)
     now = 0.0
     for number in range(1, 6):
-        pull.handle(p.Ended(number, RefusedError("not-ready", f"{number} of 9 parts are loaded")), now)
+        pull.handle(p.SessionEnded(number, RefusedError("not-ready", f"{number} of 9 parts are loaded")), now)
         now = pull.wake_at(now) or now
-        pull.handle(p.Moment(), now)
+        pull.handle(p.TimerFired(), now)
     (attempt,) = pull.attempts
     assert (attempt.times, pull.retries) == (5, 5)
-    (failed,) = [c for c in pull.handle(p.TimeIsUp(7.0), now) if isinstance(c, p.Failed)]
+    (failed,) = [c for c in pull.handle(p.DeadlinePassed(7.0), now) if isinstance(c, p.Fail)]
     assert "5 of 9 parts are loaded (5 times)" in str(failed.error)
     assert "within 7 s" in str(failed.error)
     assert isinstance(failed.error, NoSourceLeft)
@@ -307,25 +311,25 @@ def test_failures_are_counted_by_source_and_kind() -> None:
 
 def test_sources_may_appear_and_vanish() -> None:
     pull, _ = begun(ONE, stripe=3)
-    pull.handle(p.Announced(1, announcement(3)), 0.0)
-    (connect,) = pull.handle(p.Found([sources_module.Source(TWO), sources_module.Source(ONE)]), 0.1)
+    pull.handle(p.HoldingAnnounced(1, announcement(3)), 0.0)
+    (connect,) = pull.handle(p.SourcesFound([sources_module.Source(TWO), sources_module.Source(ONE)]), 0.1)
     assert isinstance(connect, p.Connect)
     assert connect.source == TWO
-    assert pull.handle(p.Lost(TWO), 0.2) == []
-    again = pull.handle(p.Ended(2, PeerLost("broke")), 0.3)
+    assert pull.handle(p.SourceLost(TWO), 0.2) == []
+    again = pull.handle(p.SessionEnded(2, PeerLost("broke")), 0.3)
     assert not [c for c in again if isinstance(c, p.Connect)]
     assert pull.wake_at(0.3) is None
 
 
 def found(pull: Pull, now: float, *sources: Address, load: float = 0.0) -> list[Address]:
     """Whom it connects to when these are found."""
-    commands = pull.handle(p.Found([sources_module.Source(one, load=load) for one in sources]), now)
+    commands = pull.handle(p.SourcesFound([sources_module.Source(one, load=load) for one in sources]), now)
     return [c.source for c in commands if isinstance(c, p.Connect)]
 
 
 def failed(commands: list[p.Command]) -> str:
     """Why it failed; empty when it goes on."""
-    return "".join(str(c.error) for c in commands if isinstance(c, p.Failed))
+    return "".join(str(c.error) for c in commands if isinstance(c, p.Fail))
 
 
 def test_a_pull_without_a_source_waits_until_the_first_listing_is_complete() -> None:
@@ -342,8 +346,8 @@ def test_a_search_that_ends_without_a_source_ends_the_pull() -> None:
 
 def test_a_listing_that_is_never_complete_is_not_waited_for_without_end() -> None:
     pull, _ = begun(listing=10.0)
-    assert failed(pull.handle(p.Moment(), 9.9)) == ""
-    assert "discovery: no source appeared within 10 s" in failed(pull.handle(p.Moment(), 10.0))
+    assert failed(pull.handle(p.TimerFired(), 9.9)) == ""
+    assert "discovery: no source appeared within 10 s" in failed(pull.handle(p.TimerFired(), 10.0))
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -352,11 +356,11 @@ def test_the_wait_is_for_sources_that_appear_too(listed: bool) -> None:
     if listed:
         assert pull.handle(p.Listed(), 1.0) == []
     assert found(pull, 2.0, ONE) == [ONE]
-    assert failed(pull.handle(p.Ended(1, RefusedError("identity", "another model")), 3.0)) == ""
+    assert failed(pull.handle(p.SessionEnded(1, RefusedError("identity", "another model")), 3.0)) == ""
     assert pull.wake_at(3.0) == 30.0
     assert found(pull, 4.0, ONE) == []  # told again, with another load, say: it is no use as before
     assert found(pull, 5.0, TWO) == [TWO]
-    assert "another model" in failed(pull.handle(p.Ended(2, RefusedError("identity", "a third model")), 31.0))
+    assert "another model" in failed(pull.handle(p.SessionEnded(2, RefusedError("identity", "a third model")), 31.0))
 
 
 def test_a_search_that_ends_leaves_what_it_found() -> None:
@@ -364,20 +368,20 @@ def test_a_search_that_ends_leaves_what_it_found() -> None:
     assert found(pull, 0.0, ONE, TWO) == [ONE]
     (line,) = pull.handle(p.SearchEnded(DiscoveryError("Names failed: no name server")), 0.5)
     assert line == p.Log("warning", "discovery: Names failed: no name server")
-    (_, connect) = pull.handle(p.Ended(1, RefusedError("identity", "another model")), 1.0)
+    (_, connect) = pull.handle(p.SessionEnded(1, RefusedError("identity", "another model")), 1.0)
     assert isinstance(connect, p.Connect)
     assert connect.source == TWO
-    why = failed(pull.handle(p.Ended(2, RefusedError("identity", "a third model")), 2.0))
+    why = failed(pull.handle(p.SessionEnded(2, RefusedError("identity", "a third model")), 2.0))
     assert "discovery: Names failed: no name server" in why
     assert "another model" in why
 
 
 def test_a_source_says_where_it_was_found_or_who_named_it() -> None:
     pull, _ = begun(listing=10.0)
-    (first,) = pull.handle(p.Found([sources_module.Source(ONE, {"zone": "a"}, load=2.0)]), 0.0)
+    (first,) = pull.handle(p.SourcesFound([sources_module.Source(ONE, {"zone": "a"}, load=2.0)]), 0.0)
     assert isinstance(first, p.Connect)
     assert (first.labels, first.named_by) == ({"zone": "a"}, None)
-    commands = pull.handle(p.Ended(1, RefusedError("busy", "others pass it on", sources=(str(TWO),))), 0.1)
+    commands = pull.handle(p.SessionEnded(1, RefusedError("busy", "others pass it on", sources=(str(TWO),))), 0.1)
     (second,) = [c for c in commands if isinstance(c, p.Connect)]
     assert (second.source, second.labels, second.named_by) == (TWO, {}, ONE)
 
@@ -385,5 +389,9 @@ def test_a_source_says_where_it_was_found_or_who_named_it() -> None:
 def test_sources_beyond_the_bound_are_left_out_and_that_is_said_once() -> None:
     pull, _ = begun(listing=10.0)
     flood = [sources_module.Source(Address("h", port)) for port in range(1, sources_module.MAX_KNOWN + 3)]
-    said = [c for c in pull.handle(p.Found(flood), 0.0) + pull.handle(p.Found(flood), 0.0) if isinstance(c, p.Log)]
+    said = [
+        c
+        for c in pull.handle(p.SourcesFound(flood), 0.0) + pull.handle(p.SourcesFound(flood), 0.0)
+        if isinstance(c, p.Log)
+    ]
     assert [line.text for line in said] == ["4096 sources are known: more are left out until some are gone"]

@@ -36,7 +36,7 @@ from tests.core.stories import (
 # --- who breaks the rules -------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_says_twice_what_it_wants_takes_one_turn() -> None:
+def test_a_client_that_identifies_itself_twice_takes_one_turn() -> None:
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, lambda: any(isinstance(t.effect, f.TakeTurn) for t in pair.server.tasks))
     say(pair.server, m.Identify())
@@ -56,7 +56,7 @@ def test_a_probe_cannot_turn_into_a_pull() -> None:
     pair = Pair(client_terms(dataclasses.replace(SAME, identity=ModelIdentity(model="n")), probe=True), server_terms())
     go_on_until(pair, in_state(pair.server, State.PLAN))
     say(pair.server, m.Agree(plan=pair.announcement.plan.digest, transport="memory"))
-    error_of(pair.server, RemoteProtocolError, "only looks")
+    error_of(pair.server, RemoteProtocolError, "asked for a channel in a probe")
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_a_server_may_announce_and_offer_once() -> None:
     go_on_until(pair, lambda: any(isinstance(said, m.Agree) for said in pair.client.said))
     (announce,) = [said for said in pair.server.said if isinstance(said, m.Announce)]
     say(pair.client, announce)
-    error_of(pair.client, RemoteProtocolError, "announced twice")
+    error_of(pair.client, RemoteProtocolError, "sent Announce twice")
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, lambda: any(isinstance(x, f.ConnectChannel) for x in pair.client.effects))
     say(pair.client, m.ChannelOffer(transport="memory", offer=b"again"))
-    error_of(pair.client, RemoteProtocolError, "offered a channel twice")
+    error_of(pair.client, RemoteProtocolError, "sent ChannelOffer twice")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_server_may_announce_and_offer_once() -> None:
         (((2, 3), (0, 1)), "range 0..1"),
     ],
 )
-def test_ranges_that_make_no_sense(ranges: tuple[tuple[int, int], ...], says: str) -> None:
+def test_invalid_ranges(ranges: tuple[tuple[int, int], ...], says: str) -> None:
     for side, message in (
         ("server", m.Want(ranges=ranges)),
         ("client", m.Grant(ranges=ranges)),
@@ -124,7 +124,7 @@ def test_a_server_may_only_answer_what_was_asked() -> None:
     for answer in (m.Grant(ranges=((3, 4),)), m.Gone(ranges=((3, 4),), reason="")):
         pair = until_transfer()
         say(pair.client, answer)
-        error_of(pair.client, RemoteProtocolError, "not asked for: [3]")
+        error_of(pair.client, RemoteProtocolError, "not requested: [3]")
 
 
 def test_a_signal_before_a_transport_is_chosen_is_refused() -> None:
@@ -146,7 +146,7 @@ def test_a_corrupted_block_ends_the_session_and_names_block_and_tensor() -> None
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
-def test_bytes_that_are_no_message_end_the_session_and_are_told(side: str) -> None:
+def test_invalid_bytes_end_the_session_and_the_peer_is_told(side: str) -> None:
     pair = until_transfer()
     peer = pair.server if side == "server" else pair.client
     pair.deliver(peer, 1 << 20)
@@ -160,11 +160,13 @@ def test_bytes_that_are_no_message_end_the_session_and_are_told(side: str) -> No
 # --- deadlines, losses, giving up -----------------------------------------------------------------------------------
 
 
-def test_each_deadline_says_how_long_it_was_and_what_came_last() -> None:
+def test_each_timeout_names_the_deadline_and_the_last_transition() -> None:
     timings = Timings(hello=1, validate=2, plan=3, stall=4, finalize=5)
     pair = Pair(client_terms(SAME, timings=timings), server_terms(timings=timings))
     pair.time_out(pair.server)
-    error_of(pair.server, TransferTimeout, "a deadline of 1 s pass; the last move was LISTEN + Connected -> LISTEN")
+    error_of(
+        pair.server, TransferTimeout, "did not answer within 1 s; the last transition was LISTEN + Connected -> LISTEN"
+    )
     pair.end()
     assert code_of(pair.client) == "timeout"
 
@@ -221,7 +223,7 @@ def test_a_refusal_or_a_goodbye_is_not_answered() -> None:
         assert pair.client.said[before:] == []
 
 
-def test_a_server_that_is_silent_in_the_middle_is_left() -> None:
+def test_a_session_with_a_silent_server_is_ended() -> None:
     pair = until_transfer()
     go_on_until(pair, lambda: any(isinstance(w, m.Want) for w in pair.client.said))
     assert pair.client.deadline is not None
@@ -229,7 +231,7 @@ def test_a_server_that_is_silent_in_the_middle_is_left() -> None:
     error_of(pair.client, TransferTimeout, "30 s")
 
 
-def test_what_the_peer_is_told_when_this_side_stops() -> None:
+def test_the_code_that_the_peer_gets_when_this_side_stops() -> None:
     pair = until_transfer()
     pair.server.feed(e.Cancelled("the server is stopping", code="gone"))
     pair.end()
@@ -237,7 +239,7 @@ def test_what_the_peer_is_told_when_this_side_stops() -> None:
     assert "the server is stopping" in str(pair.client.session.error)
 
 
-def test_retracting_tells_where_else_and_when() -> None:
+def test_retracting_names_other_sources_and_a_pause() -> None:
     pair = until_transfer()
     pair.server.feed(e.NotHeld("gone", "reloading", retry_after=1e9, sources=("h:1", "x" * 1000)))
     (refusal,) = [said for said in pair.server.said if isinstance(said, m.Refusal)]

@@ -65,7 +65,7 @@ def test_a_probe_learns_everything_and_opens_nothing() -> None:
     assert not [x for p in pair.peers for x in p.effects if isinstance(x, f.AcceptChannel | f.ConnectChannel)]
 
 
-def test_a_connection_that_ends_after_the_goodbye_is_no_failure() -> None:
+def test_a_connection_that_ends_after_the_goodbye_is_not_a_failure() -> None:
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, in_state(pair.server, State.DONE))
     pair.deliver(pair.client, 1 << 20)
@@ -76,7 +76,7 @@ def test_a_connection_that_ends_after_the_goodbye_is_no_failure() -> None:
     assert pair.states() == (State.DONE, State.DONE)
 
 
-def test_a_client_that_is_gone_before_the_server_has_freed_its_end_is_no_failure() -> None:
+def test_a_client_that_leaves_before_the_server_has_freed_its_end_is_not_a_failure() -> None:
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, in_state(pair.server, State.FINALIZE))
     assert [said for said in pair.server.said if isinstance(said, m.Goodbye)] == [m.Goodbye(code="done")]
@@ -95,7 +95,7 @@ def test_a_server_that_said_goodbye_says_nothing_more() -> None:
     assert len(pair.server.said) == before
 
 
-def test_a_connection_that_ends_before_the_goodbye_is_one() -> None:
+def test_a_connection_that_ends_before_the_goodbye_is_a_failure() -> None:
     pair = Pair(client_terms(SAME), server_terms())
     go_on_until(pair, in_state(pair.client, State.FINALIZE))
     pair.cut()
@@ -119,7 +119,7 @@ def test_blocks_that_the_server_no_longer_has_come_from_another() -> None:
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 60])
-def test_a_client_may_have_enough_at_any_moment(piece: int) -> None:
+def test_a_client_may_finish_at_any_step(piece: int) -> None:
     tried = set()
     for count in range(200):
         for when in ("before", "after hearing", "after working"):
@@ -139,7 +139,7 @@ def test_a_client_may_have_enough_at_any_moment(piece: int) -> None:
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 60])
-def test_losing_the_connection_at_any_moment_ends_both_and_spoils_nothing(piece: int) -> None:
+def test_losing_the_connection_at_any_step_ends_both_sides_and_corrupts_nothing(piece: int) -> None:
     for count in range(120):
         pair = Pair(client_terms(SAME), server_terms())
         steps(pair, count, piece)
@@ -186,11 +186,11 @@ def test_a_client_of_an_incompatible_release_is_refused_by_version(speaks: tuple
     assert f"{speaks[1]} to {speaks[0]}" in str(pair.client.session.error)
 
 
-def test_a_newer_client_that_still_speaks_ours_is_served() -> None:
+def test_a_newer_client_that_still_speaks_this_version_is_served() -> None:
     assert run(Pair(client_terms(SAME), server_terms(), speaks=(9, 1))).states() == (State.DONE, State.DONE)
 
 
-def test_a_server_that_answers_in_another_version_is_left() -> None:
+def test_a_server_that_answers_in_another_version_is_refused() -> None:
     pair = Pair(client_terms(SAME), server_terms())
     say(pair.client, m.Welcome(protocol=2, nonce=bytes(16)))
     assert code_of(pair.client) == "version"
@@ -222,7 +222,7 @@ def test_the_hint_fits_the_difference(ours: dict[str, Any], theirs: dict[str, An
     assert hint in pair.client.session.error.hint if pair.client.session.error else False
 
 
-def test_a_difference_that_is_allowed_is_said() -> None:
+def test_an_allowed_difference_is_logged() -> None:
     newer = dataclasses.replace(SAME, identity=msgspec.structs.replace(IDENTITY, engine="vllm 2"))
     older = dataclasses.replace(SAME, identity=msgspec.structs.replace(IDENTITY, engine="vllm 1"))
     pair = run(Pair(client_terms(older), server_terms(), newer))
@@ -235,7 +235,7 @@ def test_a_client_without_identity_takes_only_what_it_asked_for(field: dict[str,
     pair = Pair(client_terms(layouts=("raw",)), server_terms())
     go_on_until(pair, in_state(pair.client, State.VALIDATE))
     say(pair.client, m.Accepted(identity=msgspec.structs.replace(IDENTITY, **field)))
-    error_of(pair.client, RemoteProtocolError, "asked for was 'target' in raw")
+    error_of(pair.client, RemoteProtocolError, "this client asked for 'target' in raw")
 
 
 def test_tensors_that_differ_are_named_all_at_once() -> None:
@@ -248,7 +248,7 @@ def test_tensors_that_differ_are_named_all_at_once() -> None:
     assert code_of(pair.server) == "manifest"
 
 
-def test_another_root_is_refused_by_name_by_whoever_sees_it_first() -> None:
+def test_another_root_is_refused_by_name_by_the_side_that_finds_it_first() -> None:
     mine, theirs = Weights(), Weights(salt=b"fine-tuned ")
     first = run(Pair(client_terms(mine), server_terms(), mine))
     root = first.ledger.root
@@ -294,7 +294,7 @@ def test_no_common_transport() -> None:
         ("manifest", Manifest((TensorSpec("w", "odd", ()),)), "unknown dtype"),
     ],
 )
-def test_an_announcement_that_contradicts_itself_is_found_out(field: str, value: Any, says: str) -> None:
+def test_an_announcement_that_contradicts_itself_is_refused(field: str, value: Any, says: str) -> None:
     pair = Pair(client_terms(), server_terms())
     go_on_until(pair, lambda: any(isinstance(t.effect, f.TakeTurn) for t in pair.server.tasks))
     accepted, announce = announced_by(SAME)

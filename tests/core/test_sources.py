@@ -1,4 +1,4 @@
-"""Which source is tried next, under any order of outcomes."""
+"""Which source is tried next, for any order of outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from netloader.errors import ConfigError
 POOL = [Address("h", port) for port in range(1, 9)]
 ONE, TWO, THREE, FOUR = POOL[:4]
 WAIT = 30.0
-TERMS: dict[str, Any] = {"tries": 2, "until": 0.0, "chance": random.Random(1)}
+TERMS: dict[str, Any] = {"tries": 2, "until": 0.0, "rng": random.Random(1)}
 
 
 def offered(addresses: Iterable[Address]) -> list[Source]:
@@ -25,15 +25,15 @@ def offered(addresses: Iterable[Address]) -> list[Source]:
 
 
 def test_the_order_given_is_the_order_tried() -> None:
-    candidates = Sources(offered([TWO, ONE, TWO]), tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([TWO, ONE, TWO]), tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(0.0, work=True) == TWO
     assert candidates.take(0.0, work=True) == ONE
     assert candidates.take(0.0, work=True) is None
     assert candidates.running == 2
 
 
-def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over() -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=10.0, chance=random.Random(1))
+def test_a_source_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_ends() -> None:
+    candidates = Sources(offered([ONE]), tries=2, until=10.0, rng=random.Random(1))
     now = 0.0
     times = []
     while (due := candidates.next_due(now)) is not None:
@@ -46,8 +46,8 @@ def test_one_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_is_over(
     assert candidates.take(1e9, work=True) is None
 
 
-def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
-    candidates = Sources(offered([ONE, TWO]), tries=2, until=0.0, chance=random.Random(1))
+def test_a_source_that_timed_out_this_client_is_tried_again_after_all_others() -> None:
+    candidates = Sources(offered([ONE, TWO]), tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(0.0, work=True) == ONE
     candidates.again(ONE, 1.0, last=True)
     assert candidates.take(1.0, work=True) == TWO
@@ -57,7 +57,7 @@ def test_one_that_gave_us_up_is_tried_again_after_all_others() -> None:
 
 
 def test_a_pause_that_was_asked_for_is_kept() -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=100.0, chance=random.Random(1))
+    candidates = Sources(offered([ONE]), tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.later(ONE, 0.0, at_least=7.0)
     due = candidates.next_due(0.0)
@@ -65,8 +65,8 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
     assert 7.0 <= due <= 7.0 * 1.25
 
 
-def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
+def test_a_source_that_redirected_waits_until_its_relays_are_gone_and_is_told_to_avoid_them() -> None:
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     assert candidates.redirect(ONE, [TWO, THREE], 0.0)
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {TWO, THREE}
@@ -79,8 +79,8 @@ def test_whoever_sent_us_on_waits_until_its_relays_are_gone_and_is_told_to_avoid
     assert not candidates.redirect(ONE, [TWO, THREE], 0.0)  # named again although they failed us
 
 
-def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
+def test_sources_that_name_each_other_are_not_tried_in_an_endless_cycle() -> None:
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.take(0.0, work=True) == TWO
@@ -89,8 +89,8 @@ def test_two_that_name_each_other_are_not_followed_in_a_circle() -> None:
     assert candidates.take(0.0, work=True) == ONE
 
 
-def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
-    candidates = Sources(offered([ONE, TWO]), tries=2, until=0.0, chance=random.Random(1))
+def test_a_source_that_was_too_slow_is_tried_again_when_no_other_is_left() -> None:
+    candidates = Sources(offered([ONE, TWO]), tries=2, until=0.0, rng=random.Random(1))
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {ONE, TWO}
     candidates.demote(ONE, 1.0)
     assert candidates.take(1.0, work=True) is None
@@ -100,8 +100,8 @@ def test_one_that_was_too_slow_is_asked_again_when_no_other_is_left() -> None:
     assert candidates.take(1.0, work=True) == ONE
 
 
-def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
+def test_a_relay_can_be_spared_while_its_server_is_known() -> None:
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.redirect(ONE, [TWO], 0.0)
     assert candidates.can_be_spared(TWO)
@@ -112,8 +112,8 @@ def test_a_relay_can_be_spared_while_whoever_named_it_is_there() -> None:
 
 
 @pytest.mark.parametrize("end", ["rest", "demote", "again", "later", "redirect", "gone"])
-def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session_ends(end: str) -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=100.0, chance=random.Random(1))
+def test_a_source_that_is_no_longer_offered_is_not_tried_again_however_its_session_ends(end: str) -> None:
+    candidates = Sources(offered([ONE]), tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
     ends: dict[str, Callable[[], object]] = {
@@ -129,8 +129,8 @@ def test_one_that_is_not_offered_any_more_is_not_tried_again_however_its_session
     assert candidates.take(50.0, work=True) is None
 
 
-def test_one_that_rests_is_woken_by_work_only() -> None:
-    candidates = Sources(offered([ONE]), tries=2, until=0.0, chance=random.Random(1))
+def test_a_resting_source_is_tried_again_only_when_blocks_are_pending() -> None:
+    candidates = Sources(offered([ONE]), tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.rest(ONE)
     assert candidates.take(1.0, work=False) is None
@@ -139,7 +139,7 @@ def test_one_that_rests_is_woken_by_work_only() -> None:
 
 
 class AnyOutcome(RuleBasedStateMachine):
-    """Whatever sources do, each of ours is tried, none runs twice at once, and it comes to an end."""
+    """Whatever sources do, each given source is tried, none runs twice at a time, and the attempts end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class AnyOutcome(RuleBasedStateMachine):
     @initialize(ours=st.lists(st.sampled_from(POOL), min_size=1, max_size=4))
     def begin(self, ours: list[Address]) -> None:
         self.ours = ours
-        self.candidates = Sources(offered(ours), tries=2, until=WAIT, chance=random.Random(1))
+        self.candidates = Sources(offered(ours), tries=2, until=WAIT, rng=random.Random(1))
 
     @rule(work=st.booleans())
     def take(self, work: bool) -> None:
@@ -195,7 +195,7 @@ class AnyOutcome(RuleBasedStateMachine):
             assert due is None or due >= self.now
 
     def teardown(self) -> None:
-        """From any point on, sources that only fail come to an end, and each of ours was tried before it."""
+        """From any state, attempts end when sources only fail, and each given source was tried before."""
         if not hasattr(self, "candidates"):
             return
         for source in self.running:
@@ -212,16 +212,16 @@ class AnyOutcome(RuleBasedStateMachine):
             self.tried.add(taken)
             self.candidates.drop(taken)
         else:
-            raise AssertionError("it never comes to an end")
+            raise AssertionError("the attempts do not end")
         assert set(self.ours) <= self.tried
 
 
 TestAnyOutcome = AnyOutcome.TestCase
 
 
-def test_a_relay_that_stopped_is_left_for_good_and_what_it_names_is_asked_at_once() -> None:
+def test_a_relay_that_stopped_is_dropped_and_the_sources_that_it_names_are_tried_at_once() -> None:
     seed, relay, parent = Address("s", 1), Address("r", 1), Address("p", 1)
-    candidates = Sources(offered([seed]), tries=2, until=0.0, chance=random.Random(1))
+    candidates = Sources(offered([seed]), tries=2, until=0.0, rng=random.Random(1))
     assert candidates.take(1.0, work=True) == seed
     assert candidates.redirect(seed, [relay], 1.0)
     assert candidates.take(1.0, work=True) == relay

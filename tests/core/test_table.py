@@ -117,7 +117,7 @@ def test_every_event_and_message_has_a_strategy() -> None:
     assert set(KINDS) == set(strategies)
 
 
-def test_there_are_moments_in_every_state() -> None:
+def test_every_state_has_snapshots() -> None:
     seen = {(session.side, session.state) for session in moments()}
     assert seen == {(side, state) for side in Side for state in State if state is not State.FAILED}
 
@@ -128,7 +128,7 @@ def test_a_pair_is_legal_or_fails_with_the_reason(kind: type, data: st.DataObjec
     check(data.draw(st.sampled_from(moments())), data.draw(strategies[kind]))
 
 
-def test_every_event_at_every_moment() -> None:
+def test_every_event_in_every_snapshot() -> None:
     """The same without chance, with one event of each kind."""
     for kind in KINDS:
         event = EXAMPLES[kind]
@@ -151,7 +151,7 @@ def test_any_sequence_of_events_keeps_to_the_table(session: Session, data: st.Da
         session.handle(event)
 
 
-def test_what_may_come_late_does_nothing_in_finalize_and_nothing_else_comes_late() -> None:
+def test_only_late_events_are_ignored_in_finalize() -> None:
     for side in Side:
         rows = {
             (state, kind) for (s, state, kind), (handler, _) in TABLE.items() if s is side and handler is finalize.late
@@ -185,7 +185,7 @@ def test_every_state_is_reachable_on_either_side() -> None:
         assert reached == set(State)
 
 
-def test_no_row_waits_for_what_that_side_never_hears() -> None:
+def test_no_row_handles_a_message_that_its_side_never_receives() -> None:
     heard = [(side, kind) for side, _, kind in TABLE if issubclass(kind, m.Wire)]
     assert all(kind in HEARD[side] for side, kind in heard)
     for side, kinds in HEARD.items():
@@ -208,7 +208,7 @@ def test_states_only_move_forward() -> None:
     assert all(order.index(before) <= order.index(after) for (_, before, _), (_, after) in TABLE.items())
 
 
-def test_no_row_is_dead() -> None:
+def test_every_row_is_reached() -> None:
     """Each row is taken at some moment of some conversation, to the state that it names."""
     taken: set[tuple[Side, State, type]] = set()
     for session in moments():

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 
 from netloader.core.messages import Ability
-from netloader.core.protocol.transport_choice import choose_transport, passed_over
+from netloader.core.protocol.transport_choice import choose_transport, why_not_chosen
 from netloader.errors import TransportUnavailable
 from tests.core.strategies import abilities
 
 TCP, GLOO, SHM = Ability("tcp"), Ability("gloo"), Ability("shm", {"host": "a", "user": "1"})
 
 
-def test_our_order_decides() -> None:
+def test_the_preference_of_this_side_decides() -> None:
     assert choose_transport([TCP, GLOO], [GLOO, TCP]) == (TCP, TCP)
     assert choose_transport([GLOO, TCP], [GLOO, TCP]) == (GLOO, GLOO)
 
@@ -55,18 +55,18 @@ def test_a_name_listed_twice_counts_where_it_comes_first() -> None:
     assert choose_transport([TCP], [first, second]) == (TCP, first)
 
 
-def test_the_log_says_of_each_other_one_why_it_was_not_chosen() -> None:
+def test_the_log_says_why_each_other_transport_was_not_chosen() -> None:
     elsewhere = Ability("shm", {"host": "b", "user": "1"})
     rdma = Ability("rdma")
     ours, theirs = [SHM, rdma, TCP, GLOO], [Ability("other"), GLOO, TCP, elsewhere]
-    assert passed_over("tcp", ours, theirs, {"hccl": "there is no NPU here"}) == [
+    assert why_not_chosen("tcp", ours, theirs, {"hccl": "there is no NPU here"}) == [
         "shm: the two sides differ in host",
         "rdma: the peer does not have it",
         "gloo: tcp is preferred",
         "hccl: there is no NPU here",
         "other: not used on this side",
     ]
-    assert passed_over("tcp", [TCP], [TCP], {}) == []
+    assert why_not_chosen("tcp", [TCP], [TCP], {}) == []
 
 
 @given(ours=abilities, theirs=abilities)

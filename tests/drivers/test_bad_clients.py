@@ -233,7 +233,7 @@ HELLO = m.Hello(protocol=1, nonce=kit.NONCE)
         (says("announce", m.Signal(data=b"x")), "before a transport was chosen"),
         (says("announce", m.Agree(plan="0" * 64, transport="memory")), "derived different blocks"),
         (says("announce", m.Agree(plan=HOLDING.announcement.plan.digest, transport="carrier pigeon")), "pigeon"),
-        (says("offer", m.Agree(plan=HOLDING.announcement.plan.digest, transport="memory")), "agreed twice"),
+        (says("offer", m.Agree(plan=HOLDING.announcement.plan.digest, transport="memory")), "sent Agree twice"),
         (says("agree", *[m.Signal(data=b"x")] * 1000), "signals"),
         (says("agree", *[m.Signal(data=bytes(65536))] * 20), "signals"),
         (says("grant", *[m.Signal(data=bytes(65536))] * 20), "signals"),

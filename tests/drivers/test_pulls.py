@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import netloader
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.addresses import Address
 from netloader.core.identity import differences
 from netloader.core.manifest import Manifest
@@ -343,7 +343,7 @@ async def test_a_bug_in_the_account_of_blocks_ends_the_session_in_the_middle_of_
 
     def broken_once(core: Pull, event: p.Event, now: float) -> list[p.Command]:
         nonlocal broken
-        if isinstance(event, p.Landed) and not broken:
+        if isinstance(event, p.BlocksArrived) and not broken:
             broken += 1
             held.release()
             raise LocalProtocolError("it lost count")

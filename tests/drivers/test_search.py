@@ -13,7 +13,7 @@ import pytest
 from netloader.client import pull as pull_module
 from netloader.client.pull import pull_from
 from netloader.client.search import search
-from netloader.core import pull_moves as p
+from netloader.core import pull_events as p
 from netloader.core.addresses import Address
 from netloader.core.options import PullOptions
 from netloader.core.report import Progress, PullReport
@@ -65,7 +65,7 @@ async def test_what_a_provider_says_is_told_in_its_order() -> None:
         yield Vanished(source.address)
 
     await search(Script(story), events.append)
-    assert events == [p.Found([source]), p.Listed(), p.Lost(source.address), p.SearchEnded()]
+    assert events == [p.SourcesFound([source]), p.Listed(), p.SourceLost(source.address), p.SearchEnded()]
 
 
 async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the_stream_is_closed(

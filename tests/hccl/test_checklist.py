@@ -26,7 +26,7 @@ def simulated(**extra: str) -> dict[str, str]:
     return clean_environment({"PYTHONPATH": os.pathsep.join([str(FAKES), str(ROOT)]), **extra})
 
 
-def test_without_an_npu_it_says_so_and_has_a_status_of_its_own() -> None:
+def test_without_an_npu_it_says_so_and_has_its_own_exit_status() -> None:
     done = checklist(clean_environment({"PYTHONPATH": str(ROOT)}))
     assert done.returncode == 3, done.stderr
     assert done.stdout == "NOTHING CHECKED: npu:0 cannot be used: torch_npu is not installed\n"

@@ -17,7 +17,7 @@ def simulated() -> dict[str, str]:
     return clean_environment({"PYTHONPATH": os.pathsep.join([str(fakes), str(ROOT)])})
 
 
-def test_receivers_that_die_cost_the_seed_nothing(simulated: dict[str, str]) -> None:
+def test_receivers_that_die_do_not_affect_the_seed(simulated: dict[str, str]) -> None:
     scenarios.receivers_that_die_cost_the_seed_nothing(simulated)
 
 

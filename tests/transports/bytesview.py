@@ -1,4 +1,4 @@
-"""Blocks over plain Python memory: enough for transports that ask for buffers only."""
+"""Blocks over plain Python memory: sufficient for transports that use buffers only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ends of a channel, opened the way a server and a client do it."""
+"""Two ends of a channel, opened as a server and a client do."""
 
 from __future__ import annotations
 

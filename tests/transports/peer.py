@@ -1,4 +1,4 @@
-"""The server's end of a gloo channel in a process of its own: `python -m tests.transports.peer PORT`.
+"""The server's end of a gloo channel in a separate process: `python -m tests.transports.peer PORT`.
 
 Connects to the test's control port, offers, and then sends blocks of 1 MiB filled with their number for ever.
 """

@@ -1,4 +1,4 @@
-"""Which transport a pull ends up with, from end to end."""
+"""Which transport a pull uses, from end to end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from netloader.transports.tcp import TcpTransport
 
 
 class Broken(TcpTransport):
-    """Says that it can, and then it can't."""
+    """A transport that claims to be usable, and then fails."""
 
     name = "broken"
 
@@ -47,7 +47,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 async def pulled(there: object, here: object) -> str:
-    """The transport that was used; everything has arrived."""
+    """Pull everything, and return the name of the transport that was used."""
     held = tensors()
     into = {name: torch.zeros_like(tensor) for name, tensor in held.items()}
     async with netloader.Server(held, host="127.0.0.1", transport=there) as server:  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ async def test_between_hosts_it_is_tcp() -> None:
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
-async def test_what_turns_out_not_to_work_is_left_for_the_next(side: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_next_transport_is_used_when_one_does_not_work(side: str, caplog: pytest.LogCaptureFixture) -> None:
     broken = Broken(side)
     with caplog.at_level(logging.WARNING, logger="netloader"):
         assert await pulled([broken, "tcp"], [broken, "tcp"]) == "tcp"
@@ -80,7 +80,7 @@ async def test_what_turns_out_not_to_work_is_left_for_the_next(side: str, caplog
     assert "the system forbids it here" in told[0]
 
 
-async def test_where_nothing_is_left_the_reason_is_told() -> None:
+async def test_without_a_usable_transport_the_error_has_the_reasons() -> None:
     broken = Broken("client")
     with pytest.raises(NoSourceLeft, match="the system forbids it here"):
         await pulled([broken], [broken])

@@ -1,4 +1,4 @@
-"""Threads that do not come back: whoever lent them memory is told so, and closing ends nevertheless."""
+"""Threads that do not return: the caller gets MemoryStillInUse, and closing ends all the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from netloader.transports.conformance_kit import open_descriptors
 from netloader.transports.faults import Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
 from netloader.transports.io import channel_state, thread_pool, worker
-from netloader.transports.io.channel_state import ChannelState, LoopEvent, came_in_time
+from netloader.transports.io.channel_state import ChannelState, LoopEvent, finished_within
 from netloader.transports.shm import ShmTransport
 from netloader.transports.tcp import TcpTransport
 from tests.transports.pairs import opened
@@ -47,7 +47,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Stuck:
-    """A call that comes back when it is let go, and not before."""
+    """A call that blocks until it is released."""
 
     def __init__(self) -> None:
         self.inside = LoopEvent()
@@ -65,7 +65,7 @@ class Stuck:
         self._go.set()
 
     async def ended(self) -> None:
-        """Wait until its threads are no more; their channel is closed."""
+        """Wait until its threads have ended, after their channel was closed."""
         self.let_go()
         with anyio.fail_after(30):
             while any(thread.is_alive() for thread in self.threads):  # noqa: ASYNC110 - an end sets no event
@@ -80,7 +80,7 @@ async def stuck() -> AsyncIterator[Stuck]:
 
 
 class StuckView(TensorBlockView):
-    """A block whose memory does not answer, as a page of a file on a server that is gone."""
+    """A block whose memory does not answer, like a page of a file on a server that does not answer."""
 
     def __init__(self, stuck: Stuck) -> None:
         super().__init__(0, [bytes(1000)])
@@ -102,7 +102,7 @@ def says(error: MemoryStillInUse, stuck: Stuck, *, writes: bool) -> bool:
 
 
 async def cut_short(stuck: Stuck, call: Callable[[], Awaitable[None]]) -> MemoryStillInUse:
-    """Make a call, cancel it when its thread is stuck, and have what it raises."""
+    """Make a call, cancel it when its thread is stuck, and return what it raises."""
     errors: list[MemoryStillInUse] = []
 
     async def make() -> None:
@@ -125,7 +125,7 @@ def numbers(count: int) -> list[BlockView]:
 
 
 @over_each
-async def test_a_receive_that_cannot_be_brought_back_says_so_as_long_as_it_is_so(
+async def test_a_receive_that_does_not_return_raises_memory_still_in_use_as_long_as_it_runs(
     make: Callable[[], Transport], stuck: Stuck
 ) -> None:
     async with opened(make()) as (server, client):
@@ -144,12 +144,14 @@ async def test_a_receive_that_cannot_be_brought_back_says_so_as_long_as_it_is_so
 
 
 async def _whatever_comes(channel: Channel, blocks: list[BlockView]) -> None:
-    with suppress(PeerLost, ChannelClosed):  # the other end ends in the middle
+    with suppress(PeerLost, ChannelClosed):  # the other end is closed during the call
         await channel.send(blocks)
 
 
 @over_each
-async def test_a_send_that_cannot_be_brought_back_says_so_too(make: Callable[[], Transport], stuck: Stuck) -> None:
+async def test_a_send_that_does_not_return_raises_memory_still_in_use(
+    make: Callable[[], Transport], stuck: Stuck
+) -> None:
     async with opened(make()) as (server, _):
         assert says(await cut_short(stuck, lambda: server.send([StuckView(stuck)])), stuck, writes=False)
         with pytest.raises(MemoryStillInUse) as caught, anyio.fail_after(30):
@@ -167,7 +169,7 @@ async def test_closing_under_a_receive_that_is_stuck_is_bounded(make: Callable[[
         async def receive() -> None:
             try:
                 await client.recv(numbers(4), stuck)
-            except Exception as error:  # noqa: BLE001 - looked at below
+            except Exception as error:  # noqa: BLE001 - checked below
                 errors.append(error)
 
         async with anyio.create_task_group() as tasks:
@@ -178,12 +180,12 @@ async def test_closing_under_a_receive_that_is_stuck_is_bounded(make: Callable[[
                 await client.aclose()
             await server.aclose()
             tasks.cancel_scope.cancel()
-        assert [type(error) for error in errors] in ([MemoryStillInUse], [])  # told by whichever came first
+        assert [type(error) for error in errors] in ([MemoryStillInUse], [])  # raised by the call that ends first
         await stuck.ended()
         await client.aclose()
 
 
-async def test_when_one_thread_fails_and_another_is_stuck_the_memory_is_what_matters(stuck: Stuck) -> None:
+async def test_memory_still_in_use_outranks_the_error_of_another_thread(stuck: Stuck) -> None:
     def landed(view: BlockView) -> None:
         if view.number:
             assert stuck.entered.wait(30)
@@ -198,7 +200,7 @@ async def test_when_one_thread_fails_and_another_is_stuck_the_memory_is_what_mat
 
 
 @pytest.mark.parametrize("name", ["tcp", "tcp-staged", "shm-read", "shm-pipes"])
-async def test_what_a_stuck_thread_uses_is_freed_when_it_comes_back(name: str, stuck: Stuck) -> None:
+async def test_resources_of_a_stuck_thread_are_freed_when_it_returns(name: str, stuck: Stuck) -> None:
     before = set(open_descriptors())
     async with opened(TRANSPORTS[name]()) as (server, client):
         async with anyio.create_task_group() as tasks:
@@ -231,8 +233,8 @@ async def test_an_operation_without_a_thread_is_bounded_as_well() -> None:
     await state.idle()
 
 
-async def test_time_in_which_everything_stood_still_counts_as_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is stopped for a minute has not waited for its threads: they were stopped, too."""
+async def test_a_suspended_process_counts_as_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute in which the process is suspended does not count, because its threads were suspended too."""
     looks = 0
 
     async def never() -> None:
@@ -242,7 +244,7 @@ async def test_time_in_which_everything_stood_still_counts_as_one_look(monkeypat
         await anyio.sleep_forever()
 
     clock = _Clock(monkeypatch)
-    assert not await came_in_time(3.0, never)
+    assert not await finished_within(3.0, never)
     assert looks == 3
 
 

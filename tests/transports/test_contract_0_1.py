@@ -1,4 +1,4 @@
-"""A transport written for release 0.1 still works, wherever it is handed over, and its author is told."""
+"""A transport written for release 0.1 still works wherever it is passed, and its author gets a warning."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_faults_around_it() -> None:
     with written_for_0_1():
         faulty = FaultyTransport(of_0_1(), Faults([Fault(FaultKind.CUT, 0, side=Side.RECV)]))
     async with opened(faulty) as (_, client):
-        with pytest.raises(netloader.PeerLost, match="made on purpose"):
+        with pytest.raises(netloader.PeerLost, match="injected fault"):
             await client.recv([cast("BlockView", type("Block", (), {"number": 0, "nbytes": 1}))])
 
 
@@ -106,13 +106,13 @@ async def test_an_offer_that_is_given_up_is_freed(line: Transport, no_leaked_des
     theirs.close()
 
 
-def test_one_of_today_is_left_as_it_is() -> None:
+def test_a_transport_of_the_present_contract_is_not_wrapped() -> None:
     memory = MemoryTransport()
     assert adapted(memory) is memory
 
 
 class Half(MemoryTransport):
-    """Offers as today, and still has the method of 0.1."""
+    """Its `offer` is that of the present contract, but it also has the method of 0.1."""
 
     async def accept(self, pending: Pending) -> Channel:
         raise AssertionError("not reached")
@@ -129,11 +129,11 @@ async def test_half_of_either_contract_is_refused() -> None:
     theirs.close()
 
 
-# --- what else of the contract is new ---------------------------------------------------------------------------------
+# --- other new parts of the contract ----------------------------------------------------------------------------------
 
 
 class Bare:
-    """A channel that does not say how much it takes."""
+    """A channel without `depth`."""
 
     def __init__(self, inner: Channel) -> None:
         self._inner = inner
@@ -169,8 +169,8 @@ class Boundless(MemoryTransport):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Forgetful, "connect returns what is no Channel: Bare"),
-        (Tuples, "offer returns what is no Pending: tuple"),
+        (Forgetful, "connect returns no Channel, but Bare"),
+        (Tuples, "offer returns no Pending, but tuple"),
         (Boundless, "both_ends_say_what_they_take: depth is 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The examples of docs/transports.md run as they stand, in order, in a process of their own."""
+"""The examples of docs/transports.md run unchanged, in order, in a separate process."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ async def test_corrupt_flips_one_bit_on_the_wire_and_none_in_memory(byte: int) -
     assert len(faults.fired) == 1
 
 
-async def test_a_byte_beyond_the_block_strikes_nothing() -> None:
+async def test_a_byte_past_the_end_of_the_block_changes_nothing() -> None:
     sent = blocks(1)
     into = like(sent)
     faults = Faults([Fault(FaultKind.CORRUPT, 0, byte=8)])
@@ -88,7 +88,7 @@ async def test_truncate_sends_the_start_only() -> None:
 
 async def test_cut_closes_in_the_middle_of_a_block() -> None:
     sent = blocks(3)
-    inner = MemoryTransport(MemoryHub(0))  # lockstep: what was sent before the cut has been taken
+    inner = MemoryTransport(MemoryHub(0))  # lockstep: blocks sent before the cut have been received
     faulty = FaultyTransport(inner, Faults([Fault(FaultKind.CUT, 1, byte=5)]))
     into = like(sent)
     async with opened(faulty, inner) as (server, client), anyio.create_task_group() as tasks:
@@ -177,7 +177,7 @@ async def test_cancelled_hold_ends_the_channel_for_both() -> None:
             await client.recv(like(blocks(2)))
 
 
-async def test_a_fault_strikes_as_often_as_told() -> None:
+async def test_a_fault_occurs_as_often_as_configured() -> None:
     faults = Faults([Fault(FaultKind.CORRUPT, 0, times=2)])
     for expected in (b"\x00", b"\x00", b"\x01"):
         into = [BytesView(0, bytes(1))]

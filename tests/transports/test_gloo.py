@@ -69,7 +69,7 @@ hosts = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).map(str)
 
 
 @given(host=hosts, port=st.integers(0, 65535), pairs=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4))
-def test_an_address_survives_gloos_form(host: str, port: int, pairs: list[int]) -> None:
+def test_an_address_round_trips_through_gloos_format(host: str, port: int, pairs: list[int]) -> None:
     address = Address(host, port, tuple(pairs))
     assert from_blob(to_blob(address)) == address
 
@@ -77,12 +77,12 @@ def test_an_address_survives_gloos_form(host: str, port: int, pairs: list[int]) 
 @given(st.binary(max_size=400))
 @example(b"\xff" * 170)
 @example(to_blob(Address("::1", 1, (0, 1)))[:-3])
-def test_a_strange_form_is_one_clean_error(blob: bytes) -> None:
-    with pytest.raises(TransportError, match="unknown way"):
+def test_an_unknown_format_is_one_clean_error(blob: bytes) -> None:
+    with pytest.raises(TransportError, match="unknown format"):
         from_blob(blob)
 
 
-def test_hosts_are_compared_in_one_form() -> None:
+def test_hosts_are_compared_in_canonical_form() -> None:
     assert plain_host("::ffff:10.0.0.1") == plain_host("10.0.0.1") == "10.0.0.1"
     assert plain_host("fe80::1%eth0") == plain_host("FE80:0::1")
     with pytest.raises(TransportError, match="numeric"):
@@ -100,11 +100,11 @@ async def test_it_listens_at_the_address_of_the_control_connection_only() -> Non
     pending = await GlooTransport().offer(setup_for(ours, host="127.0.0.7"))
     address = parsed(pending.offer)
     assert address.host == "127.0.0.7"
-    listening = await anyio.to_thread.run_sync(guard.listener, "127.0.0.7", address.port)
+    listening = await anyio.to_thread.run_sync(guard.find_listener, "127.0.0.7", address.port)
     assert listening is not None
     listening.close()
     await pending.aclose()
-    assert await anyio.to_thread.run_sync(guard.listener, "127.0.0.7", address.port) is None
+    assert await anyio.to_thread.run_sync(guard.find_listener, "127.0.0.7", address.port) is None
     ours.close()
     theirs.close()
 
@@ -112,8 +112,8 @@ async def test_it_listens_at_the_address_of_the_control_connection_only() -> Non
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not have_ipv6(), reason="no IPv6"))]
 )
-def test_a_connection_that_died_unheard_is_reset_by_the_closed_listener(host: str) -> None:
-    """The first reset may get lost, or be out of date when it arrives; what the far end sends next needs another."""
+def test_a_connection_that_ended_silently_is_reset_by_the_closed_listener(host: str) -> None:
+    """The first reset may be lost or outdated, so the next packet of the remote end needs another reset."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listening, socket.socket(family) as far:
         far.settimeout(30.0)
@@ -121,16 +121,16 @@ def test_a_connection_that_died_unheard_is_reset_by_the_closed_listener(host: st
         far.connect(listening.getsockname()[:2])
         taken, name = listening.accept()
         guard.close_listener(listening, (name[0], name[1]))
-        guard._attach(far, [(0x06, 0, 0, guard._DROP)])  # it hears nothing more
+        guard._attach(far, [(0x06, 0, 0, guard._DROP)])  # it receives nothing more
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         taken.close()
-        guard.lift(far)
+        guard.remove_filter(far)
         far.send(b"still there?")
         with pytest.raises(ConnectionResetError):
             far.recv(1)
         here = far.getsockname()
         far.close()
-        for port in (here[1], 0):  # nobody gets in, from whichever port
+        for port in (here[1], 0):  # no connection is accepted, from any port
             with socket.socket(family) as stranger:
                 stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 stranger.bind((host, port))
@@ -139,8 +139,8 @@ def test_a_connection_that_died_unheard_is_reset_by_the_closed_listener(host: st
                     stranger.connect(listening.getsockname()[:2])
 
 
-async def test_nobody_is_dialled_but_the_peer() -> None:
-    """A client that names another host than its own makes the server connect nowhere."""
+async def test_gloo_connects_only_to_the_peer() -> None:
+    """A server does not connect to a client that names another host than its own."""
     with socket.create_server(("127.0.0.2", 0)) as elsewhere:
         elsewhere.setblocking(False)
         ours, theirs = local_signals()
@@ -151,7 +151,7 @@ async def test_nobody_is_dialled_but_the_peer() -> None:
             await pending.accept()
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
-        # It is told, and a client does the same with what a server says.
+        # The client gets an error, and a client checks the address of a server in the same way.
         with pytest.raises(PeerLost, match=r"gave up.*127\.0\.0\.2"):
             gloo._expect(gloo._Taken, await theirs.fetch())
         with pytest.raises(TransportError, match=r"127\.0\.0\.2.*127\.0\.0\.1"):
@@ -176,7 +176,7 @@ async def test_nobody_is_dialled_but_the_peer() -> None:
         gloo._encode(Address("localhost", 80, (2, 3))),
     ],
 )
-async def test_a_note_that_makes_no_sense_ends_the_set_up(note: bytes) -> None:
+async def test_an_invalid_message_ends_the_set_up(note: bytes) -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
     pending = await transport.offer(setup_for(ours))
@@ -189,10 +189,10 @@ async def test_a_note_that_makes_no_sense_ends_the_set_up(note: bytes) -> None:
     theirs.close()
 
 
-# --- set-up that comes to nothing -------------------------------------------------------------------------------------
+# --- set-up that fails ------------------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_does_not_come() -> None:
+async def test_a_client_that_does_not_connect() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
     pending = await transport.offer(setup_for(ours, timeout=0.1))
@@ -213,7 +213,7 @@ async def test_a_client_whose_control_connection_ends() -> None:
     ours.close()
 
 
-async def test_a_peer_that_says_where_it_listens_and_never_connects() -> None:
+async def test_a_peer_that_sends_its_address_and_never_connects() -> None:
     """Gloo can't be interrupted while it connects, so the time for that is short."""
     ours, theirs = local_signals()
     transport = GlooTransport()
@@ -226,11 +226,11 @@ async def test_a_peer_that_says_where_it_listens_and_never_connects() -> None:
     theirs.close()
 
 
-async def test_a_set_up_that_waits_for_the_peers_connection_can_be_given_up() -> None:
+async def test_a_set_up_that_waits_for_the_peers_connection_can_be_cancelled() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
     pending = await transport.offer(setup_for(ours))
-    # The side with the lower address waits: 65535 is the highest there is.
+    # The side with the lower address waits: 65535 is the highest port.
     await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, parsed(pending.offer).pairs)))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(pending.accept)
@@ -243,7 +243,7 @@ async def test_a_set_up_that_waits_for_the_peers_connection_can_be_given_up() ->
 
 
 class Counted:
-    """Signals that cancel a scope when they are used for the n-th time, by whichever end."""
+    """Signals that cancel a scope when they are used for the n-th time, by either end."""
 
     def __init__(self, inner: LocalSignals, uses: list[int], at: int, scope: anyio.CancelScope) -> None:
         self._inner, self._uses, self._at, self._scope = inner, uses, at, scope
@@ -291,13 +291,13 @@ async def test_cancelled_at_any_point_of_the_set_up_nothing_is_left(no_leaked_de
     at = 0
     while await set_up_cancelled(at):
         at += 1
-    assert at >= 6  # address, two ends compared, the last word: each said and heard
+    assert at >= 6  # address, two ends compared, the final message: each sent and received
 
 
-async def test_whoever_came_before_the_port_was_known_ends_the_set_up_and_leaves_no_copy(
+async def test_a_connection_before_the_port_was_published_ends_the_set_up_and_leaves_no_descriptor(
     no_leaked_descriptors: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As our own visit does, by which a set-up is given up that is about to listen."""
+    """Like the connection to its own listener by which a set-up is cancelled that is about to listen."""
     early: list[socket.socket] = []
     original = guard.guard_listener
 
@@ -307,7 +307,7 @@ async def test_whoever_came_before_the_port_was_known_ends_the_set_up_and_leaves
             return
         here = listening.getsockname()
         early.append(socket.create_connection(here[:2], timeout=5))
-        while not (copies := guard.ends(local=here[:2])):  # until gloo has taken it
+        while not (copies := guard.connections(local=here[:2])):  # until gloo has taken it
             pass
         for copy, _, _ in copies:
             copy.close()
@@ -318,14 +318,14 @@ async def test_whoever_came_before_the_port_was_known_ends_the_set_up_and_leaves
     transport = GlooTransport()
     await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, (0, 0))))
 
-    async def set_up() -> None:  # either may be the one that hears of it
+    async def set_up() -> None:  # either end may get the error
         pending = await transport.offer(setup_for(ours))
         try:
             await pending.accept()
         finally:
             await pending.aclose()
 
-    with anyio.fail_after(30), pytest.raises(TransportError, match="somebody connected to gloo's port"):
+    with anyio.fail_after(30), pytest.raises(TransportError, match="an unknown process connected to gloo's port"):
         await set_up()
     for sock in early:
         sock.close()
@@ -333,13 +333,13 @@ async def test_whoever_came_before_the_port_was_known_ends_the_set_up_and_leaves
     theirs.close()
 
 
-# --- strangers --------------------------------------------------------------------------------------------------------
+# --- unauthenticated peers --------------------------------------------------------------------------------------------
 
 OPCODES = range(5)
 
 
 def messages(number: int) -> list[list[bytes]]:
-    """What a stranger may say who knows how gloo talks: the right number first, then operations nobody asked for."""
+    """What an attacker who knows gloo's protocol may send: the right number first, then unrequested operations."""
     hello = struct.pack("=q", number)
     return [
         [],
@@ -352,7 +352,7 @@ def messages(number: int) -> list[list[bytes]]:
 
 
 def say(address: Address, message: list[bytes], *, reset: bool) -> socket.socket | None:
-    """As a stranger would, in a thread, each part in a packet of its own; it stays connected unless it resets."""
+    """Connect from a thread, and send each part in a separate packet. Stay connected, or reset the connection."""
     sock = socket.create_connection((address.host, address.port), timeout=5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for part in message:
@@ -376,8 +376,8 @@ def before_the_peer(strangers: list[socket.socket], reset: bool, kind: int) -> C
 
 @pytest.mark.parametrize("reset", [False, True], ids=["stays", "resets"])
 @pytest.mark.parametrize("kind", range(len(messages(0))))
-async def test_a_stranger_who_comes_first_costs_this_session_at_most(kind: int, reset: bool) -> None:
-    """At both ends' ports, before the peer. Gloo alone would end this process for some of it."""
+async def test_an_unauthenticated_peer_that_connects_first_ends_this_session_at_most(kind: int, reset: bool) -> None:
+    """At the ports of both ends, before the peer. Without protection gloo would end this process in some cases."""
     strangers: list[socket.socket] = []
     visit = before_the_peer(strangers, reset, kind)
     async with opened(GlooTransport()) as (other_server, other_client):
@@ -387,7 +387,7 @@ async def test_a_stranger_who_comes_first_costs_this_session_at_most(kind: int, 
         await anyio.to_thread.run_sync(visit, parsed(pending.offer))
 
         class Watched:
-            """The client's address is known to a stranger before the server has it."""
+            """The client's address is known to an attacker before the server has it."""
 
             async def post(self, data: bytes) -> None:
                 if isinstance(gloo._decode(data), Address):
@@ -419,7 +419,7 @@ async def test_a_stranger_who_comes_first_costs_this_session_at_most(kind: int, 
     theirs.close()
 
 
-async def test_an_open_channel_takes_no_connection_any_more() -> None:
+async def test_an_open_channel_accepts_no_more_connections() -> None:
     addresses: list[Address] = []
     ours, theirs = local_signals()
     transport = GlooTransport()
@@ -448,7 +448,7 @@ async def test_an_open_channel_takes_no_connection_any_more() -> None:
             sock.setblocking(False)
             sock.connect_ex((address.host, address.port))
             await carry(ends[0], client)
-            # On loopback a connection that is taken stands at once; this one does not get an answer.
+            # On loopback an accepted connection is up at once; this one gets no answer.
             with pytest.raises(OSError, match="not connected"):
                 sock.getpeername()
     await ends[0].aclose()
@@ -457,7 +457,7 @@ async def test_an_open_channel_takes_no_connection_any_more() -> None:
     theirs.close()
 
 
-async def test_a_stranger_on_another_host_gets_no_answer() -> None:
+async def test_an_unauthenticated_peer_on_another_host_gets_no_answer() -> None:
     ours, theirs = local_signals()
     pending = await GlooTransport().offer(setup_for(ours))
     address = parsed(pending.offer)
@@ -472,7 +472,7 @@ async def test_a_stranger_on_another_host_gets_no_answer() -> None:
     theirs.close()
 
 
-async def test_without_filters_it_says_so_and_works(
+async def test_without_filters_it_logs_a_warning_and_works(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(sock: socket.socket, program: object) -> None:
@@ -481,7 +481,7 @@ async def test_without_filters_it_says_so_and_works(
     monkeypatch.setattr(guard, "_attach", refuse)
     async with opened(GlooTransport()) as (server, client):
         await carry(server, client)
-    assert "strangers" in caplog.text
+    assert "can't filter connections" in caplog.text
 
 
 # --- what the peer does -----------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ async def test_without_filters_it_says_so_and_works(
 
 @pytest.mark.parametrize("kind", [FaultKind.DROP, FaultKind.TRUNCATE, FaultKind.SWAP])
 async def test_blocks_of_other_lengths_than_expected_end_the_session_only(kind: FaultKind) -> None:
-    """Gloo alone ends the process when more arrives than was asked for."""
+    """Without protection gloo ends the process when more bytes arrive than were requested."""
     faults = Faults([Fault(kind, 0, byte=1, other=1)])
     faulty = FaultyTransport(GlooTransport(), faults)
     sent = [TensorBlockView(0, [b"12"]), TensorBlockView(1, [b"345"]), TensorBlockView(2, [b"6"])]
@@ -501,7 +501,7 @@ async def test_blocks_of_other_lengths_than_expected_end_the_session_only(kind: 
                 await server.send(sent)
 
         tasks.start_soon(send)
-        if kind is FaultKind.SWAP:  # of different sizes: it does not happen
+        if kind is FaultKind.SWAP:  # of different sizes: a swap is not possible
             await client.recv(into)
             assert faults.fired == ()
         else:
@@ -511,7 +511,7 @@ async def test_blocks_of_other_lengths_than_expected_end_the_session_only(kind: 
 
 @asynccontextmanager
 async def other_process() -> AsyncIterator[tuple[anyio.abc.Process, Channel]]:
-    """A server in a process of its own that sends for ever, and our channel to it."""
+    """A server in a separate process that sends for ever, and a channel to it."""
     with socket.create_server((peer.HOST, 0)) as listener:
         listener.setblocking(False)
         command = [PYTHON, "-m", "tests.transports.peer", str(listener.getsockname()[1])]
@@ -550,7 +550,7 @@ async def test_another_process(no_leaked_descriptors: None) -> None:
         assert await process.wait() == 0
 
 
-async def test_a_killed_peer_is_noticed() -> None:
+async def test_a_killed_peer_is_detected() -> None:
     async with other_process() as (process, channel):
         await channel.recv([numbered(0)])
         async with anyio.create_task_group() as tasks:

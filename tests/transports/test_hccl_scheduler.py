@@ -1,4 +1,4 @@
-"""How two ends of an HCCL group agree on windows: without HCCL, with notes that cross each other."""
+"""The schedulers of two ends of an HCCL group: without HCCL, with messages that cross each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.hccl import scheduler
-from netloader.transports.hccl.messages import Go, GroupNote, Note, Open, Ready, Take, Withdraw
+from netloader.transports.hccl.messages import Go, GroupMessage, HcclMessage, Open, Ready, Take, Withdraw
 from netloader.transports.hccl.scheduler import Scheduler
 
 STALL = 0.4
@@ -19,7 +19,7 @@ STALL = 0.4
 
 @dataclass
 class FakeTurn:
-    """A turn that may be somebody else's."""
+    """A turn that another link may have."""
 
     free: bool = True
     asked: int = 0
@@ -44,15 +44,15 @@ class FakeTurn:
 
 @dataclass
 class End:
-    """One end, whose notes are kept back until they are delivered."""
+    """One end, whose messages are held back until they are delivered."""
 
     turn: FakeTurn = field(default_factory=FakeTurn)
-    said: list[Note] = field(default_factory=list)
+    said: list[HcclMessage] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.windows = Scheduler(0, self._post, self.turn, STALL)
 
-    async def _post(self, note: Note) -> None:
+    async def _post(self, note: HcclMessage) -> None:
         await anyio.lowlevel.checkpoint()
         self.said.append(note)
 
@@ -60,8 +60,8 @@ class End:
 def deliver(from_: End, to: End, count: int = 1) -> None:
     for _ in range(count):
         note = from_.said.pop(0)
-        assert isinstance(note, GroupNote)
-        assert to.windows.heard(note)
+        assert isinstance(note, GroupMessage)
+        assert to.windows.handle_message(note)
 
 
 @pytest.fixture
@@ -76,11 +76,11 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def until(condition: Callable[[], object]) -> None:
     with anyio.fail_after(10):
-        while not condition():  # noqa: ASYNC110 - there is nothing that would tell
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
             await anyio.sleep(0.001)
 
 
-async def test_who_receives_takes_its_turn_only_when_the_sender_has_its_own(ends: tuple[End, End]) -> None:
+async def test_the_receiver_takes_its_turn_only_when_the_sender_has_its_own(ends: tuple[End, End]) -> None:
     sender, receiver = ends
     counts: list[int] = []
 
@@ -110,7 +110,7 @@ async def test_who_receives_takes_its_turn_only_when_the_sender_has_its_own(ends
     assert counts == [3, 3]
 
 
-async def test_a_late_answer_to_what_was_withdrawn_is_none(ends: tuple[End, End]) -> None:
+async def test_a_late_answer_to_a_withdrawn_attempt_is_ignored(ends: tuple[End, End]) -> None:
     sender, receiver = ends
     counts: list[int] = []
 
@@ -121,13 +121,13 @@ async def test_a_late_answer_to_what_was_withdrawn_is_none(ends: tuple[End, End]
         counts.append(await sender.windows.open(2))
         await sender.windows.go()
 
-    sender.windows.heard(Ready(0, 2))
+    sender.windows.handle_message(Ready(0, 2))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(send)
         await until(lambda: sender.said)
         tasks.start_soon(take)
         deliver(sender, receiver)
-        await until(lambda: receiver.said)  # the answer, which stays on its way
+        await until(lambda: receiver.said)  # the answer, which is not delivered yet
         await until(lambda: len(sender.said) == 2)
         assert sender.said == [Withdraw(0, 1), Open(0, 2, 2)]
         deliver(receiver, sender)
@@ -150,9 +150,9 @@ async def test_a_turn_that_comes_too_late_is_given_back(ends: tuple[End, End]) -
     receiver.turn.free = False
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(receiver.windows.take, 2)
-        assert receiver.windows.heard(Open(0, 1, 2))
+        assert receiver.windows.handle_message(Open(0, 1, 2))
         await until(lambda: receiver.turn.asked)
-        assert receiver.windows.heard(Withdraw(0, 1))
+        assert receiver.windows.handle_message(Withdraw(0, 1))
         receiver.turn.free = True
         await until(lambda: receiver.turn.taken)
         await until(lambda: not receiver.turn.held)
@@ -160,16 +160,16 @@ async def test_a_turn_that_comes_too_late_is_given_back(ends: tuple[End, End]) -
         tasks.cancel_scope.cancel()
 
 
-async def test_a_receiver_that_wants_nothing_costs_no_turn(ends: tuple[End, End]) -> None:
+async def test_no_turn_is_taken_for_a_receiver_that_wants_nothing(ends: tuple[End, End]) -> None:
     sender, _ = ends
     with pytest.raises(TransferTimeout, match=r"the peer takes no bytes for 0\.4 s"):
         await sender.windows.open(1)
     assert sender.turn.taken == 0
 
 
-async def test_a_receiver_that_never_answers_is_left_unless_it_says_that_it_waits(ends: tuple[End, End]) -> None:
+async def test_a_receiver_that_never_answers_times_out_unless_it_reports_that_it_waits(ends: tuple[End, End]) -> None:
     sender, _ = ends
-    sender.windows.heard(Ready(0, 1))
+    sender.windows.handle_message(Ready(0, 1))
     with pytest.raises(TransferTimeout, match=r"the peer takes no bytes for 0\.4 s"):
         await sender.windows.open(1)
     assert sender.turn.taken >= 4, "it was held for a part of that each time"
@@ -190,7 +190,7 @@ async def test_a_receiver_that_never_answers_is_left_unless_it_says_that_it_wait
         await sender.windows.open(1)
 
 
-async def test_a_sender_that_says_nothing_is_left_and_one_that_waits_is_not(ends: tuple[End, End]) -> None:
+async def test_a_silent_sender_times_out_and_one_that_waits_does_not(ends: tuple[End, End]) -> None:
     _, receiver = ends
     began = anyio.current_time()
     async with anyio.create_task_group() as tasks:
@@ -208,9 +208,9 @@ async def test_a_sender_that_says_nothing_is_left_and_one_that_waits_is_not(ends
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
-async def test_a_sender_that_sends_something_else_than_is_wanted(blocks: int, ends: tuple[End, End]) -> None:
+async def test_a_sender_that_sends_unwanted_blocks(blocks: int, ends: tuple[End, End]) -> None:
     _, receiver = ends
-    receiver.windows.heard(Open(0, 1, blocks))
+    receiver.windows.handle_message(Open(0, 1, blocks))
     with pytest.raises(TransportError, match=f"about to send {blocks} blocks where 2 are wanted"):
         await receiver.windows.take(2)
 
@@ -230,10 +230,10 @@ async def test_a_loss_ends_every_wait(ends: tuple[End, End]) -> None:
             end.windows.lose("gone")
 
 
-def test_nonsense_is_told_from_sense(ends: tuple[End, End]) -> None:
+def test_invalid_messages_are_detected(ends: tuple[End, End]) -> None:
     windows = ends[0].windows
     for note in (Ready(0, -1), Open(0, 0, 1), Open(0, 1, -1), Go(0, 1)):
-        assert not windows.heard(note)
-    assert windows.heard(Open(0, 1, 1))
-    assert windows.heard(Go(0, 1))
-    assert not windows.heard(Open(0, 1, 1)), "a number is used once"
+        assert not windows.handle_message(note)
+    assert windows.handle_message(Open(0, 1, 1))
+    assert windows.handle_message(Go(0, 1))
+    assert not windows.handle_message(Open(0, 1, 1)), "a number is used once"

@@ -80,7 +80,7 @@ async def test_a_full_pipe_stalls_the_sender() -> None:
 
 
 async def test_ends_may_live_in_two_event_loops() -> None:
-    """As a server in a background thread and a synchronous client do."""
+    """Like a server in a background thread and a synchronous client."""
     transport = MemoryTransport(MemoryHub(16))
     ours, theirs = signals()
     pending = await transport.offer(setup_for(ours))
@@ -111,7 +111,7 @@ async def test_an_offer_can_be_taken_once_and_withdrawn() -> None:
     first = await transport.connect(pending.offer, setup_for(theirs))
     with pytest.raises(PeerLost):
         await transport.connect(pending.offer, setup_for(theirs))
-    # The server gives up although a client has come: that client is told.
+    # The server gives up although a client has connected; the client gets an error.
     await pending.aclose()
     with pytest.raises(PeerLost):
         await first.recv([BytesView(0, bytes(1))])

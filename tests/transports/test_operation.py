@@ -1,4 +1,4 @@
-"""What the threads of one operation have in common."""
+"""The state that the threads of one operation share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STALL = 8.0
 
 
 class Clock:
-    """A clock that is told what time it is."""
+    """A clock whose time the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def looks(operation: Operation, clock: Clock) -> int:
-    """How many seconds with a look in each pass before the operation is given up."""
+    """Number of seconds, with one check in each, until the operation times out."""
     for second in range(100):
         clock.now += 1
         try:
@@ -40,11 +40,11 @@ def looks(operation: Operation, clock: Clock) -> int:
     return 100
 
 
-def test_silence_is_found_after_the_stall_time(clock: Clock) -> None:
+def test_a_silent_peer_is_detected_after_the_stall_time(clock: Clock) -> None:
     assert looks(Operation("the peer sends nothing", [], None, STALL, lambda: None), clock) == STALL
 
 
-def test_what_moves_begins_the_time_anew(clock: Clock) -> None:
+def test_progress_restarts_the_stall_time(clock: Clock) -> None:
     operation = Operation("the peer sends nothing", [], None, STALL, lambda: None)
     for _ in range(50):
         clock.now += 5
@@ -53,7 +53,7 @@ def test_what_moves_begins_the_time_anew(clock: Clock) -> None:
     assert looks(operation, clock) == STALL
 
 
-def test_a_host_that_stood_still_does_not_make_its_peer_silent(clock: Clock) -> None:
+def test_a_suspended_host_does_not_make_its_peer_count_as_silent(clock: Clock) -> None:
     operation = Operation("the peer sends nothing", [], None, STALL, lambda: None)
     clock.now += 3600
     operation.check_stall()

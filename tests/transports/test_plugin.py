@@ -1,4 +1,4 @@
-"""A transport from outside, found through its entry point in a process of its own."""
+"""A transport of another package, found through its entry point in a separate process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ anyio.run(main)
 """
 
 
-def test_held_waits_for_its_file_and_harms_what_it_is_told_to(tmp_path: Path) -> None:
+def test_held_waits_for_its_file_and_injects_the_faults(tmp_path: Path) -> None:
     file = tmp_path / "go on"
     environment = with_plugins(
         os.environ, NETLOADER_TEST_HOLD="1", NETLOADER_TEST_FILE=str(file), NETLOADER_TEST_FAULT="corrupt:3:2"

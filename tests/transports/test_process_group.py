@@ -1,4 +1,4 @@
-"""The link class over a link that is driven by hand."""
+"""LinkChannel over a link that the test controls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Wire:
-    """What was sent, in order; a receiver finds it there."""
+    """The sent tensors, in order, from which the receiver reads."""
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
@@ -36,7 +36,7 @@ class Operation:
 
 
 class ScriptedLink(Link):
-    """Operations end when they are waited for; notes what is in flight."""
+    """A link whose operations end when they are waited for. It records operations in flight."""
 
     device = "cpu"
 
@@ -68,7 +68,7 @@ class ScriptedLink(Link):
         assert isinstance(work, Operation)
         tensor, sending = work.tensor, work.sending
         if not any(tensor is one for one in self.flying):
-            return  # given up before
+            return  # it was aborted before
         self.flying = [one for one in self.flying if one is not tensor]
         if self.aborted.is_set():
             raise PeerLost("aborted")
@@ -134,7 +134,7 @@ async def test_packed_blocks_in_flight_are_bounded_by_bytes() -> None:
         link.wire.messages = [bytes(400) for _ in range(20)] + [bytes(5000)]
         channel = channel_over(link)
         views: Sequence[TensorBlockView] = [TensorBlockView(number, [bytes(200)] * 2) for number in range(20)]
-        views = [*views, TensorBlockView(20, [bytes(2500)] * 2)]  # more than the bound: alone
+        views = [*views, TensorBlockView(20, [bytes(2500)] * 2)]  # larger than the bound: it is sent alone
         await (channel.send(views) if direction == "send" else channel.recv(views))
         assert link.most == 2
         assert link.most_bytes == 5000
@@ -163,7 +163,7 @@ async def test_later_blocks_are_in_flight_while_one_has_landed() -> None:
     await channel.aclose()
 
 
-async def test_without_progress_it_stalls_and_everything_posted_is_given_up() -> None:
+async def test_without_progress_it_times_out_and_every_posted_operation_is_given_up() -> None:
     link = ScriptedLink(Wire())
     link.waits = True
     channel = channel_over(link, stall=0.05)
@@ -204,7 +204,7 @@ async def test_the_second_direction_gets_a_thread_of_its_own() -> None:
     await channel.aclose()
 
 
-async def test_what_cannot_be_freed_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_to_free_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Stubborn(ScriptedLink):
         def close(self) -> None:
             raise OSError("stuck")

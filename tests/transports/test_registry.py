@@ -43,7 +43,7 @@ def entry(name: str, value: str) -> EntryPoint:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
-    """What is registered besides our own; filled by the test."""
+    """Entry points besides those of this package; the test fills the list."""
     entries: list[EntryPoint] = []
     monkeypatch.setattr(registry, "entry_points", lambda group: entries)
     for cached in (registry._entries, registry.load):
@@ -53,7 +53,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
         cached.cache_clear()
 
 
-def test_our_own_are_known_without_being_installed(installed: list[EntryPoint]) -> None:
+def test_the_packages_own_transports_are_known_without_being_installed(installed: list[EntryPoint]) -> None:
     assert {"gloo", "memory", "shm", "tcp"} <= set(registry.known())
     memory = registry.load("memory")
     assert isinstance(memory, MemoryTransport)
@@ -69,7 +69,7 @@ def test_plugins_are_found_and_used_by_name_only(installed: list[EntryPoint]) ->
     assert [t.name for t in both.transports] == ["plugin", *auto, "memory"]
 
 
-def test_an_unknown_name_is_told_from_one_that_is_not_installed(installed: list[EntryPoint]) -> None:
+def test_an_unknown_name_and_one_that_is_not_installed_have_different_errors(installed: list[EntryPoint]) -> None:
     with pytest.raises(TransportUnavailable, match=r"there is no transport 'carrier'.*gloo, hccl, memory"):
         registry.available("cpu", "carrier")
     with pytest.raises(TransportUnavailable, match="there is no transport 'carrier'"):
@@ -85,7 +85,9 @@ def test_an_unknown_name_is_told_from_one_that_is_not_installed(installed: list[
     assert "no_such_package" in found.reasons["pigeon"]
 
 
-def test_our_own_name_the_extra_that_is_missing(installed: list[EntryPoint], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packages_own_transports_name_the_missing_extra(
+    installed: list[EntryPoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "netloader.transports.gloo", None)
     with pytest.raises(TransportUnavailable, match=r"netloader\[torch\]"):
         registry.load("gloo")
@@ -97,13 +99,15 @@ def test_reasons_of_the_device_are_told(installed: list[EntryPoint]) -> None:
 
 
 @pytest.mark.parametrize("value", ["Misnamed", "NotOne", "Absent"])
-def test_what_is_no_transport_is_refused(installed: list[EntryPoint], value: str) -> None:
+def test_an_object_that_is_not_a_transport_is_refused(installed: list[EntryPoint], value: str) -> None:
     installed.append(entry("odd", f"{__name__}:{value}"))
     with pytest.raises(TransportUnavailable, match=value):
         registry.load("odd")
 
 
-def test_nobody_takes_one_of_our_names(installed: list[EntryPoint], caplog: pytest.LogCaptureFixture) -> None:
+def test_no_plugin_replaces_one_of_the_packages_own_transports(
+    installed: list[EntryPoint], caplog: pytest.LogCaptureFixture
+) -> None:
     installed.append(entry("memory", f"{__name__}:Plugin"))
     assert isinstance(registry.load("memory"), MemoryTransport)
     assert "ignoring" in caplog.text
@@ -119,7 +123,7 @@ def test_gloo_is_used_by_name_only(installed: list[EntryPoint]) -> None:
     assert [t.name for t in registry.available("cpu", ["tcp", "gloo"]).transports] == ["tcp", "gloo"]
 
 
-def test_nothing_is_imported_before_it_is_asked_for() -> None:
+def test_nothing_is_imported_before_it_is_needed() -> None:
     code = (
         "import sys; from netloader.transports import registry; registry.known();"
         "registry.available('cpu', 'memory'); print('torch' in sys.modules)"

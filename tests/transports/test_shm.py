@@ -84,7 +84,7 @@ async def test_large_blocks_many_spans_and_other_cuts(reading: bool, no_leaked_d
         many,
         BytesView(2, b"x" * 300_000, b"", b"y" * (4 * PIPE_BYTES)),
     ]
-    # What the receiver cuts otherwise is the same bytes all the same.
+    # The same bytes arrive when the receiver groups them into other calls.
     into = [
         BytesView(0, bytes(1), bytes(256 * 40_000 - 1)),
         BytesView(1, bytes(many.nbytes - 3000), *(b"\0" for _ in range(3000))),
@@ -138,14 +138,14 @@ async def test_blocks_of_another_size_are_refused() -> None:
 
         tasks.start_soon(send)
         into = BytesView(0, bytes(11))
-        with pytest.raises(TransportError, match=r"shows 10 bytes as block 0, which has 11"):
+        with pytest.raises(TransportError, match=r"announced 10 bytes as block 0 of 11 bytes"):
             await client.recv([into])
         assert into.data == bytes(11)
         await client.aclose()
 
 
 @ways
-async def test_silence_and_deafness_are_found(reading: bool) -> None:
+async def test_a_peer_that_neither_sends_nor_receives_is_detected(reading: bool) -> None:
     async with opened(ShmTransport(reading=reading), stall=0.1) as (server, client):
         with pytest.raises(TransferTimeout, match="sends nothing"):
             await client.recv(like(numbered(3, 10)))
@@ -180,10 +180,10 @@ async def test_nothing_with_a_name_is_left(no_leaked_descriptors: None, monkeypa
     assert not [found for found in sockets_with_our_names() if any(name in found for name in names)]
 
 
-async def test_strangers_are_not_let_in() -> None:
+async def test_unauthenticated_peers_are_not_accepted() -> None:
     transport = ShmTransport()
     pending = await transport.offer(setup(0.3))
-    wanted = msgspec.msgpack.decode(pending.offer, type=shm._Offer)
+    wanted = msgspec.msgpack.decode(pending.offer, type=shm._ShmOffer)
     wrong = msgspec.msgpack.encode(msgspec.structs.replace(wanted, key=bytes(16)))
 
     async def accept() -> None:
@@ -197,7 +197,7 @@ async def test_strangers_are_not_let_in() -> None:
 
 
 @pytest.mark.parametrize("how", ["given up", "too late", "cancelled"])
-async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors: None) -> None:
+async def test_the_listener_closes_when_no_peer_connects(how: str, no_leaked_descriptors: None) -> None:
     transport = ShmTransport()
     pending = await transport.offer(setup(0.05 if how == "too late" else 20))
     if how == "given up":
@@ -214,8 +214,8 @@ async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors:
 
 
 @pytest.mark.parametrize("offer", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode(["", bytes(16), bytes(16)])])
-async def test_offers_that_make_no_sense_are_refused(offer: bytes) -> None:
-    with pytest.raises(TransportError, match="no sense"):
+async def test_invalid_offers_are_refused(offer: bytes) -> None:
+    with pytest.raises(TransportError, match="invalid"):
         await ShmTransport().connect(offer, setup())
 
 
@@ -231,7 +231,7 @@ async def main(reading):
     print(pending.offer.hex(), flush=True)
     channel = await pending.accept()
     if FORK:
-        if os.fork() == 0:  # holds every descriptor open for as long as somebody reads our output
+        if os.fork() == 0:  # keeps every descriptor open until the reader of the output closes it
             os.write(1, b"%d\\n" % os.getpid())
             signal.pause()
     await channel.send([BytesView(0, bytes([7]) * 1000)])
@@ -280,7 +280,7 @@ async def test_a_killed_server_is_lost_at_once_and_leaves_nothing(reading: bool)
             await channel.recv([BytesView(1, bytes(10))])
         await channel.aclose()
         process.wait()
-    name = msgspec.msgpack.decode(offer, type=shm._Offer).name
+    name = msgspec.msgpack.decode(offer, type=shm._ShmOffer).name
     assert not [found for found in sockets_with_our_names() if name in found]
     assert not [found for found in os.listdir("/dev/shm") if "netloader" in found]  # noqa: PTH208
 
@@ -300,7 +300,7 @@ async def test_a_child_of_the_server_does_not_hide_its_death() -> None:
             os.kill(child, signal.SIGKILL)
 
 
-async def test_a_user_with_many_pipes_gets_small_ones_which_do_as_well(
+async def test_a_user_at_the_limit_of_pipes_gets_smaller_ones_that_work(
     monkeypatch: pytest.MonkeyPatch, no_leaked_descriptors: None
 ) -> None:
     def refused(fd: int, command: int, argument: int = 0) -> int:
@@ -318,7 +318,7 @@ async def test_a_user_with_many_pipes_gets_small_ones_which_do_as_well(
     assert [block.data for block in into] == [block.data for block in blocks]
 
 
-# Two pipes of the server's and one of the client's; each end of each has a line, which knows its peer's process.
+# Two pipes of the server and one of the client. Each end has a control socket and a descriptor of the peer's process.
 @pytest.mark.parametrize(
     ("call", "which", "enough"),
     [*(("pipe2", which, which > 3) for which in range(1, 5)), *(("dup", which, which > 6) for which in range(1, 8))],
@@ -354,7 +354,7 @@ async def test_without_descriptors_there_is_no_channel_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("given", ["a ring", "no pipe", "one without its line", "none", "nothing"])
-async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: None) -> None:
+async def test_a_descriptor_that_is_not_a_pipe_is_refused(given: str, no_leaked_descriptors: None) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reading, writing = PipeEnd.pair()
     file = os.memfd_create("netloader-test")
@@ -364,17 +364,17 @@ async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: N
         if given == "nothing":
             ours.close()
             with pytest.raises(PeerLost, match="left while a channel"):
-                await handshake._hear_descriptors(theirs)
+                await handshake._receive_descriptors(theirs)
             return
         descriptors = {
-            "a ring": [file],  # what a server of an earlier state passes
+            "a ring": [file],  # what a server of an earlier version passes
             "no pipe": [file, ours.fileno()],
             "one without its line": [reading.fileno()],
             "none": [],
         }[given]
         socket.send_fds(ours, [b"ring" if given == "a ring" else b"pipes"], descriptors)
-        with pytest.raises(TransportUnavailable, match="passed no pipes"):
-            await handshake._hear_descriptors(theirs)
+        with pytest.raises(TransportUnavailable, match="did not send the pipes"):
+            await handshake._receive_descriptors(theirs)
     finally:
         ours.close()
         theirs.close()
@@ -385,7 +385,7 @@ async def test_what_is_no_pipe_is_not_taken(given: str, no_leaked_descriptors: N
 
 @pytest.fixture
 def ends() -> Iterator[tuple[PipeWriter, PipeReader, socket.socket, socket.socket]]:
-    """Both ends of a pipe, each with a line to the test."""
+    """Both ends of a pipe, each with a control socket to the test."""
     reading, writing = PipeEnd.pair()
     sent, to_writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     received, to_reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -404,10 +404,10 @@ def carried_out(blocks: list[BytesView]) -> Operation:
     return Operation("nothing comes", blocks, None, 0.2, lambda: None)
 
 
-def test_an_empty_block_is_not_spoken_of(
+def test_no_message_is_sent_for_an_empty_block(
     ends: tuple[PipeWriter, PipeReader, socket.socket, socket.socket],
 ) -> None:
-    """Its receiver may be done with it while its sender is still at the call before."""
+    """The receiver may complete it while the sender is still in the previous call."""
     writer, reader, to_writer, to_reader = ends
     blocks = [BytesView(0), BytesView(1, b"", b"")]
     reader.move(list(enumerate(blocks)), carried_out(blocks))
@@ -423,13 +423,13 @@ def test_an_empty_block_is_not_spoken_of(
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        (b"R" + (2).to_bytes(8, "little"), "read 2 blocks, 1 were on their way"),
-        (b"R" + bytes(8), "read 0 blocks"),
-        (b"R123", "a number were to come"),
-        (b"S" + bytes(8), "a number were to come"),
+        (b"R" + (2).to_bytes(8, "little"), "acknowledged 2 blocks, only 1 were in flight"),
+        (b"R" + bytes(8), "acknowledged 0 blocks"),
+        (b"R123", " and a number"),
+        (b"S" + bytes(8), " and a number"),
     ],
 )
-def test_a_receiver_that_says_nonsense_is_found_out(
+def test_invalid_messages_of_a_receiver_are_detected(
     ends: tuple[PipeWriter, PipeReader, socket.socket, socket.socket], word: bytes, message: str
 ) -> None:
     writer, _, to_writer, _ = ends
@@ -439,19 +439,19 @@ def test_a_receiver_that_says_nonsense_is_found_out(
         writer.move([(0, blocks[0])], carried_out(blocks))
 
 
-def test_a_pipe_that_ends_or_a_sender_that_talks_is_an_error(
+def test_a_pipe_that_ends_or_a_sender_that_sends_messages_is_an_error(
     ends: tuple[PipeWriter, PipeReader, socket.socket, socket.socket],
 ) -> None:
     writer, reader, to_writer, to_reader = ends
     into = [BytesView(0, bytes(10)), BytesView(1, bytes(10)), BytesView(2, bytes(10))]
-    sent = BytesView(0, b"0123456789")  # stays here: what is said below is not true yet
+    sent = BytesView(0, b"0123456789")  # not read yet, so the acknowledgement below is wrong
     to_writer.send(b"R" + (1).to_bytes(8, "little"))
     writer.move([(0, sent)], carried_out(into))
     reader.move([(0, into[0])], carried_out(into))
     assert into[0].data == b"0123456789"
     assert to_reader.recv(100) == b"R" + (1).to_bytes(8, "little")
     to_reader.send(b"hello")
-    with pytest.raises(TransportError, match="has nothing to say"):
+    with pytest.raises(TransportError, match="not expected here"):
         reader.move([(1, into[1])], carried_out(into))
     writer.close()
     with pytest.raises(PeerLost, match="its side of the pipe"):
@@ -499,20 +499,20 @@ async def test_from_another_pid_namespace_bytes_come_through_pipes() -> None:
         arguments = [*elsewhere, sys.executable, "-c", program, line_of(process)]
         done = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)  # noqa: ASYNC221
         assert "pulled" in done.stdout, done.stdout + done.stderr
-        assert "can't be seen from here" in done.stdout
+        assert "is not visible from here" in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.allow_blocking(reason="talks to a process of its own")
-async def test_another_user_is_not_met() -> None:
+async def test_another_user_is_refused() -> None:
     with server(True, UNREADABLE) as process:
         offer = bytes.fromhex(line_of(process))
-        with pytest.raises(TransportUnavailable, match="can't be trusted: it is user 65534"):
+        with pytest.raises(TransportUnavailable, match="is not trusted: it belongs to user 65534"):
             await ShmTransport().connect(offer, setup())
 
 
 class _Calls:
-    """The system's library, with a note of each call that is made of it."""
+    """The C library, with a record of each call."""
 
     def __init__(self, real: Any, made: list[str]) -> None:
         self._real = real
@@ -526,7 +526,7 @@ class _Calls:
 async def test_channels_to_several_peers_leave_the_permission_to_trace_this_process_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """There is one for the whole process, nobody can ask for it, and others may have set it."""
+    """It is one setting for the whole process, which can't be queried, and other code may have set it."""
     made: list[str] = []
     real = process_memory._libc()
     monkeypatch.setattr(process_memory, "_libc", lambda: _Calls(real, made))
@@ -568,7 +568,7 @@ def test_regions_of_any_shape_are_read(remote: list[int], cut: int) -> None:
     assert into == data[:start]
 
 
-def test_reading_what_is_not_there_is_an_error() -> None:
+def test_reading_unmapped_memory_is_an_error() -> None:
     into = memoryview(bytearray(10))
     here = Pieces(into).regions()
     with pytest.raises(TransportError, match="can't be read"):
@@ -579,7 +579,7 @@ def test_reading_what_is_not_there_is_an_error() -> None:
             process_memory.read(process.pid, here, here)
 
 
-def test_what_it_says_about_itself() -> None:
+def test_its_name_facts_and_requirements() -> None:
     transport = ShmTransport()
     assert transport.missing("cpu") is None
     assert "not on npu:0" in (transport.missing("npu:0") or "")

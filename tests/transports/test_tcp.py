@@ -36,7 +36,7 @@ kinds = pytest.mark.parametrize(
 
 
 class NoSignals:
-    """The port and the key are all that both ends tell each other."""
+    """Both ends exchange only the port and the key."""
 
     async def post(self, data: bytes) -> None:
         raise NotImplementedError
@@ -72,7 +72,7 @@ def numbered(count: int, nbytes: int) -> list[BytesView]:
 
 
 async def sends_until_lost(end: Channel, blocks: list[BytesView]) -> None:
-    """What was taken over by the kernel may be lost silently; one of many sends has to notice."""
+    """Bytes that the kernel accepted may be lost silently, so only one of many sends has to fail."""
 
     async def send() -> None:
         for _ in range(50):
@@ -83,7 +83,7 @@ async def sends_until_lost(end: Channel, blocks: list[BytesView]) -> None:
 
 
 def port_of(offer: bytes) -> int:
-    return int(msgspec.msgpack.decode(offer, type=tcp._Offer).port)
+    return int(msgspec.msgpack.decode(offer, type=tcp._TcpOffer).port)
 
 
 async def reaches(port: int, host: str = "127.0.0.1") -> bool:
@@ -145,7 +145,7 @@ async def test_large_blocks_and_many_spans_both_ways(transport: TcpTransport, no
 
 
 @kinds
-async def test_a_slow_listener_is_told_by_every_lane(transport: TcpTransport) -> None:
+async def test_a_slow_callback_is_called_by_every_lane(transport: TcpTransport) -> None:
     blocks = numbered(12, 200_000)
     into = like(blocks)
     seen: list[tuple[int, bool]] = []
@@ -164,7 +164,7 @@ async def test_a_slow_listener_is_told_by_every_lane(transport: TcpTransport) ->
 
 
 @kinds
-async def test_what_the_listener_raises_ends_the_channel(transport: TcpTransport) -> None:
+async def test_an_error_of_the_callback_ends_the_channel(transport: TcpTransport) -> None:
     class Unwanted(Exception):
         pass
 
@@ -182,14 +182,14 @@ async def test_what_the_listener_raises_ends_the_channel(transport: TcpTransport
             await client.recv(like(blocks), landed)
         with pytest.raises(ChannelClosed):
             await client.recv(like(blocks))
-        await client.aclose()  # as sessions do at once: a sender that waits for room hears of the end by the reset
+        await client.aclose()  # as sessions do at once: the reset ends a sender that waits for buffer space
     assert 2 in seen
     assert len(set(seen)) == len(seen)
     assert transport._lanes != 1 or seen == [0, 1, 2]
 
 
 @kinds
-async def test_silence_and_deafness_are_found(transport: TcpTransport) -> None:
+async def test_a_peer_that_neither_sends_nor_receives_is_detected(transport: TcpTransport) -> None:
     async with opened(transport, stall=0.1) as (server, client):
         with pytest.raises(TransferTimeout, match="sends nothing"):
             await client.recv(like(numbered(3, 10)))
@@ -242,12 +242,12 @@ async def test_after_a_cancelled_receive_nothing_lands(transport: TcpTransport) 
         assert before[5] == bytes(1_000_000)
 
 
-async def test_strangers_at_the_door_cost_nothing() -> None:
+async def test_unauthenticated_peers_have_no_effect() -> None:
     transport = TcpTransport(2)
     pending = await transport.offer(setup())
     port = port_of(pending.offer)
     async with anyio.create_task_group() as tasks:
-        # Silent ones, more of them than are listened to at a time.
+        # More silent connections than are kept at a time.
         visits = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(20)]
         for said in (b"\x00" * 17, b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", b"x"):
             visits.append(await anyio.connect_tcp("127.0.0.1", port))
@@ -274,7 +274,7 @@ async def test_strangers_at_the_door_cost_nothing() -> None:
         await end.aclose()
 
 
-async def test_whoever_comes_from_elsewhere_is_not_let_in_even_with_the_key() -> None:
+async def test_a_connection_from_another_host_is_refused_even_with_the_key() -> None:
     transport = TcpTransport(1)
     pending = await transport.offer(setup(timeout=0.3))
     failed = []
@@ -292,7 +292,7 @@ async def test_whoever_comes_from_elsewhere_is_not_let_in_even_with_the_key() ->
 
 
 @pytest.mark.parametrize("how", ["given up", "too late", "cancelled"])
-async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors: None) -> None:
+async def test_the_listener_closes_when_no_peer_connects(how: str, no_leaked_descriptors: None) -> None:
     transport = TcpTransport()
     pending = await transport.offer(setup(timeout=0.05 if how == "too late" else 20))
     port = port_of(pending.offer)
@@ -310,10 +310,10 @@ async def test_the_door_closes_when_nobody_came(how: str, no_leaked_descriptors:
         await transport.connect(pending.offer, setup())
 
 
-async def test_a_client_that_came_and_went_is_missed_at_once(no_leaked_descriptors: None) -> None:
+async def test_a_client_that_disconnects_during_set_up_is_detected_at_once(no_leaked_descriptors: None) -> None:
     transport = TcpTransport(2)
     pending = await transport.offer(setup())
-    wanted = msgspec.msgpack.decode(pending.offer, type=tcp._Offer)
+    wanted = msgspec.msgpack.decode(pending.offer, type=tcp._TcpOffer)
 
     async def come_and_go() -> None:
         async with await anyio.connect_tcp("127.0.0.1", wanted.port) as stream:
@@ -321,18 +321,18 @@ async def test_a_client_that_came_and_went_is_missed_at_once(no_leaked_descripto
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(come_and_go)
-        with pytest.raises(PeerLost, match="left again"):
+        with pytest.raises(PeerLost, match="and disconnected"):
             await pending.accept()
 
 
 async def test_a_server_that_does_not_answer_is_given_up() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        offer = msgspec.msgpack.encode(tcp._Offer(silent.getsockname()[1], 1, bytes(16), bytes(16)))
+        offer = msgspec.msgpack.encode(tcp._TcpOffer(silent.getsockname()[1], 1, bytes(16), bytes(16)))
         with pytest.raises(TransferTimeout, match="firewall"):
             await TcpTransport().connect(offer, setup(timeout=0.05))
 
 
-async def test_another_one_in_the_servers_place_is_noticed() -> None:
+async def test_another_program_at_the_servers_port_is_detected() -> None:
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
 
@@ -343,15 +343,15 @@ async def test_another_one_in_the_servers_place_is_noticed() -> None:
 
     async with listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, answer)
-        offer = msgspec.msgpack.encode(tcp._Offer(port, 1, bytes(16), bytes(16)))
-        with pytest.raises(TransportError, match="not the server"):
+        offer = msgspec.msgpack.encode(tcp._TcpOffer(port, 1, bytes(16), bytes(16)))
+        with pytest.raises(TransportError, match="another program listens"):
             await TcpTransport().connect(offer, setup())
         tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("offer", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode([0, 1, bytes(16), bytes(16)])])
-async def test_offers_that_make_no_sense_are_refused(offer: bytes) -> None:
-    with pytest.raises(TransportError, match="no sense"):
+async def test_invalid_offers_are_refused(offer: bytes) -> None:
+    with pytest.raises(TransportError, match="invalid"):
         await TcpTransport().connect(offer, setup())
 
 
@@ -390,11 +390,13 @@ async def test_congestion_control_is_chosen_within_a_host_and_where_bbr_would_pa
 
 
 @pytest.mark.parametrize(("processors", "lanes"), [(1, 2), (2, 2), (15, 2), (16, 4)])
-async def test_many_processors_have_more_lanes(processors: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_with_many_processors_there_are_more_lanes(
+    processors: int, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
     pending = await TcpTransport().offer(setup())
     await pending.aclose()
-    assert msgspec.msgpack.decode(pending.offer, type=tcp._Offer).lanes == lanes
+    assert msgspec.msgpack.decode(pending.offer, type=tcp._TcpOffer).lanes == lanes
 
 
 async def test_a_lane_that_has_nothing_to_do_has_no_thread() -> None:
@@ -405,17 +407,17 @@ async def test_a_lane_that_has_nothing_to_do_has_no_thread() -> None:
         await client.recv(into[:1])
         names = {thread.name for thread in threading.enumerate() if thread.name.startswith("netloader-tcp-recv")}
         assert names == {"netloader-tcp-recv-0"}
-        tasks.start_soon(server.send, blocks[1:])  # the next in turn
+        tasks.start_soon(server.send, blocks[1:])  # for the next lane
         await client.recv(into[1:])
     assert [block.data for block in into] == [block.data for block in blocks]
 
 
 def send_room(sock: socket.socket) -> int:
-    """Bytes of a socket's send buffer, as the kernel counts them (twice what was asked for)."""
+    """Bytes of a socket's send buffer, as the kernel counts them (twice the requested size)."""
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
 
 
-def test_little_is_on_its_way_within_a_host_and_as_much_as_the_system_likes_elsewhere() -> None:
+def test_the_send_buffer_is_small_within_a_host_and_the_systems_default_elsewhere() -> None:
     with closing(socket.socket()) as asked, closing(socket.socket()) as near, closing(socket.socket()) as far:
         asked.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, socket_options._HOST_SEND_BYTES
@@ -466,7 +468,7 @@ async def test_a_killed_server_is_lost_at_once() -> None:
             process.kill()
 
 
-def test_what_it_says_about_itself() -> None:
+def test_its_name_facts_and_requirements() -> None:
     assert TcpTransport().missing("cpu") is None
     assert TcpTransport().missing("npu:3") is None
     assert TcpTransport().missing("meta") is not None

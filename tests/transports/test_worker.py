@@ -14,7 +14,7 @@ from netloader.transports.io.worker import Worker
 
 
 class Blocked:
-    """A call that blocks until it is freed, as one in a foreign library does."""
+    """A call that blocks until it is freed, like one in a foreign library."""
 
     def __init__(self) -> None:
         self.running = LoopEvent()
@@ -42,7 +42,7 @@ async def test_calls_run_in_order_in_one_named_thread() -> None:
         worker.start(lambda: None)
 
 
-async def test_what_a_call_raises_comes_out_and_holds_on_to_nothing() -> None:
+async def test_the_error_of_a_call_is_raised_and_keeps_no_reference() -> None:
     class Large:
         pass
 
@@ -95,7 +95,7 @@ async def test_a_watch_that_raises_frees_the_call() -> None:
     assert await worker.aclose(10)
 
 
-async def test_a_thread_that_does_not_end_is_told() -> None:
+async def test_a_thread_that_does_not_end_is_logged() -> None:
     blocked = Blocked()
     worker = Worker("netloader-test", lambda: None)
     worker.start(blocked)
@@ -104,7 +104,7 @@ async def test_a_thread_that_does_not_end_is_told() -> None:
     assert await worker.aclose(10)
 
 
-async def test_a_loop_event_of_a_loop_that_has_ended_is_set_in_vain() -> None:
+async def test_setting_a_loop_event_of_an_ended_loop_does_nothing() -> None:
     events: list[LoopEvent] = []
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""The conversation between one client and one server, as a pure state machine: events in, effects out, no I/O."""
+"""The protocol between one client and one server, as a state machine without I/O: it takes events, returns effects."""
 
 from netloader.core.protocol.session import ClientTerms, ServerTerms, Session
 from netloader.core.protocol.states import FINAL, Side, State

@@ -1,4 +1,4 @@
-"""What a server announced, examined: pure and thread-safe, since a large manifest is not looked at in an event loop."""
+"""Checks a server's announcement. Thread-safe, because a large manifest is checked outside of the event loop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["examine"]
 
 
 def examine(question: Examine) -> Announcement:
-    """Check all that a server announced against what this client is about to fill, and derive the blocks.
+    """Check an announcement against what this client is about to fill, and derive the blocks.
 
     Raises:
-        ManifestError: The tensors are not those that this client fills, can't travel, or are more than it takes.
-        RemoteProtocolError: What was announced contradicts itself.
-        RootMismatch: They are other weights than those that the pull is pinned to.
+        ManifestError: The tensors are not those that this client fills, can't be sent, or exceed its limit.
+        RemoteProtocolError: The announcement contradicts itself.
+        RootMismatch: The weights are not those that the pull is pinned to.
     """
     event, terms = question.announce, question.terms
     manifest, digest = _manifest(question)

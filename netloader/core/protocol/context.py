@@ -1,4 +1,4 @@
-"""What a session knows: its terms, and what it has learned so far. Handlers read and write it; nothing else does."""
+"""The data of a session: the terms of this side, and what the peer has said. Only handlers read and write it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ __all__ = ["ClientTerms", "Context", "Refuse", "ServerTerms"]
 
 @dataclass(frozen=True, slots=True)
 class ClientTerms:
-    """What a client brings to a session.
+    """A client's settings for a session.
 
     Attributes:
         options: How its pull behaves.
-        identity: What it is about to fill; None to adopt what the server holds under the role of `options`.
-        manifest: The tensors it is about to fill; None to adopt the server's.
-        manifest_digest: Digest of `manifest`; empty when None.
+        identity: Identity of the model that it is about to fill; None to adopt what the server holds under the role of
+            `options`.
+        manifest: The tensors that it is about to fill; None to adopt the server's manifest.
+        manifest_digest: Digest of `manifest`; empty when that is None.
         abilities: Transports, preferred first.
         root: Pinned root in hex, or empty.
         pinned_by: Where `root` comes from.
-        probe: Only look.
+        probe: Only ask what is held.
         node: Name of this process among relays; empty when it does not relay.
-        relay: Port at which it serves what it has while it pulls; 0 when it does not.
-        avoid: Relays that failed it, by address.
+        relay: Port at which it serves blocks while it pulls; 0 when it does not relay.
+        avoid: Addresses of relays that failed it.
     """
 
     options: PullOptions = field(default_factory=PullOptions)
@@ -55,7 +56,7 @@ class ClientTerms:
 
 @dataclass(frozen=True, slots=True)
 class ServerTerms:
-    """What a server brings to a session.
+    """A server's settings for a session.
 
     Attributes:
         options: How it behaves.
@@ -67,7 +68,7 @@ class ServerTerms:
 
 
 class Refuse(RefusedError):
-    """Raised by a server's handler: ends the session with a Refusal that carries all of it."""
+    """Raised by a server's handler to end the session with a Refusal that has the same fields."""
 
     def __init__(
         self,
@@ -84,30 +85,30 @@ class Refuse(RefusedError):
 
 @dataclass(slots=True)
 class Context:
-    """What is known in one session.
+    """The data of one session.
 
     Attributes:
-        side: Which end.
-        terms: What this side brought.
+        side: Client or server.
+        client, server: Terms of this side; those of the other side are at their defaults.
         nonce, peer_nonce: Random bytes of both sides.
         peer_abilities: The peer's transports.
         peer_software: The peer's name and version.
         peer_node: The server's name among relays; empty when it holds everything itself.
-        peer_chain: Relays that the server gets blocks from.
-        peer_identity: Identity at the other end, once told.
+        peer_chain: Relays that the server pulls blocks from.
+        peer_identity: The peer's identity, once received.
         announcement: What is being pulled, once known.
-        transport: Name of the transport chosen.
-        identify: What the client said about itself (server).
-        announced: The server said what it holds (client); `announcement` follows once that was examined.
-        offered: The channel was offered (client).
-        open_blocks: Blocks asked for and neither granted (client) or sent (server) nor gone.
-        granted: Blocks granted and neither received (client) nor sent (server).
+        transport: Name of the chosen transport.
+        identify: The client's Identify message (server).
+        announced: Whether the server's Announce was received (client). `announcement` is set once it was examined.
+        offered: Whether the channel was offered (client).
+        open_blocks: Requested blocks that are not yet granted (client) or sent (server), and not denied.
+        granted: Granted blocks that are not yet received (client) or sent (server).
         early_wants: Requests that came before this end of the channel was open (server).
-        probing: The session only looks.
-        released: The server said goodbye after the verdict: both free their ends, and the connection may end.
+        probing: Whether the client only asks what is held.
+        released: Whether the server said goodbye after the verdict. From then on the connection may end.
         deadline: Seconds that the running timer was set to, or None.
         error: Why the session failed.
-        story: The last moves.
+        story: The last transitions.
     """
 
     side: Side
@@ -142,26 +143,26 @@ class Context:
         """What is being pulled.
 
         Raises:
-            LocalProtocolError: It is not known yet; the table rules that out.
+            LocalProtocolError: It is not known yet, which the table makes impossible.
         """
         if self.announcement is None:
             raise LocalProtocolError("nothing has been announced in this session")
         return self.announcement
 
     def connect(self, nonce: bytes) -> None:
-        """Note that the control connection is up.
+        """Record that the control connection is up.
 
         Raises:
-            LocalProtocolError: It was up already, or `nonce` has the wrong length.
+            LocalProtocolError: This was called before, or `nonce` has the wrong length.
         """
         if self.nonce:
             raise LocalProtocolError("the session was connected twice")
         if len(nonce) != NONCE_BYTES:
-            raise LocalProtocolError(f"a nonce has {NONCE_BYTES} bytes, this one {len(nonce)}")
+            raise LocalProtocolError(f"a nonce has {NONCE_BYTES} bytes, this one has {len(nonce)}")
         self.nonce = nonce
 
     def forget_blocks(self) -> None:
-        """Drop the account of blocks: the session no longer moves any."""
+        """Forget all requested blocks, because the session moves no more blocks."""
         self.open_blocks.clear()
         self.granted.clear()
         self.early_wants.clear()

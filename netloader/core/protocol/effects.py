@@ -1,6 +1,6 @@
-"""What is to be done: the effects that a session returns and its driver carries out, in order.
+"""The effects: what a session wants done. Its driver carries them out in order.
 
-Imperative. Those that take time say which event brings their result back.
+Names are imperative. An effect that takes time says after ``->`` which events report its result.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
-    """Replace the session's only timer; TimedOut comes when it runs out. None: no timer."""
+    """Replace the session's only timer. TimedOut follows when it expires. None: no timer."""
 
     seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Log one line that an operator should see."""
+    """Write one line to the log, for the operator."""
 
     text: str
 
@@ -68,7 +68,7 @@ class LookUp:
 
 @dataclass(frozen=True, slots=True)
 class TakeTurn:
-    """Server: take one of the turns -> any number of Queued, then TurnTaken or NotHeld."""
+    """Server: wait for a turn for this client -> any number of Queued, then TurnTaken or NotHeld."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +90,20 @@ class ConnectChannel:
 
 @dataclass(frozen=True, slots=True)
 class DeliverSignal:
-    """Hand the transport what its other end posted."""
+    """Hand a signal of the peer's transport to this side's transport."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Examine:
-    """Client: check what the server announced -> Examined; Failed with what is wrong.
+    """Client: check the server's announcement -> Examined, or Failed.
 
     Attributes:
-        announce: What it said.
-        terms: Of this client.
-        identity: Of the server.
-        probing: The session only looks.
+        announce: The announcement.
+        terms: This client's terms.
+        identity: The server's identity.
+        probing: Whether the client only asks what is held.
     """
 
     announce: Announce
@@ -114,19 +114,19 @@ class Examine:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Client: provide memory where that is still to be done, and pin root and plan -> Pinned or WorkFailed."""
+    """Client: allocate memory if there is none yet, and pin root and plan -> Pinned or WorkFailed."""
 
     announcement: Announcement
 
 
 @dataclass(frozen=True, slots=True)
 class AskForWork:
-    """Client: have the ledger give this session blocks -> BlocksWanted, or Finished once there will be none."""
+    """Client: let the pull choose blocks for this session -> BlocksWanted, or Finished once there are no more."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckBlocks:
-    """Server: see whether these blocks can be sent -> BlocksReady and BlocksGone, which together name each of them."""
+    """Server: check whether these blocks can be sent -> BlocksReady and BlocksGone, which together name each block."""
 
     ranges: Ranges
 
@@ -150,7 +150,7 @@ class ReceiveBlocks:
 
 @dataclass(frozen=True, slots=True)
 class ReturnBlocks:
-    """Client: give these blocks back to the ledger; this server will not send them."""
+    """Client: return these blocks to the ledger, because this server will not send them."""
 
     ranges: Ranges
     reason: str
@@ -159,7 +159,7 @@ class ReturnBlocks:
 
 @dataclass(frozen=True, slots=True)
 class NoteChain:
-    """Client: the server gets blocks from these relays, directly or not."""
+    """Client: report the relays that the server pulls blocks from, directly or through others."""
 
     node: str
     chain: tuple[str, ...]
@@ -167,10 +167,10 @@ class NoteChain:
 
 @dataclass(frozen=True, slots=True)
 class NoteQueued:
-    """Client: the server lets this session wait for its turn.
+    """Client: report that this session waits for its turn.
 
     Attributes:
-        position: Clients that come first.
+        position: Number of clients before it.
     """
 
     position: int
@@ -183,7 +183,7 @@ class CloseChannel:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """End everything: the channel, the control connection, the timer. No event follows."""
+    """Close the channel and the control connection, and stop the timer. No event follows."""
 
 
 Effect = (

@@ -1,6 +1,6 @@
-"""What happened: the local events that a driver feeds into a session, beside the peer's messages.
+"""The local events that a driver feeds into a session, besides the peer's messages.
 
-Past tense. Every effect that takes time comes back as exactly one of these, done or failed.
+Names are in the past tense. An effect that takes time is always followed by an event that reports success or failure.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """Everything a server announces about one holding, made once.
+    """Everything that a server announces about one holding. It is computed once.
 
     Attributes:
-        identity: Whose weights these are.
+        identity: Identity of the model.
         manifest: The tensors.
         manifest_digest: Its digest, in hex.
         plan: Its blocks.
         algorithm: Name of the block digest.
         digests: Digest of every block, joined.
-        root: Root over all of it, in hex.
+        root: Root over manifest and digests, in hex.
     """
 
     identity: ModelIdentity
@@ -85,16 +85,16 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The session cannot go on: the peer sent bytes that are no message, or this side failed."""
+    """The session can't continue: the peer sent invalid bytes, or this side failed."""
 
     error: NetloaderError
 
 
 @dataclass(frozen=True, slots=True)
 class WorkFailed:
-    """What this side did to move blocks failed: the ledger refused, the channel broke, or a block is a wrong one.
+    """Moving blocks failed: the ledger refused the root, the channel broke, or a block has the wrong digest.
 
-    Not :class:`Failed`, because in FINALIZE it no longer matters: the client needs nothing more.
+    This is a separate event from :class:`Failed`, because in FINALIZE it is ignored: the client needs nothing more.
     """
 
     error: NetloaderError
@@ -102,16 +102,16 @@ class WorkFailed:
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """The timer of the last SetTimer ran out."""
+    """The timer of the last SetTimer expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """This side gives up: it was cancelled, or is stopping.
+    """This side ends the session: it was cancelled, or is stopping.
 
     Attributes:
         reason: Why.
-        code: Which kind of ending the peer is told.
+        code: The code that the peer is sent.
     """
 
     reason: str
@@ -120,14 +120,14 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Server: what LookUp found."""
+    """Server: LookUp found the holding."""
 
     announcement: Announcement
 
 
 @dataclass(frozen=True, slots=True)
 class NotHeld:
-    """Server: what the client asked about is not held, not yet, or not any more."""
+    """Server: the holding that the client wants is not here: not at all, not yet, or no longer."""
 
     code: RefusalCode
     reason: str
@@ -138,7 +138,7 @@ class NotHeld:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Server: the client has to wait for its turn; comes again while it waits."""
+    """Server: the client has to wait for its turn. Repeated while it waits."""
 
     reason: str
     position: int
@@ -146,11 +146,11 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class TurnTaken:
-    """Server: the client's turn has come.
+    """Server: the client got its turn.
 
     Attributes:
         node: Name of this server among relays; empty when it holds everything itself.
-        chain: Relays that it gets blocks from now, directly or not.
+        chain: Relays that it pulls blocks from now, directly or through others.
     """
 
     node: str = ""
@@ -159,10 +159,10 @@ class TurnTaken:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamChanged:
-    """Server: it gets blocks from other relays than before.
+    """Server: the relays that it pulls blocks from have changed.
 
     Attributes:
-        chain: Which, directly or not.
+        chain: The relays that it pulls from now, directly or through others.
     """
 
     chain: tuple[str, ...]
@@ -170,7 +170,7 @@ class UpstreamChanged:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """Client: what was announced is what this side wants."""
+    """Client: the announcement passed all checks."""
 
     announcement: Announcement
 
@@ -201,19 +201,19 @@ class ChannelOpened:
 
 @dataclass(frozen=True, slots=True)
 class ChannelDown:
-    """The channel is closed and its memory is free."""
+    """The channel is closed, and no longer uses any memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksReady:
-    """Server: these blocks, asked for, can be sent now."""
+    """Server: these requested blocks can be sent now."""
 
     ranges: Ranges
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksGone:
-    """Server: these blocks, asked for, can't be sent any more."""
+    """Server: these requested blocks can't be sent any more."""
 
     ranges: Ranges
     reason: str
@@ -222,21 +222,21 @@ class BlocksGone:
 
 @dataclass(frozen=True, slots=True)
 class BlocksSent:
-    """Server: these blocks left through the channel."""
+    """Server: these blocks were sent on the channel."""
 
     ranges: Ranges
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksWanted:
-    """Client: the ledger gave these blocks to this session."""
+    """Client: these blocks were assigned to this session."""
 
     ranges: Ranges
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksReceived:
-    """Client: these blocks landed and were checked."""
+    """Client: these blocks arrived and were verified."""
 
     ranges: Ranges
 

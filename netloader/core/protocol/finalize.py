@@ -1,4 +1,4 @@
-"""FINALIZE and the ends: the verdict, the goodbyes, and every way to fail."""
+"""FINALIZE and the ends of a session: the verdict, the goodbyes, and every kind of failure."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ __all__ = [
 
 
 def client_finished(ctx: Context, event: Finished) -> Sequence[f.Effect]:
-    """Nothing more is needed from this server: tell it how it went."""
+    """Nothing more is needed from this server: send it the result."""
     verdict = m.Verdict(outcome=event.outcome, blocks=event.blocks, nbytes=event.nbytes)
     return [f.Send(verdict), f.SetTimer(ctx.timings().finalize)]
 
 
 def server_verdict(ctx: Context, event: m.Verdict) -> Sequence[f.Effect]:
-    """The client needs nothing more: say goodbye, and free our end while it frees its own."""
+    """The client needs nothing more: say goodbye, and close this end of the channel while it closes its own."""
     ctx.early_wants.clear()
     ctx.released = True
     note = f.Note(f"the client reports {event.outcome}: {event.blocks} blocks, {event.nbytes} bytes from here")
@@ -50,30 +50,30 @@ def server_verdict(ctx: Context, event: m.Verdict) -> Sequence[f.Effect]:
 
 
 def client_goodbye(ctx: Context, event: m.Goodbye) -> Sequence[f.Effect]:
-    """The server frees its end: free ours."""
+    """The server closes its end of the channel: close this one."""
     ctx.released = True
     return [f.CloseChannel()]
 
 
 def closed(ctx: Context, event: ChannelDown) -> Sequence[f.Effect]:
-    """All is freed here."""
+    """The channel is closed at this end."""
     return [f.Close()]
 
 
 def late(ctx: Context, event: Event) -> Sequence[f.Effect]:
-    """Something that was under way when the session came to its end."""
+    """An event that was in flight when the session ended: ignore it."""
     return []
 
 
 def refused(ctx: Context, event: m.Refusal) -> Sequence[f.Effect]:
     """The server refused."""
-    message = event.message or f"the server refused ({event.code}) and did not say why"
+    message = event.message or f"the server refused ({event.code}) and gave no reason"
     raise RefusedError(event.code, message, hint=event.hint, retry_after=event.retry_after, sources=event.sources)
 
 
 def left(ctx: Context, event: m.Goodbye) -> Sequence[f.Effect]:
     """The peer ended the session early."""
-    raise RefusedError(event.code, f"the peer left: {event.reason or event.code}")
+    raise RefusedError(event.code, f"the peer ended the session: {event.reason or event.code}")
 
 
 def connection_lost(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
@@ -82,25 +82,25 @@ def connection_lost(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
 
 
 def lost_late(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
-    """The control connection ended after the verdict: as it should, once the server has said goodbye."""
+    """The control connection ended after the verdict. This is no error once the server has said goodbye."""
     return late(ctx, event) if ctx.released else connection_lost(ctx, event)
 
 
 def failed(ctx: Context, event: Failed | WorkFailed) -> Sequence[f.Effect]:
-    """Something failed, and the event says what."""
+    """Raise the error of the event."""
     raise event.error
 
 
 def timed_out(ctx: Context, event: TimedOut) -> Sequence[f.Effect]:
-    """The peer let a deadline pass."""
-    last = ctx.story[-1] if ctx.story else "nothing happened"
-    allowed = "" if ctx.deadline is None else f" of {ctx.deadline:g} s"
+    """The peer did not answer within the deadline."""
+    last = ctx.story[-1] if ctx.story else "none"
+    allowed = "" if ctx.deadline is None else f" within {ctx.deadline:g} s"
     raise TransferTimeout(
-        f"the peer let a deadline{allowed} pass; the last move was {last}",
-        hint="is it overloaded, stopped, or cut off?",
+        f"the peer did not answer{allowed}; the last transition was {last}",
+        hint="check whether the peer is overloaded, stopped, or unreachable",
     )
 
 
 def gave_up(ctx: Context, event: Cancelled) -> Sequence[f.Effect]:
-    """This side gives up."""
-    raise NetloaderError(event.reason or "this side gave up")
+    """This side ends the session."""
+    raise NetloaderError(event.reason or "this side ended the session")

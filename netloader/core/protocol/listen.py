@@ -1,4 +1,4 @@
-"""LISTEN: the greeting. Versions and transports are told; with a token, both sides prove that they know it."""
+"""LISTEN: both sides exchange versions and transports. With a token, both prove that they know it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["client_connected", "client_welcome", "prove", "server_connected", "s
 
 
 def prove(token: bytes, side: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """HMAC-SHA256 that shows knowledge of `token`; bound to the side, so that it can't be reflected."""
+    """HMAC-SHA256 that proves knowledge of `token`. It includes the side, so that it can't be reflected."""
     text = b"netloader/" + side.encode() + b"/" + client_nonce + server_nonce
     return hmac.new(token, text, hashlib.sha256).digest()
 
 
 def _connected(ctx: Context) -> None:
-    """See that our nonce is there: a proof without it could be replayed."""
+    """Check that this side's nonce is set: a proof without it could be replayed."""
     if not ctx.nonce:
-        raise LocalProtocolError("a message came before the session was told that it is connected")
+        raise LocalProtocolError("a message came before the event Connected")
 
 
 def server_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
-    """A client connected: it has a while to say hello."""
+    """A client connected: wait for its Hello."""
     ctx.connect(event.nonce)
     return [f.SetTimer(ctx.timings().hello)]
 
 
 def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
-    """Connected: say hello."""
+    """Connected: send Hello."""
     ctx.connect(event.nonce)
     hello = m.Hello(
         protocol=m.PROTOCOL,
@@ -47,7 +47,7 @@ def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
 
 
 def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
-    """A client said hello: answer, with our proof when a token is configured."""
+    """A client said hello: answer, with a proof when a token is configured."""
     _connected(ctx)
     if not event.oldest <= m.PROTOCOL <= event.protocol:
         raise Refuse(
@@ -69,7 +69,7 @@ def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
 
 
 def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
-    """The server answered: check its proof before anything about the model is said, then say what is wanted."""
+    """The server answered: check its proof before sending anything about the model, then send Identify."""
     terms = ctx.client
     _connected(ctx)
     if event.protocol != m.PROTOCOL:

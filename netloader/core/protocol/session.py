@@ -1,4 +1,4 @@
-"""The session: one object per control connection that turns events into effects."""
+"""The session: one object for each control connection, which takes events and returns effects."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _CODES: tuple[tuple[type[NetloaderError], m.RefusalCode], ...] = (
 
 _REFUSALS: Mapping[str, m.RefusalCode] = {code: code for code in get_args(m.RefusalCode)}
 
-_RELEASES = "run the same netloader release on both sides; if they are alike, one of them is faulty"
+_RELEASES = "run the same netloader release on both sides; if both are the same, please report this as a bug"
 _HINTS: tuple[tuple[type[NetloaderError], str], ...] = (
-    (PeerLost, "see the log at the other end; is the process there still running?"),
+    (PeerLost, "see the log at the other end, and check that the process there is still running"),
     (RefusedError, "see the log at the other end"),
-    (LocalProtocolError, "this is a fault in netloader; please report it with the last moves of the session"),
+    (LocalProtocolError, "this is a bug in netloader; please report it with the last transitions of the session"),
     (ProtocolError, _RELEASES),
     (TransportError, "see the log at both ends; another transport may work"),
     (NetloaderError, "see the log on this side"),
 )
-"""What to do about errors that bring no better advice with them."""
+"""Hints for errors that have none of their own."""
 
 
 def _code(error: NetloaderError) -> m.RefusalCode:
@@ -61,10 +61,10 @@ def _code(error: NetloaderError) -> m.RefusalCode:
 
 
 class Session:
-    """One control conversation.
+    """The state machine of one control connection.
 
-    Plain and synchronous: :meth:`handle` takes one event and returns what is to be done, in order. The driver carries
-    that out and feeds each result back as one event.
+    It is synchronous: :meth:`handle` takes one event and returns the effects, in order. The driver carries them out,
+    and feeds each result back as an event.
 
     Args:
         side: Which end this is.
@@ -78,7 +78,7 @@ class Session:
 
     @property
     def state(self) -> State:
-        """Where the session is."""
+        """The state of the session."""
         return self._state
 
     @property
@@ -98,7 +98,7 @@ class Session:
 
     @property
     def announcement(self) -> e.Announcement | None:
-        """What the server holds, once known."""
+        """What the server holds; None before it is known."""
         return self._ctx.announcement
 
     @property
@@ -108,7 +108,7 @@ class Session:
 
     @property
     def peer_software(self) -> str:
-        """Name and version at the other end; empty before the greeting."""
+        """The peer's name and version; empty before its first message."""
         return self._ctx.peer_software
 
     @property
@@ -118,17 +118,17 @@ class Session:
 
     @property
     def story(self) -> tuple[str, ...]:
-        """The last moves, oldest first."""
+        """The last transitions, oldest first."""
         return tuple(self._ctx.story)
 
     @property
     def identify(self) -> m.Identify | None:
-        """What the client said that it wants; None before it did, and on a client."""
+        """The client's Identify message; None before it came, and on a client."""
         return self._ctx.identify
 
     @property
     def probing(self) -> bool:
-        """Whether the client only looks."""
+        """Whether the client only asks what is held."""
         return self._ctx.probing
 
     def __repr__(self) -> str:
@@ -138,12 +138,12 @@ class Session:
         """Take one event.
 
         Args:
-            event: Something that happened, or a message from the peer.
+            event: A local event, or a message from the peer.
 
         Returns:
-            What is to be done, in order. Empty once the session has ended.
+            The effects, in order. Empty once the session has ended.
 
-        Never raises for anything a peer can cause: such a session ends in FAILED, with :attr:`error` set.
+        Nothing that a peer does makes it raise: the session then ends in FAILED, with :attr:`error` set.
         """
         if self._state in FINAL:
             return ()
@@ -163,20 +163,20 @@ class Session:
         return effects
 
     def check_invariants(self) -> None:
-        """Check what must hold between any two events.
+        """Check the invariants that hold between any two events.
 
         Raises:
-            LocalProtocolError: Something does not hold: a bug in this package.
+            LocalProtocolError: An invariant is violated: a bug in this package.
         """
         ctx, state = self._ctx, self._state
         broken = [
-            (state is State.FAILED) != (ctx.error is not None) and "an error is kept exactly when FAILED",
+            (state is State.FAILED) != (ctx.error is not None) and "there is an error exactly in FAILED",
             state is _T and ctx.announcement is None and "a plan is known in TRANSFER",
             state is _T and not ctx.transport and "a transport is chosen before TRANSFER",
-            (ctx.open_blocks or ctx.granted) and state not in (_P, _T, _F) and "blocks are asked for in TRANSFER only",
+            (ctx.open_blocks or ctx.granted) and state not in (_P, _T, _F) and "blocks are requested in TRANSFER only",
             ctx.early_wants and state is not _P and "early requests are answered when the channel opens",
-            self.side is Side.SERVER and not ctx.granted <= ctx.open_blocks and "only what was asked for is granted",
-            self.side is Side.CLIENT and ctx.granted & ctx.open_blocks and "a granted block is owed no grant",
+            self.side is Side.SERVER and not ctx.granted <= ctx.open_blocks and "only requested blocks are granted",
+            self.side is Side.CLIENT and ctx.granted & ctx.open_blocks and "no granted block still waits for a grant",
         ]
         for text in broken:
             if text:
@@ -185,11 +185,11 @@ class Session:
     def _illegal(self, event: e.Event) -> NetloaderError:
         text = f"{type(event).__name__} is not legal in {self._state.name}"
         if isinstance(event, m.Wire):
-            return RemoteProtocolError(f"the peer broke the rules: {text}")
+            return RemoteProtocolError(f"the peer violated the protocol: {text}")
         return LocalProtocolError(text)
 
     def _enter(self, state: State, event: e.Event) -> None:
-        """Change the state; nothing else does."""
+        """Change the state. Nothing else changes it."""
         self._ctx.story.append(f"{self._state.name} + {type(event).__name__} -> {state.name}")
         self._state = state
         if state in FINAL:

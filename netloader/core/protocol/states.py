@@ -15,7 +15,7 @@ class Side(enum.Enum):
 
 
 class State(enum.Enum):
-    """Where a session is."""
+    """The state of a session."""
 
     LISTEN = "listen"
     VALIDATE = "validate"
@@ -27,4 +27,4 @@ class State(enum.Enum):
 
 
 FINAL = frozenset({State.DONE, State.FAILED})
-"""An ended session ignores what comes late."""
+"""The states in which a session has ended. It ignores all later events."""

@@ -1,7 +1,7 @@
-"""The only table of a session: side, state and kind of event -> handler and next state.
+"""The transition table of a session: side, state and type of event -> handler and next state.
 
-A pair of state and event that is not listed leads to FAILED, and any row may do so instead, when its handler raises.
-The two final states have no rows: an ended session ignores what comes late.
+A pair of state and event without a row leads to FAILED. A row also leads to FAILED when its handler raises.
+The two final states have no rows: an ended session ignores all later events.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENDINGS: Mapping[type, Handler] = {
     e.Cancelled: finalize.gave_up,
     m.Goodbye: finalize.left,
 }
-"""What ends a session in any state and on either side, unless a row below says otherwise about FINALIZE."""
+"""Events that end a session in any state and on either side, except where a row below says otherwise."""
 
 LATE: Mapping[Side, frozenset[type]] = {
     _SERVER: frozenset({m.Signal, m.Goodbye, e.BlocksReady, e.BlocksGone, e.BlocksSent, e.UpstreamChanged, e.NotHeld,
@@ -41,7 +41,7 @@ LATE: Mapping[Side, frozenset[type]] = {
                         e.Examined, e.Pinned, e.ChannelOpened, e.SignalPosted, e.BlocksWanted, e.BlocksReceived,
                         e.Finished, e.WorkFailed}),
 }  # fmt: skip
-"""What may still come in FINALIZE and no longer matters: it was under way when the client had enough."""
+"""Events that are ignored in FINALIZE, because they were in flight when the client finished."""
 
 TABLE: Mapping[Row, tuple[Handler, State]] = {
     **{
@@ -102,4 +102,4 @@ TABLE: Mapping[Row, tuple[Handler, State]] = {
     (_CLIENT, _F, e.ConnectionLost): (finalize.lost_late, _F),
     (_CLIENT, _F, e.ChannelDown): (finalize.closed, State.DONE),
 }
-"""Side, state and kind of event -> handler and next state; a later line overrides an earlier one."""
+"""Side, state and type of event -> handler and next state. A later line overrides an earlier one."""

@@ -1,4 +1,4 @@
-"""TRANSFER: blocks are asked for, granted, and moved."""
+"""TRANSFER: blocks are requested, granted, and moved."""
 
 from __future__ import annotations
 
@@ -53,55 +53,55 @@ def _checked(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
 def _ask(ctx: Context, ranges: Ranges) -> tuple[int, ...]:
     numbers = _checked(ctx, ranges, "request")
     if not ctx.open_blocks.isdisjoint(numbers):
-        raise RemoteProtocolError("the client asked for a block that it is already waiting for")
+        raise RemoteProtocolError("the client requested a block that it is already waiting for")
     if len(ctx.open_blocks) + len(numbers) > ctx.server.options.max_open_blocks:
-        raise RemoteProtocolError(f"the client asked for more than {ctx.server.options.max_open_blocks} blocks at once")
+        raise RemoteProtocolError(f"the client requested more than {ctx.server.options.max_open_blocks} blocks at once")
     ctx.open_blocks.update(numbers)
     return numbers
 
 
 def _server_timer(ctx: Context) -> f.SetTimer:
-    """A client that holds a turn has to ask for something; while blocks move the channel watches for a stall."""
+    """A client that has a turn must request blocks in time. While blocks move, the channel detects a stall."""
     return f.SetTimer(None if ctx.open_blocks else ctx.timings().stall)
 
 
 def _client_timer(ctx: Context) -> f.SetTimer:
-    """While grants are owed the server has to act; while blocks move the channel itself watches for a stall."""
+    """The server must answer requests in time. While blocks move, the channel detects a stall."""
     return f.SetTimer(ctx.timings().stall if ctx.open_blocks else None)
 
 
-_News = BlocksReady | BlocksGone | BlocksSent | BlocksWanted | BlocksReceived
+_BlockEvent = BlocksReady | BlocksGone | BlocksSent | BlocksWanted | BlocksReceived
 
 
-def _own(event: _News, *, among: AbstractSet[int] | None = None, but: AbstractSet[int] = frozenset()) -> set[int]:
-    """Block numbers that this side's driver reports about.
+def _own(event: _BlockEvent, *, among: AbstractSet[int] | None = None, but: AbstractSet[int] = frozenset()) -> set[int]:
+    """The blocks in an event of this side's driver.
 
     Raises:
-        LocalProtocolError: Some of them are not in `among`, or are in `but`: the driver lost count.
+        LocalProtocolError: A block is not in `among`, or is in `but`: a bug in the driver.
     """
     numbers = set(expand(event.ranges))
     stray = sorted(numbers & but if among is None else (numbers - among) | (numbers & but))
     if stray:
-        raise LocalProtocolError(f"{type(event).__name__} is not to be expected for blocks {stray[:3]}")
+        raise LocalProtocolError(f"{type(event).__name__} is not legal for blocks {stray[:3]}")
     return numbers
 
 
 def _in_parts(ranges: Ranges) -> list[Ranges]:
-    """`ranges`, cut into as many messages as they need."""
+    """`ranges`, split into parts that fit into one message each."""
     return [ranges[i : i + m.MAX_RANGES] for i in range(0, len(ranges), m.MAX_RANGES)]
 
 
 def server_early_want(ctx: Context, event: m.Want) -> Sequence[f.Effect]:
-    """The client's end of the channel opened first: keep the request until ours is open."""
+    """The client's end of the channel opened first: keep the request until the server's end is open."""
     if not ctx.transport:
-        raise RemoteProtocolError("the client asked for blocks before it agreed to a plan")
+        raise RemoteProtocolError("the client requested blocks before it agreed to a plan")
     _ask(ctx, event.ranges)
     ctx.early_wants.append(event.ranges)
     return []
 
 
 def server_open(ctx: Context, event: ChannelOpened) -> Sequence[f.Effect]:
-    """Our end of the channel is open: answer what was asked already."""
+    """The server's end of the channel is open: answer early requests."""
     if not ctx.transport:
         raise LocalProtocolError("a channel opened before a transport was chosen")
     early, ctx.early_wants = ctx.early_wants, []
@@ -109,19 +109,19 @@ def server_open(ctx: Context, event: ChannelOpened) -> Sequence[f.Effect]:
 
 
 def server_want(ctx: Context, event: m.Want) -> Sequence[f.Effect]:
-    """The client asks for blocks."""
+    """The client requests blocks."""
     _ask(ctx, event.ranges)
     return [f.CheckBlocks(event.ranges), _server_timer(ctx)]
 
 
 def server_ready(ctx: Context, event: BlocksReady) -> Sequence[f.Effect]:
-    """They can be sent: grant first, so that the client posts its receives for nothing else."""
+    """Blocks can be sent: grant them first, because the client posts receives for granted blocks only."""
     ctx.granted.update(_own(event, among=ctx.open_blocks, but=ctx.granted))
     return [*(f.Send(m.Grant(ranges=part)) for part in _in_parts(event.ranges)), f.SendBlocks(event.ranges)]
 
 
 def server_gone(ctx: Context, event: BlocksGone) -> Sequence[f.Effect]:
-    """They can't be sent any more."""
+    """Blocks can't be sent any more."""
     ctx.open_blocks.difference_update(_own(event, among=ctx.open_blocks, but=ctx.granted))
     reason, sources = m.wire_text(event.reason), m.wire_sources(event.sources)
     losses = (f.Send(m.Gone(ranges=part, reason=reason, sources=sources)) for part in _in_parts(event.ranges))
@@ -129,7 +129,7 @@ def server_gone(ctx: Context, event: BlocksGone) -> Sequence[f.Effect]:
 
 
 def server_sent(ctx: Context, event: BlocksSent) -> Sequence[f.Effect]:
-    """They left."""
+    """Blocks were sent."""
     numbers = _own(event, among=ctx.granted)
     ctx.open_blocks.difference_update(numbers)
     ctx.granted.difference_update(numbers)
@@ -137,7 +137,7 @@ def server_sent(ctx: Context, event: BlocksSent) -> Sequence[f.Effect]:
 
 
 def client_wanted(ctx: Context, event: BlocksWanted) -> Sequence[f.Effect]:
-    """The ledger gave us blocks to fetch."""
+    """Blocks were assigned to this session: request them."""
     ctx.open_blocks.update(_own(event, but=ctx.open_blocks | ctx.granted))
     return [*(f.Send(m.Want(ranges=part)) for part in _in_parts(event.ranges)), _client_timer(ctx)]
 
@@ -146,24 +146,24 @@ def _answered(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
     numbers = _checked(ctx, ranges, what)
     if not ctx.open_blocks.issuperset(numbers):
         stray = sorted(set(numbers) - ctx.open_blocks)[:3]
-        raise RemoteProtocolError(f"the server's {what} names blocks that were not asked for: {stray}")
+        raise RemoteProtocolError(f"the server's {what} names blocks that were not requested: {stray}")
     ctx.open_blocks.difference_update(numbers)
     return numbers
 
 
 def client_grant(ctx: Context, event: m.Grant) -> Sequence[f.Effect]:
-    """The server will send these next: only now is it safe to post receives."""
+    """The server will send these blocks next: only now is it safe to post receives."""
     ctx.granted.update(_answered(ctx, event.ranges, "grant"))
     return [f.ReceiveBlocks(event.ranges), _client_timer(ctx)]
 
 
 def client_gone(ctx: Context, event: m.Gone) -> Sequence[f.Effect]:
-    """The server can't send these."""
+    """The server can't send these blocks."""
     _answered(ctx, event.ranges, "loss")
     return [f.ReturnBlocks(event.ranges, event.reason, event.sources), _client_timer(ctx), f.AskForWork()]
 
 
 def client_received(ctx: Context, event: BlocksReceived) -> Sequence[f.Effect]:
-    """They landed and are what was announced."""
+    """Blocks arrived and were verified."""
     ctx.granted.difference_update(_own(event, among=ctx.granted))
     return [f.AskForWork()]

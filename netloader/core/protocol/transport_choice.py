@@ -1,4 +1,4 @@
-"""Choosing a transport: a pure function of what both sides listed."""
+"""Choosing a transport: a pure function of the transports that both sides listed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from netloader.core.messages import Ability
 from netloader.errors import TransportUnavailable
 
-__all__ = ["choose_transport", "passed_over"]
+__all__ = ["choose_transport", "why_not_chosen"]
 
 
 def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tuple[Ability, Ability]:
-    """Pick the first transport of our preference that both sides have and whose facts allow them to meet.
+    """Choose the first transport in this side's preference that both sides have and whose facts match.
 
-    A fact that both sides state (which host, which user) has to be equal; one stated on one side only is not compared.
+    A fact that both sides state (which host, which user) has to be equal. A fact of one side only is not compared.
 
     Args:
         ours: Transports of this side, preferred first.
         theirs: Transports of the peer, in any order.
 
     Returns:
-        Our entry and the peer's entry of the same name.
+        This side's entry and the peer's entry of the same name.
 
     Raises:
-        TransportUnavailable: There is none; the message says why for each, the hint which ones to name.
+        TransportUnavailable: There is none. The message says why for each transport, the hint which ones to configure.
     """
     offered: dict[str, Ability] = {}
     for ability in theirs:
@@ -42,7 +42,7 @@ def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tupl
         worth_naming.discard(ability.name)
     if not ours:
         reasons.append("this side has none for its device")
-    # Some are used only where they are named, and this side does not know which ones the peer has besides.
+    # Some transports are used only where they are configured by name, so the peer may have more than it listed.
     names = " or ".join(sorted(worth_naming))
     remedy = f"name one on both sides: TRANSPORT {names}" if names else "allow another one on both sides"
     raise TransportUnavailable(
@@ -51,16 +51,16 @@ def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tupl
     )
 
 
-def passed_over(
+def why_not_chosen(
     chosen: str, ours: Sequence[Ability], theirs: Sequence[Ability], unavailable: Mapping[str, str]
 ) -> list[str]:
     """Why each of the other transports was not chosen, for the log.
 
     Args:
-        chosen: The one that was.
+        chosen: The chosen transport.
         ours: Transports of this side, preferred first.
         theirs: Transports of the peer.
-        unavailable: Why others cannot run on this side, by name.
+        unavailable: Why other transports cannot run on this side, by name.
     """
     offered = {ability.name: ability for ability in reversed(theirs)}
     reasons = []
@@ -75,6 +75,6 @@ def passed_over(
 
 
 def _apart(ours: Ability, theirs: Ability) -> str:
-    """Which facts keep two sides from meeting; empty when none does."""
+    """In which facts two sides differ, as text; empty when in none."""
     apart = [key for key, value in ours.facts.items() if theirs.facts.get(key, value) != value]
     return f"the two sides differ in {', '.join(apart)}" if apart else ""

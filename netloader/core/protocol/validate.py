@@ -1,4 +1,4 @@
-"""VALIDATE: identities are compared, and the client gets its turn."""
+"""VALIDATE: the server compares identities, and the client waits for its turn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, str]:
-    """Message and hint for identities that differ; `ours` and `theirs` name the sides that the differences speak of."""
+    """Message and hint for identities that differ. `ours` and `theirs` name the sides of each difference."""
     text = "the identities differ: " + "; ".join(
         f"{d.field} is {d.ours!r} at the {ours} and {d.theirs!r} at the {theirs}" for d in found
     )
@@ -35,7 +35,7 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, 
     if "layout" in fields and any("checkpoint" in (d.ours, d.theirs) for d in found):
         return text, "a checkpoint server feeds `netloader pull`; an engine needs a source that is an engine"
     if "dtype" in fields:
-        # Where config.json does not say it, an engine takes the type of the weight files, which a client may not have.
+        # Without a dtype in config.json an engine takes that of the weight files, which a client may not have.
         return text, "give both sides the same --dtype, the same model and parallel sizes"
     if fields == {"quantization_config"}:
         return (
@@ -53,7 +53,7 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, 
 def server_identify(ctx: Context, event: m.Identify) -> Sequence[f.Effect]:
     """The client said what it wants: check its proof, then look it up."""
     if ctx.identify is not None:
-        raise RemoteProtocolError("the client said twice what it wants")
+        raise RemoteProtocolError("the client sent Identify twice")
     token = ctx.server.options.token
     if token is not None and not hmac.compare_digest(event.proof, prove(token, "client", ctx.peer_nonce, ctx.nonce)):
         raise Refuse(
@@ -64,22 +64,22 @@ def server_identify(ctx: Context, event: m.Identify) -> Sequence[f.Effect]:
     ctx.identify, ctx.probing = event, event.probe
     role = event.role if event.identity is None else event.identity.role
     layouts = event.layouts if event.identity is None else (event.identity.layout,)
-    # From here the server itself is to act: no deadline for the client.
+    # The client waits for the server from here on, so it has no deadline.
     return [f.LookUp(role, layouts), f.SetTimer(None)]
 
 
 def _identified(ctx: Context) -> m.Identify:
-    """What the client said it wants; once this is there, the client has proven that it knows the token."""
+    """The client's Identify message. It is set only after the client proved that it knows the token."""
     if ctx.identify is None:
-        raise LocalProtocolError("the client has not said what it wants")
+        raise LocalProtocolError("the client has not sent Identify")
     return ctx.identify
 
 
 def server_held(ctx: Context, event: Held) -> Sequence[f.Effect]:
-    """It is held: compare before the client takes a place in the queue."""
+    """The holding is here: compare identities before the client enters the queue."""
     identify, ours = _identified(ctx), event.announcement.identity
     if ctx.announcement is not None:
-        raise LocalProtocolError("the session was told twice what is held")
+        raise LocalProtocolError("Held came twice")
     ctx.announcement = event.announcement
     if identify.identity is not None:
         found = [d for d in differences(ours, identify.identity) if d.severity is Severity.REFUSE]
@@ -97,18 +97,18 @@ def server_held(ctx: Context, event: Held) -> Sequence[f.Effect]:
 
 
 def server_not_held(ctx: Context, event: NotHeld) -> Sequence[f.Effect]:
-    """It is not held (any more, or yet): say so."""
+    """The holding is not here (not at all, not yet, or no longer): refuse."""
     raise Refuse(event.code, event.reason, hint=event.hint, retry_after=event.retry_after, sources=event.sources)
 
 
 def server_queued(ctx: Context, event: Queued) -> Sequence[f.Effect]:
-    """Others come first: tell the client, so that it knows that this server is alive."""
+    """Other clients come first: tell the client, so that it knows that this server is alive."""
     _identified(ctx)
     return [f.Send(m.Waiting(reason=m.wire_text(event.reason), position=event.position))]
 
 
 def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
-    """The client's turn: tell it everything it needs to derive the plan."""
+    """The client got its turn: send it everything that it needs to derive the plan."""
     known = ctx.known()
     same = _identified(ctx).manifest == known.manifest_digest
     announce = m.Announce(
@@ -125,20 +125,20 @@ def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
 
 
 def client_waiting(ctx: Context, event: m.Waiting) -> Sequence[f.Effect]:
-    """The server lives, but our turn has not come."""
+    """The server is alive, but this client has to wait for its turn."""
     note = f.Note(f"waiting for a turn: {event.reason}")
     return [note, f.NoteQueued(event.position), f.SetTimer(ctx.timings().validate)]
 
 
 def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:
-    """The server says that identities match; see for ourselves."""
+    """The server says that the identities match: check this on this side too."""
     ctx.peer_identity = event.identity
     notes: list[f.Effect] = []
     terms, layouts = ctx.client, ctx.client.options.layouts
     if terms.identity is None and (event.identity.role != terms.role or event.identity.layout not in layouts):
         raise RemoteProtocolError(
             f"the server gives role {event.identity.role!r} in layout {event.identity.layout!r}, "
-            f"asked for was {terms.role!r} in {' or '.join(layouts) or 'no layout'}"
+            f"this client asked for {terms.role!r} in {' or '.join(layouts) or 'no layout'}"
         )
     if terms.identity is not None and not ctx.probing:
         found = differences(terms.identity, event.identity)

@@ -1,9 +1,9 @@
-"""What the kernel can keep from gloo: connections that nobody asked for.
+"""Packet filters that protect gloo's sockets from unauthenticated connections.
 
-Gloo takes whoever connects first and says the expected number for its peer, and one message that it does not expect
-ends the process. So its listening socket gets a packet filter as soon as it is known: packets of the peer's host
-only, and until both sides have compared their ends of the connection no bytes but that number. Once they have, it
-takes no connection at all any more. Filters are classic BPF, which needs no privilege.
+Gloo accepts the first connection that sends the expected number as its peer. An unexpected message ends the process.
+So its listening socket gets a packet filter as soon as it is known. The filter passes only packets of the peer's host,
+and no data except that number until both sides have compared the addresses of their connection. After that it accepts
+no further connection. Filters are classic BPF, which needs no privilege.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["End", "close_listener", "ends", "guard_listener", "lift", "listener", "progress", "visit"]
+__all__ = [
+    "Endpoint",
+    "close_listener",
+    "connect_to_self",
+    "connections",
+    "find_listener",
+    "guard_listener",
+    "progress",
+    "remove_filter",
+]
 
 _ATTACH, _DETACH = 26, 27  # SO_ATTACH_FILTER, SO_DETACH_FILTER
 _NET = 0xFFF00000  # SKF_NET_OFF: offsets from the IP header on
@@ -25,12 +34,12 @@ _MOVED = struct.Struct("=QQ")
 _MOVED_AT = 120  # tcpi_bytes_acked, tcpi_bytes_received in struct tcp_info (Linux 4.1)
 
 Instruction = tuple[int, int, int, int]
-End = tuple[str, int]
+Endpoint = tuple[str, int]
 """Numeric host and port."""
 
 
 def _sockets() -> Iterator[socket.socket]:
-    """Copies of all TCP sockets of this process. Gloo does not tell its descriptors; the kernel does."""
+    """Duplicates of all TCP sockets of this process. The kernel lists descriptors, which gloo does not expose."""
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
             if not str(descriptor.readlink()).startswith("socket:"):
@@ -44,8 +53,8 @@ def _sockets() -> Iterator[socket.socket]:
             copy.close()
 
 
-def listener(host: str, port: int) -> socket.socket | None:
-    """A copy of the socket that listens there."""
+def find_listener(host: str, port: int) -> socket.socket | None:
+    """A duplicate of the socket that listens at this address; None when there is none."""
     found = None
     for copy in _sockets():
         if found is None and _listens(copy) and _end(copy.getsockname()) == (host, port):
@@ -55,9 +64,11 @@ def listener(host: str, port: int) -> socket.socket | None:
     return found
 
 
-def ends(*, local: End | None = None, remote: End | None = None) -> list[tuple[socket.socket, End, End]]:
-    """Copies of all connections with this local end, or this remote end; with both ends of each."""
-    found: dict[tuple[End, End], socket.socket] = {}
+def connections(
+    *, local: Endpoint | None = None, remote: Endpoint | None = None
+) -> list[tuple[socket.socket, Endpoint, Endpoint]]:
+    """Duplicates of all connections with this local or remote endpoint, each with both endpoints."""
+    found: dict[tuple[Endpoint, Endpoint], socket.socket] = {}
     for copy in _sockets():
         try:
             here, there = _end(copy.getsockname()), _end(copy.getpeername())
@@ -65,7 +76,7 @@ def ends(*, local: End | None = None, remote: End | None = None) -> list[tuple[s
             copy.close()
             continue
         wanted = (local is None or here == local) and (remote is None or there == remote)
-        # A connection may have several descriptors: other threads make such copies, too.
+        # A connection may have several descriptors, because other threads make duplicates too.
         if wanted and (here, there) not in found:
             found[here, there] = copy
         else:
@@ -74,33 +85,33 @@ def ends(*, local: End | None = None, remote: End | None = None) -> list[tuple[s
 
 
 def guard_listener(listening: socket.socket, peer: str, number: int) -> None:
-    """Take packets from `peer` only, and no bytes but the 8 of `number`.
+    """Accept packets from `peer` only, and no data except the 8 bytes of `number`.
 
     Raises:
         OSError: This kernel has no such filters.
     """
-    _attach(listening, [*_from(peer), *_saying(number)])
+    _attach(listening, [*_from(peer), *_only_number(number)])
 
 
-def close_listener(listening: socket.socket, taken: End | None) -> None:
-    """Take no connection any more.
+def close_listener(listening: socket.socket, taken: Endpoint | None) -> None:
+    """Accept no more connections.
 
     Args:
         listening: The listener.
-        taken: The far end of the connection that it took, if any. When that connection has died here, the kernel hands
-            what still comes in on it to the listener, whose answer (a reset) is all that tells the far end.
+        taken: Remote endpoint of the connection that it accepted, if any. When that connection is closed here, the
+            kernel passes its packets to the listener. Only the listener's answer (a reset) informs the remote end.
 
     Raises:
         OSError: This kernel has no such filters.
     """
-    _attach(listening, [(0x06, 0, 0, _DROP)] if taken is None else [*_from(taken[0]), *_under_way(taken[1])])
+    _attach(listening, [(0x06, 0, 0, _DROP)] if taken is None else [*_from(taken[0]), *_established_from(taken[1])])
 
 
-def visit(listening: socket.socket, number: int) -> None:
-    """Connect to a guarded listener of our own, say the number, and hang up. Does not block.
+def connect_to_self(listening: socket.socket, number: int) -> None:
+    """Connect to this process's own guarded listener, send the number, and disconnect. Does not block.
 
     Raises:
-        OSError: It can't be done; then nobody was let in either.
+        OSError: It is not possible; then nobody else could connect either.
     """
     host, _, *zone = here = listening.getsockname()
     guard_listener(listening, _end(here)[0], number)
@@ -111,8 +122,8 @@ def visit(listening: socket.socket, number: int) -> None:
         visitor.send(struct.pack("=q", number))
 
 
-def lift(connection: socket.socket) -> None:
-    """Let everything through; a connection has inherited its listener's filter."""
+def remove_filter(connection: socket.socket) -> None:
+    """Remove the filter that a connection inherited from its listener."""
     try:
         connection.setsockopt(socket.SOL_SOCKET, _DETACH, 0)
     except FileNotFoundError:
@@ -120,7 +131,7 @@ def lift(connection: socket.socket) -> None:
 
 
 def progress(connection: socket.socket) -> int:
-    """Bytes that the peer acknowledged and that it sent, together; 0 where the kernel does not tell."""
+    """Bytes that the peer acknowledged plus bytes that it sent; 0 where the kernel does not report them."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
     return sum(_MOVED.unpack_from(info, _MOVED_AT)) if len(info) >= _MOVED_AT + _MOVED.size else 0
 
@@ -129,12 +140,12 @@ def _listens(sock: socket.socket) -> bool:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
 
 
-def _end(name: tuple[str, int]) -> End:
+def _end(name: tuple[str, int]) -> Endpoint:
     return name[0].partition("%")[0], name[1]
 
 
 def _from(peer: str) -> list[Instruction]:
-    """Drop what has another source address, or is not plain TCP over IP."""
+    """Drop packets with another source address, and packets that are not plain TCP over IP."""
     ip = ipaddress.ip_address(peer)
     if isinstance(ip, ipaddress.IPv4Address):
         return [(0x20, 0, 0, _NET + 12), (0x15, 1, 0, int(ip)), (0x06, 0, 0, _DROP)]
@@ -144,8 +155,8 @@ def _from(peer: str) -> list[Instruction]:
     return program
 
 
-def _under_way(port: int) -> list[Instruction]:
-    """Pass packets of a connection from this port, but none that would open one."""
+def _established_from(port: int) -> list[Instruction]:
+    """Pass packets of an existing connection from this port, but none that would open one."""
     return [
         (0x28, 0, 0, 0),  # source port
         (0x15, 0, 3, port),
@@ -156,17 +167,17 @@ def _under_way(port: int) -> list[Instruction]:
     ]
 
 
-def _saying(number: int) -> list[Instruction]:
-    """Pass packets without content, and those that hold exactly this number as gloo writes it."""
+def _only_number(number: int) -> list[Instruction]:
+    """Pass packets without data, and those that hold exactly this number, as gloo writes it."""
     first, second = struct.unpack(">2I", struct.pack("=q", number))
     return [
-        (0x30, 0, 0, 12),  # length of the TCP header: the upper half of its byte 12, in words
+        (0x30, 0, 0, 12),  # length of the TCP header in words: the upper half of its byte 12
         (0x54, 0, 0, 0xF0),
         (0x74, 0, 0, 2),
         (0x07, 0, 0, 0),  # kept in X
         (0x80, 0, 0, 0),  # length of the segment
-        (0x1C, 0, 0, 0),  # less its header
-        (0x15, 5, 0, 0),  # nothing in it: pass
+        (0x1C, 0, 0, 0),  # minus its header
+        (0x15, 5, 0, 0),  # no data: pass
         (0x15, 0, 5, 8),
         (0x40, 0, 0, 0),
         (0x15, 0, 3, first),

@@ -1,8 +1,8 @@
-"""The rendezvous of a gloo group of two, without a store that anyone could connect to.
+"""The rendezvous of a gloo group of two, without a store that listens on a port.
 
-A group asks its store for one value of the peer: the address of its listening socket. This store hands out our own
-address and waits for the peer's; both travel over the control connection as plain data. What gloo reads is built here
-from checked numbers, so a peer never gets to give gloo bytes to parse, and gloo dials only where we allow it to.
+A group asks its store for one value of the peer: the address of its listening socket. This store returns this side's
+address, and waits for the peer's. Both are sent over the control connection as plain data. What gloo reads is built
+here from checked numbers, so gloo never parses bytes of the peer, and connects only to an allowed address.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _V6 = struct.Struct("=H2s4s16sI")
 
 
 class Address(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """Where one side's gloo listens.
+    """The address at which one side's gloo listens.
 
     Attributes:
         host: Numeric address, without zone.
         port: The port.
-        pairs: For each rank, the number by which it makes itself known when it connects.
+        pairs: For each rank, the number that identifies it when it connects.
     """
 
     host: str
@@ -45,24 +45,24 @@ class Address(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
 
 
 def plain_host(host: str) -> str:
-    """A numeric address in the form in which two of them can be compared.
+    """A numeric address in canonical form, so that two of them can be compared.
 
     Raises:
-        TransportError: It is no numeric address.
+        TransportError: It is not a numeric address.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError as error:
-        raise TransportError(f"{host!r} is no numeric address") from error
+        raise TransportError(f"{host!r} is not a numeric address") from error
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(address if mapped is None else mapped)
 
 
 def from_blob(blob: bytes) -> Address:
-    """Read what this torch's gloo says about itself.
+    """Parse the address that this torch's gloo publishes.
 
     Raises:
-        TransportError: It has another form than the one known: another version of gloo.
+        TransportError: Its format is not the known one: another version of gloo.
     """
     try:
         (hostname,) = _SIZE.unpack_from(blob)
@@ -81,14 +81,14 @@ def from_blob(blob: bytes) -> Address:
             raise struct.error(f"address family {family}")
     except struct.error as error:
         raise TransportError(
-            f"gloo of torch {torch.__version__} describes its address in an unknown way: {error}",
+            f"gloo of torch {torch.__version__} publishes its address in an unknown format: {error}",
             hint="use another transport, or a torch that this version of netloader was tested with",
         ) from error
     return Address(str(ipaddress.ip_address(packed)), int.from_bytes(port, "big"), pairs)
 
 
 def to_blob(address: Address, zone: int = 0) -> bytes:
-    """Write an address as gloo reads it.
+    """Write an address in gloo's format.
 
     Args:
         address: The peer's.
@@ -106,25 +106,25 @@ def to_blob(address: Address, zone: int = 0) -> bytes:
 
 
 class LocalStore(Store):
-    """A store for a group of one: it knows what was put in, and waits for nothing."""
+    """A store for a group of one: it holds the values that were set, and never waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: Any) -> None:
-        """Keep a value."""
+        """Store a value."""
         self._values[_short(key)] = bytes(value)
 
     def get(self, key: str) -> bytes:
-        """A value that is there."""
+        """The value of `key`, which has to be set."""
         return self._values[_short(key)]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Nothing: what is asked for is there, or :meth:`get` says that it is not."""
+        """Does nothing: all keys are set already, or :meth:`get` raises an error."""
 
     def has_extended_api(self) -> bool:
-        """No: get is all there is."""
+        """False: there are only the basic operations."""
         return False
 
 
@@ -132,9 +132,9 @@ class Rendezvous(LocalStore):
     """The store of one end of a pair.
 
     Args:
-        rank: Our rank, 0 or 1.
+        rank: Rank of this side, 0 or 1.
         timeout: Seconds to wait for the peer's address.
-        published: Called with our own address, in gloo's thread, before anyone else gets to know it.
+        published: Called with this side's address, in gloo's thread, before any other process knows it.
     """
 
     def __init__(self, rank: int, timeout: float, published: Callable[[Address], None]) -> None:
@@ -145,33 +145,33 @@ class Rendezvous(LocalStore):
         self._met = threading.Event()
         self._error: TransportError | None = None
 
-    def meet(self, address: Address, zone: int = 0) -> None:
-        """Let gloo have the peer's address, which was checked."""
+    def set_peer(self, address: Address, zone: int = 0) -> None:
+        """Give gloo the peer's address, after it was checked."""
         self._values[self._theirs] = to_blob(address, zone)
         self._met.set()
 
     def abort(self) -> None:
         """End the wait for the peer's address."""
         if not self._met.is_set():
-            self._error = PeerLost("the set-up was given up")
+            self._error = PeerLost("setting up was cancelled")
             self._met.set()
 
     def set(self, key: str, value: Any) -> None:
-        """Gloo tells its own address."""
+        """Called by gloo with its own address."""
         super().set(key, value)
         if _short(key) == self._ours:
             self._published(from_blob(bytes(value)))
 
     def get(self, key: str) -> bytes:
-        """Gloo asks for an address, ours or the peer's."""
+        """Called by gloo for an address: this side's or the peer's."""
         if _short(key) == self._theirs:
             if not self._met.wait(self._timeout):
-                raise TransferTimeout(f"the peer did not say where its gloo listens within {self._timeout:g} s")
+                raise TransferTimeout(f"the peer did not send the address of its gloo within {self._timeout:g} s")
             if self._error is not None:
                 raise self._error
         return super().get(key)
 
 
 def _short(key: str) -> str:
-    """Gloo puts the number of its context before the rank: there is only one here."""
+    """The key without the number of gloo's context, which precedes the rank: there is only one context here."""
     return key.rpartition("/")[2]

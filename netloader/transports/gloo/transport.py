@@ -1,11 +1,11 @@
-"""Blocks over torch's gloo: for tensors in the CPU's memory, in trusted networks.
+"""The gloo transport: blocks over torch's gloo, for tensors in the CPU's memory, in trusted networks.
 
-The group is the ``ProcessGroupGloo`` object itself: no world, no group names, nothing that is process-wide. There is no
-store to connect to either; both sides tell each other over the control connection where their gloo listens, and each
-dials only the address that its control connection leads to. docs/transports.md says what gloo asks of the network.
+A group is a bare ``ProcessGroupGloo`` object, without a world, group names or other process-wide state. There is no
+store on a port either. Both sides exchange the addresses of their gloo over the control connection, and each connects
+only to the address of its control connection. docs/transports.md says what gloo requires of the network.
 
-A peer that breaks gloo's rules ends this process or keeps one of its threads busy for good, and nothing here prevents
-that: so gloo is used only where it was named, on each side.
+A peer that violates gloo's protocol can end this process, or keep one of its threads busy for ever. This can't be
+prevented here, so gloo is used only where it was configured by name, on both sides.
 """
 
 from __future__ import annotations
@@ -41,63 +41,64 @@ from netloader.transports.process_group import WINDOW, Link, LinkChannel
 __all__ = ["GlooTransport"]
 
 _CLIENT, _SERVER = 0, 1
-"""Ranks: the side that receives is 0, as other collective libraries want it."""
+"""Ranks: the side that receives is 0, as other collective libraries require it."""
 
-_SPENT = 2
-"""Pairs made in vain before the real one, so that the number which a stranger could say (and repeat, no more: see
-`packet_filter`) never reads as an operation that gloo would end the process over."""
+_UNUSED_PAIRS = 2
+"""Unused pairs that are made before the real one. They make sure that the number of the real pair, which an
+unauthenticated peer could send (and repeat; see `packet_filter`), is never read as an operation that makes gloo end the
+process."""
 
 _DATA, _MARK, _RECEIPT = range(3)
 _KINDS = 4
 _LENGTHS = (1 << 29) - 3  # a tag has 31 bits
 
 _CONNECTING = 5.0
-"""Seconds at most for connecting once both addresses are known: gloo cannot be interrupted while it dials."""
+"""Most seconds for connecting once both addresses are known: gloo can't be interrupted while it connects."""
 
 _FOREVER = timedelta(days=1)
-"""Gloo's own limit for one operation; ours is the watch on progress, which ends it long before."""
+"""Gloo's own timeout of an operation. The stall detection ends an operation long before."""
 
 _TELLING = 1.0
-"""Seconds to tell the peer why a set-up failed."""
+"""Seconds to send the peer the reason why setting up failed."""
 
 _LONGEST_REASON = 500
 _SOURCE_LINE = re.compile(r"^\[[^\]]*\]\s*")
 
-N = TypeVar("N", bound="_Note")
+N = TypeVar("N", bound="_GlooMessage")
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
 class _Dialled(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The side that connected: this is my end of the connection."""
+    """Sent by the side that connected: the local endpoint of its connection."""
 
     host: str
     port: int
 
 
 class _Taken(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The side that listened: that is my only connection; go ahead."""
+    """Sent by the side that listened: this is its only connection, so both may proceed."""
 
 
 class _Refused(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """Either side: it will not work, and why."""
+    """Sent by either side: setting up failed, and why."""
 
     reason: str
 
 
-_Note = Address | _Dialled | _Taken | _Refused
+_GlooMessage = Address | _Dialled | _Taken | _Refused
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Note).decode
+_decode = msgspec.msgpack.Decoder(_GlooMessage).decode
 
 
 @dataclass(slots=True)
-class _Operation:
-    """A block under way.
+class _BlockWork:
+    """A block in flight.
 
     Attributes:
-        waits: Gloo's handle that is waited for; that of an operation without bytes.
-        holds: Gloo's other handles, to be kept until then.
-        confirms: For a block received: its bytes, to be confirmed.
+        waits: Gloo's handle to wait for: an operation without bytes.
+        holds: Gloo's other handles, which are kept until then.
+        confirms: For a received block: the number of bytes to confirm.
         over: Whether it was waited for.
     """
 
@@ -110,15 +111,16 @@ class _Operation:
 class _GlooLink(Link):
     """One end of a group of two; see :class:`~netloader.transports.process_group.Link`.
 
-    When a connection is lost, gloo wakes those who wait for operations that have not begun, but not who waits for one
-    of which some bytes have moved: that thread would never come back. So each block is followed by a mark without
-    bytes, and confirmed by a receipt without bytes, and only for these do we wait; they cannot be half done. Bytes
-    arrive in order, so whoever has the mark has the block, and whoever has the receipt may use its memory again.
+    When a connection is lost, gloo wakes threads that wait for operations that have not begun. It does not wake one
+    that waits for a partly transferred operation: such a thread would hang for ever. So the sender follows each block
+    with an empty operation (the mark), and the receiver confirms it with another (the receipt). Threads wait for these
+    two only, because an empty operation can't be partly transferred. Bytes arrive in order, so the block is complete
+    when the mark arrives, and its memory may be reused when the receipt arrives.
 
     Args:
-        rank: Ours.
-        setup: What the transport was told.
-        published: Set once our address is known, or it is known that it never will be.
+        rank: Rank of this side.
+        setup: Parameters of the channel.
+        published: Set once this side's address is known, or can't become known any more.
     """
 
     device = "cpu"
@@ -131,36 +133,36 @@ class _GlooLink(Link):
         self._published = published
         self._store = Rendezvous(rank, setup.timeout, self._publish)
         self._connecting = min(setup.timeout, _CONNECTING)
-        self._expected = 0  # the number that the peer says to our listener
+        self._expected = 0  # the number that the peer has to send to this side's listener
         self._group: Any = None  # torch's stubs lack most of a ProcessGroupGloo
         self._lock = threading.Lock()  # abort() may come from any thread
         self._listener: socket.socket | None = None
         self._wire: socket.socket | None = None
-        self._taken: guard.End | None = None  # the far end, when the connection was made to our listener
+        self._taken: guard.Endpoint | None = None  # remote endpoint, when the peer connected to this side's listener
         self._nothing = torch.empty(0, dtype=torch.uint8)
-        self._receipts: deque[Any] = deque(maxlen=2 * WINDOW)  # under way at most as many as blocks
+        self._receipts: deque[Any] = deque(maxlen=2 * WINDOW)  # never more in flight than blocks
 
     def open(self) -> None:
-        """Make the group: publishes our address, waits for :meth:`meet`, connects."""
+        """Make the group: publish this side's address, wait for :meth:`set_peer`, and connect."""
         try:
             with _translated(TransportError):
-                # The only way to choose the address, and not in torch's stubs.
+                # The only way to choose the address; torch's stubs lack it.
                 options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
                 options._timeout = timedelta(seconds=self._connecting)  # noqa: SLF001
                 options._threads = 1  # noqa: SLF001
                 options._devices = [ProcessGroupGloo.create_device(hostname=self._bind)]  # noqa: SLF001
-                for _ in range(_SPENT):
+                for _ in range(_UNUSED_PAIRS):
                     ProcessGroupGloo(LocalStore(), 0, 1, options)
             with _translated(PeerLost):
                 self._group = ProcessGroupGloo(self._store, self._rank, 2, options)
         finally:
             self._published.set()
 
-    def meet(self, address: Address) -> None:
+    def set_peer(self, address: Address) -> None:
         """Allow gloo to connect to the peer.
 
         Raises:
-            TransportError: The address is not one that the control connection leads to.
+            TransportError: The host is not that of the control connection.
         """
         if plain_host(address.host) != self._peer:
             raise TransportError(
@@ -168,14 +170,14 @@ class _GlooLink(Link):
                 hint="gloo needs a network without address translation; use another transport",
             )
         if not 0 < address.port < 1 << 16 or len(address.pairs) != 2:  # noqa: PLR2004 - a group of two
-            raise TransportError(f"the peer's gloo address makes no sense: {address}")
+            raise TransportError(f"the peer's gloo address is invalid: {address}")
         zone = self._bind.partition("%")[2]
-        self._store.meet(address, socket.if_nametoindex(zone) if zone else 0)
+        self._store.set_peer(address, socket.if_nametoindex(zone) if zone else 0)
 
-    def ends(self, theirs: Address) -> tuple[_Dialled | None, list[guard.End]]:
-        """After connecting: our end, if it was us who connected; and the far ends of all connections to us."""
-        dialled = guard.ends(remote=(plain_host(theirs.host), theirs.port))
-        taken = guard.ends(local=self._here())
+    def ends(self, theirs: Address) -> tuple[_Dialled | None, list[guard.Endpoint]]:
+        """After connecting: this side's endpoint, if it connected; and the remote endpoints of accepted connections."""
+        dialled = guard.connections(remote=(plain_host(theirs.host), theirs.port))
+        taken = guard.connections(local=self._here())
         with self._lock:
             for sock, _, _ in (*dialled, *taken):
                 if self._wire is None:
@@ -188,40 +190,40 @@ class _GlooLink(Link):
         return _Dialled(*dialled[0][1]) if dialled else None, [far for _, _, far in taken]
 
     def settle(self) -> None:
-        """Both sides know that they are connected to each other: take nobody else, and let bytes through."""
+        """Both sides confirmed their connection: accept no other connection, and let data through."""
         with self._lock:
             if self._wire is not None:
-                guard.lift(self._wire)
-                with suppress(OSError):  # it is slower then, no more
+                guard.remove_filter(self._wire)
+                with suppress(OSError):  # the filter then stays, which only makes the transfer slower
                     tune(self._wire, self._bind, self._peer)
             if self._listener is not None:
-                with suppress(OSError):  # said when the listener was guarded
+                with suppress(OSError):  # logged already when the listener was guarded
                     guard.close_listener(self._listener, self._taken)
                 self._listener.close()
                 self._listener = None
 
-    def send(self, tensor: torch.Tensor) -> _Operation:
+    def send(self, tensor: torch.Tensor) -> _BlockWork:
         """Start sending; see :class:`~netloader.transports.process_group.Link`."""
         group, peer, nbytes = self._open(), 1 - self._rank, tensor.numel()
         with _translated(PeerLost):
             receipt = group.recv([self._nothing], peer, _tag(_RECEIPT, nbytes))
             data = group.send([tensor], peer, _tag(_DATA, nbytes))
             mark = group.send([self._nothing], peer, _tag(_MARK, nbytes))
-        return _Operation(receipt, (data, mark))
+        return _BlockWork(receipt, (data, mark))
 
-    def recv(self, tensor: torch.Tensor) -> _Operation:
+    def recv(self, tensor: torch.Tensor) -> _BlockWork:
         """Start receiving; see :class:`~netloader.transports.process_group.Link`."""
         group, peer, nbytes = self._open(), 1 - self._rank, tensor.numel()
         with _translated(PeerLost):
             data = group.recv([tensor], peer, _tag(_DATA, nbytes))
             mark = group.recv([self._nothing], peer, _tag(_MARK, nbytes))
-        return _Operation(mark, (data,), confirms=nbytes)
+        return _BlockWork(mark, (data,), confirms=nbytes)
 
-    def finish(self, work: _Operation) -> None:
+    def finish(self, work: _BlockWork) -> None:
         """Wait for an operation; see :class:`~netloader.transports.process_group.Link`."""
         if work.over:
             return
-        work.over = True  # also when it fails: gloo forgets the outcome once it was told
+        work.over = True  # also when it fails: gloo reports a result only once
         with _translated(PeerLost):
             work.waits.wait(_FOREVER)
             if work.confirms is not None:
@@ -234,14 +236,14 @@ class _GlooLink(Link):
             return 0 if self._wire is None else guard.progress(self._wire)
 
     def abort(self) -> None:
-        """Cut the connection: of all there is in gloo to end a blocked call, only that works."""
+        """Shut the connection down, which is the only way to end a blocked call in gloo."""
         self._store.abort()
         with self._lock, suppress(OSError):  # cut already
             if self._wire is not None:
                 self._wire.shutdown(socket.SHUT_RDWR)
             elif self._listener is not None:
-                # Gloo may be waiting for the peer: it gets a connection, from us, that ends at once.
-                guard.visit(self._listener, self._expected)
+                # Gloo may be waiting for the peer to connect. Connect to it from here, and disconnect at once.
+                guard.connect_to_self(self._listener, self._expected)
 
     def close(self) -> None:
         """Free everything; see :class:`~netloader.transports.process_group.Link`."""
@@ -255,10 +257,10 @@ class _GlooLink(Link):
             self._listener = self._wire = None
 
     def _publish(self, address: Address) -> None:
-        """In gloo's thread, when it listens and nobody knows where yet."""
+        """Called in gloo's thread once it listens, before any other process knows the address."""
         self.address = address
         self._expected = address.pairs[1 - self._rank]
-        listening = guard.listener(*self._here())
+        listening = guard.find_listener(*self._here())
         if listening is None:
             raise TransportError(f"gloo does not listen at {address.host}:{address.port} as it says")
         with self._lock:
@@ -266,17 +268,17 @@ class _GlooLink(Link):
         try:
             guard.guard_listener(listening, self._peer, self._expected)
         except OSError as error:
-            _log.warning("the kernel keeps no strangers from gloo's port %d for us: %s", address.port, error)
-        visitors = guard.ends(local=self._here())
-        for sock, _, _ in visitors:  # a set-up that was given up meanwhile visits its own listener, too
+            _log.warning("the kernel can't filter connections to gloo's port %d: %s", address.port, error)
+        connections = guard.connections(local=self._here())
+        for sock, _, _ in connections:  # a cancelled set-up connects to its own listener too
             sock.close()
-        if visitors:
-            raise TransportError(f"somebody connected to gloo's port {address.port} before anybody could know it")
+        if connections:
+            raise TransportError(f"an unknown process connected to gloo's port {address.port} before it was published")
         self._published.set()
 
-    def _here(self) -> guard.End:
+    def _here(self) -> guard.Endpoint:
         if self.address is None:
-            raise TransportError("gloo has not said where it listens")
+            raise TransportError("gloo has not published its address")
         return self.address.host, self.address.port
 
     def _open(self) -> Any:
@@ -285,8 +287,8 @@ class _GlooLink(Link):
         return self._group
 
 
-class _End:
-    """One side while it is being set up."""
+class _GlooEnd:
+    """One side of a channel during set-up."""
 
     def __init__(self, rank: int, setup: Setup) -> None:
         self.setup = setup
@@ -297,18 +299,18 @@ class _End:
         self._handed_over = False
 
     async def address(self) -> bytes:
-        """What the peer has to know."""
+        """This side's address, encoded for the peer."""
         await self._published.wait()
         if self._link.address is None or self._opening.over.is_set():
             await self._worker.finish(self._opening)
         if self._link.address is None:
-            raise TransportError("gloo has not said where it listens")
+            raise TransportError("gloo has not published its address")
         return _encode(self._link.address)
 
-    async def channel(self, note: bytes) -> Channel:
+    async def channel(self, message: bytes) -> Channel:
         """Connect, once the peer's address has come, and compare ends."""
-        theirs = _expect(Address, note)
-        self._link.meet(theirs)
+        theirs = _expect(Address, message)
+        self._link.set_peer(theirs)
         await self._worker.finish(self._opening)
         mine, guests = await self._worker.run(partial(self._link.ends, theirs))
         signals = self.setup.signals
@@ -318,11 +320,11 @@ class _End:
             await self._worker.run(self._link.settle)
         else:
             said = _expect(_Dialled, await signals.fetch())
-            # Gloo takes the first that says the right number, and keeps later ones waiting without telling.
+            # Gloo accepts the first connection that sends the right number, and silently leaves later ones waiting.
             if guests != [(plain_host(said.host), said.port)]:
                 raise TransportError(
                     f"the peer's gloo connected from {said.host}:{said.port}, but connected here: {guests or 'nobody'}",
-                    hint="somebody else connects to gloo's port: use it in trusted networks only",
+                    hint="another process connects to gloo's port: use gloo in trusted networks only",
                 )
             await self._worker.run(self._link.settle)
             await signals.post(_encode(_Taken()))
@@ -330,25 +332,25 @@ class _End:
         return LinkChannel(self._link, self._worker, self.setup.stall)
 
     async def refuse(self, error: TransportError) -> None:
-        """Tell the peer why it will not work; not more than a try."""
+        """Send the peer the reason why setting up failed, if that is possible."""
         with anyio.move_on_after(_TELLING, shield=True), suppress(PeerLost):
             await self.setup.signals.post(_encode(_Refused(error.message)))
 
     async def aclose(self) -> None:
-        """Free everything, unless a channel has it now. Idempotent."""
+        """Free everything, unless a channel owns it now. Idempotent."""
         if self._handed_over:
             return
         self._link.abort()
         if not self._worker.closing:
             self._worker.start(self._link.close)
-        if not await self._worker.aclose(2 * _CONNECTING):  # no memory but gloo's own is concerned
+        if not await self._worker.aclose(2 * _CONNECTING):  # harmless: the thread uses gloo's own memory only
             _log.error("thread %s still runs after the set-up was given up", self._worker.name)
 
 
 class _GlooPending:
-    """A server's end that has told where it listens."""
+    """A server's half-open channel, whose address is in the offer."""
 
-    def __init__(self, end: _End, offer: bytes) -> None:
+    def __init__(self, end: _GlooEnd, offer: bytes) -> None:
         self.offer = offer
         self._end = end
 
@@ -374,27 +376,27 @@ class GlooTransport:
         return None if sys.platform == "linux" else f"it needs Linux, this is {sys.platform}"
 
     def facts(self, device: str) -> Mapping[str, str]:
-        """The form of the messages by which both ends find each other."""
+        """The version of the messages with which both ends connect."""
         del device
         return {"rendezvous": "1"}
 
     async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
-        end = _End(_SERVER, setup)
+        end = _GlooEnd(_SERVER, setup)
         async with _setting_up(end):
             return _GlooPending(end, await end.address())
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""
-        end = _End(_CLIENT, setup)
+        end = _GlooEnd(_CLIENT, setup)
         async with _setting_up(end):
             await setup.signals.post(await end.address())
             return await end.channel(offer)
 
 
 @asynccontextmanager
-async def _setting_up(end: _End) -> AsyncIterator[None]:
-    """Within the deadline, or everything is freed again and the peer told."""
+async def _setting_up(end: _GlooEnd) -> AsyncIterator[None]:
+    """Run the body within the deadline. If it fails, free everything and tell the peer."""
     try:
         with anyio.move_on_after(end.setup.timeout) as scope:
             yield
@@ -410,27 +412,27 @@ async def _setting_up(end: _End) -> AsyncIterator[None]:
 def _tag(kind: int, nbytes: int) -> int:
     """The tag of an operation for a block of this length.
 
-    Gloo pairs a send with a receive of the same tag, so with the length in it the two always fit: more bytes than
-    were asked for would end the receiver's process.
+    Gloo matches a send with a receive of the same tag. With the length in the tag, both lengths are always equal. A
+    longer send would end the receiver's process.
     """
     return nbytes % _LENGTHS * _KINDS + kind
 
 
-def _expect(kind: type[N], note: bytes) -> N:
+def _expect(kind: type[N], message: bytes) -> N:
     try:
-        found = _decode(note)
+        found = _decode(message)
     except msgspec.DecodeError as error:
-        raise TransportError(f"the peer's note about gloo can't be read: {error}") from error
+        raise TransportError(f"the peer's message about gloo can't be read: {error}") from error
     if isinstance(found, _Refused):
         raise PeerLost(f"the peer gave up: {found.reason[:_LONGEST_REASON]}")
     if not isinstance(found, kind):
-        raise TransportError(f"the peer's note about gloo is {type(found).__name__}, not {kind.__name__}")
+        raise TransportError(f"the peer's message about gloo is {type(found).__name__}, not {kind.__name__}")
     return found
 
 
 @contextmanager
 def _translated(kind: type[TransportError]) -> Iterator[None]:
-    """Gloo's errors, all of one type, into ours."""
+    """Translate gloo's errors, which all have one type, into this library's errors."""
     try:
         yield
     except RuntimeError as error:

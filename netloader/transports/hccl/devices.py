@@ -1,8 +1,8 @@
-"""What all HCCL links of one process share, by device: turns, memory, and the time in which nothing may change.
+"""The state that all HCCL links of a process share for each device: turns, memory, and periods without changes.
 
-A collective library of a device is shared by everything that runs on it, the engine's own communicators included, so
-this account is kept once per process: the second sanctioned exception to "no global state", beside the server handle
-of a vLLM worker (docs/decisions/0011-hccl-turns.md, 0013-hccl-windows.md).
+All users of a device share its collective library, including the engine's own communicators, so this state is kept once
+for each process. It is the second allowed exception to "no global state", besides the server handle of a vLLM worker
+(docs/decisions/0011-hccl-turns.md, 0013-hccl-windows.md).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 from netloader.errors import PeerLost, RefusedError, TransferTimeout
 
-__all__ = ["Device", "TurnLock", "blocking_wait", "device_of", "hold_still", "move_again"]
+__all__ = ["Device", "FifoLock", "blocking_wait", "device_of", "hold_still", "move_again"]
 
 BLOCKING_WAIT = "TORCH_HCCL_BLOCKING_WAIT"
 
 _LOOK = 0.02
-"""Seconds between two looks whether whoever waits for a turn has given up."""
+"""Seconds between two checks whether a link that waits for its turn has given up."""
 
 _FREEING = 30.0
-"""Seconds that freeing a group which had to wait for :func:`move_again` may take before we say so."""
+"""Seconds that freeing groups after :func:`move_again` may take before an error is logged."""
 
 _log = logging.getLogger(__name__)
 _environment = threading.Lock()
@@ -35,62 +35,63 @@ _registry = threading.Lock()
 _devices: dict[str, Device] = {}
 
 
-class TurnLock:
-    """A lock whose waiters get it in the order in which they came, and may give up."""
+class FifoLock:
+    """A fair lock: waiters get it in first-in, first-out order, and may give up."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._line: deque[object] = deque()
+        self._waiters: deque[object] = deque()
 
     def take(self, who: object, seconds: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """Wait for the turn.
 
         Args:
-            who: Whose it will be; not in line already.
-            seconds: How long to wait at most.
-            given_up: Asked now and then whether to go on waiting. Any thread, must not block.
+            who: The waiter; it must not be waiting or have the lock already.
+            seconds: The most seconds to wait.
+            given_up: Called at intervals; returns whether to stop waiting. Must be callable from any thread, and must
+                not block.
 
         Raises:
-            TransferTimeout: It did not come in time.
-            PeerLost: `given_up`.
+            TransferTimeout: The turn did not come in time.
+            PeerLost: `given_up` returned True.
         """
         until = time.monotonic() + seconds
         with self._changed:
-            self._line.append(who)
+            self._waiters.append(who)
             try:
-                while self._line[0] is not who:
+                while self._waiters[0] is not who:
                     self._changed.wait(_LOOK)
                     if given_up():
-                        raise PeerLost("the wait for the device's turn was given up")
+                        raise PeerLost("the wait for the device's turn was cancelled")
                     if time.monotonic() > until:
                         raise TransferTimeout(
-                            f"{len(self._line) - 1} other links of this device were before this one for {seconds:g} s",
+                            f"{len(self._waiters) - 1} other links of this device came first for {seconds:g} s",
                             hint="serve fewer clients at once (MAX_CLIENTS)",
                         )
             except BaseException:
-                self._line.remove(who)
+                self._waiters.remove(who)
                 self._changed.notify_all()
                 raise
 
     def give(self, who: object) -> None:
         """End the turn of `who`; does nothing when it has none."""
         with self._changed:
-            if self._line and self._line[0] is who:
-                self._line.popleft()
+            if self._waiters and self._waiters[0] is who:
+                self._waiters.popleft()
                 self._changed.notify_all()
 
 
 @dataclass
 class Device:
-    """One device, as far as this process uses HCCL on it.
+    """The HCCL state of one device in this process.
 
     Attributes:
-        name: As torch names it (``npu:3``).
-        turns: Whose turn it is: to make a communicator, or to send or receive a window.
+        name: Name of the device, as torch writes it (``npu:3``).
+        turns: The lock that a link holds to make a communicator, or to send or receive a window.
     """
 
     name: str
-    turns: TurnLock = field(default_factory=TurnLock)
+    turns: FifoLock = field(default_factory=FifoLock)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _taken: dict[int, int] = field(default_factory=dict)
     _still: tuple[str, float, float] | None = None
@@ -111,20 +112,20 @@ class Device:
         )
 
     def closed(self, group: object) -> None:
-        """A communicator is gone, or as good as gone."""
+        """A communicator was closed, or is being closed."""
         with self._lock:
             self._taken.pop(id(group), None)
 
     def usage(self) -> tuple[int, int]:
-        """Communicators that are open, and the bytes of device memory that they take."""
+        """The number of open communicators, and the bytes of device memory that they use."""
         with self._lock:
             return len(self._taken), sum(self._taken.values())
 
     def check_may_open(self) -> None:
-        """See whether a communicator may be made now.
+        """Check that a communicator may be made now.
 
         Raises:
-            RefusedError: Not now; it says when to ask again.
+            RefusedError: It may not be made now; the error says when to try again.
         """
         with self._lock:
             still = self._still
@@ -138,7 +139,7 @@ class Device:
             )
 
     def close_when_allowed(self, close: Callable[[], object]) -> None:
-        """Call `close`: now, or once :func:`move_again` allows it."""
+        """Call `close` now, or after :func:`move_again` if the device is held still."""
         with self._lock:
             if self._still is not None:
                 self._parked.append(close)
@@ -146,7 +147,7 @@ class Device:
         close()
 
     def keep(self, work: Any, tensor: Any) -> None:
-        """Keep memory that an operation may still write to: it never goes back to the allocator before that is over."""
+        """Keep memory that an operation may still write to, so that the allocator can't reuse it before."""
         with self._lock:
             self._kept = [(w, t) for w, t in self._kept if not w.is_completed()]
             self._kept.append((work, tensor))
@@ -167,28 +168,29 @@ class Device:
 
 
 def device_of(name: str) -> Device:
-    """The account of a device; the same object for all links of this process."""
+    """The state of a device; the same object for all links of this process."""
     with _registry:
         return _devices.setdefault(name, Device(name))
 
 
 def hold_still(device: str, reason: str, retry_after: float, wait: float = 60.0, longest: float = float("inf")) -> None:
-    """From now on make and free no communicator on `device`; clients get "busy" and are told when to ask again.
+    """From now on make and free no communicator on `device`. Clients are refused with "busy", and when to try again.
 
-    Waits for one that is being made at the moment, or for a window that is being moved. Not for an event loop's thread.
+    Waits until a communicator that is being made is complete, or a window in transfer has moved. Must not be called in
+    an event loop's thread.
 
-    For the time in which somebody measures its memory: call it when vLLM's ``load_model`` ends, and
-    :func:`move_again` once its memory profiling is over. Transfers that run go on.
+    Use it while the memory of the device is measured: call it when vLLM's ``load_model`` ends, and :func:`move_again`
+    after its memory profiling. Running transfers continue.
 
     Args:
-        device: As torch names it (``npu:3``).
-        reason: Told to clients.
-        retry_after: Seconds after which they may ask again.
-        wait: Seconds to wait at most.
-        longest: Seconds after which groups are made again although nobody said so.
+        device: Name of the device, as torch writes it (``npu:3``).
+        reason: The reason that clients are given.
+        retry_after: Seconds after which clients may try again.
+        wait: The most seconds to wait.
+        longest: Seconds after which groups are made again, even without :func:`move_again`.
 
     Raises:
-        TransferTimeout: The device was in use all the time; no new group is made nevertheless.
+        TransferTimeout: The device was in use for all of that time. No new group is made all the same.
     """
     account = device_of(device)
     account._be_still(reason, retry_after, longest)  # noqa: SLF001 - the device's own module
@@ -198,7 +200,7 @@ def hold_still(device: str, reason: str, retry_after: float, wait: float = 60.0,
 
 
 def move_again(device: str) -> None:
-    """End :func:`hold_still`; frees what was to be closed meanwhile. Does nothing where nothing was held."""
+    """End :func:`hold_still`, and close what had to wait for it. Does nothing when the device is not held still."""
     parked = device_of(device)._move()  # noqa: SLF001 - the device's own module
     if not parked:
         return
@@ -207,7 +209,7 @@ def move_again(device: str) -> None:
         for close in parked:
             close()
 
-    # A thread of its own: each thread has its own current device, and freeing chooses one.
+    # In a new thread, because freeing changes the current device of its thread.
     thread = threading.Thread(target=free, name="netloader-hccl-free", daemon=True)
     thread.start()
     thread.join(_FREEING)
@@ -217,11 +219,10 @@ def move_again(device: str) -> None:
 
 @contextmanager
 def blocking_wait() -> Iterator[None]:
-    """Have groups that are made in the body raise errors where they are waited for.
+    """Make groups that are created in the body raise their errors in the waiting call.
 
-    torch_npu reads the variable in each constructor. Without it the watchdog of a group whose peer died ends this whole
-    process. Groups that other threads make in this moment get the same; with the variable set they only change in that
-    their errors are raised, too.
+    torch_npu reads the variable in each constructor. Without it, the watchdog of a group whose peer died ends this
+    process. Groups that other threads create at the same time are affected too, but only in how errors are raised.
     """
     with _environment:
         before = os.environ.get(BLOCKING_WAIT)

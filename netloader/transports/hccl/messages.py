@@ -1,6 +1,6 @@
-"""What two ends of an HCCL channel say to each other over the control connection, before and while blocks move.
+"""The messages that the two ends of an HCCL channel exchange over the control connection.
 
-HCCL itself tells nobody that a peer is gone: it waits until a timeout of its own. The control connection knows at once.
+HCCL does not report that a peer is gone, and waits until its own timeout. The control connection detects it at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ import msgspec
 from netloader.errors import PeerLost
 from netloader.transports.base import Signals
 
-__all__ = ["Ended", "Go", "GroupNote", "Line", "Note", "Open", "Ready", "Take", "Value", "Waiting", "Withdraw"]
+__all__ = [
+    "Ended",
+    "Go",
+    "GroupMessage",
+    "HcclMessage",
+    "Messenger",
+    "Open",
+    "Ready",
+    "Take",
+    "Value",
+    "Waiting",
+    "Withdraw",
+]
 
 _TELLING = 1.0
-"""Seconds to tell the peer how it ended."""
+"""Seconds to send the peer the reason why this end ended."""
 
 _LONGEST_REASON = 500
 
@@ -26,14 +38,14 @@ T = TypeVar("T")
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The end that receives is there, and wants `blocks` more; none while the group is not connected yet."""
+    """The receiving end is ready, and wants `blocks` more blocks; 0 while the group is not connected."""
 
     group: int
     blocks: int = 0
 
 
 class Open(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The end that sends has its device's turn for `blocks` blocks, none to connect: its `number`-th try to."""
+    """The sending end has its device's turn, to send `blocks` or to connect (0). `number` counts the attempts."""
 
     group: int
     number: int
@@ -41,28 +53,28 @@ class Open(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
 
 
 class Take(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The end that receives has its device's turn as well."""
+    """The receiving end has its device's turn too."""
 
     group: int
     number: int
 
 
 class Go(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """Both have: now."""
+    """Both ends have their turns: the transfer begins now."""
 
     group: int
     number: int
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The end that sends has given its turn back, since the other one did not get its own for long."""
+    """The sending end has given its turn back, because the receiving end did not get its own turn for too long."""
 
     group: int
     number: int
 
 
 class Value(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """A value that the library wants the other end to know."""
+    """A key and value that torch_npu stores for the other end."""
 
     group: int
     key: str
@@ -70,44 +82,44 @@ class Value(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
 
 
 class Waiting(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """All is well, others have the device's turn."""
+    """This end is alive, and waits for its device's turn."""
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """This end will move nothing any more.
+    """This end has ended, and moves nothing more.
 
     Attributes:
         reason: Why.
-        inside: It is inside HCCL, where it cannot be called back, and waits there for the other end to connect.
+        inside: Whether it is in HCCL's connect call, which can't be cancelled, and waits there for the other end.
     """
 
     reason: str
     inside: bool = False
 
 
-GroupNote = Ready | Open | Take | Go | Withdraw
-Note = GroupNote | Value | Waiting | Ended
+GroupMessage = Ready | Open | Take | Go | Withdraw
+HcclMessage = GroupMessage | Value | Waiting | Ended
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Note).decode
+_decode = msgspec.msgpack.Decoder(HcclMessage).decode
 
 
-class Line:
-    """One end of the conversation. Somebody has to be listening whenever something is expected: see :meth:`during`.
+class Messenger:
+    """Sends and receives the messages of one end. Messages are received only in :meth:`run_while_listening`.
 
     Args:
-        signals: What carries it.
-        value: Called with each :class:`Value`; False when it is not acceptable.
-        heard: Called with what the peer says of a group; False when that makes no sense.
+        signals: The connection to the peer's transport.
+        value: Called with each :class:`Value`; returns False when it is not acceptable.
+        heard: Called with each :data:`GroupMessage`; returns False when it is invalid.
         waiting: Called with each :class:`Waiting`.
-        lost: Called with the reason when the peer will move nothing any more, and with whether it is inside HCCL and
-            waits there to be connected: once when it says farewell, once when the connection ends. Must not block.
+        lost: Called with the reason when the peer has ended, and with whether it is in HCCL's connect call: once when
+            it sends :class:`Ended`, once when the connection ends. Must not block.
     """
 
     def __init__(
         self,
         signals: Signals,
         value: Callable[[Value], bool],
-        heard: Callable[[GroupNote], bool],
+        heard: Callable[[GroupMessage], bool],
         waiting: Callable[[], object],
         lost: Callable[[str, bool], object],
     ) -> None:
@@ -120,29 +132,31 @@ class Line:
         self._cut_off = False
         self.gone: str | None = None
 
-    async def post(self, note: Note) -> None:
-        """Tell the peer.
+    async def post(self, note: HcclMessage) -> None:
+        """Send a message to the peer.
 
         Raises:
-            PeerLost: It can't be told anything any more.
+            PeerLost: The connection to the peer has ended.
         """
         await self._signals.post(_encode(note))
 
-    async def farewell(self, reason: str, *, inside: bool = False) -> None:
-        """Tell the peer that this end is done; not more than a try. Shielded, bounded, never raises.
+    async def send_ended(self, reason: str, *, inside: bool = False) -> None:
+        """Try to tell the peer that this end has ended. Shielded from cancellation, bounded in time, and never raises.
 
         Args:
             reason: Why.
             inside: See :class:`Ended`.
         """
-        if not self._cut_off:  # also to a peer that said so itself: it may be inside HCCL and wait for us there
+        if not self._cut_off:  # also after the peer's own Ended: it may wait for this end in HCCL's connect call
             with anyio.move_on_after(_TELLING, shield=True), suppress(PeerLost):
                 await self.post(Ended(reason[:_LONGEST_REASON], inside))
 
-    async def during(self, work: Callable[[], Awaitable[T]], *beside: Callable[[], Coroutine[Any, Any, None]]) -> T:
-        """Do `work` while listening; whatever runs `beside` ends with it.
+    async def run_while_listening(
+        self, work: Callable[[], Awaitable[T]], *beside: Callable[[], Coroutine[Any, Any, None]]
+    ) -> T:
+        """Run `work` while receiving messages. The tasks in `beside` run along, and are cancelled when `work` ends.
 
-        Raises what `work` raises, as it is. `beside` may not raise.
+        Raises what `work` raises. `beside` must not raise.
         """
         outcome: list[T] = []
         failure: list[Exception] = []
@@ -159,10 +173,10 @@ class Line:
         return outcome[0]
 
     async def _listen(self) -> None:
-        # Also after the peer's farewell: both ends may be inside HCCL, where neither can be called back (see
-        # `_Half.connect`), and the values by which they find each other still travel.
+        # Continue after the peer's Ended: both ends may be in HCCL's connect call, which can't be cancelled (see
+        # `_GroupEnd.connect`) and still needs values from the other end.
         while not self._cut_off:
-            async with self._listening:  # a send and a receive may both be listening
+            async with self._listening:  # a send and a receive may run at the same time
                 if not self._cut_off:
                     await self._hear()
 
@@ -173,7 +187,7 @@ class Line:
             self._cut(error.message)
             return
         except msgspec.DecodeError as error:
-            self._cut(f"the peer's note about HCCL can't be read: {error}")
+            self._cut(f"the peer's message about HCCL can't be read: {error}")
             return
         match note:
             case Waiting():
@@ -182,10 +196,10 @@ class Line:
                 self._lose(f"the peer ended the channel: {reason[:_LONGEST_REASON]}", inside=inside)
             case Value():
                 if not self._value(note):
-                    self._cut("the peer sends values that no group of two needs")
+                    self._cut("the peer sent a value that no group of two needs")
             case _:
                 if not self._heard(note):
-                    self._cut(f"the peer says what makes no sense: {note}")
+                    self._cut(f"the peer sent an invalid message: {note}")
 
     def _cut(self, reason: str) -> None:
         self._cut_off = True

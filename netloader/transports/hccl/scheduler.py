@@ -1,9 +1,10 @@
-"""How the two ends of an HCCL group agree when something moves: once both have their device's turn, and only then.
+"""The scheduler of an HCCL group: blocks move only while both ends have their devices' turns.
 
-Who sends takes its device's turn first, and only for blocks that it has; who receives takes its own when it hears so.
-So nobody holds a turn while it waits for blocks that its peer does not have yet: a relay's turn is free for its own
-clients until its parent is about to send. Chains of relays end somewhere, so does every wait for a turn; where devices
-send in a circle nevertheless, who waits too long gives its turn back and asks again.
+The sender takes its device's turn first, and only for blocks that it has. The receiver takes its turn when it is told
+so. Therefore no end holds a turn while it waits for blocks that its peer does not have yet: a relay's turn is free for
+its own clients until its source is about to send. Chains of relays are finite, so every wait for a turn ends. If
+devices send in a cycle all the same, an end that waits too long gives its turn back and asks again, so there is no
+deadlock.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from typing import Protocol
 import anyio
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
-from netloader.transports.hccl.messages import Go, GroupNote, Note, Open, Ready, Take, Withdraw
+from netloader.transports.hccl.messages import Go, GroupMessage, HcclMessage, Open, Ready, Take, Withdraw
 
 __all__ = ["Scheduler", "Turn"]
 
 _PATIENCE = (0.2, 0.3)
-"""How long a turn is held for a peer that waits for its own, in stall times. By chance, so that of two ends that hold
-their turns for each other one is the first to give way."""
+"""How long a turn is held while the peer waits for its own, in stall times. The time is random, so that one of two ends
+that wait for each other gives its turn back first."""
 
 
 class Turn(Protocol):
     """The turn of this end's device."""
 
     async def take(self) -> None:
-        """Wait for it; it may be held already when this raises or is cancelled."""
+        """Wait for the turn. It may be held even if this raises or is cancelled."""
         ...
 
     def give(self) -> None:
-        """Let others have it. Idempotent."""
+        """Give the turn back. Idempotent."""
         ...
 
     def check_pace(self) -> None:
-        """See whether the peer is worth more waiting.
+        """Check the peer's rate.
 
         Raises:
-            TransferTimeout: It is too slow.
+            TransferTimeout: The peer is too slow.
         """
         ...
 
@@ -48,36 +49,37 @@ class Turn(Protocol):
 class Scheduler:
     """One end of a group.
 
-    Belongs to one event loop. Whatever is awaited here needs somebody who listens to the peer and calls :meth:`heard`.
+    It belongs to one event loop. While a method waits, another task has to receive messages and call
+    :meth:`handle_message`.
 
     Args:
         group: Number of the group.
-        post: Tells the peer.
-        turn: The turn of our device.
-        stall: Seconds without a sign of life of the peer after which it is given up.
+        post: Sends a message to the peer.
+        turn: The turn of this side's device.
+        stall: Seconds without a message from the peer after which it is given up.
     """
 
-    def __init__(self, group: int, post: Callable[[Note], Awaitable[None]], turn: Turn, stall: float) -> None:
+    def __init__(self, group: int, post: Callable[[HcclMessage], Awaitable[None]], turn: Turn, stall: float) -> None:
         self._group = group
         self._post = post
         self._turn = turn
         self._stall = stall
         self._changed = anyio.Event()
         self._gone: str | None = None
-        # Of the peer's, where we send:
+        # State of the peer, when this end sends:
         self._ready = False
         self._wanted = 0
         self._number = 0
         self._taken = 0
-        # And where we receive:
+        # State of the peer, when this end receives:
         self._open: Open | None = None
         self._go = 0
         self._signs = 0
 
-    # --- what is heard ----------------------------------------------------------------------------------------------
+    # --- messages ---------------------------------------------------------------------------------------------------
 
-    def heard(self, note: GroupNote) -> bool:
-        """Take a note of the peer; False when it makes no sense."""
+    def handle_message(self, note: GroupMessage) -> bool:
+        """Handle a message of the peer. Returns False when it is invalid."""
         match note:
             case Ready(_, blocks):
                 if blocks < 0:
@@ -103,37 +105,37 @@ class Scheduler:
         return True
 
     def alive(self) -> None:
-        """The peer says that it waits for its turn."""
+        """The peer reported that it waits for its turn."""
         self._signs += 1
         self._wake()
 
     def lose(self, reason: str) -> None:
-        """Nothing moves any more: end every wait."""
+        """The group has failed: end every wait."""
         self._gone = self._gone or reason
         self._wake()
 
-    # --- who sends --------------------------------------------------------------------------------------------------
+    # --- sending ----------------------------------------------------------------------------------------------------
 
     async def open(self, most: int, *, connecting: bool = False) -> int:
-        """Get both turns, for as many of the next blocks as both ends can move now; :meth:`go` has to follow.
+        """Get both turns, for as many of the next blocks as both ends can move now. :meth:`go` has to follow.
 
-        Our turn may be held when this raises.
+        This side's turn may be held even if this raises.
 
         Args:
-            most: Blocks that we could send, one at least; 0 to connect.
-            connecting: Whether this is for the first operation: the peer has to be there, but wants no blocks.
+            most: Number of blocks that this end could send, at least 1; 0 to connect.
+            connecting: Whether this is for the first operation, for which the peer has to be ready but wants no blocks.
 
         Returns:
-            How many blocks.
+            The number of blocks.
 
         Raises:
             PeerLost: The peer is gone, or this end was closed.
-            TransferTimeout: The peer does not want them, or does not get its own turn and does not say why.
+            TransferTimeout: The peer wants no blocks, or does not get its own turn and sends no message.
         """
         if connecting:
             await self._until(lambda: self._ready, None)
         elif not await self._until(lambda: self._wanted > 0, self._stall):
-            # Signs of life do not count here: who wants blocks says so, who wants none has no turn to wait for.
+            # Messages that the peer waits for its turn do not count here, because it has not asked for blocks yet.
             raise self._too_long("the peer takes no bytes")
         waited, signs = 0.0, self._signs
         while True:
@@ -155,31 +157,31 @@ class Scheduler:
                 raise self._too_long("the peer takes no bytes")
 
     async def go(self) -> None:
-        """Tell the peer that it happens now."""
+        """Tell the peer that the transfer begins now."""
         await self._post(Go(self._group, self._number))
 
-    # --- who receives -----------------------------------------------------------------------------------------------
+    # --- receiving --------------------------------------------------------------------------------------------------
 
     async def want(self, blocks: int) -> None:
-        """Tell the peer for how many more blocks there is room; 0: that this end is there."""
+        """Tell the peer how many more blocks this end can receive; 0 says only that it is ready."""
         await self._post(Ready(self._group, blocks))
 
     async def take(self, most: int, *, connecting: bool = False) -> int:
-        """Wait until the peer has its turn, get ours, and wait for its "go".
+        """Wait until the peer has its turn, take this side's turn, and wait for the peer's "go".
 
-        Our turn may be held when this raises.
+        This side's turn may be held even if this raises.
 
         Args:
-            most: Blocks that we still want.
-            connecting: Whether this is for the first operation; the time for setting up is the limit then.
+            most: Number of blocks that this end still wants.
+            connecting: Whether this is for the first operation, which is limited by the set-up's timeout.
 
         Returns:
-            How many blocks come now.
+            The number of blocks that come now.
 
         Raises:
             PeerLost: The peer is gone, or this end was closed.
-            TransferTimeout: It sends nothing and does not say why.
-            TransportError: It wants to send more than we want.
+            TransferTimeout: The peer sends neither blocks nor messages.
+            TransportError: The peer wants to send more blocks than this end wants.
         """
         limit = None if connecting else self._stall
         while True:
@@ -193,10 +195,10 @@ class Scheduler:
                 if self._open is note:
                     self._open = None
                     return note.blocks
-            self._turn.give()  # it has given its own back meanwhile
+            self._turn.give()  # the peer has given its own turn back meanwhile
 
     async def _sign(self, there: Callable[[], bool], limit: float | None) -> None:
-        """Wait until `there`, for `limit` seconds after the last sign of life."""
+        """Wait until `there` is true, for at most `limit` seconds after the peer's last message."""
         while not there():
             if not await self._until(partial(self._news, there, self._signs), limit):
                 raise self._too_long("the peer sends no bytes")
@@ -210,7 +212,7 @@ class Scheduler:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     async def _until(self, there: Callable[[], bool], seconds: float | None) -> bool:
-        """Wait until something is so, for some seconds at most; whether it is."""
+        """Wait until `there` is true, for at most `seconds`. Returns whether it is."""
         with anyio.move_on_after(seconds):
             while not there():
                 if self._gone is not None:
@@ -219,7 +221,7 @@ class Scheduler:
         return there()
 
     def _too_long(self, what: str) -> TransferTimeout:
-        return TransferTimeout(f"{what} for {self._stall:.3g} s", hint="is the peer still alive?")
+        return TransferTimeout(f"{what} for {self._stall:.3g} s", hint="check that the peer is still running")
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, anyio.Event()

@@ -1,4 +1,4 @@
-"""The store of an HCCL group of two: what one end sets travels over the control connection to the other end."""
+"""The store of an HCCL group of two: values that one end sets are sent over the control connection to the other end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import Store
 from netloader.errors import PeerLost, TransferTimeout
 from netloader.transports.io.channel_state import LoopEvent
 
-__all__ = ["MAX_KEYS", "MAX_VALUE", "Exchange"]
+__all__ = ["MAX_KEYS", "MAX_VALUE", "PeerStore"]
 
 MAX_KEYS = 16
 """Keys that a peer may set: torch_npu uses two."""
@@ -22,13 +22,13 @@ MAX_VALUE = 16 << 10
 """Bytes of one value: HCCL's root information has 4108."""
 
 
-class Exchange(Store):
-    """One end's store. No port, no server: a stranger has nothing to connect to.
+class PeerStore(Store):
+    """One end's store. It has no port, so no unauthenticated peer can connect to it.
 
-    Belongs to the event loop in which it is made; torch_npu calls it from worker threads.
+    It belongs to the event loop that creates it. torch_npu calls it from worker threads.
 
     Args:
-        timeout: Seconds to wait for a value of the peer's.
+        timeout: Seconds to wait for a value of the peer.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -40,10 +40,10 @@ class Exchange(Store):
         self._outgoing: deque[tuple[str, bytes]] = deque()
         self._ready = LoopEvent()
 
-    # --- torch_npu's side, any thread -------------------------------------------------------------------------------
+    # --- called by torch_npu, in any thread -------------------------------------------------------------------------
 
     def set(self, key: str, value: Any) -> None:
-        """Keep a value, and have it sent to the peer."""
+        """Store a value, and queue it for the peer."""
         data = value.encode() if isinstance(value, str) else bytes(value)
         with self._changed:
             self._values[key] = data
@@ -52,17 +52,17 @@ class Exchange(Store):
         self._ready.set()
 
     def get(self, key: str) -> bytes:
-        """A value of either end; waits for it."""
+        """Wait for a value of either end, and return it."""
         with self._changed:
             there = self._changed.wait_for(lambda: key in self._values or self._aborted, self._timeout)
             if self._aborted:
-                raise PeerLost("the set-up was given up")
+                raise PeerLost("setting up was cancelled")
             if not there:
-                raise TransferTimeout(f"the peer did not say {key!r} within {self._timeout:g} s")
+                raise TransferTimeout(f"the peer did not send the value of {key!r} within {self._timeout:g} s")
             return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Wait until all `keys` have values; our own limit counts."""
+        """Wait until all `keys` have values. The timeout of this store applies, not `timeout`."""
         del timeout
         for key in keys:
             self.get(key)
@@ -73,18 +73,18 @@ class Exchange(Store):
             return all(key in self._values for key in keys)
 
     def delete_key(self, key: str) -> bool:
-        """Forget a value here."""
+        """Remove a value from this store."""
         with self._changed:
             return self._values.pop(key, None) is not None
 
     def has_extended_api(self) -> bool:
-        """No: set, get and wait are all there is."""
+        """False: there are only set, get and wait."""
         return False
 
-    # --- our side ---------------------------------------------------------------------------------------------------
+    # --- called by the channel --------------------------------------------------------------------------------------
 
     def deliver(self, key: str, value: bytes) -> bool:
-        """Take a value from the peer; False when it sends more than any group needs."""
+        """Store a value from the peer. Returns False when it exceeds the limits."""
         with self._changed:
             if len(value) > MAX_VALUE or (key not in self._values and len(self._values) >= MAX_KEYS):
                 return False
@@ -93,7 +93,7 @@ class Exchange(Store):
         return True
 
     async def published(self) -> tuple[str, bytes]:
-        """The next value that was set here; waits for it. Loses nothing when cancelled."""
+        """Wait for the next value that was set here, and return it. Loses no value when cancelled."""
         while not self._outgoing:
             await self._ready.wait()
             if not self._outgoing:
@@ -101,7 +101,7 @@ class Exchange(Store):
         return self._outgoing.popleft()
 
     def abort(self) -> None:
-        """End every wait; any thread."""
+        """End every wait. Any thread may call it."""
         with self._changed:
             self._aborted = True
             self._changed.notify_all()

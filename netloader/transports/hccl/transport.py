@@ -1,7 +1,7 @@
-"""Blocks over HCCL, between the devices of two Ascend hosts or of one, in trusted networks.
+"""The HCCL transport: blocks between the NPUs of one or two Ascend hosts, in trusted networks.
 
-One group of two for each channel, made of torch_npu's ``ProcessGroupHCCL`` itself. Both ends find each other over the
-control connection; what they cannot know from HCCL (that the peer is gone) they hear there, too. docs/hccl.md.
+Each channel has a group of two, a bare ``ProcessGroupHCCL`` of torch_npu. Both ends exchange what they need to connect
+over the control connection. It also tells them that the peer is gone, which HCCL does not. See docs/hccl.md.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import msgspec
 from netloader.errors import MemoryStillInUse, NetloaderError, PeerLost, TransferTimeout, TransportError
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.hccl.devices import device_of
-from netloader.transports.hccl.messages import GroupNote, Line, Value, Waiting
+from netloader.transports.hccl.messages import GroupMessage, Messenger, Value, Waiting
 from netloader.transports.hccl.scheduler import Scheduler
 from netloader.transports.io.channel_state import ChannelState
 from netloader.transports.io.worker import Worker
 
 if TYPE_CHECKING:
     from netloader.transports.hccl.link import HcclLink
-    from netloader.transports.hccl.store import Exchange
+    from netloader.transports.hccl.store import PeerStore
     from netloader.transports.process_group import LinkChannel
 
 __all__ = ["HcclTransport"]
@@ -41,44 +41,44 @@ _TO_CLIENT, _TO_SERVER = 0, 1
 operations of a group share one stream, in order, so two directions in one group would wait for each other."""
 
 _GRACE = 0.2
-"""Seconds for what the peer sent before it said farewell: it may have been told that all has left."""
+"""Seconds to receive what the peer sent before its Ended: the blocks in flight may be complete."""
 
 _CLOSING = 10.0
-"""Seconds that giving up a group may take before we say that it does not end."""
+"""Seconds that closing a group may take before an error is logged."""
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
-class _Offer(msgspec.Struct, frozen=True):
-    """What a client has to know: which side of HCCL it meets, for messages and the log."""
+class _HcclOffer(msgspec.Struct, frozen=True):
+    """What a client is told about the server's HCCL, for messages and the log."""
 
     device: str
     torch_npu: str
 
 
-class _Half:
+class _GroupEnd:
     """One group of a channel at one end.
 
     Attributes:
-        link: The link; its own once `channel` is there.
-        windows: When something may move.
-        channel: What moves blocks; None until it is set up.
+        link: The link; `channel` owns it once that is set.
+        windows: The scheduler.
+        channel: The channel over the link; None until it is set up.
     """
 
-    def __init__(self, number: int, rank: int, setup: Setup, line: Line) -> None:
-        # Here, so that `missing` can say in peace why it would not work.
+    def __init__(self, number: int, rank: int, setup: Setup, messenger: Messenger) -> None:
+        # Imported here, so that `missing` can report why it can't be imported.
         from netloader.transports.hccl.link import HcclLink
-        from netloader.transports.hccl.store import Exchange
+        from netloader.transports.hccl.store import PeerStore
 
         self._number = number
         self._rank = rank
         self._setup = setup
-        self._line = line
-        self.exchange: Exchange = Exchange(setup.timeout)
+        self._messenger = messenger
+        self.exchange: PeerStore = PeerStore(setup.timeout)
         self.link: HcclLink = HcclLink(rank, setup.device, self.exchange, setup.timeout, setup.stall)
         self._worker = Worker(f"netloader-hccl-{next(_numbers)}", self.link.abort)
-        self.windows = Scheduler(number, line.post, self, setup.stall)
+        self.windows = Scheduler(number, messenger.post, self, setup.stall)
         self.channel: LinkChannel | None = None
 
     # --- the device's turn ------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ class _Half:
         self.link.check_pace()
 
     def _done(self) -> None:
-        """Whatever happened, the turn ends, once the thread has left HCCL: we may stop waiting before it does."""
-        if not self._worker.closing:  # else it frees the link, and with it the turn
+        """Give the turn back once the thread has left HCCL, which may be later than the end of the wait."""
+        if not self._worker.closing:  # otherwise closing the link gives the turn back
             self._worker.start(self.link.give_turn)
 
     # --- setting up -------------------------------------------------------------------------------------------------
@@ -107,26 +107,26 @@ class _Half:
         await self._worker.run(self.link.open)
 
     async def connect(self) -> LinkChannel:
-        """Meet the peer, then have the first operation, which connects."""
+        """Wait until the peer is ready, then run the first operation, which connects."""
         from netloader.transports.process_group import LinkChannel
 
         try:
-            await self._line.during(self._meet)
-            # From here on the peer may be inside HCCL, which cannot be called back there and would wait for us until
-            # a timeout of its own. So we go there too, even if one of us has no use for the group any more.
+            await self._messenger.run_while_listening(self._meet)
+            # From here on the peer may be in HCCL's connect call. It can't be cancelled, and would wait for this end
+            # until HCCL's own timeout. So this end connects too, even if the group is no longer needed.
             with anyio.CancelScope(shield=True), anyio.move_on_after(self._setup.timeout) as scope:
                 self.link.commit()
-                await self._line.during(self._first, self._relay_values)
+                await self._messenger.run_while_listening(self._first, self._relay_values)
         finally:
             self._done()
         if scope.cancelled_caught:
             raise TransferTimeout(f"HCCL did not connect both ends within {self._setup.timeout:g} s")
-        # The link has a watch of its own, which knows how long an operation may take.
+        # The link has its own stall detection, which knows how long an operation may take.
         self.channel = LinkChannel(self.link, self._worker, float("inf"))
         return self.channel
 
     async def _meet(self) -> None:
-        """Both have their device's turn before they connect; the lock is never held for a peer that is not there."""
+        """Get both devices' turns before connecting. A turn is never held for a peer that is not ready."""
         if self._rank == _CLIENT:
             await self.windows.want(0)
             await self.windows.take(0, connecting=True)
@@ -139,11 +139,11 @@ class _Half:
         await self._worker.run(self.link.first)
 
     async def _relay_values(self) -> None:
-        """Send the peer what the library puts into the store."""
+        """Send the peer the values that torch_npu puts into the store."""
         while True:
             key, value = await self.exchange.published()
             try:
-                await self._line.post(Value(self._number, key, value))
+                await self._messenger.post(Value(self._number, key, value))
             except PeerLost as error:
                 self.link.abort(error.message)
                 return
@@ -151,7 +151,7 @@ class _Half:
     # --- moving -----------------------------------------------------------------------------------------------------
 
     async def send(self, channel: LinkChannel, blocks: Sequence[BlockView]) -> None:
-        """Send blocks in windows: each begins when both ends have their device's turn."""
+        """Send blocks in windows. Each begins when both ends have their devices' turns."""
         from netloader.transports.hccl.link import WINDOW_BYTES
 
         rest = list(blocks)
@@ -200,13 +200,13 @@ class _Half:
         if not self._worker.closing:
             self._worker.start(self.link.close)
         if not await self._worker.aclose(_CLOSING):
-            # The first operation of a group can't be interrupted, and HCCL ends it after HCCL_CONNECT_TIMEOUT. No
-            # memory but the link's own is concerned.
+            # The first operation of a group can't be interrupted, and HCCL ends it after HCCL_CONNECT_TIMEOUT. It uses
+            # only the link's own memory.
             _log.error("thread %s still waits inside HCCL after the set-up was given up", self._worker.name)
 
 
 def _fitting(blocks: Sequence[BlockView], nbytes: int) -> int:
-    """How many of `blocks` a window has: no more than `nbytes`, but one at least."""
+    """How many of `blocks` fit into a window of `nbytes`; at least one."""
     count = total = 0
     for block in blocks:
         total += block.nbytes
@@ -224,8 +224,8 @@ class _HcclChannel:
     """One end of a channel.
 
     Args:
-        rank: Ours.
-        setup: What the transport was told.
+        rank: Rank of this side.
+        setup: Parameters of the channel.
     """
 
     depth = 1
@@ -234,8 +234,8 @@ class _HcclChannel:
     def __init__(self, rank: int, setup: Setup) -> None:
         self.setup = setup
         self._rank = rank
-        self._line = Line(setup.signals, self._value, self._heard, self._peer_waits, self._lost)
-        self._halves: dict[int, _Half] = {}
+        self._messenger = Messenger(setup.signals, self._value, self._heard, self._peer_waits, self._lost)
+        self._halves: dict[int, _GroupEnd] = {}
         self._state = ChannelState(f"channel (hccl on {setup.device})")
         self._closing = False
         self.accepted = False
@@ -244,16 +244,16 @@ class _HcclChannel:
     # --- setting up -------------------------------------------------------------------------------------------------
 
     async def prepare(self) -> None:
-        """Make our end of the first group: whatever is wrong here shows before the peer is told anything."""
+        """Make this side's end of the first group, so that local errors appear before the peer is contacted."""
         await self._within(self._halves[_TO_CLIENT].open)
 
     async def establish(self) -> None:
-        """Meet the peer and connect."""
+        """Connect to the peer."""
         await self._within(self._halves[_TO_CLIENT].connect)
         self.accepted = True
 
     async def _within(self, step: Callable[[], Awaitable[object]]) -> None:
-        """A step of the set-up: within the deadline, or everything is freed again and the peer told."""
+        """Run a step of the set-up within the deadline. If it fails, free everything and tell the peer."""
         try:
             with anyio.move_on_after(self.setup.timeout) as scope:
                 await step()
@@ -267,12 +267,12 @@ class _HcclChannel:
             await self.aclose()
             raise
 
-    def _half(self, number: int) -> _Half:
+    def _half(self, number: int) -> _GroupEnd:
         half = self._halves.get(number)
         if half is None:
-            half = self._halves[number] = _Half(number, self._rank, self.setup, self._line)
-            if self._line.gone is not None:
-                half.windows.lose(self._line.gone)
+            half = self._halves[number] = _GroupEnd(number, self._rank, self.setup, self._messenger)
+            if self._messenger.gone is not None:
+                half.windows.lose(self._messenger.gone)
         return half
 
     # --- moving -----------------------------------------------------------------------------------------------------
@@ -285,14 +285,14 @@ class _HcclChannel:
         """See :class:`netloader.transports.base.Channel`."""
         await self._operate("recv", lambda half, channel: half.recv(channel, blocks, landed))
 
-    async def _operate(self, direction: str, move: Callable[[_Half, LinkChannel], Awaitable[None]]) -> None:
+    async def _operate(self, direction: str, move: Callable[[_GroupEnd, LinkChannel], Awaitable[None]]) -> None:
         to_client = (direction == "send") == (self._rank == _SERVER)
         number = _TO_CLIENT if to_client else _TO_SERVER
 
         async def work() -> None:
             half = self._half(number)
             channel = await self._moving(half)
-            await self._line.during(lambda: move(half, channel), self._reassure)
+            await self._messenger.run_while_listening(lambda: move(half, channel), self._reassure)
 
         async with self._state.operation(direction, self._cut):
             try:
@@ -301,8 +301,8 @@ class _HcclChannel:
                 await self._fail(error)
                 raise
 
-    async def _moving(self, half: _Half) -> LinkChannel:
-        """What moves blocks in this direction; made now where it is needed for the first time."""
+    async def _moving(self, half: _GroupEnd) -> LinkChannel:
+        """The channel for this direction, made when it is first needed."""
         if half.channel is not None:
             return half.channel
         with anyio.move_on_after(self.setup.stall):
@@ -316,7 +316,7 @@ class _HcclChannel:
             await anyio.sleep(self.setup.stall / 4)
             if any(half.link.queueing for half in self._halves.values()):
                 try:
-                    await self._line.post(Waiting())
+                    await self._messenger.post(Waiting())
                 except PeerLost as error:
                     self._lost(error.message, inside=False)
                     return
@@ -329,12 +329,12 @@ class _HcclChannel:
         self._cut()
         if not self._closing:
             self._closing = True
-            await self._line.farewell("it was closed", inside=self._inside())
+            await self._messenger.send_ended("it was closed", inside=self._inside())
         in_use: MemoryStillInUse | None = None
         for half in list(self._halves.values()):
             try:
                 await half.aclose()
-            except MemoryStillInUse as error:  # the other one is freed nevertheless
+            except MemoryStillInUse as error:  # free the other group all the same
                 in_use = error
         if in_use is not None:
             raise in_use
@@ -343,7 +343,7 @@ class _HcclChannel:
     async def _fail(self, error: BaseException) -> None:
         reason = error.message if isinstance(error, NetloaderError) else type(error).__name__
         self._cut()
-        await self._line.farewell(reason, inside=self._inside())
+        await self._messenger.send_ended(reason, inside=self._inside())
 
     def _inside(self) -> bool:
         return any(half.link.committed for half in self._halves.values())
@@ -362,8 +362,8 @@ class _HcclChannel:
         for half in self._halves.values():
             half.windows.alive()
 
-    def _heard(self, note: GroupNote) -> bool:
-        return note.group in (_TO_CLIENT, _TO_SERVER) and self._half(note.group).windows.heard(note)
+    def _heard(self, note: GroupMessage) -> bool:
+        return note.group in (_TO_CLIENT, _TO_SERVER) and self._half(note.group).windows.handle_message(note)
 
     def _value(self, note: Value) -> bool:
         if note.group not in (_TO_CLIENT, _TO_SERVER):
@@ -372,7 +372,7 @@ class _HcclChannel:
 
 
 class _HcclPending:
-    """A server's end that waits for its client."""
+    """A server's half-open channel."""
 
     def __init__(self, channel: _HcclChannel, offer: bytes) -> None:
         self.offer = offer
@@ -399,7 +399,7 @@ class HcclTransport:
         kind, _, index = device.partition(":")
         if kind != "npu":
             return f"it moves tensors in an NPU's memory only, not on {device}"
-        # A group of two would be cut out of the world's communicator then, our ranks 0 and 1 taken for the world's.
+        # HCCL would then split the group off the world's communicator, and take its ranks 0 and 1 for the world's.
         if os.environ.get("RANK_TABLE_FILE"):
             return "RANK_TABLE_FILE is set: HCCL makes no group outside of that table"
         if os.environ.get("ROOTINFO_SUBCOMM_ENABLE") == "1":
@@ -418,7 +418,7 @@ class HcclTransport:
         return None
 
     def facts(self, device: str) -> Mapping[str, str]:
-        """The form of the notes by which both ends find each other, and of what travels."""
+        """The versions of the messages with which both ends connect, and of the bytes that are sent."""
         del device
         return {"rendezvous": "2", "wire": "plain bytes"}
 
@@ -426,16 +426,16 @@ class HcclTransport:
         """See :class:`netloader.transports.base.Transport`.
 
         Raises:
-            RefusedError: Nothing may be opened on this device now (see
-                :func:`~netloader.transports.hccl.devices.hold_still`); it says when to ask again.
+            RefusedError: No communicator may be made on this device now (see
+                :func:`~netloader.transports.hccl.devices.hold_still`). The error says when to try again.
         """
         channel = await self._prepared(_SERVER, setup)
-        return _HcclPending(channel, msgspec.msgpack.encode(_Offer(setup.device, _version())))
+        return _HcclPending(channel, msgspec.msgpack.encode(_HcclOffer(setup.device, _version())))
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""
         try:
-            theirs = msgspec.msgpack.decode(offer, type=_Offer)
+            theirs = msgspec.msgpack.decode(offer, type=_HcclOffer)
         except msgspec.DecodeError as error:
             raise TransportError(f"the offer of an HCCL group can't be read: {error}") from error
         _log.debug("hccl: %s here, %s with torch_npu %s there", setup.device, theirs.device, theirs.torch_npu)
@@ -448,7 +448,7 @@ class HcclTransport:
         if reason is not None:
             raise TransportError(f"HCCL cannot be used for {setup.device}: {reason}")
         if ":" not in setup.device:
-            raise TransportError(f"HCCL needs to know which device is meant by {setup.device!r}", hint="npu:0, say")
+            raise TransportError(f"HCCL needs a device with an index, not {setup.device!r}", hint="give it as npu:0")
         device_of(setup.device).check_may_open()
         channel = _HcclChannel(rank, setup)
         await channel.prepare()

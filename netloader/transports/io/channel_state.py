@@ -1,4 +1,4 @@
-"""What every channel of ours keeps: whether it is open, and who uses which direction."""
+"""The state of a channel: whether it is open, and how many operations run in each direction."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import anyio
 
 from netloader.errors import ChannelBusy, ChannelClosed, MemoryStillInUse, TransportError
 
-__all__ = ["ChannelState", "LoopEvent", "came_in_time"]
+__all__ = ["ChannelState", "LoopEvent", "finished_within"]
 
 _LOOK = 1.0
-"""Seconds that one look at what is waited for counts at most, however long the process or its host stood still in it:
-the threads that are waited for stood still, too."""
+"""Seconds that one wait counts at most. If the process or its host was suspended meanwhile, the threads that are waited
+for were suspended too."""
 
 _SETTLING = 10.0
-"""Seconds that operations of a closed channel may take to end. They need some turns of the event loop; a thread that
-keeps one longer is waited for where it is known."""
+"""Seconds that operations of a closed channel may take to end. They need a few iterations of the event loop. Threads
+that take longer are waited for by their thread pool."""
 
 
-async def came_in_time(seconds: float, wait: Callable[[], Awaitable[object]]) -> bool:
-    """Wait, cancelled or not, for at most `seconds` seconds.
+async def finished_within(seconds: float, wait: Callable[[], Awaitable[object]]) -> bool:
+    """Wait for at most `seconds` seconds, shielded from cancellation.
 
     Args:
         seconds: How long; more than 0.
-        wait: What is waited for. It may be cut off and begun anew.
+        wait: What to wait for. It may be cancelled and called again.
 
     Returns:
-        Whether `wait` came to its end.
+        Whether `wait` finished.
     """
     left = seconds
     while left > 0:
@@ -43,10 +43,7 @@ async def came_in_time(seconds: float, wait: Callable[[], Awaitable[object]]) ->
 
 
 class LoopEvent:
-    """An event that one event loop waits for and that any thread may set.
-
-    Belongs to the loop in which it is made.
-    """
+    """An event that one event loop waits for, and that any thread may set. It belongs to the loop that creates it."""
 
     def __init__(self) -> None:
         self._event = anyio.Event()
@@ -54,7 +51,7 @@ class LoopEvent:
         self._loop = asyncio.get_running_loop()
 
     def set(self) -> None:
-        """Wake whoever waits; does nothing once the loop has ended, since nobody waits then."""
+        """Wake the waiting tasks. Does nothing once the loop has ended."""
         if threading.get_ident() == self._thread:
             self._event.set()
             return
@@ -73,10 +70,10 @@ class LoopEvent:
 
 
 class ChannelState:
-    """Open, failed or closed; and a guard for each direction.
+    """Whether a channel is open, failed or closed, and a limit on the operations of each direction.
 
     Args:
-        name: What the channel is called in messages (``gloo channel``).
+        name: Name of the channel in messages (``gloo channel``).
         depth: How many operations of one direction may run at once.
     """
 
@@ -89,7 +86,7 @@ class ChannelState:
 
     @property
     def name(self) -> str:
-        """What the channel is called in messages."""
+        """Name of the channel in messages."""
         return self._name
 
     @property
@@ -98,14 +95,14 @@ class ChannelState:
         return self._why is not None
 
     def end(self, why: str, *, closed: bool = False) -> bool:
-        """Note that the channel is unusable from now on; the first reason stays.
+        """Mark the channel as unusable. The first reason is kept.
 
         Args:
             why: The reason, for messages.
             closed: Whether this side closed it on purpose.
 
         Returns:
-            Whether this call was the one that ended it.
+            Whether this call ended it.
         """
         if self._why is not None:
             return False
@@ -119,18 +116,18 @@ class ChannelState:
 
     @asynccontextmanager
     async def operation(self, direction: str, cut: Callable[[], object] | None = None) -> AsyncIterator[None]:
-        """Run an operation of a direction (``send``, ``recv``); whatever goes wrong inside ends the channel.
+        """Run an operation of a direction (``send``, ``recv``). Any error inside ends the channel.
 
-        The first step of what runs inside is taken at once: operations get under way in the order of the calls.
+        The body starts without a prior await, so operations start in the order of the calls.
 
         Args:
             direction: Its name.
-            cut: Called when the operation fails, for any reason: tells the peer. Must not block.
+            cut: Called when the operation fails for any reason; ends the channel for the peer. Must not block.
 
         Raises:
             ChannelClosed: The channel had ended, or was closed while the operation ran.
-            ChannelBusy: As many as may run in this direction do; they go on unharmed.
-            MemoryStillInUse: As the operation raised it: that the channel was closed is no reason to say less.
+            ChannelBusy: `depth` operations run in this direction already; they continue.
+            MemoryStillInUse: As the operation raised it, even if the channel was closed.
         """
         running = self._running.setdefault(direction, [])
         if len(running) >= self._depth:
@@ -148,7 +145,7 @@ class ChannelState:
             ours = self.end(f"a {direction} on it ended with {type(error).__name__}: {error}".rstrip(": "))
             if cut is not None:
                 cut()
-            # Closed under the operation's feet: what it says then is an echo of that, whatever it looks like.
+            # The channel was closed while the operation ran, so its error is a consequence of that.
             echo = isinstance(error, TransportError) and not isinstance(error, MemoryStillInUse)
             if self._closed and not ours and echo:
                 raise self.closed() from error
@@ -158,10 +155,10 @@ class ChannelState:
             over.set()
 
     async def idle(self) -> None:
-        """Wait until no operation runs, cancelled or not. Once the channel has ended.
+        """Wait until no operation runs, shielded from cancellation. Call it only after the channel has ended.
 
         Raises:
-            MemoryStillInUse: One does not end.
+            MemoryStillInUse: An operation does not end.
         """
 
         async def all_over() -> None:
@@ -169,5 +166,5 @@ class ChannelState:
                 for over in list(running):
                     await over.wait()
 
-        if not await came_in_time(_SETTLING, all_over):
+        if not await finished_within(_SETTLING, all_over):
             raise MemoryStillInUse(self._name, writes=bool(self._running.get("recv")), seconds=_SETTLING)

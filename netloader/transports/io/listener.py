@@ -1,6 +1,6 @@
-"""Stream sockets that exactly one peer gets: a door that opens to whoever knows the key, and the knock on it.
+"""Authenticated data connections: a listener that accepts one peer by its key, and the client's side of it.
 
-Everything here runs on an event loop with sockets that never block; what moves bytes afterwards is the transport's.
+Everything here runs on an event loop with non-blocking sockets. Moving bytes afterwards is up to the transport.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from netloader.errors import PeerLost, TransferTimeout, TransportError
 __all__ = [
     "KEY_BYTES",
     "Listener",
-    "begin_dialling",
-    "connected",
-    "dial",
-    "knock",
+    "authenticate",
+    "connect_socket",
     "receive_exactly",
     "send_all",
     "socket_address",
+    "start_connecting",
+    "wait_connected",
 ]
 
 KEY_BYTES = 16
 
 _KEY_SECONDS = 5.0
-"""Seconds that a connection may take to send its key: peers send it at once."""
+"""Seconds that a connection may take to send its key. A peer sends it at once."""
 
-_VISITORS = 16
-"""Connections without a key yet, at most; the oldest makes room, since the peer is quick and strangers are not."""
+_MAX_UNAUTHENTICATED = 16
+"""Most connections that have not yet sent their key. The oldest is closed for a new one: a peer sends its key fast."""
 
-_PASSING = (errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ENETDOWN, errno.EHOSTUNREACH)
-"""What ``accept`` says about a connection that was gone before it was accepted."""
+_TRANSIENT_ERRORS = (errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ENETDOWN, errno.EHOSTUNREACH)
+"""Errors of ``accept`` that concern only one connection, which was lost before it was accepted."""
 
 
 def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:
     """Family and address of a numeric host.
 
     Raises:
-        TransportError: The host names an interface that is not here.
+        TransportError: The host names an interface that this machine does not have.
     """
     if ":" not in host:
         return socket.AF_INET, (host, port)
@@ -50,7 +50,7 @@ def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[st
     try:
         scope = 0 if not zone else int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
     except OSError as error:
-        raise TransportError(f"{host} names a network interface that is not here: {error}") from error
+        raise TransportError(f"{host} names a network interface that this host does not have: {error}") from error
     return socket.AF_INET6, (address, port, 0, scope)
 
 
@@ -91,25 +91,25 @@ async def receive_exactly(sock: socket.socket, nbytes: int) -> bytes:
     return data
 
 
-def begin_dialling(sock: socket.socket, address: object) -> bool:
-    """Begin to connect a socket that does not block; whether :func:`connected` has to wait for it.
+def start_connecting(sock: socket.socket, address: object) -> bool:
+    """Start to connect a non-blocking socket. Returns whether :func:`wait_connected` has to be called.
 
     Raises:
         OSError: It can't be connected.
     """
-    code = sock.connect_ex(address)  # type: ignore[arg-type]  # whatever the family calls an address
+    code = sock.connect_ex(address)  # type: ignore[arg-type]  # the type of an address depends on the family
     if code in (errno.EINPROGRESS, errno.EAGAIN):
         try:
             sock.getpeername()
         except OSError:
             return True
-        return False  # within a host it takes no time, only the answer was given before that was known
+        return False  # within a host the connection is up already, although connect said "in progress"
     if code:
         raise OSError(code, errno.errorcode.get(code, "error"))
     return False
 
 
-async def connected(sock: socket.socket) -> None:
+async def wait_connected(sock: socket.socket) -> None:
     """Wait until a socket is connected.
 
     Raises:
@@ -121,41 +121,41 @@ async def connected(sock: socket.socket) -> None:
         raise OSError(code, errno.errorcode.get(code, "error"))
 
 
-async def dial(sock: socket.socket, address: object) -> None:
-    """Connect a socket that does not block.
+async def connect_socket(sock: socket.socket, address: object) -> None:
+    """Connect a non-blocking socket.
 
     Raises:
         OSError: It can't be connected.
     """
-    if begin_dialling(sock, address):
-        await connected(sock)
+    if start_connecting(sock, address):
+        await wait_connected(sock)
 
 
-async def knock(connections: Sequence[socket.socket], key: bytes, answer: bytes) -> None:
-    """Client: show the key on each connection, and see that what answers is the server.
+async def authenticate(connections: Sequence[socket.socket], key: bytes, answer: bytes) -> None:
+    """Client: send the key on each connection, and check the server's answer.
 
     Raises:
         PeerLost: A connection ended: the key was wrong, or the server gave up.
-        TransportError: Someone else answers there.
+        TransportError: The answer does not prove that it comes from the server.
     """
     for index, sock in enumerate(connections):
         await send_all(sock, key + bytes([index]))
     for sock in connections:
         if not hmac.compare_digest(await receive_exactly(sock, KEY_BYTES), answer):
-            raise TransportError("what answers at the server's data port is not the server")
+            raise TransportError("the answer from the server's data port is wrong: another program listens there")
 
 
 class Listener:
-    """Server: a listening socket that lets in one peer, with as many connections as agreed.
+    """Server: a listening socket that accepts one peer, with an agreed number of connections.
 
-    A connection that comes from elsewhere, knows no key, or says nothing costs itself, nothing else.
+    A connection that comes from another host, has no key, or sends nothing is closed, without any other effect.
 
     Args:
-        listener: Bound and listening; owned from here on.
+        listener: Bound and listening. This object owns it from now on.
         key: What the peer has to send first.
-        answer: What it is told once all its connections are there.
-        count: How many of them.
-        stranger: Why a connection is not the peer's, judged before it says anything; None when it may be.
+        answer: What the peer is sent once all its connections are accepted.
+        count: Number of connections.
+        reject: Returns why a new connection can't be the peer's; None when it can.
     """
 
     def __init__(
@@ -165,39 +165,39 @@ class Listener:
         key: bytes,
         answer: bytes,
         count: int,
-        stranger: Callable[[socket.socket], str | None],
+        reject: Callable[[socket.socket], str | None],
     ) -> None:
         listener.setblocking(False)
         self._listener = listener
         self._key = key
         self._answer = answer
-        self._stranger = stranger
-        self._visitors: dict[socket.socket, anyio.CancelScope] = {}
-        self._let_in: list[socket.socket | None] = [None] * count
+        self._reject = reject
+        self._unauthenticated: dict[socket.socket, anyio.CancelScope] = {}
+        self._accepted: list[socket.socket | None] = [None] * count
         self._decided = anyio.Event()
         self._error: TransportError | None = None
         self._closed = False
 
     async def wait(self, timeout: float) -> list[socket.socket]:
-        """The peer's connections in their order, non-blocking; the door is closed then, whatever happens.
+        """Wait for the peer's connections; returns them in order, non-blocking. The listener is closed in any case.
 
         Raises:
-            TransferTimeout: The peer did not come within `timeout` seconds.
-            PeerLost: It came and went.
-            TransportError: The system lets nobody in.
+            TransferTimeout: The peer did not connect within `timeout` seconds.
+            PeerLost: The peer connected and disconnected.
+            TransportError: The system accepts no connections.
         """
         try:
             with anyio.move_on_after(timeout):
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._accept, lambda visitor: tasks.start_soon(self._examine, visitor))
+                    tasks.start_soon(self._accept, lambda connection: tasks.start_soon(self._examine, connection))
                     await self._decided.wait()
                     tasks.cancel_scope.cancel()
                 if self._error is not None:
                     raise self._error
-                connections = [one for one in self._let_in if one is not None]
+                connections = [one for one in self._accepted if one is not None]
                 for one in connections:
                     await send_all(one, self._answer)
-                self._let_in.clear()
+                self._accepted.clear()
                 return connections
             raise TransferTimeout(
                 f"the client did not open its data connections within {timeout:g} s",
@@ -207,67 +207,67 @@ class Listener:
             self.close()
 
     def close(self) -> None:
-        """Close the door and whatever came through it and was not handed out. Idempotent."""
+        """Close the listener and all connections that were not returned. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        for one in (self._listener, *self._visitors, *self._let_in):
+        for one in (self._listener, *self._unauthenticated, *self._accepted):
             if one is not None:
                 anyio.notify_closing(one)
                 one.close()
-        self._let_in.clear()
+        self._accepted.clear()
 
     async def _accept(self, examine: Callable[[socket.socket], object]) -> None:
         while True:
             try:
-                visitor, _ = self._listener.accept()
+                connection, _ = self._listener.accept()
             except BlockingIOError:
                 await anyio.wait_readable(self._listener)
                 continue
             except OSError as error:
-                if error.errno in _PASSING:
+                if error.errno in _TRANSIENT_ERRORS:
                     continue
                 self._decide(TransportError(f"no data connection can be accepted: {error}"))
                 return
-            if self._stranger(visitor) is not None:
-                visitor.close()
+            if self._reject(connection) is not None:
+                connection.close()
                 continue
-            visitor.setblocking(False)
-            if len(self._visitors) >= _VISITORS:
-                next(iter(self._visitors.values())).cancel()
-            self._visitors[visitor] = anyio.CancelScope(deadline=anyio.current_time() + _KEY_SECONDS)
-            examine(visitor)
+            connection.setblocking(False)
+            if len(self._unauthenticated) >= _MAX_UNAUTHENTICATED:
+                next(iter(self._unauthenticated.values())).cancel()
+            self._unauthenticated[connection] = anyio.CancelScope(deadline=anyio.current_time() + _KEY_SECONDS)
+            examine(connection)
             await anyio.lowlevel.checkpoint()
 
-    async def _examine(self, visitor: socket.socket) -> None:
+    async def _examine(self, connection: socket.socket) -> None:
         index = None
         try:
-            with self._visitors[visitor]:
-                index = await self._read_key(visitor)
+            with self._unauthenticated[connection]:
+                index = await self._read_key(connection)
         except PeerLost:
-            index = None  # a stranger that left
+            index = None  # an unauthenticated connection ended
         finally:
-            del self._visitors[visitor]
+            del self._unauthenticated[connection]
             if index is None:
-                visitor.close()
+                connection.close()
             else:
-                self._let_in[index] = visitor
+                self._accepted[index] = connection
         if index is None:
             return
-        if None not in self._let_in:
+        if None not in self._accepted:
             self._decide(None)
             return
-        # The peer says nothing more before it is answered: what makes this readable is its end.
-        await anyio.wait_readable(visitor)
-        self._decide(PeerLost("the client came to the data port and left again"))
+        # The peer sends nothing before it gets the answer, so a readable connection means that it disconnected.
+        await anyio.wait_readable(connection)
+        self._decide(PeerLost("the client connected to the data port and disconnected"))
 
-    async def _read_key(self, visitor: socket.socket) -> int | None:
-        """Which of its connections this is, if it is the peer's."""
-        said = await receive_exactly(visitor, KEY_BYTES + 1)
+    async def _read_key(self, connection: socket.socket) -> int | None:
+        """The index of this connection, if it is the peer's; else None."""
+        said = await receive_exactly(connection, KEY_BYTES + 1)
         index = said[KEY_BYTES]
         if not hmac.compare_digest(said[:KEY_BYTES], self._key):
             return None
-        return index if index < len(self._let_in) and self._let_in[index] is None else None
+        return index if index < len(self._accepted) and self._accepted[index] is None else None
 
     def _decide(self, error: TransportError | None) -> None:
         if not self._decided.is_set():

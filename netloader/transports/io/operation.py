@@ -1,4 +1,4 @@
-"""One operation of a channel, carried out by several threads at once."""
+"""An operation of a channel that several threads carry out together."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from netloader.transports.base import BlockView, Landed
 __all__ = ["Operation"]
 
 _LONGEST_LOOK = 1 / 4
-"""Part of the stall time that one look counts for at most, however long ago the look before it was: where the process
-or its host stood still, the peer has not been silent for as long as the clock says."""
+"""Part of the stall time that the time between two checks counts at most. If this process or its host was suspended
+meanwhile, the peer was not silent for all of that time."""
 
 
 class Operation:
-    """What the threads that move the blocks of one call have in common: progress, the first error, and whom to tell.
+    """The state that the threads of one call share: progress, the first error, and the callback for complete blocks.
 
-    Blocks complete in any order. Whichever thread completes one reports it at once, beside the others: whoever is told
-    may take a while (blocks are hashed then), and one thread alone would be slower at that than several are at moving
-    bytes.
+    Blocks complete in any order. The thread that completes a block calls `landed` at once, and threads do so in
+    parallel. The callback hashes the block, and a single thread would hash more slowly than several move bytes.
 
     Args:
-        what: The operation, for messages (``the peer sends nothing``).
+        what: What a stall means, for messages (``the peer sends nothing``).
         blocks: All blocks of the call, in order.
-        landed: Told about each block; or None.
-        stall: Seconds without progress after which it has failed.
-        cut: Ends the channel, so that the other threads come back; callable from any thread.
+        landed: Called for each complete block; or None.
+        stall: Seconds without progress after which the operation has failed.
+        cut: Ends the channel, so that the other threads return; callable from any thread.
     """
 
     def __init__(
@@ -41,16 +40,16 @@ class Operation:
         self._stall = stall
         self._cut = cut
         self._lock = threading.Lock()
-        self._reporting: list[int] = []  # places; adding to it and taking from it need no lock
+        self._reporting: list[int] = []  # positions; list append and pop need no lock
         self._moved_at = self._looked_at = time.monotonic()
         self._silent = 0.0
 
     def run(self, work: Callable[[], object]) -> None:
-        """One thread's share; what it raises ends the operation for all of them, and is kept if it is the first."""
+        """Run one thread's share. An error ends the operation for all threads, and the first one is kept."""
         self.moved()  # the thread may have been busy with the operation before this one
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - kept: raised by whoever waits for the operation
+        except BaseException as error:  # noqa: BLE001 - kept, and raised by check_error
             with self._lock:
                 if self._error is None:
                     self._error = error
@@ -58,26 +57,26 @@ class Operation:
 
     @property
     def failed(self) -> bool:
-        """Whether one of the threads raised something: the others are told to come back."""
+        """Whether a thread raised an error, so that the others have to return."""
         return self._error is not None
 
     def check_error(self) -> None:
-        """Raise the first thing that any of the threads raised. Once they are all back."""
+        """Raise the first error of the threads. Call it once they have all returned."""
         if self._error is not None:
             try:
                 raise self._error
             finally:
-                self._error = None  # the error knows this frame: without this they would keep each other alive
+                self._error = None  # breaks the reference cycle between the error and this frame
 
     def moved(self) -> None:
-        """Note that bytes moved."""
+        """Record that bytes moved."""
         self._moved_at = time.monotonic()
 
     def check_stall(self) -> None:
-        """See whether anything moved lately. To be called several times within the stall time, while waiting.
+        """Check that bytes moved within the stall time. Waiting threads call it several times within that time.
 
         Raises:
-            TransferTimeout: Nothing did.
+            TransferTimeout: Nothing moved.
         """
         now = time.monotonic()
         with self._lock:
@@ -88,13 +87,13 @@ class Operation:
             self._looked_at = now
             stalled = not self._reporting and self._silent > self._stall
         if stalled:
-            raise TransferTimeout(f"{self._what} for {self._stall:g} s", hint="is the peer still alive?")
+            raise TransferTimeout(f"{self._what} for {self._stall:g} s", hint="check that the peer is still running")
 
     def completed(self, place: int) -> None:
-        """Note that all bytes of a block are where they belong, and report it, unless the operation has failed.
+        """Record that a block is complete, and call `landed`, unless the operation has failed.
 
         Args:
-            place: Place of the block in the call.
+            place: Position of the block in the call.
         """
         if self._landed is None or self._error is not None:
             return

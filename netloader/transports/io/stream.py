@@ -1,6 +1,6 @@
-"""Blocks over connected stream sockets, straight between the kernel and the tensors' memory.
+"""Moves blocks over connected stream sockets, directly between the kernel and the tensors' memory.
 
-Everything here blocks and runs in worker threads.
+All calls block and run in worker threads.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from netloader.transports.io.syscalls import MOST_REGIONS, Message, recvmsg, sen
 __all__ = ["CALL_BYTES", "LONGEST_CALL", "Placed", "Stream", "calls", "share"]
 
 CALL_BYTES = 16 << 20
-"""What one call sends at least, of several blocks when they are smaller. One that receives ends with its block, since
-that is looked at then."""
+"""Least bytes of one send call, which joins several blocks when they are smaller. A receive call ends with its block,
+because a complete block is hashed at once."""
 
 LONGEST_CALL = 32 << 20
-"""Bytes that one system call may be asked for: a stall is looked for between calls."""
+"""Most bytes of one system call, because stalls are detected between calls."""
 
 _TICKS = 8
-"""Looks at the clock within the stall time."""
+"""Number of stall checks within the stall time."""
 
 Placed = tuple[int, BlockView]
-"""A block and its place in the call."""
+"""A block and its position in the call."""
 
 _Call = Callable[[int, Message, int], int]
-"""A system call with its socket, what it moves, and its flags."""
+"""A system call: takes the socket's descriptor, a message and flags."""
 
 
 def share(blocks: Sequence[BlockView], first: int, lanes: int) -> list[list[Placed]]:
-    """Which lane moves which block: they take turns.
+    """Distribute blocks over lanes, round robin.
 
     Args:
         blocks: Blocks of one call.
-        first: How many blocks this channel has moved before, in this direction.
-        lanes: Lanes of the channel.
+        first: Number of blocks that this channel moved before in this direction.
+        lanes: Number of lanes of the channel.
     """
     shares: list[list[Placed]] = [[] for _ in range(lanes)]
     for place, block in enumerate(blocks):
@@ -53,17 +53,17 @@ def share(blocks: Sequence[BlockView], first: int, lanes: int) -> list[list[Plac
 def calls(
     blocks: Sequence[Placed], least: int, longest: int = LONGEST_CALL
 ) -> Iterator[tuple[Regions[int], list[int]]]:
-    """What one system call moves, and the places of the blocks that end in it.
+    """What each system call moves, and the positions of the blocks that it completes.
 
     Args:
         blocks: Blocks in order.
-        least: Bytes from which on no further block is added to a call.
-        longest: Bytes of one call, at most.
+        least: Number of bytes from which on no further block is added to a call.
+        longest: Most bytes of one call.
     """
     regions, places, size = array("Q"), list[int](), 0
     for place, block in blocks:
         spans = block.regions()
-        # Most blocks fit as they are; with tens of thousands of small tensors a look at each piece is what takes time.
+        # Most blocks fit as they are. Visiting each region would be slow with tens of thousands of small tensors.
         fits = block.nbytes <= longest and len(spans) <= 2 * MOST_REGIONS
         if fits and regions and (len(regions) + len(spans) > 2 * MOST_REGIONS or size + block.nbytes > longest):
             yield regions, places
@@ -91,12 +91,12 @@ class Stream:
     """One connected stream socket.
 
     Args:
-        sock: Connected; owned from here on.
+        sock: Connected. This object owns it from now on.
         stall: Seconds without progress after which an operation fails.
     """
 
     def __init__(self, sock: socket.socket, stall: float) -> None:
-        # Really blocking, with the kernel's own timeouts: what Python calls a timeout costs a poll for each call.
+        # A blocking socket with the kernel's timeouts, because Python's timeouts need one more system call each time.
         sock.setblocking(True)
         tick = max(stall / _TICKS, 0.005)
         seconds = int(tick)
@@ -118,7 +118,7 @@ class Stream:
         """Fill blocks in order.
 
         Raises:
-            TransportError: See :meth:`netloader.transports.base.Channel.recv`; what reporting a block raises.
+            TransportError: See :meth:`netloader.transports.base.Channel.recv`.
         """
         for message, places in [(Message(regions), places) for regions, places in calls(blocks, 1)]:
             self._move_all(recvmsg, message, socket.MSG_WAITALL, operation)
@@ -134,7 +134,7 @@ class Stream:
         self._move_all(recvmsg, Message(regions), socket.MSG_WAITALL, operation)
 
     def cut(self) -> None:
-        """End the connection for both sides; whoever waits in it comes back. From any thread."""
+        """Shut the connection down for both sides, so that blocked calls return. Any thread may call it."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -145,8 +145,8 @@ class Stream:
         """Free the socket, once no thread uses it any more. Idempotent.
 
         Args:
-            reset: Tell the peer that what it sent is lost. After a receive was cut short the kernel may not do so by
-                itself: it forgets the connection, and a sender that waits for room waits on.
+            reset: Send a reset. After an interrupted receive the kernel may not send one by itself. A sender that waits
+                for buffer space would then wait until its timeout.
         """
         if reset and self._sock.fileno() >= 0:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
@@ -161,7 +161,7 @@ class Stream:
             message = message.after(moved)
 
     def _move(self, move: _Call, message: Message, flags: int, operation: Operation) -> int:
-        """Call `move` until it moves something; how many bytes that were."""
+        """Call `move` until it moves bytes; returns how many."""
         while True:
             try:
                 moved = move(self._sock.fileno(), message, flags)
@@ -180,5 +180,5 @@ def _as_transport_error(error: OSError) -> TransportError:
     if error.errno == errno.EFAULT:
         return TransportError(f"the memory of a block can't be used: {error}")
     if error.errno == errno.ETIMEDOUT:
-        return TransferTimeout(f"the peer's host does not answer any more: {error}")
-    return PeerLost(f"the data connection to the peer broke: {error}", hint="is the peer still running?")
+        return TransferTimeout(f"the peer's host no longer answers: {error}")
+    return PeerLost(f"the data connection to the peer broke: {error}", hint="check that the peer is still running")

@@ -1,7 +1,7 @@
-"""Scatter-gather system calls on pieces of memory by address.
+"""Scatter-gather system calls on memory regions given by address.
 
-Python's own take an object for each piece, which costs more than moving a small piece does. The interpreter is free
-while one of these runs.
+Python's own functions need one object for each region, which costs more than moving a small region. The GIL is released
+during each call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from netloader.codecs.regions import Regions, left_of, total
 __all__ = ["MOST_REGIONS", "Message", "readv", "recvmsg", "sendmsg", "vmsplice"]
 
 MOST_REGIONS = 1024
-"""Pieces of memory that one system call takes (IOV_MAX)."""
+"""Most regions of one system call (IOV_MAX)."""
 
 _SPLICE_F_NONBLOCK = 2
 
-# Linux counts in words, against POSIX, which others follow.
+# Linux uses size_t here. POSIX, which other systems follow, uses int.
 _Count = ctypes.c_size_t if sys.platform == "linux" else ctypes.c_int
 _Length = ctypes.c_size_t if sys.platform == "linux" else ctypes.c_uint32
 
@@ -30,7 +30,7 @@ _Length = ctypes.c_size_t if sys.platform == "linux" else ctypes.c_uint32
 class _Header(ctypes.Structure):
     """``struct msghdr``."""
 
-    _fields_ = [  # type: ignore[mutable-override]  # ctypes reads it once, when the class is made
+    _fields_ = [  # type: ignore[mutable-override]  # ctypes reads it once, when the class is created
         ("name", ctypes.c_void_p),
         ("name_length", ctypes.c_uint32),
         ("regions", ctypes.c_void_p),
@@ -57,16 +57,15 @@ def _libc() -> Any:
 
 
 class Message:
-    """What one call sends or fills: at most :data:`MOST_REGIONS` regions, made ready beforehand.
+    """What one call sends or fills: at most :data:`MOST_REGIONS` regions, prepared in advance.
 
-    What is done between two large calls costs most: the bytes have most likely pushed everything else out of the
-    processor's memory.
+    Work between two large calls is slow, because the moved bytes have evicted everything else from the caches.
 
     Args:
-        regions: The pieces; whoever made them keeps their memory alive.
+        regions: The regions. The caller keeps their memory alive.
 
     Attributes:
-        address: Where the system finds this.
+        address: Address of the ``struct msghdr``.
         nbytes: Bytes of all regions.
     """
 
@@ -79,21 +78,21 @@ class Message:
         self.nbytes = total(regions)
 
     def after(self, done: int) -> Message:
-        """What is left once the first `done` bytes are through."""
+        """What remains after the first `done` bytes."""
         return Message(left_of(self._regions, done))
 
 
 def sendmsg(fd: int, message: Message, flags: int = 0) -> int:
-    """Send the bytes of a message over a socket; how many were taken.
+    """Send the bytes of a message over a socket. Returns how many were accepted.
 
     Raises:
-        OSError: The system says no. :class:`BlockingIOError` after the socket's own timeout.
+        OSError: The call failed. :class:`BlockingIOError` after the socket's own timeout.
     """
     return _tried(_libc().sendmsg, fd, message.address, flags)
 
 
 def recvmsg(fd: int, message: Message, flags: int = 0) -> int:
-    """Fill a message from a socket; how many bytes came, 0 at its end.
+    """Fill a message from a socket. Returns the number of bytes, 0 at the end of the stream.
 
     Raises:
         OSError: As for :func:`sendmsg`.
@@ -102,27 +101,27 @@ def recvmsg(fd: int, message: Message, flags: int = 0) -> int:
 
 
 def vmsplice(fd: int, regions: Regions[int]) -> int:
-    """Put the pages of at most :data:`MOST_REGIONS` regions into a pipe, uncopied; how many bytes it took.
+    """Put the pages of at most :data:`MOST_REGIONS` regions into a pipe without copying. Returns the number of bytes.
 
-    They have to stay as they are until they were read. Never waits.
+    The memory must not change until the bytes were read. Does not block.
 
     Raises:
-        OSError: The system says no. :class:`BlockingIOError` when the pipe is full.
+        OSError: The call failed. :class:`BlockingIOError` when the pipe is full.
     """
     return _tried(_libc().vmsplice, fd, regions.buffer_info()[0], len(regions) // 2, _SPLICE_F_NONBLOCK)
 
 
 def readv(fd: int, regions: Regions[int]) -> int:
-    """Read into at most :data:`MOST_REGIONS` regions; how many bytes came, 0 at the end.
+    """Read into at most :data:`MOST_REGIONS` regions. Returns the number of bytes, 0 at the end of the stream.
 
     Raises:
-        OSError: The system says no.
+        OSError: The call failed.
     """
     return _tried(_libc().readv, fd, regions.buffer_info()[0], len(regions) // 2)
 
 
 def _tried(call: Any, *args: int) -> int:
-    """Make a system call, again when a signal came between (PEP 475)."""
+    """Make a system call, and repeat it when a signal interrupts it (PEP 475)."""
     while True:
         count: int = call(*args)
         if count >= 0:

@@ -1,4 +1,4 @@
-"""The threads of one channel: some for each direction, started when it is first used."""
+"""The thread pool of a channel: threads for each direction, started when they are first needed."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import anyio
 import anyio.lowlevel
 
 from netloader.errors import MemoryStillInUse
-from netloader.transports.io.channel_state import came_in_time
+from netloader.transports.io.channel_state import finished_within
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.worker import Job, Worker
 
 __all__ = ["ThreadPool"]
 
 _PATIENCE = 10.0
-"""Seconds that threads which were told to return may take: mostly they are back at once, and at the latest when the
-block is hashed, or read out of the peer's memory, that they are busy with. What keeps one longer is a call into the
-system that nothing ends, such as a page of a file on a server that does not answer."""
+"""Seconds that threads may take to return after they were told to. Most return at once, and the others after the block
+that they are hashing or reading. Only a system call that can't be interrupted takes longer, such as reading a page of a
+file from a server that does not answer."""
 
 _LOOK = 1.0
-"""Seconds between two looks whether others of an operation's threads have failed: then this one should be back soon."""
+"""Seconds between two checks whether another thread of the operation failed; then this one has to return soon."""
 
 _MOMENT = 0.5
-"""Seconds for the threads beside one that is stuck."""
+"""Seconds that the other threads may take when one is stuck."""
 
 
 class ThreadPool:
     """Threads that carry out the operations of a channel.
 
     Args:
-        name: The transport's, for the names of the threads.
-        cut: Makes whatever they are doing return soon; callable from any thread, must not block.
+        name: Name of the transport, used in the names of the threads.
+        cut: Makes the threads' running calls return soon; callable from any thread, must not block.
     """
 
     def __init__(self, name: str, cut: Callable[[], None]) -> None:
@@ -43,23 +43,21 @@ class ThreadPool:
         self._closing = False
         self._left_to_threads = False
 
-    async def carry_out(
-        self, direction: str, operation: Operation, works: Sequence[Callable[[], object] | None]
-    ) -> None:
-        """Do all of `works` at once, each in the thread of its place, and wait for all of them, cancelled or not.
+    async def run_all(self, direction: str, operation: Operation, works: Sequence[Callable[[], object] | None]) -> None:
+        """Run all of `works` in parallel, the n-th in the n-th thread, and wait for all of them, even if cancelled.
 
-        A thread first finishes what it was given before. None: nothing to do for the thread of that place.
+        A thread finishes earlier work first. None means no work for that thread.
 
         Raises:
             MemoryStillInUse: After a failure or a cancellation a thread did not return.
-            BaseException: The first thing that one of them raised.
+            BaseException: The first error of a thread.
         """
         workers = self._workers.setdefault(direction, {})
         jobs: list[tuple[Worker, Job[None]]] = []
         for place, work in enumerate(works):
             if work is None:
                 continue
-            if place not in workers:  # a small call needs fewer, and each costs a start and an end
+            if place not in workers:  # threads are started on demand, because a small call needs fewer
                 workers[place] = Worker(f"netloader-{self._name}-{direction}-{place}", self._cut)
             jobs.append((workers[place], workers[place].start(partial(operation.run, work))))
         try:
@@ -69,45 +67,45 @@ class ThreadPool:
                         await job.over.wait()
         except BaseException:
             self._cut()
-            await self._bring_back(direction, jobs)
+            await self._wait_for_return(direction, jobs)
             raise
-        await self._bring_back(direction, jobs)
+        await self._wait_for_return(direction, jobs)
         operation.check_error()
         await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def aclose(self, free: Callable[[], object]) -> None:
-        """Let the threads end, and join them, then call `free`. Idempotent, as `free` has to be.
+        """Stop and join the threads, then call `free`. Idempotent, as `free` has to be.
 
         Raises:
-            MemoryStillInUse: One of them does not return. Whenever it does, it calls `free`.
+            MemoryStillInUse: A thread does not return. It will call `free` when it does.
         """
         self._closing = True
         everyone = [(worker, way) for way, workers in self._workers.items() for worker in workers.values()]
-        for worker, _ in everyone:  # all of them first: they end beside each other
+        for worker, _ in everyone:  # first tell all of them, so that they stop in parallel
             worker.end()
         if not any(worker.stuck for worker, _ in everyone):  # else they were waited for
-            await came_in_time(_PATIENCE, lambda: _all_gone([worker for worker, _ in everyone]))
+            await finished_within(_PATIENCE, lambda: _all_ended([worker for worker, _ in everyone]))
         late = [(worker, way) for worker, way in everyone if not await worker.aclose(_MOMENT)]
         if not late:
             free()
             return
         if not self._left_to_threads:
             self._left_to_threads = True
-            _leave_to([worker for worker, _ in late], free)
+            _free_after_last([worker for worker, _ in late], free)
         raise self._in_use([worker for worker, _ in late], writes=any(way == "recv" for _, way in late))
 
-    async def _bring_back(self, direction: str, jobs: Sequence[tuple[Worker, Job[None]]]) -> None:
-        """Wait for calls that end by themselves, or were cut short.
+    async def _wait_for_return(self, direction: str, jobs: Sequence[tuple[Worker, Job[None]]]) -> None:
+        """Wait for calls that end by themselves, or were interrupted.
 
         Raises:
-            MemoryStillInUse: One of them does not end.
+            MemoryStillInUse: A call does not end.
         """
 
         async def all_over() -> None:
             for _, job in jobs:
                 await job.over.wait()
 
-        if all(job.over.is_set() for _, job in jobs) or await came_in_time(_PATIENCE, all_over):
+        if all(job.over.is_set() for _, job in jobs) or await finished_within(_PATIENCE, all_over):
             return
         late = [worker for worker, job in jobs if not job.over.is_set()]
         for worker in late:
@@ -119,13 +117,13 @@ class ThreadPool:
         return MemoryStillInUse(f"{self._name} channel", threads, writes=writes, seconds=_PATIENCE)
 
 
-async def _all_gone(workers: Sequence[Worker]) -> None:
+async def _all_ended(workers: Sequence[Worker]) -> None:
     for worker in workers:
         await worker.gone()
 
 
-def _leave_to(workers: Sequence[Worker], free: Callable[[], object]) -> None:
-    """Have `free` called by the last of the threads that ends: what they use is not to be taken from under them."""
+def _free_after_last(workers: Sequence[Worker], free: Callable[[], object]) -> None:
+    """Have the last thread that ends call `free`, because the threads still use what it frees."""
     lock = threading.Lock()
     busy = len(workers)
 

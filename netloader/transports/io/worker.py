@@ -1,4 +1,4 @@
-"""A thread of one's own for blocking calls, driven from an event loop and never left behind."""
+"""A thread for blocking calls that is driven from an event loop, and always joined."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import anyio
 import anyio.lowlevel
 
 from netloader.errors import ChannelClosed
-from netloader.transports.io.channel_state import LoopEvent, came_in_time
+from netloader.transports.io.channel_state import LoopEvent, finished_within
 
 __all__ = ["Job", "Worker"]
 
 T = TypeVar("T")
 
 _TURNS = 8
-"""Turns of the event loop that a thread gets which has said its last word: it mostly needs one or two to be gone."""
+"""Iterations of the event loop to wait for a thread that has finished its last call: most need one or two."""
 
 _JOIN_EVERY = 0.0005
-"""Seconds between looks at it after those."""
+"""Seconds between later checks whether it has ended."""
 
 _PATIENCE = 30.0
-"""Seconds that a call which was told to return may still take before we say so and go on without it."""
+"""Seconds that a call may take to return after it was told to. Then an error is logged, and it is not waited for."""
 
 _AGAIN = 0.5
-"""Seconds that a thread which was waited for in vain is waited for once more: it is known to be stuck."""
+"""Seconds to wait for a thread that is known to be stuck."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Job(Generic[T]):
     """A call in the worker's thread.
 
     Attributes:
-        over: Set when it has ended, either way.
-        error: What it raised, until :meth:`result` has raised that.
+        over: Set when it has returned or raised.
+        error: What it raised, until :meth:`result` raises it.
     """
 
     def __init__(self, call: Callable[[], T]) -> None:
@@ -52,11 +52,11 @@ class Job(Generic[T]):
         """Make the call; in the worker's thread."""
         try:
             self._value.append(self._call())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - result() raises it
             _forget_locals(error)
             self.error = error
         finally:
-            del self._call  # and with it whatever it holds on to
+            del self._call  # drops what it refers to
             self.over.set()
 
     def result(self) -> T:
@@ -65,23 +65,23 @@ class Job(Generic[T]):
             try:
                 raise self.error
             finally:
-                self.error = None  # the error knows this frame: without this they would keep each other alive
+                self.error = None  # breaks the reference cycle between the error and this frame
         return self._value[0]
 
 
 class Worker:
     """One thread that makes blocking calls in order.
 
-    Made and used in one event loop. The thread is a daemon only so that a call stuck in a foreign library cannot keep
-    a dying process alive; :meth:`aclose` waits for it.
+    It is created and used in one event loop. The thread is a daemon, so that a call that hangs in a foreign library
+    can't keep an ending process alive. :meth:`aclose` waits for it.
 
     Args:
         name: Name of the thread.
-        free: Makes the call that is running return soon; callable from any thread, must not block.
+        free: Makes the running call return soon; callable from any thread, must not block.
 
     Attributes:
-        closing: Whether it takes no more calls.
-        stuck: Whether it was waited for in vain.
+        closing: Whether it accepts no more calls.
+        stuck: Whether a wait for it timed out.
         thread: The thread.
     """
 
@@ -104,11 +104,11 @@ class Worker:
 
     @property
     def patience(self) -> float:
-        """Seconds that :meth:`finish` waits for a call which was told to return."""
+        """Seconds that :meth:`finish` waits for a call to return after it was told to."""
         return _PATIENCE
 
     def start(self, call: Callable[[], T]) -> Job[T]:
-        """Have `call` made, after those asked for before."""
+        """Queue `call` behind earlier calls."""
         if self.closing:
             raise ChannelClosed(f"{self.name} is closed")
         job = Job(call)
@@ -118,13 +118,13 @@ class Worker:
     async def finish(self, job: Job[T], watch: Callable[[], None] | None = None, every: float = 1.0) -> T:
         """Wait for a job.
 
-        When this is cancelled, or `watch` raises, the running call is made to return, and only then it goes on; or
-        when that takes too long. `job.over` tells which.
+        When this is cancelled, or `watch` raises, the running call is told to return. This method then waits until it
+        has returned, or until that takes too long. `job.over` tells which.
 
         Args:
             job: From :meth:`start`.
-            watch: Called in the event loop now and then while the job runs.
-            every: Seconds between two such calls.
+            watch: Called in the event loop at intervals while the job runs.
+            every: The interval in seconds.
         """
         try:
             while not job.over.is_set():
@@ -134,7 +134,7 @@ class Worker:
                     watch()
         except BaseException:
             self._free()
-            if not await came_in_time(_PATIENCE, job.over.wait):
+            if not await finished_within(_PATIENCE, job.over.wait):
                 self.stuck = True
                 _log.error("thread %s did not return within %g s after it was told to", self.name, _PATIENCE)
             raise
@@ -145,7 +145,7 @@ class Worker:
         return await self.finish(self.start(call))
 
     def end(self) -> None:
-        """Let the thread end after the calls already asked for; no more can be. Idempotent."""
+        """Let the thread end after the queued calls. No more calls are accepted. Idempotent."""
         if not self.closing:
             self.closing = True
             self._jobs.put(None)
@@ -154,24 +154,24 @@ class Worker:
         """Let the thread end, as :meth:`end` does, and join it.
 
         Returns:
-            Whether it is gone; False when it was still busy after `within` seconds.
+            Whether it has ended; False when it was still busy after `within` seconds.
         """
         self.end()
-        gone = await came_in_time(_AGAIN if self.stuck else within, self.gone)
+        gone = await finished_within(_AGAIN if self.stuck else within, self.gone)
         self.stuck = not gone
         return gone
 
     async def gone(self) -> None:
-        """Wait until the thread has ended, which :meth:`end` asks it to."""
+        """Wait until the thread has ended. Call :meth:`end` first."""
         await self._gone.wait()
         for _ in range(_TURNS):
             if self.thread.is_alive():
                 await anyio.lowlevel.checkpoint()
-        while self.thread.is_alive():  # noqa: ASYNC110 - a thread's end sets no event
+        while self.thread.is_alive():  # noqa: ASYNC110 - the end of a thread sets no event
             await anyio.sleep(_JOIN_EVERY)
 
     def last(self, call: Callable[[], object]) -> None:
-        """Have `call` made when the thread has made all its calls: there, or here where it has already. Once."""
+        """Have `call` made once, after all other calls: in the thread, or here when the thread has ended already."""
         with self._lock:
             if not self._left:
                 self._last = call
@@ -190,7 +190,7 @@ class Worker:
 
 
 def _forget_locals(error: BaseException) -> None:
-    """Drop what the frames of an error hold on to: whoever keeps the error must not keep a group of sockets with it."""
+    """Clear the frames of an error, so that a stored error does not keep sockets alive."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:

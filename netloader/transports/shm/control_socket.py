@@ -1,6 +1,6 @@
-"""Short messages between two processes of one host about blocks that are moved some other way.
+"""A control socket: short messages between two processes of one host about blocks that are moved in another way.
 
-Everything here blocks, except for ``cut``, and runs in worker threads.
+All calls except ``cut`` block and run in worker threads.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__ = ["LONGEST_MESSAGE", "ControlSocket"]
 LONGEST_MESSAGE = 1 << 15
 
 _TICKS = 8
-"""Looks at the clock within the stall time."""
+"""Number of stall checks within the stall time."""
 
 
 class ControlSocket:
-    """One connected socket of messages, and whom it leads to.
+    """A connected message socket, and the process at its other end.
 
     Args:
-        sock: Connected, of type SEQPACKET; owned from here on.
-        process: Descriptor of the peer's process, or None where the system has none; owned from here on. The socket
-            alone doesn't tell when the peer died: a child of it may hold it open.
+        sock: Connected, of type SEQPACKET. This object owns it from now on.
+        process: Descriptor of the peer's process, or None where the system has none. This object owns it from now on.
+            The socket alone does not show that the peer died, because a child process of the peer may keep it open.
         stall: Seconds without progress after which an operation fails.
     """
 
@@ -38,12 +38,12 @@ class ControlSocket:
         self._process = process
         self._tick = max(5, int(stall * 1000 / _TICKS))
 
-    def say(self, message: bytes, operation: Operation) -> None:
+    def send(self, message: bytes, operation: Operation) -> None:
         """Send one message.
 
         Raises:
-            PeerLost: The peer cut the line or died.
-            TransferTimeout: It does not listen.
+            PeerLost: The peer closed the socket or died.
+            TransferTimeout: The peer does not receive.
         """
         while True:
             try:
@@ -55,22 +55,22 @@ class ControlSocket:
             else:
                 return
 
-    def hear(self, operation: Operation) -> bytes:
-        """The next message; waits for it.
+    def receive(self, operation: Operation) -> bytes:
+        """Wait for the next message, and return it.
 
         Raises:
-            PeerLost: The peer cut the line or died.
-            TransferTimeout: It says nothing.
+            PeerLost: The peer closed the socket or died.
+            TransferTimeout: The peer sends nothing.
         """
-        while (message := self.heard()) is None:
+        while (message := self.receive_now()) is None:
             self._wait(select.POLLIN, operation)
         return message
 
-    def heard(self) -> bytes | None:
-        """The next message, if there is one.
+    def receive_now(self) -> bytes | None:
+        """The next message, or None when there is none yet.
 
         Raises:
-            PeerLost: The peer cut the line or died.
+            PeerLost: The peer closed the socket or died.
         """
         try:
             message = self._sock.recv(LONGEST_MESSAGE)
@@ -83,9 +83,9 @@ class ControlSocket:
         return message
 
     def checker(self) -> Callable[[], None]:
-        """For one thread: what sees that the peer is there, and that neither side has cut the line.
+        """For one thread: a function that checks that the peer is alive, and that neither side has closed the socket.
 
-        It is called after something was read, and raises :class:`PeerLost` when that can't be relied on.
+        Call it after reading the peer's memory. It raises :class:`PeerLost` when the bytes can't be trusted.
         """
         poll = select.poll()
         poll.register(self._sock, select.POLLRDHUP)
@@ -99,7 +99,7 @@ class ControlSocket:
         return check
 
     def cut(self) -> None:
-        """End the line for both sides; whoever waits on it comes back. From any thread."""
+        """Shut the socket down for both sides, so that blocked calls return. Any thread may call it."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -114,7 +114,7 @@ class ControlSocket:
             os.close(process)
 
     def wait_for(self, fd: int, event: int, operation: Operation) -> None:
-        """Wait until `fd` is ready, or there is something to hear.
+        """Wait until `fd` is ready, or a message can be received.
 
         Raises:
             PeerLost: The peer died.
@@ -132,10 +132,10 @@ class ControlSocket:
         ready = poll.poll(self._tick)
         if not ready:
             operation.check_stall()
-        # A dying process closes its socket, too: what it said before that is heard first.
+        # A process that ends closes its socket too. Messages that it sent before are received first.
         elif all(fd == self._process for fd, _ in ready):
             raise PeerLost("the peer's process ended", hint="see its log")
 
 
 def _lost(error: OSError) -> PeerLost:
-    return PeerLost(f"the line to the peer broke: {error}")
+    return PeerLost(f"the control socket to the peer broke: {error}")

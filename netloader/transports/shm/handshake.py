@@ -1,4 +1,4 @@
-"""How two processes of one host find out which may read the other's memory, and make pipes where one may not."""
+"""The handshake of two processes of one host: each tries to read the other's memory, and gets pipes where it can't."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from netloader.transports.shm.process_memory import read
 from netloader.transports.shm.remote_memory import (
     Flow,
     MemoryReader,
-    MemoryShower,
+    MemorySender,
     Pipe,
     PipeReader,
+    PipeSet,
     PipeWriter,
-    Shared,
 )
 
 __all__ = ["Handshake", "credentials"]
@@ -44,30 +44,30 @@ M = TypeVar("M", bound=msgspec.Struct)
 _log = logging.getLogger("netloader")
 
 
-class _Hello(msgspec.Struct, frozen=True):
-    """Each end to the other: where it may try to read, and what it should find there."""
+class _MemoryProbe(msgspec.Struct, frozen=True):
+    """Sent by each end: an address that the other end may try to read, and the bytes that are there."""
 
     address: Annotated[int, msgspec.Meta(ge=0)]
     content: Annotated[bytes, msgspec.Meta(min_length=_PROBE_BYTES, max_length=_PROBE_BYTES)]
 
 
-class _Verdict(msgspec.Struct, frozen=True):
-    """Each end to the other: why it can't read; empty if it can."""
+class _ProbeResult(msgspec.Struct, frozen=True):
+    """Sent by each end: why it can't read the other's memory; empty if it can."""
 
     reason: Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 class Handshake:
-    """Both ends find out which of them may read the other's memory, and make pipes where one may not.
+    """Finds out which end may read the other's memory, and makes pipes where one may not.
 
-    Neither changes what it allows: there is one such setting (Yama's permitted tracer) in a whole process, it can't be
-    asked for, and other parts of the process may rely on it.
+    Neither end changes its own permissions. There is only one such setting in a process (Yama's permitted tracer), it
+    can't be queried, and other parts of the process may rely on it.
 
     Args:
-        outgoing: Leads to the other end's `incoming`; owned from here on.
-        incoming: Leads to the other end's `outgoing`; owned from here on.
-        pipes: How many to make where the other end may not read.
-        stall: For the channel.
+        outgoing: Connected to the other end's `incoming`. This object owns it from now on.
+        incoming: Connected to the other end's `outgoing`. This object owns it from now on.
+        pipes: Number of pipes to make when the other end may not read.
+        stall: Stall time of the channel, in seconds.
     """
 
     def __init__(
@@ -86,22 +86,22 @@ class Handshake:
         self._writers: list[PipeWriter] = []
         self._readers: list[PipeReader] = []
 
-    async def hold(self, *, reading: bool) -> None:
-        """Say and hear what there is to be known.
+    async def run(self, *, reading: bool) -> None:
+        """Exchange the messages of the handshake.
 
         Raises:
-            TransportError: The other end says what makes no sense.
-            PeerLost: It went away.
+            TransportError: The other end sent an invalid message.
+            PeerLost: The other end disconnected.
         """
         self._pid = credentials(self._outgoing)[0]
         self._process = _descriptor(self._pid)
         content = secrets.token_bytes(_PROBE_BYTES)
         memory = ctypes.create_string_buffer(content, _PROBE_BYTES)
-        await _say(self._outgoing, _Hello(ctypes.addressof(memory), content))
-        hello = await _hear(self._incoming, _Hello)
+        await _send_message(self._outgoing, _MemoryProbe(ctypes.addressof(memory), content))
+        hello = await _receive_message(self._incoming, _MemoryProbe)
         reason = self._try_to_read(hello) if reading else "it is switched off"
-        await _say(self._incoming, _Verdict(reason))
-        if (await _hear(self._outgoing, _Verdict)).reason:
+        await _send_message(self._incoming, _ProbeResult(reason))
+        if (await _receive_message(self._outgoing, _ProbeResult)).reason:
             self._hand_over_pipes()
         if reason:
             await self._take_pipes()
@@ -109,24 +109,24 @@ class Handshake:
         del memory
 
     def flows(self, threads: int) -> tuple[Flow, Flow]:
-        """What sends and what receives; they take over everything.
+        """The flows that send and receive. They own all sockets and pipes from now on.
 
         Raises:
-            TransportError: This process has no descriptors left.
+            TransportError: This process has too many open descriptors.
         """
         outgoing: Flow
         if self._writers:
-            outgoing = Shared(self._writers)
+            outgoing = PipeSet(self._writers)
             self._outgoing.close()
         else:
-            outgoing = MemoryShower(self._line(self._outgoing))
+            outgoing = MemorySender(self._control_socket(self._outgoing))
         try:
             incoming: Flow
             if self._readers:
-                incoming = Shared(self._readers)
+                incoming = PipeSet(self._readers)
                 self._incoming.close()
             else:
-                incoming = MemoryReader(self._line(self._incoming), self._pid, threads)
+                incoming = MemoryReader(self._control_socket(self._incoming), self._pid, threads)
         except BaseException:
             outgoing.close()
             raise
@@ -142,8 +142,8 @@ class Handshake:
         for pipe in pipes:
             pipe.close()
 
-    def _line(self, sock: socket.socket) -> ControlSocket:
-        """A line to the peer, which knows its process by a descriptor of its own."""
+    def _control_socket(self, sock: socket.socket) -> ControlSocket:
+        """A control socket to the peer, with its own descriptor of the peer's process."""
         try:
             process = None if self._process is None else os.dup(self._process)
         except OSError as error:
@@ -156,7 +156,7 @@ class Handshake:
             os.close(process)
 
     def _hand_over_pipes(self) -> None:
-        """Make pipes, each with a line of its own, and give the other end its ends of them."""
+        """Make pipes, each with its own control socket, and send the other end its ends of them."""
         theirs: list[socket.socket] = []
         try:
             for _ in range(self._pipes):
@@ -167,20 +167,20 @@ class Handshake:
                     ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                     theirs.append(other)
                     stack.callback(ours.close)
-                    self._writers.append(PipeWriter(self._line(ours), writing, reading))
+                    self._writers.append(PipeWriter(self._control_socket(ours), writing, reading))
                     stack.pop_all()
-            far = [writer.far for writer in self._writers]
-            numbers = [fd for pipe, sock in zip(far, theirs, strict=True) for fd in (pipe, sock.fileno())]
+            peer_fd = [writer.peer_fd for writer in self._writers]
+            numbers = [fd for pipe, sock in zip(peer_fd, theirs, strict=True) for fd in (pipe, sock.fileno())]
             socket.send_fds(self._outgoing, [_PIPES], numbers)
         except OSError as error:
-            raise TransportError(f"no pipes can be given to the peer: {error}") from error
+            raise TransportError(f"no pipes can be sent to the peer: {error}") from error
         finally:
             for sock in theirs:
                 sock.close()
 
     async def _take_pipes(self) -> None:
-        """Take our ends of the pipes that the other end made."""
-        numbers = await _hear_descriptors(self._incoming)
+        """Receive this side's ends of the pipes that the other end made."""
+        numbers = await _receive_descriptors(self._incoming)
         taken = [
             (PipeEnd(pipe), socket.socket(fileno=sock)) for pipe, sock in zip(numbers[::2], numbers[1::2], strict=True)
         ]
@@ -189,13 +189,13 @@ class Handshake:
                 stack.callback(pipe.close)
                 stack.callback(sock.close)
             for pipe, sock in taken:
-                self._readers.append(PipeReader(self._line(sock), pipe))
+                self._readers.append(PipeReader(self._control_socket(sock), pipe))
             stack.pop_all()
 
-    def _try_to_read(self, hello: _Hello) -> str:
+    def _try_to_read(self, hello: _MemoryProbe) -> str:
         """Why the peer's memory can't be read; empty when it can."""
         if not self._pid:
-            return "the peer's process can't be seen from here: it is in another container"
+            return "the peer's process is not visible from here: it is in another container"
         if self._process is None:
             return "this kernel has no process descriptors"
         found = ctypes.create_string_buffer(_PROBE_BYTES)
@@ -208,12 +208,12 @@ class Handshake:
         except TransportError as error:
             return str(error)
         if not hmac.compare_digest(found.raw, hello.content):
-            return "what was read there is not what the peer said"
+            return "the bytes read differ from those that the peer stated"
         return ""
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end, by the kernel's word; the process is 0 where it can't be seen from here."""
+    """Process and user at the other end, as the kernel reports them. The process is 0 where it is not visible here."""
     pid, user, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return pid, user
 
@@ -225,11 +225,11 @@ def _descriptor(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except OSError as error:
         if error.errno == errno.ESRCH:
-            raise PeerLost(f"the peer's process {pid} is gone") from error
-        return None  # the system doesn't know such descriptors, or forbids them
+            raise PeerLost(f"the peer's process {pid} has ended") from error
+        return None  # the system does not have such descriptors, or forbids them
 
 
-async def _say(sock: socket.socket, message: msgspec.Struct) -> None:
+async def _send_message(sock: socket.socket, message: msgspec.Struct) -> None:
     data = msgspec.msgpack.encode(message)
     while True:
         try:
@@ -242,7 +242,7 @@ async def _say(sock: socket.socket, message: msgspec.Struct) -> None:
             return
 
 
-async def _hear(sock: socket.socket, kind: type[M]) -> M:
+async def _receive_message(sock: socket.socket, kind: type[M]) -> M:
     while True:
         try:
             data = sock.recv(LONGEST_MESSAGE)
@@ -256,11 +256,11 @@ async def _hear(sock: socket.socket, kind: type[M]) -> M:
         try:
             return msgspec.msgpack.decode(data, type=kind)
         except msgspec.DecodeError as error:
-            raise TransportError(f"the peer said what makes no sense: {error}") from error
+            raise TransportError(f"the peer's message can't be read: {error}") from error
 
 
-async def _hear_descriptors(sock: socket.socket) -> list[int]:
-    """Pairs of a pipe to read from and a socket."""
+async def _receive_descriptors(sock: socket.socket) -> list[int]:
+    """Receive pairs of descriptors: the reading end of a pipe, and a socket."""
     while True:
         try:
             data, numbers, _, _ = socket.recv_fds(sock, 16, 2 * _MOST_PIPES, socket.MSG_CMSG_CLOEXEC)
@@ -278,7 +278,7 @@ async def _hear_descriptors(sock: socket.socket) -> list[int]:
             os.close(number)
         if not data:
             raise PeerLost("the peer left while a channel was being set up")
-        # Such as another release, of which this one's tcp may know.
+        # The peer may be another release.
         raise TransportUnavailable(
-            "the peer passed no pipes where some were to come", hint="run the same netloader release on both sides"
+            "the peer did not send the pipes that it announced", hint="run the same netloader release on both sides"
         )

@@ -1,7 +1,7 @@
-"""A pipe of the sender's own pages: the way between two processes that may not read each other.
+"""A pipe that carries the sender's memory pages, for two processes that may not read each other's memory.
 
-``vmsplice`` puts pages into a pipe without copying them, and whoever reads the pipe copies them to where they belong.
-No permission is needed beyond the pipe itself. What it costs was measured: ``docs/decisions/0039-pipes-of-pages.md``.
+``vmsplice`` puts pages into a pipe without copying them, and the reader of the pipe copies them to their destination.
+No permission is needed except the pipe itself. Measurements: ``docs/decisions/0039-pipes-of-pages.md``.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from netloader.transports.io.syscalls import readv, vmsplice
 __all__ = ["PIPE_BYTES", "PipeEnd"]
 
 PIPE_BYTES = 1 << 20
-"""What a pipe is asked to hold, and what a process without privileges may ask for, by default. Each page that a region
-lies in counts as a whole one."""
+"""Requested capacity of a pipe: by default the most that an unprivileged process may request. Each page that a region
+touches counts as a whole page."""
 
 
 class PipeEnd:
-    """One end of a pipe. Never waits.
+    """One end of a pipe. Its calls do not block.
 
-    What is written has to stay as it is until the other end has read it: the pipe holds the pages, not their bytes.
-    It is gone when both ends are closed, however their processes ended.
+    Written memory must not change until the other end has read it, because the pipe refers to the pages and does not
+    copy them. The kernel frees the pipe when both ends are closed, however their processes end.
 
     Args:
-        fd: The end; owned from here on.
+        fd: Descriptor of the end. This object owns it from now on.
     """
 
     def __init__(self, fd: int) -> None:
@@ -37,16 +37,16 @@ class PipeEnd:
 
     @classmethod
     def pair(cls) -> tuple[PipeEnd, PipeEnd]:
-        """Both ends of a new pipe: the one to read from, and the one to write to.
+        """Both ends of a new pipe: the reading end and the writing end.
 
         Raises:
-            TransportError: The system has no more of them.
+            TransportError: The system can't make another pipe.
         """
         try:
             reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise TransportError(f"no pipe can be made: {error}", hint="raise the limit of open files") from error
-        with suppress(OSError):  # this user has many pipes already: a small one does the same, in more steps
+        with suppress(OSError):  # the user's limit is reached: a smaller pipe works too, with more calls
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         return cls(reading), cls(writing)
 
@@ -55,18 +55,18 @@ class PipeEnd:
         return self._fd
 
     def write(self, regions: Regions[int]) -> int | None:
-        """Put pages in from the start of at most 1024 regions; how many bytes, or None when the pipe is full.
+        """Put in pages of at most 1024 regions, from their start. Returns the bytes, or None when the pipe is full.
 
         Raises:
-            TransportError: The memory is not there, or the other end is closed.
+            TransportError: The memory is not mapped, or the other end is closed.
         """
         return self._tried(vmsplice, regions, "written")
 
     def read(self, regions: Regions[int]) -> int | None:
-        """Fill at most 1024 regions from the start; how many bytes, 0 at the end, or None when the pipe is empty.
+        """Fill at most 1024 regions, from their start. Returns the bytes, 0 at the end, or None when the pipe is empty.
 
         Raises:
-            TransportError: The memory is not there.
+            TransportError: The memory is not mapped.
         """
         return self._tried(readv, regions, "read")
 

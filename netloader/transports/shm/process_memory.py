@@ -1,4 +1,4 @@
-"""Reading another process's memory (``process_vm_readv``): no copy in between, no help from the other process."""
+"""Reads another process's memory (``process_vm_readv``), without an extra copy or help from that process."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _libc() -> Any:
 
 
 def read(pid: int, remote: Regions[int], local: Regions[int]) -> None:
-    """Read `remote` regions of process `pid` into `local` ones of this process, of as many bytes in all.
+    """Read `remote` regions of process `pid` into `local` regions of this process; both have the same total size.
 
-    Returns when all bytes are there; the interpreter is free meanwhile.
+    Returns when all bytes were read. The GIL is released meanwhile.
 
     Raises:
-        TransportUnavailable: This process may not read that one's memory.
+        TransportUnavailable: This process may not read that process's memory.
         PeerLost: There is no such process.
-        TransportError: Some of the memory is not there (any more).
+        TransportError: Some of the memory is not mapped, or no longer.
     """
     if len(remote) <= 2 * MOST_REGIONS and len(local) <= 2 * MOST_REGIONS:
         _read(pid, remote, local)
@@ -65,12 +65,12 @@ def _read(pid: int, remote: Regions[int], local: Regions[int]) -> None:
             hint="reading needs the same user and the system's permission to trace (Yama's ptrace_scope, seccomp)",
         )
     if code == errno.ESRCH:
-        raise PeerLost(f"process {pid} is gone")
+        raise PeerLost(f"process {pid} has ended")
     raise TransportError(f"{wanted} bytes of process {pid} can't be read: {os.strerror(code)}")
 
 
 def _in_step(remote: Regions[int], local: Regions[int]) -> Iterator[tuple[Regions[int], Regions[int]]]:
-    """Both sides cut into pieces of equal size, as many at a time as one call takes."""
+    """Both sides split into parts of equal size, with as many regions as one call takes."""
     there, here = array("Q"), array("Q")
     rest = iter(zip(remote[::2], remote[1::2], strict=True))
     far, far_bytes = next(rest, (0, 0))

@@ -1,6 +1,6 @@
-"""Blocks of an accelerator's memory over a stream socket, through a bounded piece of the host's memory.
+"""Moves blocks of an accelerator's memory over a stream socket, through bounded staging memory on the host.
 
-A lane copies or is on the wire, one after the other; the lanes of a channel overlap each other.
+One lane alternates between copying and network transfer. The lanes of a channel overlap.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from netloader.transports.io.stream import Placed, Stream
 __all__ = ["STAGING_BYTES", "StagedStream"]
 
 STAGING_BYTES = 8 << 20
-"""Staging memory of one lane: large enough that copying it out of a device is done at full speed."""
+"""Staging memory of one lane: large enough to copy from a device at full speed."""
 
 _FEW = 4
-"""Pieces up to which each is copied from the host by itself; more come to the device together."""
+"""Most tensors that are copied to the device one by one. More are copied together."""
 
 
 class StagedStream(Stream):
-    """One connected stream socket, for tensors that a socket can't reach.
+    """One connected stream socket, for tensors in device memory.
 
     Args:
-        sock: Connected; owned from here on.
+        sock: Connected. This object owns it from now on.
         stall: Seconds without progress after which an operation fails.
-        device: Where the blocks live.
+        device: Device of the blocks.
         nbytes: Bytes of staging memory.
     """
 
@@ -48,7 +48,7 @@ class StagedStream(Stream):
             for place, block in blocks:
                 if self._device.type != "cpu" and _on_host(
                     block
-                ):  # what a server keeps there: nothing has to be copied
+                ):  # a server keeps copies in host memory, which need no staging
                     super().send([(place, block)], operation)
                     continue
                 for pieces, _ in self._portions([(place, block)]):
@@ -69,7 +69,7 @@ class StagedStream(Stream):
                 operation.completed(place)
 
     def _portions(self, blocks: Sequence[Placed]) -> Iterator[tuple[list[torch.Tensor], list[int]]]:
-        """As much as the staging memory holds, and which blocks are complete after it."""
+        """Portions that fit into the staging memory, each with the blocks that it completes."""
         room = self._room
         pieces: list[torch.Tensor] = []
         size = 0
@@ -88,7 +88,7 @@ class StagedStream(Stream):
             pieces, size = [], 0
 
     def _stage(self, direction: str) -> torch.Tensor:
-        """The staging memory of a direction; makes this thread one of the device's."""
+        """The staging memory of a direction. Also makes the device the current one of this thread."""
         _use(self._device)
         if direction not in self._stages:
             self._stages[direction] = staging(self._room, self._device)
@@ -125,12 +125,12 @@ def _on_host(block: BlockView) -> bool:
 
 
 def _use(device: torch.device) -> None:
-    """Make `device` this thread's own: some libraries know no other way to be told."""
+    """Make `device` the current device of this thread, which some libraries require."""
     if device.type != "cpu" and device.index is not None:
         torch.get_device_module(device).set_device(device)
 
 
 def _wait_for(device: torch.device) -> None:
-    """Wait until what was asked of the device by this thread has happened."""
+    """Wait until the device has finished the work that this thread queued."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)

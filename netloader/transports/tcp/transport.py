@@ -1,9 +1,8 @@
-"""Blocks over TCP, straight between socket and tensor memory; the transport that works everywhere.
+"""The tcp transport: blocks over TCP, directly between socket and tensor memory. It works everywhere.
 
-The server listens for each session on a port of its own, at the address that the control connection came in on, and
-lets in nobody but the client of that session, who proves itself by a key that only the control connection carried.
-What follows on the connections is nothing but the bytes of the blocks: both sides know their sizes. They are not
-encrypted.
+For each session the server listens on a separate port, at the local address of the control connection. It accepts only
+the client of that session, which authenticates by a key that was sent over the control connection. After that the
+connections carry only the bytes of the blocks, because both sides know their sizes. The bytes are not encrypted.
 """
 
 from __future__ import annotations
@@ -23,7 +22,14 @@ from netloader.core.addresses import unmapped
 from netloader.errors import PeerLost, TransferTimeout, TransportError
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.io.channel_state import ChannelState
-from netloader.transports.io.listener import KEY_BYTES, Listener, begin_dialling, connected, knock, socket_address
+from netloader.transports.io.listener import (
+    KEY_BYTES,
+    Listener,
+    authenticate,
+    socket_address,
+    start_connecting,
+    wait_connected,
+)
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.socket_options import tune
 from netloader.transports.io.stream import Placed, Stream, share
@@ -37,8 +43,8 @@ _MANY_PROCESSORS = 16
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
-class _Offer(msgspec.Struct, frozen=True):
-    """What the client needs: where to connect, how often, what to say there, and what it will hear."""
+class _TcpOffer(msgspec.Struct, frozen=True):
+    """What the client needs: the port, the number of connections, the key to send, and the answer to expect."""
 
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     lanes: Annotated[int, msgspec.Meta(ge=1, le=_MOST_LANES)]
@@ -47,30 +53,34 @@ class _Offer(msgspec.Struct, frozen=True):
 
 
 class _TcpPending:
-    """A server's door, and what is said about it."""
+    """A server's half-open channel: its listener, and the offer."""
 
     def __init__(
-        self, offer: bytes, door: Listener, setup: Setup, channel: Callable[[Sequence[socket.socket], Setup], Channel]
+        self,
+        offer: bytes,
+        data_listener: Listener,
+        setup: Setup,
+        channel: Callable[[Sequence[socket.socket], Setup], Channel],
     ) -> None:
         self.offer = offer
-        self._door = door
+        self._listener = data_listener
         self._setup = setup
         self._channel = channel
 
     async def accept(self) -> Channel:
         """See :class:`netloader.transports.base.Pending`."""
-        return self._channel(await self._door.wait(self._setup.timeout), self._setup)
+        return self._channel(await self._listener.wait(self._setup.timeout), self._setup)
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Pending`."""
-        self._door.close()
+        self._listener.close()
 
 
 class _TcpChannel:
-    """Several connections, each with a thread for each direction that is used; blocks take turns on them."""
+    """A channel: several connections, each with a thread for each direction in use. Blocks are sent round robin."""
 
     depth = 2
-    """A lane goes on with the next call while others still work on this one."""
+    """Two, so that a lane can start on the next call while others still work on this one."""
     whole_blocks = False
 
     def __init__(self, connections: Sequence[socket.socket], setup: Setup, staged: int | None) -> None:
@@ -79,7 +89,7 @@ class _TcpChannel:
         self._stall = setup.stall
         self._lanes = [_lane(sock, setup, staged) for sock in connections]
         self._state = ChannelState("tcp channel", self.depth)
-        self._crew = ThreadPool("tcp", self._cut)
+        self._pool = ThreadPool("tcp", self._cut)
         self._moved = {"send": 0, "recv": 0}
         self._receives = 0  # stays above 0, when one is cut short
 
@@ -92,7 +102,7 @@ class _TcpChannel:
                 partial(lane.send, mine, operation) if mine else None
                 for lane, mine in zip(self._lanes, shares, strict=True)
             ]
-            await self._crew.carry_out("send", operation, works)
+            await self._pool.run_all("send", operation, works)
 
     async def recv(self, blocks: Sequence[BlockView], landed: Landed | None = None) -> None:
         """See :class:`netloader.transports.base.Channel`."""
@@ -104,14 +114,14 @@ class _TcpChannel:
                 partial(lane.receive, mine, operation) if mine else None
                 for lane, mine in zip(self._lanes, shares, strict=True)
             ]
-            await self._crew.carry_out("recv", operation, works)
+            await self._pool.run_all("recv", operation, works)
             self._receives -= 1
 
     async def aclose(self) -> None:
         """See :class:`netloader.transports.base.Channel`."""
         self._state.end("it was closed", closed=True)
         self._cut()
-        await self._crew.aclose(self._free)
+        await self._pool.aclose(self._free)
         await self._state.idle()
 
     def _shares(self, direction: str, blocks: Sequence[BlockView]) -> list[list[Placed]]:
@@ -132,17 +142,16 @@ class TcpTransport:
     """Moves blocks over TCP; for tensors of every device that torch can copy from and to.
 
     Args:
-        lanes: Connections of one channel, as the server chooses them; by default 2, or 4 where there are many
-            processors: one connection keeps one processor busy at either end, and while what one brought is hashed,
-            the other goes on.
-        staged: Move blocks through staging memory although they are on the CPU (for tests); of so many bytes a lane.
+        lanes: Connections of one channel, chosen by the server; by default 2, or 4 with many processors. One connection
+            keeps one processor busy at each end. While the blocks of one connection are hashed, the others go on.
+        staged: For tests: move blocks of the CPU through staging memory of this many bytes for each lane.
     """
 
     name = "tcp"
 
     def __init__(self, lanes: int | None = None, *, staged: int | None = None) -> None:
         if lanes is not None and not 1 <= lanes <= _MOST_LANES:
-            raise TransportError(f"{lanes} lanes are not possible: 1 to {_MOST_LANES} are")
+            raise TransportError(f"lanes is {lanes}, allowed: 1 to {_MOST_LANES}")
         self._lanes = lanes
         self._staged = staged
 
@@ -151,7 +160,7 @@ class TcpTransport:
         return "the meta device has no bytes" if device.partition(":")[0] == "meta" else None
 
     def facts(self, device: str) -> Mapping[str, str]:
-        """Nothing: whoever reached the control port can be tried."""
+        """None: a peer that reached the control port may be able to reach a data port."""
         del device
         return {}
 
@@ -168,27 +177,27 @@ class TcpTransport:
         except OSError as error:
             listener.close()
             raise TransportError(f"no data port can be opened at {setup.local_host}: {error}") from error
-        offer = _Offer(port, lanes, secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES))
-        door = Listener(
+        offer = _TcpOffer(port, lanes, secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES))
+        data_listener = Listener(
             listener,
             key=offer.key,
             answer=offer.answer,
             count=lanes,
-            stranger=lambda visitor: _from_elsewhere(visitor, setup.peer_host),
+            reject=lambda connection: _reject(connection, setup.peer_host),
         )
-        return _TcpPending(msgspec.msgpack.encode(offer), door, setup, self._channel)
+        return _TcpPending(msgspec.msgpack.encode(offer), data_listener, setup, self._channel)
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""
         try:
-            wanted = msgspec.msgpack.decode(offer, type=_Offer)
+            wanted = msgspec.msgpack.decode(offer, type=_TcpOffer)
         except msgspec.DecodeError as error:
-            raise TransportError(f"the server's offer of a tcp channel makes no sense: {error}") from error
+            raise TransportError(f"the server's offer of a tcp channel is invalid: {error}") from error
         connections: list[socket.socket] = []
         try:
             with anyio.fail_after(setup.timeout):
-                await _dial_all(connections, wanted, setup)
-                await knock(connections, wanted.key, wanted.answer)
+                await _connect_all(connections, wanted, setup)
+                await authenticate(connections, wanted.key, wanted.answer)
         except BaseException as error:
             for sock in connections:
                 sock.close()
@@ -222,7 +231,7 @@ def _lanes_for() -> int:
     return 4 if len(os.sched_getaffinity(0)) >= _MANY_PROCESSORS else 2
 
 
-async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setup) -> None:
+async def _connect_all(connections: list[socket.socket], offer: _TcpOffer, setup: Setup) -> None:
     """Open the connections that the offer asks for, adding each to `connections` before it is used."""
     family, address = socket_address(setup.peer_host, offer.port)
     _, own = socket_address(setup.local_host, 0)
@@ -232,11 +241,11 @@ async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setu
             sock = socket.socket(family, socket.SOCK_STREAM)
             connections.append(sock)
             sock.setblocking(False)
-            sock.bind(own)  # the server lets in the address that it knows us by
-            if begin_dialling(sock, address):
+            sock.bind(own)  # the server accepts only the address that the control connection comes from
+            if start_connecting(sock, address):
                 waited_for.append(sock)
         for sock in waited_for:
-            await connected(sock)
+            await wait_connected(sock)
     except OSError as error:
         raise PeerLost(
             f"the server's data port {offer.port} at {setup.peer_host} can't be reached: {error}",
@@ -244,9 +253,9 @@ async def _dial_all(connections: list[socket.socket], offer: _Offer, setup: Setu
         ) from error
 
 
-def _from_elsewhere(visitor: socket.socket, expected: str) -> str | None:
+def _reject(connection: socket.socket, expected: str) -> str | None:
     try:
-        host = unmapped(str(visitor.getpeername()[0]))
+        host = unmapped(str(connection.getpeername()[0]))
     except OSError as error:
-        return f"it is gone: {error}"
+        return f"it was closed: {error}"
     return None if host == unmapped(expected) else f"it comes from {host}"

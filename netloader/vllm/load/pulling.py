@@ -12,7 +12,7 @@ from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role
 from netloader.core.report import PullReport
-from netloader.errors import SOON_OVER, ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
+from netloader.errors import TRANSIENT_CODES, ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
 from netloader.observe.progress import ProgressLog
 from netloader.transports import registry
 from netloader.vllm.serve.server_loop import ServerLost
@@ -97,7 +97,7 @@ def only_processed(sources: Sequence[Address], role: Role, config: Config, spent
 
 def _soon_over(error: NetloaderError) -> bool:
     if isinstance(error, RefusedError):
-        return error.code in SOON_OVER
+        return error.code in TRANSIENT_CODES
     return isinstance(error, PeerLost)
 
 

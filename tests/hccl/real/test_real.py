@@ -40,7 +40,7 @@ def test_a_pull_is_right(real: dict[str, str]) -> None:
         assert sum("communicator destroyed" in line for line in child.log) == 1
 
 
-def test_receivers_that_die_cost_the_seed_nothing(real: dict[str, str]) -> None:
+def test_receivers_that_die_do_not_affect_the_seed(real: dict[str, str]) -> None:
     scenarios.receivers_that_die_cost_the_seed_nothing(real)
 
 

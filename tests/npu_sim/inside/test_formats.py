@@ -35,7 +35,7 @@ def test_the_format_is_part_of_what_is_described() -> None:
     assert [spec.format for spec in manifest.tensors] == ["fractal-nz", "nd"]
 
 
-def test_a_part_of_tiled_memory_cannot_travel() -> None:
+def test_a_part_of_tiled_memory_cannot_be_sent() -> None:
     whole = tiled(values(1)["bf16"], SERVER)
     part = torch.empty(0, dtype=whole.dtype, device=SERVER).set_(whole.untyped_storage(), 70, (8, 70), (70, 1))
     with pytest.raises(ManifestError, match="fractal-nz, which has no parts"):
@@ -50,7 +50,7 @@ def test_digests_are_those_of_the_plain_bytes() -> None:
     assert of_tiles.announcement.root != of_rows.announcement.root  # the manifest names the format
 
 
-async def test_tiles_arrive_and_stay_where_they_are() -> None:
+async def test_tiles_arrive_and_keep_their_storage() -> None:
     theirs, ours = values(3), values(4)
     served = {name: tiled(value, SERVER) for name, value in theirs.items()}
     into = {name: tiled(value, CLIENT) for name, value in ours.items()}
@@ -62,7 +62,7 @@ async def test_tiles_arrive_and_stay_where_they_are() -> None:
         assert tensor.data_ptr() == addresses[name]
 
 
-async def test_int8_tiles_that_call_themselves_int32() -> None:
+async def test_int8_tiles_with_dtype_int32() -> None:
     generator = torch.Generator().manual_seed(5)
     theirs = torch.randint(-128, 127, (32, 64), generator=generator, dtype=torch.int8)
     served, into = packed(theirs, SERVER), packed(torch.zeros_like(theirs), CLIENT)

@@ -110,14 +110,14 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
 async def test_links_of_one_device_take_turns_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hccl_link, "WINDOW_BYTES", 4 << 20)
     holders: list[object] = []
-    take = devices.TurnLock.take
+    take = devices.FifoLock.take
 
-    def noted(self: devices.TurnLock, who: object, *args: Any) -> None:
+    def noted(self: devices.FifoLock, who: object, *args: Any) -> None:
         take(self, who, *args)
         if self is devices.device_of(SERVER).turns:
             holders.append(who)
 
-    monkeypatch.setattr(devices.TurnLock, "take", noted)
+    monkeypatch.setattr(devices.FifoLock, "take", noted)
     async with pair() as (one, client_one), pair(client="npu:2") as (two, client_two):
         turns = devices.device_of(SERVER).turns
         await anyio.to_thread.run_sync(turns.take, "starter", 1.0)
@@ -129,7 +129,7 @@ async def test_links_of_one_device_take_turns_window_by_window(monkeypatch: pyte
                 tasks.start_soon(server.send, sent)
                 tasks.start_soon(client.recv, into)
             with anyio.fail_after(30):
-                while len(turns._line) < 3:  # both are in line, whoever came first
+                while len(turns._waiters) < 3:  # both are in line, whoever came first
                     await anyio.lowlevel.checkpoint()
             turns.give("starter")
     order = [holders.index(who) for who in holders]
@@ -154,7 +154,7 @@ async def test_three_receivers_of_one_device() -> None:
     assert [into.data for into in received] == [bytes(f"{n}", "ascii") * (3 << 20) for n in (0, 1, 2)]
 
 
-async def test_a_peer_that_never_comes() -> None:
+async def test_a_peer_that_never_connects() -> None:
     ours, theirs = signals()
     transport = HcclTransport()
     pending = await transport.offer(setup_for(ours, SERVER, timeout=0.2))
@@ -250,7 +250,7 @@ async def second_group_cancelled(uses: int) -> bool:
     return scope.cancelled_caught
 
 
-async def test_an_end_that_is_cancelled_while_the_second_group_connects_leaves_no_one_waiting() -> None:
+async def test_cancelling_while_the_second_group_connects_leaves_no_peer_waiting() -> None:
     """Not even for HCCL's own 120 s, in which nobody could get the other end out of it."""
     uses = 0
     with anyio.fail_after(60):
@@ -292,7 +292,7 @@ async def test_a_turn_is_kept_until_the_call_has_really_returned(monkeypatch: py
     turns.give("next")
 
 
-async def test_a_receiver_that_takes_each_block_just_in_time_is_left_in_the_end(
+async def test_a_receiver_that_takes_each_block_just_in_time_is_given_up_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each operation is well within its own limit; all of them together are not."""
@@ -350,24 +350,24 @@ async def test_a_receiver_that_says_for_ever_that_it_waits_for_its_turn(
         async def look() -> None:
             nonlocal free
             while True:
-                free += not turns._line
+                free += not turns._waiters
                 with anyio.move_on_after(0.005):
                     await anyio.sleep_forever()
 
         tasks.start_soon(look)
         with anyio.fail_after(10), pytest.raises(TransferTimeout, match=end):
             await server.send([block(0, bytes(64 << 20), SERVER)])
-        assert not turns._line
+        assert not turns._waiters
         tasks.cancel_scope.cancel()
     if not wants:
         assert free > 10, "nor does our device's turn wait for it"
 
 
-async def test_a_sender_that_wants_to_send_more_than_is_wanted_is_left() -> None:
+async def test_a_sender_that_wants_to_send_more_than_is_wanted_is_an_error() -> None:
     async with pair() as (server, client):
         assert isinstance(server, Placed)
         assert isinstance(server.channel, hccl._HcclChannel)
-        await server.channel._line.post(Open(0, 2, 2))
+        await server.channel._messenger.post(Open(0, 2, 2))
         with pytest.raises(TransportError, match="about to send 2 blocks where 1 are wanted"):
             await client.recv([block(0, bytes(3), CLIENT)])
 
@@ -410,9 +410,7 @@ async def _ignoring_loss(call: Any, *args: Any) -> None:
 
 
 @pytest.mark.parametrize("spans", [1, 3])
-async def test_a_device_that_is_full_costs_the_channel_and_nothing_else(
-    spans: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_device_ends_the_channel_and_nothing_else(spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair() as (server, client), anyio.create_task_group() as tasks:
         into = TensorBlockView(0, [bytes(1 << 20)] * spans, CLIENT)
         tasks.start_soon(_ignoring_loss, server.send, [TensorBlockView(0, [b"x" * (1 << 20)] * spans, SERVER)])
@@ -515,31 +513,31 @@ async def test_where_it_cannot_run(
         _encode(Open(0, 1, -1)),
     ],
 )
-async def test_garbage_instead_of_notes(note: bytes) -> None:
+async def test_invalid_messages(note: bytes) -> None:
     ours, theirs = signals()
     pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
     await theirs.post(note)
-    with anyio.fail_after(4), pytest.raises(PeerLost, match=r"can't be read|makes no sense"):
+    with anyio.fail_after(4), pytest.raises(PeerLost, match=r"can't be read|invalid message"):
         await pending.accept()
 
 
-async def test_a_peer_that_floods_the_store_is_left() -> None:
+async def test_a_peer_that_floods_the_store_is_an_error() -> None:
     ours, theirs = signals()
     pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
     for number in range(20):
         await theirs.post(_encode(Value(0, f"key{number}", b"x")))
-    with pytest.raises(PeerLost, match="values that no group of two needs"):
+    with pytest.raises(PeerLost, match="value that no group of two needs"):
         await pending.accept()
 
 
 @pytest.mark.parametrize("offer", [b"", b"\x80", b"\xc1", b"\x82\xa6device\x01"])
-async def test_offers_that_make_no_sense(offer: bytes) -> None:
+async def test_invalid_offers(offer: bytes) -> None:
     ours, _ = signals()
     with pytest.raises(TransportError, match="offer of an HCCL group can't be read"):
         await HcclTransport().connect(offer, setup_for(ours, CLIENT))
 
 
-def test_the_switch_is_put_back_whatever_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HCCL_BLOCKING_WAIT", "0")
 
     def make() -> None:
@@ -553,7 +551,7 @@ def test_the_switch_is_put_back_whatever_it_was(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_turns_are_in_order_and_may_be_given_up() -> None:
-    lock = devices.TurnLock()
+    lock = devices.FifoLock()
     lock.take("a", 1.0)
     with pytest.raises(TransferTimeout, match="1 other links"):
         lock.take("b", 0.0)

@@ -29,7 +29,7 @@ from netloader.transports.conformance import TensorBlockView
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from netloader.transports.hccl import HcclTransport, devices, scheduler
 from netloader.transports.hccl import link as hccl_link
-from netloader.transports.hccl.messages import Line, Note, Withdraw
+from netloader.transports.hccl.messages import HcclMessage, Messenger, Withdraw
 from tests.npu_sim.inside.kit import tiled
 from tests.npu_sim.inside.pairs import pair
 
@@ -163,7 +163,7 @@ def directions(device: int) -> list[bool]:
     return [sends for sends, _ in itertools.groupby(one.sends for one in traffic.journal if one.device == device)]
 
 
-async def test_a_relay_gives_what_it_has_while_its_parent_sends_nothing_and_then_takes_turns() -> None:
+async def test_a_relay_sends_its_blocks_while_its_source_sends_nothing_and_then_takes_turns() -> None:
     faults = Faults([Fault(FaultKind.HOLD, HELD_AFTER - 1, side=Side.SEND)])
     async with (
         server("npu:0", faults) as seed,
@@ -177,7 +177,7 @@ async def test_a_relay_gives_what_it_has_while_its_parent_sends_nothing_and_then
         last.start(tasks, seed)
         await until(lambda: last.verified == HELD_BYTES, "the relay passes on what it has")
         assert first.verified == HELD_BYTES, "and waits for its parent meanwhile"
-        assert not devices.device_of("npu:1").turns._line, "without its device's turn"
+        assert not devices.device_of("npu:1").turns._waiters, "without its device's turn"
         assert serves(relay)
         passed = [one.sends for one in traffic.journal if one.device == 1]
         assert passed.count(False) == passed.count(True) == HELD_AFTER
@@ -215,7 +215,7 @@ async def test_one_client_takes_from_two_seeds_in_turns() -> None:
     assert len(sources) >= 4, "not all of one and then all of the other"
 
 
-async def test_two_clients_that_take_from_the_same_two_seeds_do_not_wait_in_a_circle() -> None:
+async def test_two_clients_of_the_same_two_seeds_do_not_deadlock() -> None:
     async with (
         server("npu:0", fan_out=0) as one,
         server("npu:1", fan_out=0) as two,
@@ -231,17 +231,17 @@ async def test_two_clients_that_take_from_the_same_two_seeds_do_not_wait_in_a_ci
         assert client.gave(one) + client.gave(two) == BLOCKS
 
 
-async def test_devices_that_send_to_each_other_at_once_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_devices_that_send_to_each_other_at_once_do_not_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No chain of relays does so for long; but who holds its turn for the other gives it back in the end."""
     withdrawn = []
-    post = Line.post
+    post = Messenger.post
 
-    async def noted(self: Line, note: Note) -> None:
+    async def noted(self: Messenger, note: HcclMessage) -> None:
         if isinstance(note, Withdraw):
             withdrawn.append(note)
         await post(self, note)
 
-    monkeypatch.setattr(Line, "post", noted)
+    monkeypatch.setattr(Messenger, "post", noted)
     monkeypatch.setattr(scheduler, "_PATIENCE", (0.02, 0.03))
     async with pair(stall=10.0) as (down, at_down), pair(stall=10.0, server="npu:0", client="npu:1") as (up, at_up):
         turns = [devices.device_of(name).turns for name in ("npu:0", "npu:1")]
@@ -254,7 +254,7 @@ async def test_devices_that_send_to_each_other_at_once_give_way(monkeypatch: pyt
                 tasks.start_soon(up.send, [TensorBlockView(0, [b"u" * (3 << 20)], "npu:0")])
                 tasks.start_soon(at_down.recv, into[:1])
                 tasks.start_soon(at_up.recv, into[1:])
-                await until(lambda: all(len(turn._line) == 2 for turn in turns), "both senders are in line")
+                await until(lambda: all(len(turn._waiters) == 2 for turn in turns), "both senders are in line")
                 for turn in turns:
                     turn.give("starter")
     assert [view.data[:1] + view.data[-1:] for view in into] == [b"dd", b"uu"]
