@@ -29,6 +29,9 @@ QUICK = {
     "asyncio/base_events.py": ("shutdown_default_executor",),  # joins a thread that is at its end
     "logging/__init__.py": ("emit", "flush"),  # where a log goes is up to the application
     "netloader/api.py": ("software",),  # reads what is installed, once in a process
+    "netloader/cli/console.py": ("token_from",),  # a command that has no connection yet
+    "netloader/cli/demo_run.py": ("_workplace",),  # as above
+    "netloader/tensors/mappings.py": ("mapped", "not_writable"),  # procfs
     "netloader/transports/conformance_kit.py": ("open_descriptors",),  # procfs
     "netloader/transports/faults.py": ("over",),  # a file that ends a fault between processes
     "netloader/transports/gloo/packet_filter.py": ("_sockets",),  # procfs
