@@ -89,15 +89,19 @@ def anyio_backend() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "asyncio", {"debug": True, "loop_factory": DebugLoop}
 
 
+@pytest.fixture(scope="session")
+def blocking_guard() -> guards.BlockingGuard:
+    return guards.BlockingGuard()
+
+
 @pytest.fixture(autouse=True)
-def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_blocking_calls(request: pytest.FixtureRequest, blocking_guard: guards.BlockingGuard) -> Iterator[None]:
     """Fail on a blocking call made inside a running event loop."""
     if request.node.get_closest_marker("allow_blocking") is not None:
         yield
         return
-    guard = guards.BlockingGuard()
-    with pytest.MonkeyPatch.context() as patch:
-        guard.install(patch)
+    with blocking_guard as guard:
+        guard.calls.clear()
         yield
     if guard.calls:
         pytest.fail("\n".join(guard.calls), pytrace=False)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import queue
 import socket
 import subprocess
 import sys
@@ -12,98 +10,104 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pytest
+from blockbuster import BlockBuster, BlockBusterFunction, BlockingError
 
 OWN_THREADS = "netloader-"
 GRACE = 5.0
 
-# Whose fault a blocking call is: the first frame above it that is not one of these.
-_PASSED_THROUGH = ("concurrent.", "contextlib", "multiprocessing.", "queue", "socket", "subprocess", __name__)
-_GUILTY = ("netloader", "tests")
-_SOCKET_CALLS = (
-    *("accept", "connect", "recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into"),
-    *("send", "sendall", "sendfile", "sendmsg", "sendto"),
+_OURS = ("netloader", "tests")
+_FOLDERS = tuple(str(Path(__file__).parents[1] / name) for name in _OURS)
+_FILES = ("os.", "io.")
+"""How the names of calls begin that blockbuster watches because they touch files; the other calls wait for somebody."""
+
+QUICK = {
+    "asyncio/base_events.py": ("shutdown_default_executor",),  # joins a thread that is at its end
+    "logging/__init__.py": ("emit", "flush"),  # where a log goes is up to the application
+    "netloader/api.py": ("software",),  # reads what is installed, once in a process
+    "netloader/cli/console.py": ("token_from",),  # a command that has no connection yet
+    "netloader/cli/demo_run.py": ("_workplace",),  # as above
+    "netloader/tensors/mappings.py": ("mapped", "not_writable"),  # procfs
+    "netloader/transports/conformance_kit.py": ("open_descriptors",),  # procfs
+    "netloader/transports/faults.py": ("over",),  # a file that ends a fault between processes
+    "netloader/transports/gloo/packet_filter.py": ("_sockets",),  # procfs
+    "netloader/transports/registry.py": ("_entries",),  # reads what is installed, once in a process
+    "netloader/transports/shm/transport.py": ("facts", "missing"),  # procfs
+}
+"""Where netloader looks at files on the event loop, by intention, and what others do there that is short."""
+
+
+def _never_waits(thing: Any, *_: object, **__: object) -> bool:
+    """Whether this socket, thread or process has nothing that a call might wait for."""
+    if isinstance(thing, threading.Thread):
+        return not thing.is_alive()
+    if isinstance(thing, subprocess.Popen):
+        return thing.returncode is not None
+    return isinstance(thing, socket.socket) and thing.gettimeout() == 0.0
+
+
+_MORE = (
+    *("queue.SimpleQueue.get", "socket.getaddrinfo", "subprocess.Popen.communicate", "subprocess.Popen.wait"),
+    *(f"socket.socket.{name}" for name in ("recvmsg_into", "sendfile", "sendmsg")),
+    "threading.Thread.join",
 )
-
-
-class BlockingCall(AssertionError):
-    """A call that may block was made inside a running event loop."""
+"""What blockbuster does not know."""
 
 
 class BlockingGuard:
     """Makes blocking calls fail while an event loop runs in the calling thread.
 
-    Only calls made by netloader or by a test count: asyncio and anyio wait inside the loop in places of their own
-    (joining the thread that shuts the executor down, for example). A call that raised here may have been swallowed by
-    the code under test, so each is also kept in `calls`.
+    `blockbuster` does the work. Waiting is refused to netloader and to tests; reading and writing of files to netloader
+    only. A call that raised here may have been swallowed by the code under test, so each is also kept in `calls`.
     """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self._functions = [
+            *(each for name, each in BlockBuster("netloader").functions.items() if name.startswith(_FILES)),
+            *(each for name, each in BlockBuster(_OURS).functions.items() if not name.startswith(_FILES)),
+            *(
+                BlockBusterFunction(None, name, scanned_modules=_OURS, can_block_predicate=_never_waits)
+                for name in _MORE
+            ),
+        ]
+        for function in self._functions:
+            for file, functions in QUICK.items():
+                function.can_block_in(file, functions)
 
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Wrap the blocking calls of the standard library until `patch` is undone."""
-        self._wrap(patch, time, "sleep")
-        self._wrap(patch, socket, "getaddrinfo")
-        for name in _SOCKET_CALLS:
-            self._wrap(patch, socket.socket, name, when=_socket_waits)
-        self._wrap(patch, threading.Thread, "join", when=_is_alive)
-        self._wrap(patch, threading.Condition, "wait")
-        self._wrap(patch, queue.SimpleQueue, "get")
-        self._wrap(patch, subprocess.Popen, "wait", when=_is_running)
-        self._wrap(patch, subprocess.Popen, "communicate")
+    def __enter__(self) -> Self:
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(BlockingError, "__init__", self._noted)
+        for function in self._functions:
+            function.activate()
+        return self
 
-    def _wrap(
-        self, patch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[[Any], bool] | None = None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        original = getattr(owner, name)
+        for function in self._functions:
+            function.deactivate()
+        self._patch.undo()
 
-        @wraps(original)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if asyncio._get_running_loop() is not None and (when is None or when(args[0])):
-                culprit = _culprit()
-                if culprit is not None:
-                    call = f"{getattr(owner, '__name__', owner)}.{name}() blocks the event loop, called at {culprit}"
-                    self.calls.append(call)
-                    raise BlockingCall(call)
-            return original(*args, **kwargs)
+    @property
+    def _noted(self) -> Callable[[BlockingError, str], None]:
+        """In place of ``BlockingError.__init__``: keeps it, and says where."""
 
-        try:
-            patch.setattr(owner, name, guarded)
-        except TypeError:
-            # Types written in C take no attribute (queue.SimpleQueue); what cannot be watched is left alone.
-            return
+        def note(error: BlockingError, name: str) -> None:
+            frames = reversed(traceback.extract_stack())
+            at = next(f"{each.filename}:{each.lineno}" for each in frames if _is_ours(each.filename))
+            self.calls.append(f"{name}() blocks the event loop, called at {at}")
+            Exception.__init__(error, self.calls[-1])
+
+        return note
 
 
-def _socket_waits(sock: socket.socket) -> bool:
-    return sock.gettimeout() != 0.0
-
-
-def _is_alive(thread: threading.Thread) -> bool:
-    return thread.is_alive()
-
-
-def _is_running(process: subprocess.Popen[Any]) -> bool:
-    return process.returncode is None
-
-
-def _culprit() -> str | None:
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module == "threading":
-            if frame.f_code.co_name == "start":
-                return None  # waiting for a new thread to report that it runs is short, and everybody does it
-        elif not module.startswith(_PASSED_THROUGH):
-            if module.split(".", maxsplit=1)[0] in _GUILTY:
-                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            return None
-        frame = frame.f_back
-    return None
+def _is_ours(file: str) -> bool:
+    return file.startswith(_FOLDERS) and file != __file__
 
 
 def own_threads(besides: Iterable[threading.Thread] = (), grace: float = GRACE) -> list[threading.Thread]:

@@ -26,6 +26,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -221,6 +222,8 @@ def load_and_keep(number: int) -> None:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
     loaded.update((name, module) for name, module in sys.modules.items() if name not in before)
+    for finalizer in vars(weakref.finalize)["_registry"]:
+        finalizer.atexit = False  # torch's: taking apart its 134 libraries is most of the work of a process that ends
     gc.freeze()
     gc.enable()
     _keep(socket.socket(fileno=number))

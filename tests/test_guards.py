@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import concurrent.futures
 import logging
@@ -13,20 +14,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from blockbuster import BlockingError
 
 from tests import guards
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def guard() -> Iterator[guards.BlockingGuard]:
-    inner = guards.BlockingGuard()
-    with pytest.MonkeyPatch.context() as patch:
-        inner.install(patch)
+    with guards.BlockingGuard() as inner:
         yield inner
 
 
@@ -47,6 +51,12 @@ def _join() -> None:
         done.set()
 
 
+def _lock() -> None:
+    lock = threading.Lock()
+    with lock:
+        lock.acquire(timeout=0.001)
+
+
 def _wait_for_process() -> None:
     subprocess.run([sys.executable, "-c", ""], check=True)
 
@@ -56,9 +66,11 @@ BLOCKING: dict[str, Callable[[], object]] = {
     "resolve": lambda: socket.getaddrinfo("localhost", 1),
     "recv": _blocking_recv,
     "join": _join,
-    "event": lambda: threading.Event().wait(0),
-    "future": lambda: concurrent.futures.Future[None]().result(0),
+    "event": lambda: threading.Event().wait(0.001),
+    "future": lambda: concurrent.futures.Future[None]().result(0.001),
+    "lock": _lock,
     "queue": lambda: queue.Queue[None]().get(timeout=0.001),
+    "simple queue": lambda: queue.SimpleQueue[None]().get(timeout=0.001),
     "process": _wait_for_process,
 }
 
@@ -66,7 +78,7 @@ BLOCKING: dict[str, Callable[[], object]] = {
 @pytest.mark.allow_blocking(reason="the calls under test do")
 @pytest.mark.parametrize("name", [name for name in BLOCKING if name != "process"])
 async def test_blocking_call_in_the_loop_fails(name: str, guard: guards.BlockingGuard) -> None:
-    with pytest.raises(guards.BlockingCall, match=r"blocks the event loop, called at .*test_guards\.py"):
+    with pytest.raises(BlockingError, match=r"blocks the event loop, called at .*test_guards\.py"):
         BLOCKING[name]()
     assert len(guard.calls) == 1
 
@@ -78,7 +90,7 @@ async def test_waiting_for_a_process_in_the_loop_fails(guard: guards.BlockingGua
 
     process = await anyio.to_thread.run_sync(start)
     try:
-        with pytest.raises(guards.BlockingCall, match="wait"):
+        with pytest.raises(BlockingError, match="wait"):
             process.wait()
     finally:
         guard.calls.clear()
@@ -98,6 +110,50 @@ async def test_the_same_in_a_thread_is_fine(name: str, guard: guards.BlockingGua
         return  # would wait for itself
     await anyio.to_thread.run_sync(run)
     assert guard.calls == []
+
+
+FILES: dict[str, Callable[[Path], object]] = {
+    "look at": Path.exists,
+    "list": lambda path: [*path.parent.iterdir()],
+    "read": Path.read_bytes,
+    "write": lambda path: path.write_text("more", encoding="ascii"),
+}
+
+
+def as_netloader(call: Callable[[Path], object], file: str, function: str) -> Callable[[Path], object]:
+    """A function of this name in a file of the package, which makes the call."""
+    names: dict[str, Any] = {"call": call}
+    exec(compile(f"def {function}(path):\n    return call(path)\n", str(ROOT / file), "exec"), names)
+    made: Callable[[Path], object] = names[function]
+    return made
+
+
+@pytest.mark.allow_blocking(reason="the calls under test do")
+@pytest.mark.parametrize("name", FILES)
+async def test_netloader_leaves_files_alone_in_the_loop(name: str, guard: guards.BlockingGuard, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    FILES[name](path)
+    as_netloader(FILES[name], "netloader/transports/shm/transport.py", "facts")(path)
+    await anyio.to_thread.run_sync(as_netloader(FILES[name], "netloader/api.py", "pull"), path)
+    assert guard.calls == []
+    with pytest.raises(BlockingError, match=r"blocks the event loop, called at .*(api|test_guards)\.py:"):
+        as_netloader(FILES[name], "netloader/api.py", "pull")(path)
+    assert len(guard.calls) == 1
+
+
+@pytest.mark.parametrize("file", [file for file in guards.QUICK if file.startswith("netloader/")])
+def test_where_files_may_be_looked_at_exists(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert set(guards.QUICK[file]) <= defined
+
+
+def test_what_was_watched_is_as_it_was_before(guard: guards.BlockingGuard) -> None:
+    with guards.BlockingGuard() as inner:
+        watched = time.sleep
+    assert time.sleep is not watched
+    assert inner.calls == guard.calls == []
 
 
 async def test_the_loop_itself_is_fine(guard: guards.BlockingGuard) -> None:

@@ -76,6 +76,15 @@ def test_its_modules_and_its_exit_handlers_are_its_own(tmp_path: Path) -> None:
     assert done.stdout == "exit handler\ntaken apart\n"
 
 
+def test_only_what_it_loaded_itself_is_finalized() -> None:
+    text = (
+        "import weakref; print(sum(each.atexit for each in weakref.finalize._registry), flush=True); "
+        "weakref.finalize(weakref, print, 'finalized', flush=True)"
+    )
+    done = subprocess.run([PYTHON, "-c", text], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\nfinalized\n"
+
+
 def test_it_can_be_killed() -> None:
     with subprocess.Popen([PYTHON, "-c", "print(1, flush=True); input()"], stdin=subprocess.PIPE, stdout=-1) as process:
         assert process.stdout is not None

@@ -112,6 +112,7 @@ def test_weights_that_wake_up_unchanged_are_served_again_and_others_not(
 SLEEPS: dict[str, Any] = {"sleep": lambda self, level=1: "slept", "wake_up": lambda self, tags=None: "woke"}
 
 
+@pytest.mark.allow_blocking(reason="a loop that stands still is what is looked at")
 def test_a_server_whose_loop_stands_still_keeps_no_engine_from_sleeping(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

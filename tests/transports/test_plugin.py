@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from tests.preloaded import PYTHON
 from tests.support import with_plugins
 
 PROGRAM = """
-import sys
 import anyio
 from netloader.transports import registry
 from netloader.transports.conformance import TensorBlockView, pair_maker
@@ -32,9 +31,7 @@ def test_held_waits_for_its_file_and_injects_the_faults(tmp_path: Path) -> None:
     environment = with_plugins(
         os.environ, NETLOADER_TEST_HOLD="1", NETLOADER_TEST_FILE=str(file), NETLOADER_TEST_FAULT="corrupt:3:2"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([PYTHON, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         auto = process.stdout.readline().split()
         assert "held" not in auto, "plugins are used by name only"
