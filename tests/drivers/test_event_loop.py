@@ -14,8 +14,8 @@ import torch
 import netloader
 from netloader.core.identity import ModelIdentity
 
-TENSORS = 100_000
-LONGEST = 0.025
+TENSORS = 200_000
+LONGEST = 0.05
 """Seconds of processor time that one callback may take; how long it waits for the interpreter is up to the machine."""
 
 

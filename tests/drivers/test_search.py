@@ -111,7 +111,7 @@ async def test_a_source_that_vanishes_goes_on_being_pulled_from_and_is_not_asked
 
         report = await pull(Script(story), wait=kit.PATIENCE)
         (session,) = first.ended
-        assert "cut off in block 25" in str(session.session.error)  # long after it vanished
+        assert "connection cut in block 25" in str(session.session.error)  # long after it vanished
     assert report.sources[str(kit.at(second))].blocks > 0
 
 
