@@ -25,7 +25,6 @@ from netloader.codecs.block_view import BlockView
 from netloader.core import pull_moves as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
-from netloader.core.messages import ServerMessage
 from netloader.core.options import PullOptions
 from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
@@ -46,7 +45,6 @@ from netloader.observe.events import (
     SourceChosen,
     SourceLeft,
 )
-from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
@@ -222,6 +220,11 @@ class _Pull:
                     raise self._memory_in_use
         if self._error is not None:
             raise self._error
+        if not self._pull.ledger.complete:
+            raise NetloaderError(
+                "the pull ended before every block was verified: a CancelledError ended one of its tasks",
+                hint="this is a bug in netloader, in a transport or in an observer",
+            )
         return self._account()
 
     @property
@@ -302,44 +305,28 @@ class _Pull:
         source, number, began = str(command.source), command.session, time.monotonic()
         self._observe(SourceChosen(number, source, command.labels, str(command.named_by or "")))
         ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
-        connection: ControlConnection[ServerMessage] | None = None
+        session: ClientSession | None = None
         try:
-            connection = await connect(command.source, self._options.connect_timeout)
+            session = await self._open_session(command, began)
         except PeerLost as error:
             ended = error
+        except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
+            ended = _unexpected(source, bug)
         finally:
-            if connection is None or self._pull.over:
+            if session is None:
                 self._observe(PhaseEnded("client", number, source, "connect", time.monotonic() - began))
                 self._observe(SourceLeft(number, source, ended))
-        if connection is None:
+        if session is None:
             self._tell(p.Ended(number, ended))
             return
-        if self._pull.over:  # meanwhile, by other sessions
-            await connection.aclose()
-            return
-        usable = {name: transport for name, transport in self._transports.items() if name not in command.unfit}
-        session = self._sessions[number] = ClientSession(
-            Session(Side.CLIENT, client=self._terms(command, usable.values())),
-            connection,
-            number=number,
-            source=source,
-            ledger=self._pull.ledger,
-            tell=self._tell,
-            destination=self._destination,
-            digest=self._digest,
-            transports=usable,
-            supply=self._supply,
-            began=began,
-            observers=self._observe,
-        )
+        self._sessions[number] = session
         self._observe(SessionBegan("client", number, source))
         self._tell(p.Connected(number))
         try:
             await session.run()
             ended = session.session.error
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
-            _log.exception("source %s: unexpected error, the source is left", source)
-            ended = _explained(bug)
+            ended = _unexpected(source, bug)
         finally:
             del self._sessions[number]
             if session.lent.in_use is not None:
@@ -365,11 +352,41 @@ class _Pull:
                     number,
                     ended,
                     transport=chosen,
-                    others=chosen in usable and len(usable) > 1,
+                    others=chosen in session.transports and len(session.transports) > 1,
                     opened=State.TRANSFER in session.clock.seconds(),
                     story=session.session.story,
                 )
             )
+
+    async def _open_session(self, command: p.Connect, began: float) -> ClientSession | None:
+        """Connect to a source; None when the pull is over by then.
+
+        Raises:
+            PeerLost: The source cannot be reached.
+        """
+        connection = await connect(command.source, self._options.connect_timeout)
+        session: ClientSession | None = None
+        try:
+            if not self._pull.over:
+                usable = {name: transport for name, transport in self._transports.items() if name not in command.unfit}
+                session = ClientSession(
+                    Session(Side.CLIENT, client=self._terms(command, usable.values())),
+                    connection,
+                    number=command.session,
+                    source=str(command.source),
+                    ledger=self._pull.ledger,
+                    tell=self._tell,
+                    destination=self._destination,
+                    digest=self._digest,
+                    transports=usable,
+                    supply=self._supply,
+                    began=began,
+                    observers=self._observe,
+                )
+        finally:
+            if session is None:
+                await connection.aclose()
+        return session
 
     def _terms(self, command: p.Connect, transports: Iterable[Transport]) -> ClientTerms:
         return ClientTerms(
@@ -391,9 +408,17 @@ class _Pull:
         theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)
-        if self._relay is not None:
-            self._relaying = True
+        if self._relay is None:
+            return
+        try:
             self._relay.add(_Relayed(own, _RelayMemory(self._destination), self._destination.device), self._supply)
+        except Exception as error:  # noqa: BLE001 - no fault of a server may end a pull
+            _log.warning(
+                "the pull goes on, but is not relayed: %s", error, exc_info=not isinstance(error, NetloaderError)
+            )
+            self._relay = None
+        else:
+            self._relaying = True
 
     def _farewell(self) -> None:
         """Every block is verified: no source is waited for any more, whatever it is doing."""
@@ -436,6 +461,11 @@ class _Pull:
         report.seconds = time.monotonic() - self._began
         report.sources, report.retries, report.attempts = self._pull.shares, self._pull.retries, self._pull.attempts
         return report
+
+
+def _unexpected(source: str, bug: Exception) -> NetloaderError:
+    _log.error("source %s: unexpected error, the source is left", source, exc_info=bug)
+    return _explained(bug)
 
 
 def _explained(bug: Exception) -> NetloaderError:

@@ -91,6 +91,7 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     Attributes:
         source: As given.
+        transports: As given.
         blocks: Blocks that were verified, as the pull counts them.
         nbytes: Their bytes.
     """
@@ -128,7 +129,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._tell = tell
         self._destination = destination
         self._digest = digest
-        self._transports = transports
+        self.transports = transports
         self._supply = supply
         self._loop = asyncio.get_running_loop()
         self._landed: deque[tuple[int, bytes]] = deque()
@@ -204,7 +205,7 @@ class ClientSession(SessionDriver[ServerMessage]):
 
     async def _connect(self, transport: str, offer: bytes, peer_facts: dict[str, str]) -> e.Event | None:
         async def make() -> Channel:
-            return await self._transports[transport].connect(offer, self.setup(peer_facts))
+            return await self.transports[transport].connect(offer, self.setup(peer_facts))
 
         return await self.open_channel(make)
 
