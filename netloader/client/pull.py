@@ -256,9 +256,10 @@ class _Pull:
         try:
             while self._events:
                 event, before = self._events.popleft(), self._verified()
-                self._carry_out(self._pull.handle(event, time.monotonic()))
-                if isinstance(event, p.Landed):
+                commands = self._pull.handle(event, time.monotonic())
+                if isinstance(event, p.Landed):  # before the commands: the last blocks end the transfer
                     self._tell_progress(event.session, before)
+                self._carry_out(commands)
         finally:
             self._telling = False
             self._changed.set()
