@@ -1,6 +1,6 @@
-"""Load model weights from a neighbour that already holds them: a library, a vLLM load format, a command line.
+"""Load model weights from a running process that already holds them: a library, a vLLM load format and a command line.
 
-Names are resolved on first use, so that importing the package is quick and needs neither torch nor vLLM.
+Names are resolved on first use, so importing the package is quick and imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m netloader`` is the command ``netloader``."""
+"""Runs the command ``netloader`` as ``python -m netloader``."""
 
 from __future__ import annotations
 

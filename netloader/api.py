@@ -1,6 +1,6 @@
-"""The library's public face: serve any mapping of named tensors, pull into any other.
+"""The public API of the library: serve a mapping of named tensors, and pull into another one.
 
-This is where tensors meet the core. Importing it needs no torch; using it does.
+Importing this module does not import torch; using it does.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ Wanted = str | Transport | Sequence[str | Transport]
 """Transports to use: ``auto``, a name or an object, or several of them, preferred first."""
 
 Sources = Sequence[str | Address | Source] | SourceProvider
-"""Where to pull from: a list, or who finds it."""
+"""Sources to pull from: a list, or a provider that finds them."""
 
-_LONGEST = 86_400.0
+_DAY = 86_400.0
 
 
 @lru_cache(maxsize=1)
 def software() -> str:
-    """Name and version, as told to peers."""
+    """Name and version of this software, as peers receive it."""
     return f"netloader {version('netloader')}"
 
 
 def own_host(bound: str) -> str:
-    """An address under which others may reach a server bound to `bound`.
+    """A host address at which other hosts may reach a server bound to `bound`.
 
-    For a server bound to all addresses that is the one that the kernel would use to reach the outside; nothing is
-    sent to find out.
+    For a server bound to all addresses, it is the one from which the kernel would send to other networks. No packet is
+    sent to find it.
     """
     if not is_wildcard(bound):
         return bound
@@ -78,23 +78,22 @@ class Server(HoldingServer):
     Example: ``async with netloader.Server(model.state_dict(), ModelIdentity(model="m")) as server: ...``
 
     Args:
-        tensors: Name -> tensor, on one device; served where they lie, so they must not change while they are served.
-            None to start empty and call :meth:`hold` later.
-        identity: What they are.
+        tensors: Name -> tensor, on one device. They are served without a copy, so they must not change while they are
+            served. None to start without tensors and call :meth:`hold` later.
+        identity: Identity of the tensors.
         host: Address to bind; None for all.
         port: Port to bind; 0 for a free one.
         transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
-        token: Shared secret that clients have to know.
+        token: Shared secret that clients must know.
         max_clients: Clients served at once; others wait for their turn.
-        fan_out: Clients served directly before newcomers are sent on to those that pass on what they get while they
-            pull; 0 to send nobody on.
+        fan_out: Clients served directly before further ones are redirected to relays; 0 redirects no client.
         stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
-        device: Where the tensors will live, when none are given yet.
-        observers: Told what is served, and of each session (:mod:`netloader.observe`).
+        device: Device of the tensors, when none are given yet.
+        observers: Receive the events of the server and its sessions (:mod:`netloader.observe`).
 
     Raises (on entering):
-        ConfigError: The address can't be bound.
-        ManifestError: Some of the tensors can't be served; all of them are named.
+        ConfigError: The address cannot be bound.
+        ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
     """
 
@@ -139,7 +138,7 @@ class Server(HoldingServer):
 
     @property
     def address(self) -> Address:
-        """An address under which others may reach this server."""
+        """An address at which other hosts may reach this server."""
         return Address(own_host(self.host), self.port)
 
     async def hold(
@@ -147,19 +146,19 @@ class Server(HoldingServer):
     ) -> str:
         """Serve `tensors` under the role and layout of `identity`.
 
-        Describes and hashes them in worker threads, once.
+        Describes and hashes them in worker threads.
 
         Args:
             tensors: Name -> tensor.
-            identity: What they are.
-            weak: Do not keep them alive: what is dropped elsewhere is answered "gone".
+            identity: Identity of the tensors.
+            weak: Hold only weak references. Blocks of tensors that their owner freed are answered with "gone".
 
         Returns:
             Their root, in hex.
 
         Raises:
-            ManifestError: Some of them can't be served; all of those are named.
-            LocalProtocolError: Others are served under that role and layout.
+            ManifestError: Some of them cannot be served; all of those are named.
+            LocalProtocolError: Other tensors are served under that role and layout.
         """
         from netloader.tensors import hold
 
@@ -174,10 +173,12 @@ def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
 
 
 def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dict[str, str]]:
-    """What may be used on `device`: objects as they are, names through the registry; and why others can't.
+    """The wanted transports that can run on `device`, and the reasons why others cannot.
+
+    Objects are used as they are; names are looked up in the registry.
 
     Raises:
-        TransportUnavailable: A name is unknown, or nothing of what is wanted can run here.
+        TransportUnavailable: A name is unknown, or none of the wanted transports can run here.
     """
     items = [wanted] if isinstance(wanted, str | Transport) else list(wanted)
     found: list[Transport] = []
@@ -209,43 +210,43 @@ async def pull(
     relay: HoldingServer | None = None,
     observers: Sequence[Observer] = (),
 ) -> PullReport:
-    """Fill `tensors` from a source that holds the same ones, and verify every byte.
+    """Fill `tensors` from sources that hold the same ones, and verify every byte.
 
     Args:
         tensors: Name -> tensor, on one device; filled in place. After an error, any of them may have been written.
-        identity: What they are; has to match the source's. None accepts whatever the source holds as target.
-        sources: Addresses (``host:port``, ``[ipv6]:port``) in the order to try; the next one takes over when one
-            refuses, is down, stalls or dies, and what was verified is kept. Or a
-            :class:`~netloader.discovery.SourceProvider`, whose sources may appear and vanish while the pull runs. It is
-            waited for until it has listed what is there (at most 10 seconds), and for `wait` seconds in all.
+        identity: Identity of the tensors, which the source must match. None accepts what the source holds as target.
+        sources: Addresses (``host:port``, ``[ipv6]:port``) in the order to try. When a source refuses, is down,
+            stalls or fails, the pull continues from the next one and keeps the verified blocks. Or a
+            :class:`~netloader.discovery.SourceProvider`, whose sources may appear and vanish during the pull. The pull
+            waits until it has listed the available sources (at most 10 seconds), and for `wait` seconds in all.
         transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
-        timeout: Seconds that the whole pull may take; None for a day.
-        wait: Seconds to keep trying sources that are not up, or answer "not ready" or "busy", and to wait for a
-            provider to find one.
-        stall_timeout: Seconds without progress after which a source is left.
+        timeout: Seconds that the whole pull may take; None means one day.
+        wait: Seconds to keep trying sources that are down or answer "not ready" or "busy", and to wait for a provider
+            to find one.
+        stall_timeout: Seconds without progress after which the pull leaves a source.
         token: Shared secret.
         expect_root: Root that the weights must have, in hex.
         progress: Called after blocks were verified.
-        stripe: Sources to pull from at once; the first one that accepts decides the root, before others are asked.
-        follow: Go to a client that passes on what it gets, when a busy source says so.
-        relay: A running server of this process that is to pass on what is there while the pull goes on, and to serve it
-            afterwards. Retract it there before the tensors change.
-        observers: Told what happens (:mod:`netloader.observe`).
+        stripe: Sources to pull from at once. The first source that accepts decides the root, before others are asked.
+        follow: Follow the redirect of a busy source to a relay.
+        relay: A running server of this process. It serves the verified blocks during the pull, and all of them
+            afterwards. Retract the role there before the tensors change.
+        observers: Receive the events of the pull (:mod:`netloader.observe`).
 
     Returns:
-        The account of the pull.
+        The report of the pull.
 
     Raises:
-        NoSourceLeft: No source could give every block; the message says why for each.
-        MemoryStillInUse: A thread that may still write into `tensors` can't be brought back. Fill them from nowhere
-            else: end the process.
-        ManifestError: Some of `tensors` can't be filled; all of them are named.
-        ConfigError: An address or a transport's name makes no sense.
+        NoSourceLeft: The sources could not give every block; the message says why for each source.
+        MemoryStillInUse: A thread did not return and may still write to `tensors`. Do not fill them again; end the
+            process.
+        ManifestError: Some of `tensors` cannot be filled; all of them are named.
+        ConfigError: An address is not valid.
     """
     from netloader.tensors import destination
 
     options = PullOptions(
-        timeout=_LONGEST if timeout is None else timeout,
+        timeout=_DAY if timeout is None else timeout,
         wait=wait,
         stripe=stripe,
         follow=follow,
@@ -276,25 +277,25 @@ async def pull_new(
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
-    """Pull whatever a source holds into new tensors.
+    """Pull what a source holds into new tensors.
 
     Args:
         sources: As for :func:`pull`.
-        role: What to ask for.
+        role: Role to ask for.
         layouts: Layouts to accept, preferred first.
-        device: Where to allocate.
+        device: Device for the new tensors.
         max_bytes: Largest model to accept, in bytes.
-        transport: As for :func:`pull`, like the following ones.
-        timeout: Seconds that the whole pull may take.
-        wait: Seconds to keep trying.
-        stall_timeout: Seconds without progress.
+        transport: As for :func:`pull`.
+        timeout: As for :func:`pull`.
+        wait: As for :func:`pull`.
+        stall_timeout: As for :func:`pull`.
         token: Shared secret.
-        expect_root: Root that the weights must have.
+        expect_root: Root that the weights must have, in hex.
         progress: Called after blocks were verified.
-        observers: Told what happens (:mod:`netloader.observe`).
+        observers: Receive the events of the pull (:mod:`netloader.observe`).
 
     Returns:
-        Name -> tensor, and the account of the pull.
+        Name -> tensor, and the report of the pull.
 
     Raises:
         NoSourceLeft, MemoryStillInUse: As for :func:`pull`.
@@ -302,7 +303,7 @@ async def pull_new(
     from netloader.tensors import destination
 
     options = PullOptions(
-        timeout=_LONGEST if timeout is None else timeout,
+        timeout=_DAY if timeout is None else timeout,
         wait=wait,
         role=role,
         layouts=tuple(layouts),
@@ -327,21 +328,21 @@ async def _pull_into(
     observers: Sequence[Observer],
     relay: HoldingServer | None = None,
 ) -> PullReport:
-    from netloader.tensors import LEAST_BYTES, Toucher, digest_of
+    from netloader.tensors import LEAST_BYTES, Prefaulter, digest_of
 
     transports, unavailable = _transports(filled.device, transport)
     options = replace(options, unavailable=unavailable)
     found = sources if isinstance(sources, SourceProvider) else FixedSources(sources)
-    toucher = Toucher(filled.larger(LEAST_BYTES))
+    prefaulter = Prefaulter(filled.larger(LEAST_BYTES))
     try:
-        toucher.start()
+        prefaulter.start()
         return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
     finally:
-        if toucher.running:
-            with anyio.CancelScope(shield=True):  # it has a deadline of its own
-                await anyio.to_thread.run_sync(toucher.stop)
+        if prefaulter.running:
+            with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
+                await anyio.to_thread.run_sync(prefaulter.stop)
         else:
-            toucher.stop()
+            prefaulter.stop()
 
 
 async def probe(
@@ -357,17 +358,17 @@ async def probe(
 
     Args:
         source: Its address.
-        identity: Asked for by role and layout; compare it with the answer by :func:`netloader.differences`.
-        role: What to ask about without an identity.
-        layouts: Layouts to ask about without an identity.
-        timeout: Seconds that the whole question may take.
+        identity: Names the role and layout. Compare it with the answer by :func:`netloader.differences`.
+        role: Role to ask for without an identity.
+        layouts: Layouts to ask for without an identity.
+        timeout: Seconds that the probe may take.
         token: Shared secret.
 
     Returns:
-        What it holds.
+        The answer of the source.
 
     Raises:
-        NetloaderError: It is not there, it holds nothing of the kind, or it broke the rules.
+        NetloaderError: The source cannot be reached, holds nothing of this role and layout, or violated the protocol.
     """
     options = PullOptions(
         timeout=timeout,

@@ -1,6 +1,6 @@
-"""The synchronous face: the same library for code without an event loop.
+"""The synchronous API: the library for code without an event loop.
 
-Each call, and each server, has an event loop of its own in a named background thread that ends with it.
+Each call and each server runs an event loop of its own in a named thread, which ends with it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["SyncServer", "probe", "pull", "pull_new", "serve"]
 
 R = TypeVar("R")
 
-_BEGIN = 10.0
-"""Seconds that a thread may take from its start to its event loop."""
+_LOOP_START = 10.0
+"""Seconds that a thread may take to start its event loop."""
 
-_END = 120.0
-"""Seconds that the loop of a call may take to end once the call is over, or was interrupted: its sessions close their
-channels then, each within less."""
+_LOOP_END = 120.0
+"""Seconds that the event loop of a call may take to end after the call ended or was interrupted. Its sessions close
+their channels in this time; each has a shorter deadline."""
 
 _log = logging.getLogger("netloader")
 
@@ -54,7 +54,7 @@ def probe(*args: Any, **kwargs: Any) -> Probe:
 
 
 class SyncServer:
-    """A running server, seen from code without an event loop. Made by :func:`serve`."""
+    """A running server, for code without an event loop. Made by :func:`serve`."""
 
     def __init__(self, server: api.Server, portal: BlockingPortal) -> None:
         self._server = server
@@ -62,7 +62,7 @@ class SyncServer:
 
     @property
     def address(self) -> str:
-        """An address under which others may reach it (``host:port``)."""
+        """An address at which other hosts may reach it (``host:port``)."""
         return str(self._server.address)
 
     @property
@@ -90,9 +90,9 @@ def serve(*args: Any, **kwargs: Any) -> Iterator[SyncServer]:
 
 
 def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
-    """Make `call` in an event loop and a thread of its own, and wait for both to end; an interrupt cancels it.
+    """Run `call` in an event loop and a thread of its own, and wait for both to end. An interrupt cancels it.
 
-    A portal does the same for a loop that stays; what it says to that loop and hears from it takes a millisecond.
+    A blocking portal is made for a loop that stays, and would take a millisecond longer.
     """
     outcome: Future[R] = Future()
     running: Future[Callable[[], object]] = Future()
@@ -102,28 +102,28 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
         with anyio.CancelScope() as scope:
             running.set_result(lambda: loop.call_soon_threadsafe(scope.cancel))
             return await call()
-        raise KeyboardInterrupt  # nobody else cancels it, and who did raises the interrupt itself
+        raise KeyboardInterrupt  # only an interrupted caller cancels it, and that one raises its own error
 
     def run() -> None:
         try:
             outcome.set_result(anyio.run(cancellable))
-        except BaseException as error:  # noqa: BLE001 - raised by who waits
+        except BaseException as error:  # noqa: BLE001 - raised in the waiting thread
             outcome.set_exception(error)
         finally:
-            if not running.done():  # no loop could be made: there is nothing to cancel
+            if not running.done():  # the event loop did not start: there is nothing to cancel
                 running.set_result(lambda: None)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     try:
-        thread.start()  # an interrupt may come here, too, when the call has begun already
+        thread.start()  # an interrupt may arrive here when the call has begun already
         return outcome.result()
     except BaseException:
-        if not outcome.done():  # not its error, but one of this thread
-            with suppress(RuntimeError, TimeoutError):  # it ended this very moment, or never began
-                running.result(_BEGIN)()
+        if not outcome.done():  # the error is one of this thread, not of the call
+            with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
+                running.result(_LOOP_START)()
         raise
     finally:
         if thread.ident is not None:
-            thread.join(_END)
+            thread.join(_LOOP_END)
         if thread.is_alive():
-            _log.error("thread %s did not end within %g s after its call", name, _END)
+            _log.error("thread %s did not end within %g s after its call", name, _LOOP_END)

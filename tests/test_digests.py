@@ -154,7 +154,7 @@ def test_a_helper_thread_that_hangs_is_named_and_not_waited_for(monkeypatch: pyt
     holding = hold(large_set(), IDENTITY, block_bytes=MIN_BLOCK_BYTES)
     announcement = holding.announcement
     monkeypatch.setattr(digests, "digest_of", hangs)
-    monkeypatch.setattr(digests, "_SILENT", 0.05)
+    monkeypatch.setattr(digests, "_STALL_SECONDS", 0.05)
 
     def wait_for_the_helper(*_: int) -> None:
         while not hanging:

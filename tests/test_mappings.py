@@ -29,7 +29,7 @@ def address_of(mapping: mmap.mmap) -> int:
 
 def _takes_questions() -> bool:
     try:
-        mappings._asked([PAGE], [PAGE + 1])
+        mappings._queried([PAGE], [PAGE + 1])
     except OSError:
         return False
     return True
@@ -47,7 +47,7 @@ def test_both_ways_find_the_same(writable: list[bool], data: st.DataObject) -> N
     chosen = data.draw(st.lists(st.sampled_from(places), unique=True, min_size=1))
     starts = [start + PAGE + 8 for start, _ in sorted(chosen)]
     ends = [start + 16 for start in starts]
-    asked, listed = mappings._asked(starts, ends), mapped(mappings._NOT_WRITABLE)
+    asked, listed = mappings._queried(starts, ends), mapped(mappings._NOT_WRITABLE)
     assert asked is not None
     for start, end, (_, can_be_written) in zip(starts, ends, sorted(chosen), strict=True):
         for found in (asked, listed):
@@ -66,10 +66,10 @@ def test_a_range_over_several_mappings_is_seen_as_a_whole() -> None:
     assert libc.mprotect(start + 2 * PAGE, PAGE, mmap.PROT_READ) == 0
     try:
         locked = (start + 2 * PAGE, start + 3 * PAGE)
-        assert locked in (mappings._asked([start], [start + 6 * PAGE]) or [])
+        assert locked in (mappings._queried([start], [start + 6 * PAGE]) or [])
         assert locked in not_writable([start + PAGE], [start + 2 * PAGE + 1])
-        assert mappings._asked([start], [start + 2 * PAGE]) == []
-        assert mappings._asked([start + 3 * PAGE], [start + 6 * PAGE]) == []
+        assert mappings._queried([start], [start + 2 * PAGE]) == []
+        assert mappings._queried([start + 3 * PAGE], [start + 6 * PAGE]) == []
     finally:
         libc.mprotect(start, 6 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
 
@@ -81,15 +81,15 @@ def test_nothing_is_found_where_nothing_is_mapped() -> None:
 
 
 def test_where_the_kernel_takes_no_questions_the_list_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mappings, "_ASK", 0)
+    monkeypatch.setattr(mappings, "_QUERY_IOCTL", 0)
     start = address_of(mmap.mmap(-1, PAGE, prot=mmap.PROT_READ))
     with pytest.raises(OSError):
-        mappings._asked([start], [start + 1])
+        mappings._queried([start], [start + 1])
     assert not_writable([start], [start + 1]) == mapped(mappings._NOT_WRITABLE)
 
 
 def test_with_too_many_mappings_the_list_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mappings, "_MOST_QUESTIONS", 2)
+    monkeypatch.setattr(mappings, "_MAX_QUERIES", 2)
     kept = [mmap.mmap(-1, PAGE, prot=mmap.PROT_READ if odd else 3) for odd in (0, 1, 0, 1)]
     starts = sorted(map(address_of, kept))
     assert not_writable(starts, [start + 1 for start in starts]) == mapped(mappings._NOT_WRITABLE)

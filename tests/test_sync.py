@@ -59,7 +59,7 @@ def test_an_interrupt_comes_through_where_the_loop_hangs(
         assert go.wait(WAIT)
 
     monkeypatch.setattr(api, "pull", hangs)
-    monkeypatch.setattr(sync, "_END", 0.05)
+    monkeypatch.setattr(sync, "_LOOP_END", 0.05)
     try:
         with pytest.raises(KeyboardInterrupt):
             sync.pull({"w": torch.zeros(4)})

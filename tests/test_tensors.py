@@ -110,7 +110,7 @@ def test_how_many_are_looked_at_together_makes_no_difference(
     numbers = range(len(plan.blocks))
     with pytest.MonkeyPatch.context() as patch:
         for module in ("describe", "memory"):
-            patch.setattr(sys.modules[f"netloader.tensors.{module}"], "TOGETHER", together)
+            patch.setattr(sys.modules[f"netloader.tensors.{module}"], "BATCH_TENSORS", together)
         again, looked = describe(tensors)
         assert again == manifest
         for _ in range(2):  # the second time by what the first one kept
@@ -445,12 +445,12 @@ def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it
     manifest, memory = describe({"w": tensor})
     plan = make_plan(manifest, 4096)
     memory.views(plan, [0])
-    kept = memory._kept[1][0]
-    memory._kept[1][0] = kept._replace(sizes=[size + 1 for size in kept.sizes])  # as if it had been larger
+    kept = memory._cache[1][0]
+    memory._cache[1][0] = kept._replace(sizes=[size + 1 for size in kept.sizes])  # as if it had been larger
     assert memory.missing(plan, [0]) == {}, "looked at again, and large enough"
     short = torch.zeros(100)
     memory._addresses[0], memory._tensors[0] = short.data_ptr(), short
-    memory._kept[1][0] = kept._replace(storages=[short.untyped_storage()], sizes=[4000], begins=[short.data_ptr()])
+    memory._cache[1][0] = kept._replace(storages=[short.untyped_storage()], sizes=[4000], begins=[short.data_ptr()])
     assert memory.missing(plan, [0]) == {0: "w has less memory than it had"}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import netloader
-from netloader.tensors import Toucher
+from netloader.tensors import Prefaulter
 from netloader.tensors import touch as touching
 
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def resident(tensor: torch.Tensor) -> int:
 
 
 def touch(*tensors: torch.Tensor) -> None:
-    toucher = Toucher(tensors)
+    toucher = Prefaulter(tensors)
     toucher.start()
     if toucher._thread is not None:
         toucher._thread.join()
@@ -70,7 +70,7 @@ def test_memory_in_use_small_tensors_and_other_devices_are_left_alone() -> None:
 
 
 def test_it_can_be_stopped_before_and_while_it_runs() -> None:
-    toucher = Toucher([mapped(256 * MIB)])
+    toucher = Prefaulter([mapped(256 * MIB)])
     toucher.stop()
     toucher.start()
     toucher.stop()
@@ -82,7 +82,7 @@ def test_stopping_is_bounded_and_a_call_that_hangs_keeps_its_memory(
 ) -> None:
     go = threading.Event()
 
-    class Hangs(Toucher):
+    class Hangs(Prefaulter):
         def _run(self) -> None:
             assert go.wait(60)
 

@@ -1,4 +1,4 @@
-"""How a client reaches a source: its transports, the connection."""
+"""Connects a client to a source, and lists the client's abilities."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _NOT_THERE = "is the server running, and is this address the one in its log?"
 
 
 def abilities_of(transports: Iterable[Transport], device: str) -> tuple[Ability, ...]:
-    """What of `transports` can run for tensors on `device`, as told to a server."""
+    """The abilities to announce to a server: those of `transports` that can run for tensors on `device`."""
     return tuple(Ability(t.name, dict(t.facts(device))) for t in transports if t.missing(device) is None)
 
 
 async def connect(source: Address, timeout: float) -> ControlConnection[ServerMessage]:
-    """A control connection to `source`.
+    """Open a control connection to `source`.
 
     Raises:
-        PeerLost: It is not there, or did not answer in time.
+        PeerLost: The source cannot be reached, or did not answer within `timeout` seconds.
     """
     try:
         with anyio.fail_after(timeout):
@@ -44,7 +44,7 @@ async def connect(source: Address, timeout: float) -> ControlConnection[ServerMe
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The first concrete error below anyio's summary of all addresses that it tried."""
+    """The first error of a single address, from below the error in which anyio collects those of all addresses."""
     cause = error.__cause__ if error.__cause__ is not None else error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]

@@ -1,4 +1,4 @@
-"""Asking a source what it holds."""
+"""The probe: asks a source what it holds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Probe", "probe_source"]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a source said about itself.
+    """The answer of a source to a probe.
 
     Attributes:
-        announcement: What it holds.
-        software: Its name and version.
-        seconds: How long asking took.
-        transports: Names of what it can send over, preferred first.
+        announcement: The announcement of its holding.
+        software: Name and version of its software.
+        seconds: Duration of the probe.
+        transports: Names of the transports that it can use, preferred first.
     """
 
     announcement: e.Announcement
@@ -40,8 +40,8 @@ class Probe:
     transports: tuple[str, ...] = ()
 
 
-class _Looker(SessionDriver[ServerMessage]):
-    """A client session that only looks."""
+class _ProbeSession(SessionDriver[ServerMessage]):
+    """A client session that ends after the announcement."""
 
     def perform(self, effect: f.Effect) -> None:
         match effect:
@@ -58,22 +58,23 @@ async def probe_source(
 
     Args:
         source: The server.
-        identity: Compared by the caller, not here; a probe is told about what differs, not refused.
-        transports: Offered to the server, so that both sides' abilities show.
+        identity: Names the role and layout. The server does not refuse a probe whose identity differs; the caller
+            compares the answer.
+        transports: Announced to the server as abilities.
         options: Deadlines, token, role and layouts.
 
     Returns:
-        What it holds.
+        The answer of the source.
 
     Raises:
-        NetloaderError: It is not there, it refused, or it broke the rules.
+        NetloaderError: The source cannot be reached, refused, or violated the protocol.
     """
     began = time.monotonic()
     with anyio.move_on_after(options.timeout):
         connection = await connect(source, options.connect_timeout)
         terms = ClientTerms(options, identity, abilities=abilities_of(transports, "cpu"), probe=True)
         session = Session(Side.CLIENT, client=terms)
-        await _Looker(session, connection, device="cpu", label=f"source {source}").run()
+        await _ProbeSession(session, connection, device="cpu", label=f"source {source}").run()
         if session.error is not None:
             raise session.error
         if session.announcement is not None:

@@ -1,7 +1,7 @@
 """The client: pulls from sources until every block is verified or no source is left.
 
-Decides nothing: :mod:`netloader.core.pull` does. Knows nothing of torch: what it fills comes as a
-:class:`~netloader.client.session.Destination`; ``netloader.pull`` puts tensors in front of it.
+All decisions are made in :mod:`netloader.core.pull`; this module does the I/O. It is independent of torch: it fills a
+:class:`~netloader.client.session.PullDestination`, which ``netloader.pull`` makes from tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from anyio.abc import TaskGroup
 
 from netloader.client.connect import abilities_of, connect
 from netloader.client.search import search
-from netloader.client.session import ClientSession, Destination, Digest
+from netloader.client.session import ClientSession, Digest, PullDestination
 from netloader.codecs.block_view import BlockView
 from netloader.core import pull_events as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
-from netloader.core.messages import ServerMessage
 from netloader.core.options import PullOptions
 from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
@@ -46,7 +45,6 @@ from netloader.observe.events import (
     SourceChosen,
     SourceLeft,
 )
-from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
@@ -59,53 +57,57 @@ _log = logging.getLogger("netloader")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 _RELAY_RETRACTION = 1.0
-"""Seconds that clients of a relay whose own pull failed may take to let go of its memory."""
+"""Seconds that running sends of a relay may take after its own pull failed."""
 
 _FAREWELL = 0.05
-"""Seconds that the goodbyes may take once every block is verified: the pull has what it came for."""
+"""Seconds that all sessions together may take to end after the last block was verified."""
 
 
 class RelayServer(Protocol):
-    """A server of this process that passes on what a pull has, while it goes on."""
+    """A server of this process that relays: it serves the verified blocks of a pull while the pull runs."""
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens on."""
         ...
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
-        """Serve `holding`, of which `supply` knows what is there."""
+        """Serve `holding`; `supply` says which of its blocks are verified.
+
+        Raises:
+            NetloaderError: It is not served. The pull goes on without relaying.
+        """
         ...
 
     async def retract(self, role: Role, *, reason: str, within: float, sources: tuple[str, ...] = ()) -> None:
-        """Stop serving `role`, and name other sources; its memory is free to change afterwards."""
+        """Stop serving `role`, and name `sources` to its clients. Its memory may change afterwards."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class _RelayMemory:
-    """The memory that a pull fills, as a server sees it."""
+class _RelayedMemory:
+    """The memory that a pull fills, as the memory of a holding."""
 
-    destination: Destination
+    destination: PullDestination
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         return self.destination.views(plan, numbers)
 
     def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:  # noqa: ARG002 - part of the contract
-        return {}  # the supply knows what is there
+        return {}  # the relay's server asks its Supply which blocks are there
 
 
 @dataclass(frozen=True, slots=True)
-class _Relayed:
-    """What a pull fills, as a holding."""
+class _RelayedHolding:
+    """What a pull fills, as a holding for the relay's server."""
 
     announcement: e.Announcement
-    memory: _RelayMemory
+    memory: _RelayedMemory
     device: str
 
 
 async def pull_from(
-    destination: Destination,
+    destination: PullDestination,
     identity: ModelIdentity | None,
     sources: SourceProvider,
     transports: Sequence[Transport],
@@ -118,24 +120,24 @@ async def pull_from(
     """Fill `destination` from `sources`.
 
     Args:
-        destination: What to fill. After an error, any of its memory may have been written.
-        identity: What it is; None to adopt what the source holds.
-        sources: Finds where to pull from, in the order to try; watched until the pull is over.
-        transports: What may be used, preferred first.
-        digest: How to check a block.
-        options: How to behave.
+        destination: The memory to fill. After an error, any part of it may have been written.
+        identity: Identity of the tensors; None to adopt what the source holds.
+        sources: Finds the sources, in the order to try them. It is watched until the pull is over.
+        transports: Transports that may be used, preferred first.
+        digest: Computes the digest of a block.
+        options: Deadlines, limits and requirements.
         progress: Called after blocks were verified.
-        relay: Server of this process that is to pass on what is there, from the moment that the first source was
-            accepted. It goes on serving after the pull; whoever changes the memory retracts it there first.
-        observers: Told what happens.
+        relay: Server of this process that serves the verified blocks, from the time when the first source is accepted.
+            It serves them after the pull too: retract the role there before the memory changes.
+        observers: Receive the events of the pull.
 
     Returns:
-        The account of a complete, verified pull.
+        The report of a complete, verified pull.
 
     Raises:
-        NoSourceLeft: No source, alone or together with others, could give every block.
-        MemoryStillInUse: A thread that may still write into `destination` can't be brought back; raised in the place of
-            everything else, a cancellation included, also when every block is verified. Nobody may fill it any more.
+        NoSourceLeft: The sources, also taken together, could not give every block.
+        MemoryStillInUse: A thread did not return and may still write to `destination`. Raised instead of any other
+            error, of a cancellation and of the report. The memory must not be filled again.
     """
     return await _Pull(destination, identity, transports, digest, options, progress, relay, observers).run(sources)
 
@@ -145,7 +147,7 @@ class _Pull:
 
     def __init__(
         self,
-        destination: Destination,
+        destination: PullDestination,
         identity: ModelIdentity | None,
         transports: Sequence[Transport],
         digest: Digest,
@@ -177,7 +179,7 @@ class _Pull:
         self._memory_in_use: MemoryStillInUse | None = None
 
     async def run(self, sources: SourceProvider) -> PullReport:
-        """Pull to the end, and tell the observers how it went."""
+        """Pull to the end, and emit the events of begin and end."""
         self._observe(PullBegan(self._role))
         try:
             report = await self._run(sources)
@@ -208,13 +210,13 @@ class _Pull:
             with self._scope:
                 async with anyio.create_task_group() as self._tasks:
                     self._carry_out(self._pull.begin(time.monotonic()))
-                    self._start(partial(self._find, sources))
+                    self._start(partial(self._watch_sources, sources))
                     await self._wait_until_over()
         finally:
             try:
                 given = self._pull.ledger.complete and self._memory_in_use is None
                 if self._relay is not None and self._relaying and not given:
-                    # The memory is the caller's again: nobody may read it any more.
+                    # The memory belongs to the caller again: no client may read it any more.
                     with anyio.CancelScope(shield=True):  # each of its steps has a deadline
                         await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
             finally:
@@ -222,18 +224,23 @@ class _Pull:
                     raise self._memory_in_use
         if self._error is not None:
             raise self._error
-        return self._account()
+        if not self._pull.ledger.complete:
+            raise NetloaderError(
+                "the pull ended before every block was verified: a CancelledError ended one of its tasks",
+                hint="this is a bug in netloader, in a transport or in an observer",
+            )
+        return self._final_report()
 
     @property
     def _role(self) -> Role:
         return self._options.role if self._identity is None else self._identity.role
 
-    async def _find(self, sources: SourceProvider) -> None:
+    async def _watch_sources(self, sources: SourceProvider) -> None:
         with self._search:
             await search(sources, self._tell)
 
     async def _wait_until_over(self) -> None:
-        """Tell the pull when a moment has come that it waits for, and when its time is up."""
+        """Until the pull is over, wake it at the times that it names, and when its timeout has passed."""
         last = self._began + self._options.timeout
         while not self._pull.over:
             self._changed = anyio.Event()
@@ -245,7 +252,7 @@ class _Pull:
                 self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
 
     def _tell(self, event: p.Event) -> None:
-        """Tell the pull what happened, and carry out what follows. What happens meanwhile is told afterwards."""
+        """Give the pull an event and carry out its commands. Events that this causes are given to it afterwards."""
         self._events.append(event)
         if self._telling:
             return
@@ -253,9 +260,10 @@ class _Pull:
         try:
             while self._events:
                 event, before = self._events.popleft(), self._verified()
-                self._carry_out(self._pull.handle(event, time.monotonic()))
-                if isinstance(event, p.BlocksArrived):
+                commands = self._pull.handle(event, time.monotonic())
+                if isinstance(event, p.BlocksArrived):  # before the commands: the last blocks end the transfer
                     self._tell_progress(event.session, before)
+                self._carry_out(commands)
         finally:
             self._telling = False
             self._changed.set()
@@ -272,7 +280,7 @@ class _Pull:
                 case p.Log(level, text):
                     _log.log(_LEVELS[level], "%s", text)
                 case p.Succeed():
-                    self._farewell()
+                    self._end_sessions()
                 case p.Fail(error):
                     self._error = self._error or error
                     self._scope.cancel()
@@ -293,53 +301,37 @@ class _Pull:
         except NetloaderError as caught:
             error = caught
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
-            _log.exception("unexpected error, there is no memory for what a source announced")
-            error = _explained(bug)
+            _log.exception("unexpected error while allocating memory for what a source announced")
+            error = _unexpected_error(bug)
         self._tell(p.MemoryAllocated(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
-        """One session with one source, to its end."""
+        """Run one session with one source to its end."""
         source, number, began = str(command.source), command.session, time.monotonic()
         self._observe(SourceChosen(number, source, command.labels, str(command.named_by or "")))
-        ended: NetloaderError | None = None  # also when this is cancelled: that is no fault of the source
-        connection: ControlConnection[ServerMessage] | None = None
+        ended: NetloaderError | None = None  # stays None on cancellation, which is no fault of the source
+        session: ClientSession | None = None
         try:
-            connection = await connect(command.source, self._options.connect_timeout)
+            session = await self._open_session(command, began)
         except PeerLost as error:
             ended = error
+        except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
+            ended = _unexpected(source, bug)
         finally:
-            if connection is None or self._pull.over:
+            if session is None:
                 self._observe(PhaseEnded("client", number, source, "connect", time.monotonic() - began))
                 self._observe(SourceLeft(number, source, ended))
-        if connection is None:
+        if session is None:
             self._tell(p.SessionEnded(number, ended))
             return
-        if self._pull.over:  # meanwhile, by other sessions
-            await connection.aclose()
-            return
-        usable = {name: transport for name, transport in self._transports.items() if name not in command.unfit}
-        session = self._sessions[number] = ClientSession(
-            Session(Side.CLIENT, client=self._terms(command, usable.values())),
-            connection,
-            number=number,
-            source=source,
-            ledger=self._pull.ledger,
-            tell=self._tell,
-            destination=self._destination,
-            digest=self._digest,
-            transports=usable,
-            supply=self._supply,
-            began=began,
-            observers=self._observe,
-        )
+        self._sessions[number] = session
         self._observe(SessionBegan("client", number, source))
         self._tell(p.SessionStarted(number))
         try:
             await session.run()
             ended = session.session.error
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
-            _log.exception("source %s: unexpected error, the source is left", source)
-            ended = _explained(bug)
+            ended = _unexpected(source, bug)
         finally:
             del self._sessions[number]
             if session.lent.in_use is not None:
@@ -365,11 +357,41 @@ class _Pull:
                     number,
                     ended,
                     transport=chosen,
-                    others=chosen in usable and len(usable) > 1,
+                    others=chosen in session.transports and len(session.transports) > 1,
                     opened=State.TRANSFER in session.clock.seconds(),
                     story=session.session.story,
                 )
             )
+
+    async def _open_session(self, command: p.Connect, began: float) -> ClientSession | None:
+        """Connect to a source; None when the pull is over by then.
+
+        Raises:
+            PeerLost: The source cannot be reached.
+        """
+        connection = await connect(command.source, self._options.connect_timeout)
+        session: ClientSession | None = None
+        try:
+            if not self._pull.over:
+                usable = {name: transport for name, transport in self._transports.items() if name not in command.unfit}
+                session = ClientSession(
+                    Session(Side.CLIENT, client=self._terms(command, usable.values())),
+                    connection,
+                    number=command.session,
+                    source=str(command.source),
+                    ledger=self._pull.ledger,
+                    tell=self._tell,
+                    destination=self._destination,
+                    digest=self._digest,
+                    transports=usable,
+                    supply=self._supply,
+                    began=began,
+                    observers=self._observe,
+                )
+        finally:
+            if session is None:
+                await connection.aclose()
+        return session
 
     def _terms(self, command: p.Connect, transports: Iterable[Transport]) -> ClientTerms:
         return ClientTerms(
@@ -386,21 +408,31 @@ class _Pull:
         )
 
     def _pass_on(self, announcement: e.Announcement) -> None:
-        """The first source was accepted: others may pull from us from here on."""
-        self._manifest_digest = announcement.manifest_digest  # of what this pull adopted, where it brought nothing
+        """The first source was accepted: begin to relay, if there is a server for it."""
+        self._manifest_digest = announcement.manifest_digest  # not known before, if the pull has no tensors of its own
         theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)
-        if self._relay is not None:
+        if self._relay is None:
+            return
+        try:
+            self._relay.add(
+                _RelayedHolding(own, _RelayedMemory(self._destination), self._destination.device), self._supply
+            )
+        except Exception as error:  # noqa: BLE001 - no fault of a server may end a pull
+            _log.warning(
+                "the pull goes on, but is not relayed: %s", error, exc_info=not isinstance(error, NetloaderError)
+            )
+            self._relay = None
+        else:
             self._relaying = True
-            self._relay.add(_Relayed(own, _RelayMemory(self._destination), self._destination.device), self._supply)
 
-    def _farewell(self) -> None:
-        """Every block is verified: no source is waited for any more, whatever it is doing."""
+    def _end_sessions(self) -> None:
+        """Every block is verified: stop the search, and end all sessions within a short deadline."""
         self._search.cancel()
         self._scope.deadline = anyio.current_time() + _FAREWELL
         for session in self._sessions.values():
-            session.hurry(self._scope.deadline)
+            session.limit_farewell(self._scope.deadline)
 
     def _verified(self) -> tuple[int, int]:
         return self._pull.ledger.verified_blocks, self._pull.ledger.verified_bytes
@@ -424,11 +456,11 @@ class _Pull:
             return
         try:
             self._progress(came)
-        except Exception as error:  # noqa: BLE001 - the caller's own: raised to the caller, once all is closed
+        except Exception as error:  # noqa: BLE001 - raised to the caller once all sessions are closed
             self._error = error
             self._scope.cancel()
 
-    def _account(self) -> PullReport:
+    def _final_report(self) -> PullReport:
         report, ledger = self._report, self._pull.ledger
         report.root = ledger.root
         report.nbytes, report.blocks = ledger.verified_bytes, ledger.verified_blocks
@@ -438,7 +470,12 @@ class _Pull:
         return report
 
 
-def _explained(bug: Exception) -> NetloaderError:
+def _unexpected(source: str, bug: Exception) -> NetloaderError:
+    _log.error("source %s: unexpected error, the source is left", source, exc_info=bug)
+    return _unexpected_error(bug)
+
+
+def _unexpected_error(bug: Exception) -> NetloaderError:
     return NetloaderError(
         f"unexpected {type(bug).__name__}: {bug}",
         hint="this is a bug in netloader: the log has the details",

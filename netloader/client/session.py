@@ -1,4 +1,4 @@
-"""One source at the client: the I/O of one session. What it asks for, and when it ends, the pull decides."""
+"""The client side of one session: its I/O. The pull decides what it asks for and when it ends."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded
 from netloader.session.block_queue import BlockQueue
 from netloader.session.connection import ControlConnection
-from netloader.session.driver import Move, SessionDriver
-from netloader.session.off_loop import looked_up
+from netloader.session.driver import ChannelCall, SessionDriver
+from netloader.session.off_loop import look_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
 
-__all__ = ["ClientSession", "Destination", "Digest", "SessionCommand"]
+__all__ = ["ClientSession", "Digest", "PullDestination", "SessionCommand"]
 
 _RECEIVE_BYTES = 512 << 20
-"""Bytes after which no further block is added to a receive: what is granted beyond waits for the next."""
+"""Bytes after which no further block is added to one receive. The other granted blocks wait for the next one."""
 
-_LOOK_SECONDS = 0.02
-"""Seconds between two accounts of what landed while something is being received; the first block is told at once. While
-the loop accounts for blocks, and while it is woken, the threads that move bytes wait for the interpreter."""
+_ACCOUNT_SECONDS = 0.02
+"""Seconds between two reports of landed blocks during a receive; the first block is reported at once. More frequent
+reports would cost throughput, because the threads that move bytes wait for the interpreter meanwhile."""
 
 _OPEN_GRANTS = 1 << 16
-"""Grants that may wait for their blocks: a server answers a request with one, or a few."""
+"""Most grants that may wait for their blocks. A server answers a request with one grant or a few."""
 
 SessionCommand = p.Accept | p.Reject | p.RequestBlocks | p.Finish | p.LeaveSource | p.CancelSession
-"""What a pull wants of one session."""
+"""A command of the pull to one session."""
 
 
-class Destination(Protocol):
-    """What a pull fills."""
+class PullDestination(Protocol):
+    """The memory that a pull fills."""
 
     @property
     def manifest(self) -> Manifest | None:
@@ -56,11 +56,11 @@ class Destination(Protocol):
 
     @property
     def device(self) -> str:
-        """Where they live, as torch names it."""
+        """Device of the tensors, as torch names it."""
         ...
 
     def adopt(self, manifest: Manifest) -> None:
-        """Provide memory for a manifest that the server announced."""
+        """Allocate memory for a manifest that the server announced."""
         ...
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
@@ -69,28 +69,29 @@ class Destination(Protocol):
 
 
 Digest = Callable[[BlockView, str], bytes]
-"""Digest of what lies in a block's memory, by the algorithm named."""
+"""Computes the digest of a block in memory by the named algorithm."""
 
 
 class ClientSession(SessionDriver[ServerMessage]):
-    """Talks to one source.
+    """The session with one source.
 
     Args:
         session: A fresh client session.
         connection: The control connection to the source.
         number: The session's number in its pull.
         source: Its address, for messages.
-        ledger: The pull's; only read here.
-        tell: Takes what happened.
-        destination: What is filled.
-        digest: How to check a block.
-        transports: By name.
-        supply: Told where blocks come from.
-        began: When connecting began.
-        observers: Told what happens.
+        ledger: The ledger of the pull; only read here.
+        tell: Takes the events for the pull.
+        destination: The memory to fill.
+        digest: Computes the digest of a block.
+        transports: Transports by name.
+        supply: Is given the chain of the source.
+        began: When connecting began, by the monotonic clock.
+        observers: Receive the events of the session.
 
     Attributes:
         source: As given.
+        transports: As given.
         blocks: Blocks that were verified, as the pull counts them.
         nbytes: Their bytes.
     """
@@ -104,7 +105,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         source: str,
         ledger: Ledger,
         tell: Callable[[p.Event], None],
-        destination: Destination,
+        destination: PullDestination,
         digest: Digest,
         transports: Mapping[str, Transport],
         supply: Supply,
@@ -128,7 +129,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._tell = tell
         self._destination = destination
         self._digest = digest
-        self._transports = transports
+        self.transports = transports
         self._supply = supply
         self._loop = asyncio.get_running_loop()
         self._landed: deque[tuple[int, bytes]] = deque()
@@ -138,7 +139,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._verify_seconds = 0.0
 
     async def run(self) -> None:
-        """Talk to the source to the end of the session."""
+        """Run the session to its end."""
         try:
             await super().run()
         finally:
@@ -147,10 +148,10 @@ class ClientSession(SessionDriver[ServerMessage]):
             if self._verify_seconds:
                 self._observe(PhaseEnded("client", self.number, self.peer, "verify", self._verify_seconds))
 
-    # --- what the pull wants ----------------------------------------------------------------------------------------
+    # --- commands of the pull -----------------------------------------------------------------------------------------
 
     def carry_out(self, command: SessionCommand) -> None:
-        """Do what the pull wants of this session; nothing happens when the session is past it."""
+        """Carry out a command of the pull. Does nothing when the state of the session does not allow it any more."""
         match command:
             case p.Accept():
                 self.feed(e.Pinned())
@@ -163,9 +164,9 @@ class ClientSession(SessionDriver[ServerMessage]):
             case p.LeaveSource(_, reason):
                 self.feed(e.Cancelled(reason, "timeout"))
             case p.CancelSession():
-                self.feed(self.gave_up())
+                self.feed(self.cancellation())
 
-    # --- what the session wants -------------------------------------------------------------------------------------
+    # --- effects of the session ---------------------------------------------------------------------------------------
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of the client's side."""
@@ -184,34 +185,34 @@ class ClientSession(SessionDriver[ServerMessage]):
                 super().perform(effect)
 
     def queued(self) -> None:
-        """The source lets us wait."""
+        """The source queued this session."""
         self._tell(p.SessionQueued(self.number))
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:
-        """The source told which relays its blocks come through."""
+        """The source named the relays that its blocks come through."""
         self._supply.feeds(self, (node, *relays) if node else relays)
 
-    def moved(self, after: State) -> None:
-        """Start the tasks that receive and account for it, once there is a channel."""
+    def state_changed(self, after: State) -> None:
+        """Start the tasks that receive and account for blocks when the channel is open."""
         if after is State.TRANSFER:
             self._tell(p.SessionReady(self.number))
             self.spawn(self._account_meanwhile, lambda _: None)
-            self.spawn(lambda: self.move_blocks(self._next_receive), lambda _: None)
+            self.spawn(lambda: self.make_calls(self._next_receive), lambda _: None)
 
-    def gave_up(self) -> e.Cancelled:
-        """What is told to the source when the pull is cancelled, or has every block."""
-        return e.Cancelled("every block is there", "done") if self._ledger.complete else super().gave_up()
+    def cancellation(self) -> e.Cancelled:
+        """The event that ends the session when the pull is cancelled or has every block."""
+        return e.Cancelled("every block is there", "done") if self._ledger.complete else super().cancellation()
 
     async def _connect(self, transport: str, offer: bytes, peer_facts: dict[str, str]) -> e.Event | None:
         async def make() -> Channel:
-            return await self._transports[transport].connect(offer, self.setup(peer_facts))
+            return await self.transports[transport].connect(offer, self.setup(peer_facts))
 
         return await self.open_channel(make)
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
-    async def _next_receive(self) -> Move | None:
-        """The next call that receives, of what the source has granted; waits for it."""
+    async def _next_receive(self) -> ChannelCall | None:
+        """Wait for granted blocks, and return the call that receives the next ones; None at the end of the session."""
         if not await self._granted.wait():
             return None
         announcement = self.session.announcement
@@ -219,11 +220,11 @@ class ClientSession(SessionDriver[ServerMessage]):
             raise LocalProtocolError("blocks were granted before anything was announced")
         plan = announcement.plan
         numbers = self._granted.take(plan, _RECEIVE_BYTES)
-        views = await looked_up(self._destination.views, plan, numbers)
+        views = await look_up(self._destination.views, plan, numbers)
         return partial(self._receive, announcement.algorithm, numbers, views)
 
     async def _receive(self, algorithm: str, numbers: Sequence[int], views: Sequence[BlockView]) -> Callable[[], None]:
-        seconds: list[float] = []  # several threads may be told of blocks at once
+        seconds: list[float] = []  # `landed` may run in several threads at once
 
         def landed(view: BlockView) -> None:
             began = time.perf_counter()
@@ -232,13 +233,13 @@ class ClientSession(SessionDriver[ServerMessage]):
             seconds.append(time.perf_counter() - began)
             expected = self._ledger.expected_digest(view.number)
             if digest != expected:
-                # Not accounted for: the block would be pending again, and asked for again, while it is still under way
-                # here. It is given back with the rest when the session ends.
+                # Not reported: the block would become pending and be requested again while this receive still writes
+                # it. The pull takes it back with the other open blocks when the session ends.
                 names = self._plan().tensors_of(view.number)
                 self._rejected = DigestMismatch(view.number, names, expected.hex(), digest.hex())
                 raise self._rejected
             self._landed.append((view.number, digest))
-            if len(numbers) > 1 and not self._some_landed.is_set():  # a single block: this receive is over anyway
+            if len(numbers) > 1 and not self._some_landed.is_set():  # a receive's end reports a single block
                 self._loop.call_soon_threadsafe(self._some_landed.set)
 
         try:
@@ -247,15 +248,15 @@ class ClientSession(SessionDriver[ServerMessage]):
         except DigestMismatch as error:
             result = e.WorkFailed(error)
         except MemoryStillInUse:
-            raise  # whatever else is wrong
+            raise  # takes precedence over a wrong digest
         except TransportError:
-            # Wrong bytes cut the channel for all its calls, and an earlier one is heard first.
+            # A wrong digest closes the channel, so the other calls fail too. The digest is the cause to report.
             if self._rejected is None:
                 raise
             result = e.WorkFailed(self._rejected)
         finally:
             self._verify_seconds += sum(seconds)
-            self._account()  # before the session hears that the receive is over; what is verified stays verified
+            self._account()  # before the session ends the receive, so that verified blocks count
         return lambda: self.feed(result)
 
     def _plan(self) -> Plan:
@@ -264,15 +265,15 @@ class ClientSession(SessionDriver[ServerMessage]):
         return self._ledger.plan
 
     async def _account_meanwhile(self) -> None:
-        """Account for what landed while receives go on: for the first block at once, then every so many seconds."""
+        """During receives, report landed blocks: the first at once, then once per :data:`_ACCOUNT_SECONDS`."""
         while True:
             await self._some_landed.wait()
             self._some_landed.clear()
             self._account()
-            await anyio.sleep(_LOOK_SECONDS)
+            await anyio.sleep(_ACCOUNT_SECONDS)
 
     def _account(self) -> None:
-        """Tell the pull what landed and was not told yet."""
+        """Report the landed blocks to the pull that were not reported yet."""
         blocks = [self._landed.popleft() for _ in range(len(self._landed))]
         if blocks:
             self._tell(p.BlocksArrived(self.number, blocks))

@@ -1,4 +1,4 @@
-"""The configuration of a worker: its fields, the file that they may come from, and the struct."""
+"""The configuration of a worker: its fields, the files that it may name, and the `Config` struct."""
 
 from netloader.config.config import (
     FORMAT_NAMES,

@@ -1,7 +1,7 @@
-"""The configuration of one worker: the fields of the guide and ours, from a mapping and its ``CONFIG_FILE``.
+"""The configuration of one worker, read from a mapping and its ``CONFIG_FILE``.
 
-Reading is strict. Each value given is checked, also one that the file overrides, and all faults are reported at once:
-a typing error must never turn into a default, since the engine would start all the same and load from storage.
+Reading is strict. Each given value is checked, also one that the file overrides, and all faults are reported at once. A
+typing error must not turn into a default, because the engine would start and load from storage without notice.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ HIGHEST_PORT = 65535
 
 _MOST_RANKS_NAMED = 16
 
-# Keys of vLLM's own loaders that users put beside ours.
+# Keys of vLLM's own loaders that users mix with the fields of netloader.
 _LOADER_KEYS = ("enable_multithread_load", "num_threads", "concurrency", "memory_limit", "distributed", "pattern")
 _SECRET_KEY = re.compile("token|secret|passw|credential|key", re.IGNORECASE)
 
 
 class Override(msgspec.Struct, frozen=True):
-    """A field that stands in ``CONFIG_FILE`` and beside it; the file's value is used.
+    """A field that is given both in ``CONFIG_FILE`` and inline. The value of the file is used.
 
     Attributes:
         field: Name of the field.
@@ -63,14 +63,14 @@ class Override(msgspec.Struct, frozen=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of one worker; docs/configuration.md explains each field.
 
-    Made by :func:`load_config`, which checks the values; the constructor does not. Attributes are the fields' names in
-    lower case. None means that the field was left out (or is ``null``). Times are in seconds.
+    Made by :func:`load_config`, which checks the values; the constructor does not. The attributes are named like the
+    fields, in lower case. None means that the field was omitted (or is ``null``). Times are in seconds.
 
     Attributes:
         transport: Names in order of preference; None lets both sides choose.
         token: Contents of ``TOKEN_FILE``.
-        overrides: Each field that ``CONFIG_FILE`` overrode, to be logged.
-        warnings: What is allowed but hardly meant, to be logged.
+        overrides: Each field that ``CONFIG_FILE`` overrode, for the log.
+        warnings: Values that are allowed but probably not intended, for the log.
     """
 
     source: tuple[SourceEntry, ...] | None = None
@@ -109,7 +109,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return ()
 
     def why_no_source(self, rank: int) -> str | None:
-        """Say why :meth:`sources_for` is empty for `rank`; None when it is not."""
+        """Why :meth:`sources_for` is empty for `rank`; None when it is not."""
         if self.source is None:
             return "SOURCE omitted"
         if not self.source:
@@ -137,8 +137,8 @@ class PortDecision(msgspec.Struct, frozen=True):
 
     Attributes:
         port: The port; 0 lets the kernel choose a free one; None means that no listener is opened.
-        reason: How the decision came about, for the log.
-        warning: What to warn the user of, or None.
+        reason: The reason for the decision, for the log.
+        warning: A warning for the user, or None.
     """
 
     port: int | None
@@ -152,9 +152,9 @@ class PortDecision(msgspec.Struct, frozen=True):
 
 
 def listen_port_for(config: Config, rank: int) -> PortDecision:
-    """Decide where the server of `rank` listens.
+    """Decide on which port the server of `rank` listens.
 
-    A port outside 1024-65535 costs the listener, never the model: this does not raise.
+    Does not raise. With a port outside 1024-65535 no listener is opened; the model is loaded nevertheless.
     """
     if not config.serve:
         return PortDecision(None, "SERVE is false")
@@ -173,13 +173,13 @@ def load_config(extra: Mapping[str, object] | None = None) -> Config:
     """Read the configuration.
 
     Args:
-        extra: The fields by their names, as ``--model-loader-extra-config`` gives them; None is as good as ``{}``.
+        extra: The fields by name, as ``--model-loader-extra-config`` gives them; None means ``{}``.
 
     Returns:
         The configuration, with ``CONFIG_FILE`` and ``TOKEN_FILE`` read.
 
     Raises:
-        ConfigError: One or more fields are wrong; the message names each with its value and what is allowed.
+        ConfigError: One or more fields are not valid. The message names each with its value and the allowed values.
     """
     given = _mapping(extra)
     faults = Faults()
@@ -220,7 +220,7 @@ def _mapping(extra: object) -> Mapping[Any, object]:
 
 
 def _read_fields(given: Mapping[Any, object], faults: Faults, *, inside: bool = False) -> dict[str, Any]:
-    """Read every field of `given`; what is wrong is added to `faults`. `inside`: it stands in a CONFIG_FILE."""
+    """Read every field of `given`, and add the errors to `faults`. `inside`: `given` comes from a CONFIG_FILE."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         with faults:
@@ -238,7 +238,7 @@ def _reject_key(key: object, value: object) -> NoReturn:
     if key in _LOADER_KEYS:
         hint = "settings of the default loader go into FALLBACK_CONFIG"
     if _SECRET_KEY.search(text):
-        value = Token(b"")  # shows nothing: whoever misspells TOKEN_FILE may have given the secret itself
+        value = Token(b"")  # hides the value: under a misspelt TOKEN_FILE it may be the secret itself
         if "TOKEN_FILE" not in hint:
             hint = "a secret is given as the path of a file, in TOKEN_FILE"
     raise ConfigError(field=text, value=value, allowed=", ".join(FIELDS), reason="unknown field", hint=hint)

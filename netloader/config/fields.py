@@ -1,4 +1,4 @@
-"""The fields of the configuration, one by one: what each may be, and how its value is read."""
+"""The fields of the configuration: the allowed values of each, and how its value is read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Faults", "Field", "Int8Cac
 Int8Cache = Literal["hbm", "dram", "no"]
 
 FORMAT_NAMES = ("netloader", "netloader_p2p")
-"""Load formats that are netloader itself; the second is the alias that no other plugin registers."""
+"""Load formats that are netloader itself. The second is an alias that no other plugin registers."""
 
 LONGEST_WAIT = 604_800.0
-"""Seconds in a week: the upper limit of every time in the configuration, far below what any clock call refuses."""
+"""Seconds of a week: the upper limit of every time in the configuration, far below the limits of all clock calls."""
 
 SHORTEST_TIMEOUT = 0.001
-"""Seconds; less would become 0, which means "no limit" to some of the calls that are handed a timeout."""
+"""Seconds. A smaller timeout would be rounded to 0, which some calls take as "no limit"."""
 
 _FORMAT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROOT = re.compile(r"[0-9A-Fa-f]{64}")
@@ -35,10 +35,10 @@ _ENTRY = '{"device_id": 0, "sources": ["10.0.0.7:19374"]}'
 
 
 class ConfigErrors(ConfigError):
-    """Several fields are wrong at once; one message names them all.
+    """Several fields are not valid; one message names them all.
 
     Attributes:
-        problems: Every error, in the order of the configuration. The attributes of :class:`ConfigError` are those of
+        problems: Every error, in the order of the configuration. The attributes of :class:`ConfigError` are taken from
             the first.
     """
 
@@ -52,7 +52,7 @@ class ConfigErrors(ConfigError):
 
 
 class Faults:
-    """Collects the errors of several values: each is read in a ``with`` block of its own, which ends at its error.
+    """Collects the errors of several values. Each value is read in a ``with`` block of its own, which its error ends.
 
     Attributes:
         found: The errors, in order.
@@ -71,7 +71,7 @@ class Faults:
         return True
 
     def raise_all(self) -> None:
-        """Raise the one error as it is, several as :class:`ConfigErrors`, none not at all."""
+        """Raise a single error as it is, and several errors as :class:`ConfigErrors`."""
         if len(self.found) > 1:
             raise ConfigErrors(self.found)
         if self.found:
@@ -79,12 +79,12 @@ class Faults:
 
 
 def key_text(key: object) -> str:
-    """Return a key of an object as a message names it: as it is, or quoted where it would be misread."""
+    """Return the text of a key for messages: as it is if it is plain, otherwise quoted."""
     return key if isinstance(key, str) and _PLAIN_KEY.fullmatch(key) else shown(key, 100)
 
 
 class SourceEntry(msgspec.Struct, frozen=True):
-    """Where one rank may pull from.
+    """The sources of one rank.
 
     Attributes:
         device_id: The rank.
@@ -99,11 +99,11 @@ class Field(msgspec.Struct, frozen=True):
     """One field of the configuration.
 
     Attributes:
-        name: As the user writes it.
-        allowed: What it may be, in words; errors quote it.
-        given: Type and bounds of the JSON value, for msgspec; with None where ``null`` is as good as leaving it out.
-        parse: Makes what :class:`netloader.Config` holds of a value of that type; None where that is the value itself.
-        secret: Whether values are left out of messages, logs and ``repr``.
+        name: Name, as the user writes it.
+        allowed: The allowed values, in words; errors quote it.
+        given: Type and bounds of the JSON value, for msgspec. It includes None where ``null`` means the default.
+        parse: Converts a value of that type to that of :class:`netloader.Config`; None if the two are the same.
+        secret: Whether messages, logs and ``repr`` hide the value.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Field(msgspec.Struct, frozen=True):
 
     @property
     def attribute(self) -> str:
-        """Name of the attribute of :class:`netloader.Config`."""
+        """Name of its attribute in :class:`netloader.Config`."""
         return self.name.lower()
 
     def read(self, value: object) -> Any:
@@ -123,7 +123,7 @@ class Field(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: `value` is not allowed.
         """
-        if isinstance(value, set | frozenset):  # msgspec takes it for a list, in any order
+        if isinstance(value, set | frozenset):  # msgspec would accept it as a list, in arbitrary order
             self.reject(value)
         try:
             found = msgspec.convert(value, self.given)
@@ -132,7 +132,7 @@ class Field(msgspec.Struct, frozen=True):
         return found if found is None or self.parse is None else self.parse(self, found)
 
     def show(self, value: object) -> str:
-        """Return `value` as a log line may show it."""
+        """Return the text of `value` for a log line."""
         if not self.secret:
             return shown(value)
         kind = f"{len(value)} settings" if isinstance(value, Mapping) else type(value).__name__
@@ -145,7 +145,7 @@ class Field(msgspec.Struct, frozen=True):
 
 
 class _Hidden:
-    """Stands in an error for a value that must not be shown."""
+    """Replaces a secret value in an error."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -179,7 +179,7 @@ def _filled_text(field: Field, value: str) -> str:
 
 
 def _each(read: Callable[[str, Any], Any], field: Field, values: list[object]) -> tuple[Any, ...]:
-    """Read the items of a list, each under its own name; one that stands twice is taken once."""
+    """Read the items of a list, each under a name of its own. Duplicates are dropped."""
     faults, found = Faults(), list[Any]()
     for index, value in enumerate(values):
         with faults:
@@ -232,7 +232,7 @@ def _addresses(field: Field, values: list[object]) -> tuple[Address, ...]:
 
 
 def _listen_port(field: Field, value: int | str) -> int:
-    # isdigit() alone takes superscripts, and int() refuses some thousand digits with an error of its own.
+    # isdigit() alone accepts superscripts. int() raises ValueError for thousands of digits.
     if isinstance(value, str) and not (value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS):
         field.reject(value)
     return int(value)

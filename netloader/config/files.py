@@ -19,7 +19,7 @@ _MOST_CONFIG_BYTES = 16 << 20
 _MOST_TOKEN_BYTES = 4096
 _LEAST_TOKEN_BYTES = 16
 
-# A string is skipped as one piece, so that a NaN inside it is not taken for the constant.
+# Matches a string as a whole, so that a NaN inside it is not mistaken for the constant.
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(?P<constant>NaN|-?Infinity)', re.DOTALL)
 
 
@@ -45,14 +45,14 @@ class Token:
 
 
 def from_file(error: ConfigError, path: str) -> ConfigError:
-    """Return `error` with the name of the file in which the value stands."""
+    """Return `error` with the name of the file that contains the value."""
     where = f"in CONFIG_FILE {shown(path)}"
     reason = f"{error.reason}; {where}" if error.reason else where
     return ConfigError(field=error.field, value=error.value, allowed=error.allowed, reason=reason, hint=error.hint)
 
 
 class _Object(dict[str, object]):
-    """An object of the file, with the keys that stand in it more than once."""
+    """A JSON object of the file, with the keys that occur in it more than once."""
 
     repeated: tuple[str, ...] = ()
 
@@ -69,10 +69,10 @@ def read_config_file(path: str) -> Mapping[str, object]:
     """Read ``CONFIG_FILE``: one JSON object, no key twice at any depth.
 
     Returns:
-        The fields as they stand there, not checked.
+        The fields as the file gives them, not checked.
 
     Raises:
-        ConfigError: The file cannot be read, or is not such JSON; names line and column where there is one.
+        ConfigError: The file cannot be read, or is not such JSON. The message names line and column if they are known.
     """
 
     def wrong(reason: str, hint: str = "") -> ConfigError:
@@ -91,7 +91,7 @@ def read_config_file(path: str) -> Mapping[str, object]:
         raise wrong(f"line {line}, column {column}: not UTF-8") from error
 
     def constant(name: str) -> NoReturn:
-        # All before this point was read, so that the first constant outside a string is the one.
+        # The parser stops at the first constant, so the first one outside a string is the right one.
         start = next((m.start() for m in _CONSTANT.finditer(text) if m["constant"]), 0)
         raise wrong(f"line {_line(text, start)}, column {_column(text, start)}: {name} is not JSON")
 
@@ -101,7 +101,7 @@ def read_config_file(path: str) -> Mapping[str, object]:
         raise wrong(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise wrong("it is nested too deep") from error
-    except ValueError as error:  # an integer of some thousand digits
+    except ValueError as error:  # an integer of thousands of digits
         raise wrong(str(error)) from error
     if not isinstance(parsed, _Object):
         raise wrong(f"the top level is of type {type(parsed).__name__}", "put the fields into one object: {...}")
@@ -115,7 +115,7 @@ def read_config_file(path: str) -> Mapping[str, object]:
 
 
 def _repeated_keys(top: _Object) -> Iterator[tuple[str, object]]:
-    """Name each repeated key by its path, with the last of its values. Walks without recursion: depth is the user's."""
+    """Yield each repeated key by its path, with its last value. Not recursive, because the user decides the depth."""
     waiting: list[tuple[str, object]] = [("", top)]
     while waiting:
         path, value = waiting.pop()
@@ -136,11 +136,11 @@ def _column(text: str, position: int) -> int:
 
 
 def read_token(path: str, warnings: list[str]) -> Token:
-    """Read ``TOKEN_FILE``: its bytes without white space at both ends.
+    """Read ``TOKEN_FILE``: its bytes without leading and trailing white space.
 
     Args:
         path: The file.
-        warnings: Gets a line when other users of the machine can get at the file.
+        warnings: A line is appended if other users of the host have access to the file.
 
     Raises:
         ConfigError: The file cannot be read, or the secret is too short or too long.
@@ -158,7 +158,7 @@ def read_token(path: str, warnings: list[str]) -> Token:
     if len(secret) < _LEAST_TOKEN_BYTES:
         raise wrong(f"it holds {len(secret)} bytes", "make one with: openssl rand -hex 32")
     if mode & 0o077:
-        # Only a warning: secrets mounted into containers are often readable by all, and nobody else is in there.
+        # Only a warning: secrets mounted into a container are often readable by all, and the container has one user.
         warnings.append(
             f"TOKEN_FILE {shown(path)} has mode {mode & 0o777:04o}: others on this machine can get at the secret "
             f"(chmod 600)"
@@ -175,7 +175,7 @@ def _read_file(path: str, most: int) -> tuple[bytes, int]:
     Raises:
         OSError: It cannot be read, is larger than `most` bytes, or is no regular file.
     """
-    # O_NONBLOCK: opening a named pipe would otherwise wait for a writer, for ever.
+    # O_NONBLOCK: otherwise, opening a named pipe would wait for a writer without a limit.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         mode = os.fstat(descriptor).st_mode

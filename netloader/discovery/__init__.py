@@ -1,4 +1,4 @@
-"""Where sources come from, and how one's own are made known: contracts to find, to publish and to claim."""
+"""Discovery: contracts to find sources, to publish a source and to claim work; and the fixed list of sources."""
 
 from __future__ import annotations
 

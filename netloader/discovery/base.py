@@ -1,9 +1,9 @@
-"""The contracts of discovery: to find sources, to publish one's own, to claim a piece of work. No implementations.
+"""The contracts of discovery: to find sources, to publish a source, to claim a piece of work. No implementations.
 
-The three are independent: a provider implements those that its backend can do. A pull uses only the first.
+The three are independent: a provider implements those that its backend supports. A pull uses only the first.
 
-What a backend says is never trusted with the weights: a source that was found is asked, compared and verified like any
-other, and a claim saves work but protects no data.
+The correctness of weights never depends on a backend. A source that it names is compared and verified like any other,
+and a claim saves work but protects no data.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Appeared:
-    """A source can be asked from now on; or it is known already, and its labels or load are other ones now."""
+    """A source is available, or the labels or the load of a known source changed."""
 
     source: Source
 
 
 @dataclass(frozen=True, slots=True)
 class Vanished:
-    """A source is gone, and is not to be asked any more. Nothing happens when it was not known."""
+    """A source is not available any more. Ignored if the source is not known."""
 
     address: Address
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """All that was there when the stream began has been said. What follows are changes."""
+    """Every source that was available when the stream began has been yielded. Changes follow."""
 
 
 SourceChange = Appeared | Vanished | Listed
@@ -55,131 +55,132 @@ SourceChange = Appeared | Vanished | Listed
 class SourceProvider(Protocol):
     """Finds sources.
 
-    One provider may be watched several times, one after the other and at once; each stream is independent.
+    One provider may be watched several times, in sequence or at once; each stream is independent.
     """
 
     def watch(self) -> AsyncGenerator[SourceChange, None]:
-        """Tell which sources there are, then what changes, until there is nothing more to tell.
+        """Yield the available sources, then each change.
 
         An implementation is an async generator (``async def watch(self): ... yield Appeared(...)``). It yields
-        `Appeared` for each source that is there, then `Listed`, then each change as it comes. It may yield the same
-        source again, with other labels or another load. Order counts: of sources with equal load, the one that appeared
-        first is tried first, and the first source that accepts decides the root of a pull.
+        `Appeared` for each available source, then `Listed`, then each change when it happens. It may yield the same
+        source again, with other labels or another load. The order matters: among sources of equal load, the one that
+        appeared first is tried first, and the first source that accepts decides the root of a pull.
 
-        Where the generator ends, no more sources come: what it said stays true, and the pull ends as with a fixed list.
+        When the generator ends, no more changes follow: the sources stay available, and the pull ends as with a fixed
+        list.
 
-        Deadlines: `Listed` is due within seconds. A pull waits for it 10 seconds, or for its `wait` if that is longer;
-        after that it gives up when it has no source left. A stream that stays open is watched until the pull ends.
+        Deadlines: yield `Listed` within seconds. A pull waits for it for 10 seconds, or for its `wait` if that is
+        longer. After that, it fails when it has no source left. A stream that stays open is watched until the pull
+        ends.
 
-        Cancellation: when the pull is over, the stream is cancelled in whatever it awaits, and closed. It may await in
-        a ``finally`` block only under a shielded scope with a deadline of its own, because the pull waits for it. The
-        stream is iterated and closed by one task, so it may hold a task group open across ``yield``.
+        Cancellation: when the pull is over, the task that iterates the stream is cancelled, and the stream is closed.
+        A ``finally`` block may await only in a shielded scope with a deadline of its own, because the pull waits for
+        it. One task iterates and closes the stream, so a task group may stay open across ``yield``.
 
-        The event loop: it runs on the loop of the pull, so it must not block, and must not compute for more than a few
-        milliseconds between two changes.
+        The event loop: the stream runs on the event loop of the pull, so it must not block, and must not compute for
+        more than a few milliseconds between two changes.
 
         Raises:
-            DiscoveryError: The backend can't be reached, or what it says makes no sense. The pull logs this (and any
-                other exception) once, goes on with the sources that it knows, and does not watch again. A provider that
-                can recover has to do so itself, without an error.
+            DiscoveryError: The backend cannot be reached, or its data are not valid. The pull logs this (and any other
+                exception) once, goes on with the sources that it knows, and does not watch again. A provider that can
+                recover must do so itself, without raising.
         """
         ...
 
 
 class Publication(Protocol):
-    """A source that is published, as long as the context of :meth:`Publisher.publish` is open."""
+    """A source that is published while the context of :meth:`Publisher.publish` is open."""
 
     async def update(self, source: Source) -> None:
         """Replace the labels and the load; the address stays the same.
 
-        Returns once the backend has accepted it. Updates that come faster than the backend takes them may be merged
-        into the latest one.
+        Returns when the backend has accepted the update. If updates are made faster than the backend accepts them, only
+        the latest one may be sent.
 
         Raises:
-            DiscoveryError: The backend did not accept it within the provider's deadline. What was published before
-                stays. The caller may go on, and may try again.
+            DiscoveryError: The backend did not accept the update within the provider's deadline. The previous labels
+                and load stay published. The caller may go on, and may try again.
         """
         ...
 
 
 class Publisher(Protocol):
-    """Makes a source known to those that look for one."""
+    """Publishes a source, so that providers of the same backend find it."""
 
     def publish(self, source: Source) -> AbstractAsyncContextManager[Publication]:
         """Publish `source` for as long as the context is open.
 
-        Entering returns once the backend has accepted it. From then on every `SourceProvider` of the same backend tells
-        it as `Appeared`. Publish only what is served already: whoever reads this connects at once.
+        Entering the context returns when the backend has accepted the source. From then on every `SourceProvider` of
+        the same backend yields it as `Appeared`. Publish a source only after it serves: clients may connect at once.
 
-        Lease: what is published lapses by itself within a minute after its process died or lost the backend. While the
-        context is open, a task inside it renews the lease. When the backend can't be reached for longer than the lease
-        lasts, the source vanishes for the others; the task logs this once as a warning, publishes anew when it can,
-        and never ends the context: a server goes on serving whoever knows it.
+        Lease: a published source expires within a minute after its process died or lost the backend. While the context
+        is open, a task inside it renews the lease. If the backend cannot be reached for longer than the lease lasts,
+        the source vanishes for all providers. The task logs this once as a warning, publishes the source again when it
+        can, and never ends the context: the server goes on serving the clients that know it.
 
-        Withdrawal: leaving the context withdraws the source, also when it is left by an error or a cancellation. That
-        is tried under a shielded scope for 5 seconds at most; if it fails, the lease lapses. Leaving raises nothing
-        of its own.
+        Withdrawal: leaving the context withdraws the source, also on an error or a cancellation. This is tried in a
+        shielded scope for at most 5 seconds; if it fails, the lease expires. Leaving raises no error of its own.
 
-        Publishing one address twice at once is an error of the caller.
+        Publishing one address twice at the same time is an error of the caller.
 
         Args:
-            source: Address under which others reach it, labels, load.
+            source: The address at which clients reach it, its labels and its load.
 
         Raises:
-            DiscoveryError: (On entering.) The backend can't be reached or refuses, within the provider's deadline.
-                Nothing is published then. The caller serves without being found.
+            DiscoveryError: (On entering.) The backend refused, or could not be reached within the provider's deadline.
+                Nothing is published. The caller may serve without being found.
             LocalProtocolError: (On entering.) This address is published by this object already.
         """
         ...
 
 
 class Claim(Protocol):
-    """A piece of work that is this instance's, as long as the context of :meth:`Claims.claim` is open."""
+    """A piece of work that this instance holds while the context of :meth:`Claims.claim` is open."""
 
     @property
     def held(self) -> bool:
-        """Whether it is still this instance's, as far as is known. Never true again once it was false."""
+        """Whether this instance still holds the claim, as far as it knows. Once false, it stays false."""
         ...
 
     async def lost(self) -> None:
-        """Wait until it is lost: the lease could not be renewed in time, so another instance may hold it now.
+        """Wait until the claim is lost: its lease was not renewed in time, so another instance may hold it now.
 
-        Returns at once when it is lost already. Cancelling this changes nothing.
+        Returns at once if it is lost already. Cancelling this call has no effect on the claim.
         """
         ...
 
 
 class Claims(Protocol):
-    """Lets one instance of a group do what all of them would do otherwise, such as reading weights from storage.
+    """Lets one instance of a group do work that otherwise all of them would do, such as reading weights from storage.
 
     A claim saves work and is no lock: after a pause or a network partition two instances may believe for a while that
-    they hold it. Whatever is done under a claim must stay right when two instances do it.
+    they hold it. Work under a claim must be correct also when two instances do it.
     """
 
     def claim(self, work: str, *, within: float) -> AbstractAsyncContextManager[Claim | None]:
         """Claim `work`, and hold it for as long as the context is open.
 
-        Entering waits until the work is this instance's, and at most `within` seconds. The context gives None when
-        another instance still holds it then: that is no error, and the caller does without (it looks for a source,
-        or does the work as well).
+        Entering the context waits for the claim for at most `within` seconds. The context gives None if another
+        instance still holds it then. This is not an error: the caller goes on without the claim (it pulls from a
+        source, or does the work as well).
 
-        Lease: a claim lapses within a minute after its holder died or lost the backend; then one of those that wait
-        gets it. While the context is open, a task inside it renews the lease. When that fails for as long as the lease
-        lasts, :attr:`Claim.held` becomes false *before* another instance can get it (by the clock of this host), and
-        :meth:`Claim.lost` returns. Nothing is cancelled: the holder decides whether it goes on.
+        Lease: a claim expires within a minute after its holder died or lost the backend; then one of the waiting
+        instances gets it. While the context is open, a task inside it renews the lease. If renewing fails for as long
+        as the lease lasts, :attr:`Claim.held` becomes false *before* another instance can get the claim (by the clock
+        of this host), and :meth:`Claim.lost` returns. Nothing is cancelled: the holder decides whether it goes on.
 
-        Release: leaving the context releases the claim, also when it is left by an error or a cancellation. That is
-        tried under a shielded scope for 5 seconds at most; if it fails, the lease lapses. Leaving raises nothing of
-        its own. Whether the work was done is not part of this contract: whoever gets the claim next has to look.
+        Release: leaving the context releases the claim, also on an error or a cancellation. This is tried in a shielded
+        scope for at most 5 seconds; if it fails, the lease expires. Leaving raises no error of its own. The claim does
+        not say whether the work was done: the next holder must check.
 
-        Cancelling while it waits withdraws the request; the claim is never held afterwards.
+        Cancelling the wait withdraws the request; the claim is not held afterwards.
 
         Args:
-            work: What is claimed, the same text in all instances of the group: it should name the model and the step.
+            work: Names the work by the same text in all instances of the group, including the model and the step.
             within: Seconds to wait; 0 to ask once.
 
         Raises:
-            DiscoveryError: (On entering.) The backend can't be reached or refuses. The caller does what it would do
-                without a group.
+            DiscoveryError: (On entering.) The backend cannot be reached, or refused. The caller goes on as without a
+                group.
         """
         ...

@@ -1,4 +1,4 @@
-"""Sources that the caller knows: the fixed list."""
+"""The provider of a fixed list of sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FixedSources"]
 
 
 class FixedSources:
-    """A provider of a list that never changes, in the order to try.
+    """A provider of a fixed list of sources, in the order to try.
 
     Args:
         sources: Addresses (``host:port``, ``[ipv6]:port``), or sources with labels and load.
@@ -22,7 +22,7 @@ class FixedSources:
         sources: As given.
 
     Raises:
-        ConfigError: One of them is no address, or `sources` is a single text.
+        ConfigError: One of them is not an address, or `sources` is a single string.
     """
 
     def __init__(self, sources: Iterable[str | Address | Source]) -> None:
@@ -31,7 +31,7 @@ class FixedSources:
         self.sources = tuple(_source(one, f"sources[{place}]") for place, one in enumerate(sources))
 
     async def watch(self) -> AsyncGenerator[SourceChange, None]:
-        """Tell all of them, and that there are no more."""
+        """Yield each source, then end."""
         for source in self.sources:
             yield Appeared(source)
 

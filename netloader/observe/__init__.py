@@ -1,4 +1,4 @@
-"""What happens in pulls and servers, as events: for metrics, logs and progress displays."""
+"""Events of pulls and servers, for metrics, logs and progress displays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of an observer, and how events are handed to several of them."""
+"""The contract of an observer, and a group of observers that receive each event."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _log = logging.getLogger("netloader")
 
 
 class Observer(Protocol):
-    """Is told what happens in a pull or a server: any function that takes an event.
+    """Receives the events of a pull or a server: any function that takes an event.
 
-    It is called in the thread of the event loop, between two of its steps, so it must be quick (microseconds) and must
-    not block: what takes longer belongs into a queue and another thread. Events come in the order in which things
-    happened. One observer may be given to several pulls and servers; those of ``netloader.sync`` have a thread each.
+    It is called on the thread of the event loop, so it must return within microseconds and must not block. Longer work
+    belongs in another thread, behind a queue. Events arrive in the order in which they happened. One observer may be
+    given to several pulls and servers; each of those of ``netloader.sync`` calls it from its own thread.
 
-    An observer ignores events that it does not know: later releases add some.
+    An observer must ignore events that it does not know, because later releases add some.
 
-    An observer that raises never breaks what it observes: the exception is logged once, and the pull or server tells
-    it nothing more.
+    An observer that raises does not affect the pull or server: the exception is logged once, and the observer receives
+    no more events.
     """
 
     def __call__(self, event: Event, /) -> None:
-        """Take note of `event`, which nobody changes any more."""
+        """Receive `event`. It is never changed afterwards."""
         ...
 
 
@@ -35,18 +35,18 @@ class Observers:
     """Hands each event to several observers, in their order.
 
     Args:
-        observers: Who is told.
+        observers: The observers.
     """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
 
     def __call__(self, event: Event) -> None:
-        """Tell all of them; never raises an `Exception`."""
+        """Call each observer. Raises no `Exception`."""
         for observer in self._observers:
             try:
                 observer(event)
-            except Exception:  # noqa: BLE001 - another one's code: it may cost the observer, nothing else
+            except Exception:  # noqa: BLE001 - third-party code: it may affect this observer only
                 self._observers = tuple(one for one in self._observers if one is not observer)
                 name = getattr(observer, "__qualname__", type(observer).__name__)
                 _log.exception("observer %s failed, and is told nothing more", name)

@@ -1,6 +1,6 @@
-"""What observers are told. Plain data: frozen, never changed after it was told.
+"""The events that observers receive: plain, frozen data.
 
-Sessions go by numbers: at a client those of its pull, at a server those of the server.
+Each session has a number: at a client it counts the sessions of the pull, at a server those of the server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PullBegan:
     """A pull began; `PullEnded` follows.
 
     Attributes:
-        role: What it pulls: ``target`` or ``draft``.
+        role: Role of the tensors that it pulls: ``target`` or ``draft``.
     """
 
     role: str
@@ -42,12 +42,12 @@ class PullBegan:
 
 @dataclass(frozen=True, slots=True)
 class PullEnded:
-    """A pull is over. It was cancelled when there is neither a report nor an error.
+    """A pull ended. With neither a report nor an error, it was cancelled.
 
     Attributes:
-        seconds: Whole time.
-        report: Its account, when every byte is verified.
-        error: Why it failed; also an error of the caller's `progress`.
+        seconds: Duration of the pull.
+        report: Its report, if every byte is verified.
+        error: Why it failed; this may be an error that the caller's `progress` raised.
     """
 
     seconds: float
@@ -57,13 +57,13 @@ class PullEnded:
 
 @dataclass(frozen=True, slots=True)
 class SourceChosen:
-    """A pull connects to a source; `SourceLeft` follows, and between the two a session if it is there.
+    """A pull connects to a source; `SourceLeft` follows. If the connection succeeds, a session runs between the two.
 
     Attributes:
         session: Number of the session.
         source: Its address.
-        labels: What its provider said about it.
-        named_by: Address of the source that named it; empty when its provider did.
+        labels: Its labels, as the provider gave them.
+        named_by: Address of the source that named it; empty when the provider did.
     """
 
     session: int
@@ -74,13 +74,14 @@ class SourceChosen:
 
 @dataclass(frozen=True, slots=True)
 class SourceLeft:
-    """A pull is done with a source for now; it may choose it again.
+    """A pull stops using a source; it may choose it again.
 
     Attributes:
         session: Number of the session.
         source: Its address.
-        error: Why, if anything went wrong: it is not there, it refused (:class:`~netloader.RefusedError`), it broke
-            off, others are faster. None when it was not needed any more, or the pull was cancelled.
+        error: Why, if something failed: the source cannot be reached, it refused (:class:`~netloader.RefusedError`),
+            its connection broke, or other sources are faster. None when it was not needed any more, or the pull was
+            cancelled.
     """
 
     session: int
@@ -90,15 +91,15 @@ class SourceLeft:
 
 @dataclass(frozen=True, slots=True)
 class BlocksVerified(Progress):
-    """Blocks of one source are in place and checked. Told for many at a time, not for each.
+    """Blocks of one source were verified. One event is emitted for many blocks.
 
     Attributes:
-        verified: Bytes of the pull that are in place and checked.
-        total: Bytes in all.
-        seconds: Since the pull began.
-        source: Where these came from.
-        session: Number of the session that brought them.
-        blocks: How many these are.
+        verified: Verified bytes of the pull so far.
+        total: All bytes of the pull.
+        seconds: Seconds since the pull began.
+        source: Address of the source of these blocks.
+        session: Number of the session that received them.
+        blocks: Number of these blocks.
         nbytes: Their bytes.
     """
 
@@ -112,7 +113,7 @@ class BlocksVerified(Progress):
 
 @dataclass(frozen=True, slots=True)
 class SessionBegan:
-    """A control connection is there; `SessionEnded` follows.
+    """A control connection was established; `SessionEnded` follows.
 
     Attributes:
         side: ``client`` or ``server``.
@@ -144,16 +145,16 @@ class TransportChosen:
 
 @dataclass(frozen=True, slots=True)
 class PhaseEnded:
-    """A phase of a session is over. At a client, the seconds of all of them add up to ``PullReport.phases``.
+    """A phase of a session ended. At a client, the sums of these seconds are ``PullReport.phases``.
 
     Attributes:
         side: ``client`` or ``server``.
         session: Number of the session.
         peer: Address of the other side.
         phase: ``connect``, ``validate``, ``plan``, ``transfer``, ``verify`` or ``finalize``; see
-            :class:`~netloader.Phases`. ``connect`` is told of a source that is not there, too. ``verify`` is told at
-            the end of a client's session, for all of its blocks.
-        seconds: How long it took.
+            :class:`~netloader.Phases`. ``connect`` is emitted for a source that cannot be reached, too. ``verify`` is
+            emitted once, at the end of a client's session, for all of its blocks.
+        seconds: Duration of the phase.
     """
 
     side: str
@@ -165,18 +166,18 @@ class PhaseEnded:
 
 @dataclass(frozen=True, slots=True)
 class SessionEnded:
-    """A session is over.
+    """A session ended.
 
     Attributes:
         side: ``client`` or ``server``.
         session: Number of the session.
         peer: Address of the other side.
-        role: What the client asked for; empty when it did not get to that.
+        role: Role that the client asked for; empty if the session ended before that.
         transport: Name of the transport; empty when none was chosen.
-        seconds: How long it took, connecting included.
+        seconds: Duration of the session, connecting included.
         blocks: Blocks that were verified (client) or sent (server).
         nbytes: Their bytes.
-        error: Why it failed; a refusal is a :class:`~netloader.RefusedError` with a code, at both sides.
+        error: Why it failed; a refusal is a :class:`~netloader.RefusedError` with a code, on both sides.
     """
 
     side: str
@@ -191,7 +192,7 @@ class SessionEnded:
 
     @property
     def stray(self) -> bool:
-        """Whether the peer was no client at all: it went away or broke the rules before it asked for anything."""
+        """Whether this was a stray connection: it ended or violated the protocol before it asked for anything."""
         return self.error is not None and not self.role and not isinstance(self.error, RefusedError)
 
 
@@ -200,15 +201,15 @@ class SessionEnded:
 
 @dataclass(frozen=True, slots=True)
 class ServingStarted:
-    """A server offers weights from now on; `ServingStopped` follows.
+    """A server began to offer weights; `ServingStopped` follows.
 
     Attributes:
         role: ``target`` or ``draft``.
         layout: ``raw``, ``processed`` or ``checkpoint``.
         model: Name of the model; empty when it has none.
         root: Root of the weights, in hex.
-        tensors: How many tensors.
-        blocks: How many blocks.
+        tensors: Number of tensors.
+        blocks: Number of blocks.
         nbytes: Their bytes.
     """
 
@@ -223,13 +224,13 @@ class ServingStarted:
 
 @dataclass(frozen=True, slots=True)
 class ServingStopped:
-    """A server does not offer these weights any more.
+    """A server stopped offering weights.
 
     Attributes:
         role: ``target`` or ``draft``.
         layout: ``raw``, ``processed`` or ``checkpoint``.
         root: Root of the weights, in hex.
-        reason: Why, as clients are told.
+        reason: The reason, as clients receive it.
     """
 
     role: str

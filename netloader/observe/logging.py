@@ -1,4 +1,4 @@
-"""The log lines of a server, made from events; and lines that others can cause as often as they like."""
+"""The log lines of a server, written from its events, and a limit for log lines that peers can cause at will."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import time
 from netloader.errors import NetloaderError, RefusedError
 from netloader.observe.events import Event, ServingStarted, SessionEnded, TransportChosen
 
-__all__ = ["LimitedLine", "ServerLog"]
+__all__ = ["RateLimitedLog", "ServerLog"]
 
 _log = logging.getLogger("netloader")
 
 _MINUTE = 60.0
 
 _SHOWN = 500
-"""Characters of a log line about a session: part of it is the client's own text."""
+"""Most characters of a log line about a session: part of it may be text of the client."""
 
-_NOT_NEWS = ("not-ready", "busy", "done")
-"""Refusals that clients get again and again while they wait, and the farewell of one that has got all from others."""
+_ROUTINE_CODES = ("not-ready", "busy", "done")
+"""Codes logged at debug level: the refusals that waiting clients receive repeatedly, and the goodbye of a client that
+received every block from other sources."""
 
 
-class LimitedLine:
-    """Something that others can cause as often as they like: a few log lines a minute, then how many there were.
+class RateLimitedLog:
+    """Logs something that peers can cause at will: at most a few lines a minute, then the number of lines left out.
 
     Args:
-        what: Its name in the log.
+        what: What happened, for the log.
         level: Level of the lines.
-        lines: Lines in a minute.
+        lines: Most lines in a minute.
     """
 
     def __init__(self, what: str, level: int, lines: int) -> None:
@@ -35,32 +36,32 @@ class LimitedLine:
         self._level = level
         self._lines = lines
         self._shown = 0
-        self._untold = 0
+        self._suppressed = 0
         self._until = 0.0
 
     def happened(self, detail: str) -> None:
-        """Log it, or count it."""
+        """Log one occurrence, or only count it."""
         now = time.monotonic()
         if now >= self._until:
-            if self._untold:
-                _log.log(self._level, "%s: %d more since the last line", self._what, self._untold)
-            self._shown, self._untold, self._until = 0, 0, now + _MINUTE
+            if self._suppressed:
+                _log.log(self._level, "%s: %d more since the last line", self._what, self._suppressed)
+            self._shown, self._suppressed, self._until = 0, 0, now + _MINUTE
         if self._shown < self._lines:
             self._shown += 1
             _log.log(self._level, "%s: %s", self._what, detail)
         else:
-            self._untold += 1
+            self._suppressed += 1
 
 
 class ServerLog:
-    """An observer that logs what is served, and each session of a client."""
+    """An observer that logs what a server serves, and each of its sessions."""
 
     def __init__(self) -> None:
-        self._strays = LimitedLine("a connection that was no client's", logging.INFO, 1)
-        self._failures = LimitedLine("a session failed", logging.WARNING, 20)
+        self._strays = RateLimitedLog("a connection that was no client's", logging.INFO, 1)
+        self._failures = RateLimitedLog("a session failed", logging.WARNING, 20)
 
     def __call__(self, event: Event) -> None:
-        """Log `event`, if it is one of a server that is logged."""
+        """Log `event` if it is an event of a server that has a log line."""
         match event:
             case ServingStarted():
                 _log.info(
@@ -79,14 +80,14 @@ class ServerLog:
                 self._ended(event)
 
     def stray(self, detail: str) -> None:
-        """Log a connection that was gone before a session began."""
+        """Log a connection that was closed before its session began."""
         self._strays.happened(detail)
 
     def _ended(self, event: SessionEnded) -> None:
         error, label = event.error, _label(event)
         if error is None:
             _log.info("%s: done, %d blocks, %.1f MB", label, event.blocks, event.nbytes / 1e6)
-        elif isinstance(error, RefusedError) and error.code in _NOT_NEWS:
+        elif isinstance(error, RefusedError) and error.code in _ROUTINE_CODES:
             _log.debug("%s: %s", label, _one_line(error))
         elif event.stray:
             self._strays.happened(f"{label}: {_one_line(error)}")
@@ -99,7 +100,7 @@ def _label(event: TransportChosen | SessionEnded) -> str:
 
 
 def _one_line(error: NetloaderError) -> str:
-    """An error for the log: part of it may be a stranger's text."""
+    """An error as one line of limited length, without control characters: part of it may be text of a peer."""
     text = str(error)
     if len(text) > _SHOWN:
         text = text[: _SHOWN - 3] + "..."

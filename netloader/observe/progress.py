@@ -1,7 +1,7 @@
-"""How far a pull is, for people: a bar on a terminal, plain lines everywhere else.
+"""Displays of the progress of a pull: a bar on a terminal, plain lines elsewhere.
 
-Both are progress callbacks, and observers. They take the time from what they are told, so that they behave the same in
-a test.
+Both are progress callbacks and observers. They take the time from the events, not from a clock, so a test can control
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NARROWEST = 10
 
 
 def byte_text(nbytes: float) -> str:
-    """A number of bytes with three digits or four: ``512 B``, ``4.19 MB``, ``141 GB``."""
+    """A number of bytes with three or four digits: ``512 B``, ``4.19 MB``, ``141 GB``."""
     value, unit = float(nbytes), 0
     while value >= _STEP - 0.5 and unit < len(_UNITS) - 1:
         value, unit = value / _STEP, unit + 1
@@ -45,7 +45,7 @@ class Rate:
     """Bytes per second over the last few seconds.
 
     Args:
-        window: How many seconds count.
+        window: Length of the period in seconds.
     """
 
     def __init__(self, window: float = 5.0) -> None:
@@ -53,7 +53,7 @@ class Rate:
         self._samples: deque[tuple[float, int]] = deque([(0.0, 0)])
 
     def add(self, seconds: float, nbytes: int) -> None:
-        """Take note that `nbytes` in all were there at time `seconds`; times do not decrease."""
+        """Record that `nbytes` in all were verified at time `seconds`. Times must not decrease."""
         samples = self._samples
         if len(samples) > 1 and seconds - samples[-2][0] < _SAMPLE_EVERY:
             samples.pop()
@@ -69,7 +69,7 @@ class Rate:
 
 
 class _Display(ABC):
-    """What both forms share: the words, and when to say them."""
+    """The common base of both displays: the rate, and when to update."""
 
     def __init__(self, every: float) -> None:
         self._every = every
@@ -78,7 +78,7 @@ class _Display(ABC):
         self._done = False
 
     def __call__(self, progress: Progress | Event) -> None:
-        """Take note of progress, and show it when it is time. Other events than `BlocksVerified` change nothing."""
+        """Record progress, and show it if an update is due. Events other than `BlocksVerified` are ignored."""
         if not isinstance(progress, Progress):
             return
         self._rate.add(progress.seconds, progress.verified)
@@ -91,23 +91,23 @@ class _Display(ABC):
 
     @abstractmethod
     def show(self, progress: Progress) -> None:
-        """Write it where it belongs."""
+        """Write `progress` to the display."""
 
     def _speed(self, progress: Progress) -> tuple[str, str]:
-        """The rate and the time that is left; the latter empty when it can't be known."""
+        """The rate, and the estimated time left; the latter is empty when it is not known."""
         rate, left = self._rate.per_second, progress.total - progress.verified
-        if self._done and progress.seconds > 0:  # over all of it, now that this is known
+        if self._done and progress.seconds > 0:  # the average over the whole pull
             rate = progress.verified / progress.seconds
         return f"{byte_text(rate)}/s", time_text(left / rate) if rate > 0 and progress.total else ""
 
 
 class ProgressLog(_Display):
-    """Plain lines: one every few seconds, and one when all is there.
+    """Plain lines: one every few seconds, and one at the end.
 
     Args:
-        emit: Takes a line (``logger.info``, say).
+        emit: Takes a line, for example ``logger.info``.
         every: Seconds between two lines.
-        verb: What is happening.
+        verb: First word of each line.
     """
 
     def __init__(self, emit: Callable[[str], object], *, every: float = 5.0, verb: str = "pulled") -> None:
@@ -125,12 +125,12 @@ class ProgressLog(_Display):
 
 
 class ProgressBar(_Display):
-    """A bar that is drawn again and again in the last line of a terminal; a context manager that leaves that line.
+    """A bar in the last line of a terminal. A context manager: leaving it moves the cursor to the next line.
 
     Args:
         stream: The terminal.
         every: Seconds between two drawings.
-        columns: Gives the width of the terminal.
+        columns: Returns the width of the terminal.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Who is served now and who waits: first come, first served."""
+"""Admission control: a limited number of turns, and a queue for them in order of arrival."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Admission"]
 class Admission:
     """A limited number of turns, and a queue of limited length for them.
 
-    Changing the account never waits, so there is no moment at which a cancelled client could lose a turn.
+    All changes are synchronous, so a cancellation cannot lose a turn.
 
     Args:
         total: Turns that may be taken at once.
@@ -46,21 +46,21 @@ class Admission:
         return True
 
     def has(self, client: Hashable) -> bool:
-        """Whether it is the turn of `client`."""
+        """Whether `client` has a turn."""
         return client in self._taken
 
     def before(self, client: Hashable) -> int:
-        """Clients in the queue before `client`; 0 when it does not wait."""
+        """Number of clients ahead of `client` in the queue; 0 when it does not wait."""
         return list(self._waiting).index(client) if client in self._waiting else 0
 
     async def wait(self, client: Hashable) -> None:
-        """Wait for the turn of `client`, which has entered."""
+        """Wait until `client`, which has entered, has a turn."""
         place = self._waiting.get(client)
         if place is not None:
             await place.wait()
 
     def leave(self, client: Hashable) -> None:
-        """Take `client` out, wherever it is; a turn that it had goes to the next one. Idempotent."""
+        """Remove `client` from the turns or the queue. A turn that becomes free goes to the next client. Idempotent."""
         self._waiting.pop(client, None)
         self._taken.discard(client)
         while self._waiting and len(self._taken) < self.total:

@@ -1,4 +1,4 @@
-"""What a server serves, by role: ready, still loading, or retracted. No I/O."""
+"""The holdings of a server by role and layout, and the refusals where it holds nothing. No I/O."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ __all__ = ["Holdings"]
 
 @dataclass(frozen=True, slots=True)
 class _Absent:
-    """Nothing to serve under a role, for a reason that clients are told."""
+    """Nothing is served under a role and layout; `reply` is the refusal for clients."""
 
     reply: NotHeld
 
 
 class Holdings:
-    """The table of what is served: at most one holding for each role and layout."""
+    """The catalog of a server: at most one holding for each role and layout."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Role, Layout], Holding | _Absent] = {}
         self._supplies: dict[tuple[Role, Layout], Supply | None] = {}
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
-        """Serve `holding` under its own role and layout; ends an announcement or retraction made before.
+        """Serve `holding` under its own role and layout.
+
+        Replaces what :meth:`expect`, :meth:`refuse` or :meth:`retract` set.
 
         Args:
-            holding: What is served.
-            supply: What of it is there already, when the rest is still being pulled.
+            holding: The holding.
+            supply: Progress of the pull that fills it; None when all blocks are there.
 
         Raises:
-            LocalProtocolError: Other tensors are being served there.
+            LocalProtocolError: Other tensors are served under this role and layout.
         """
         identity = holding.announcement.identity
         key = (identity.role, identity.layout)
@@ -49,21 +51,21 @@ class Holdings:
         )
 
     def expect(self, role: Role, layout: Layout, reason: str, retry_after: float) -> None:
-        """Tell clients that something will be held, later; what is served now goes on being served until then."""
+        """Refuse clients with "not ready" until :meth:`add`. Does nothing while a holding is served."""
         reply = NotHeld("not-ready", reason, hint="try again, or set WAIT on the client", retry_after=retry_after)
-        # A new load ends what was said about the one before: a refusal, or a retraction.
+        # A new load replaces the refusal or retraction of the previous one.
         if isinstance(self._entries.get((role, layout)), _Absent | None):
             self._entries[role, layout] = _Absent(reply)
 
     def refuse(self, role: Role, layout: Layout, reason: str, hint: str) -> None:
-        """Tell clients why nothing is held under this role and layout."""
+        """Refuse clients with "not held", and this reason, under this role and layout."""
         self._entries[role, layout] = _Absent(NotHeld("not-held", reason, hint=hint))
 
     def retract(self, role: Role, reason: str, sources: tuple[str, ...] = ()) -> tuple[Holding, ...]:
         """Stop serving everything under `role`.
 
         Returns:
-            What was served until now.
+            The holdings that were served until now.
         """
         held = []
         for key, entry in self._entries.items():
@@ -77,15 +79,15 @@ class Holdings:
         return tuple(held)
 
     def held(self) -> tuple[Holding, ...]:
-        """Everything that is served now."""
+        """The holdings that are served now."""
         return tuple(entry for entry in self._entries.values() if not isinstance(entry, _Absent))
 
     def holds(self, holding: Holding) -> bool:
-        """Whether exactly this holding is served now."""
+        """Whether this very object is served now."""
         return any(entry is holding for entry in self._entries.values())
 
     def why_gone(self, holding: Holding) -> tuple[str, tuple[str, ...]]:
-        """Why `holding` is not served any more, and where else it may be had."""
+        """Why `holding` is not served any more, and other sources of the same weights."""
         identity = holding.announcement.identity
         entry = self._entries.get((identity.role, identity.layout))
         if isinstance(entry, _Absent):
@@ -93,12 +95,12 @@ class Holdings:
         return "other weights are served here now", ()
 
     def supply_of(self, holding: Holding) -> Supply | None:
-        """What of `holding` is there already; None when it is whole, or not served any more."""
+        """Progress of the pull that fills `holding`; None when all blocks are there, or it is not served any more."""
         identity = holding.announcement.identity
         return self._supplies.get((identity.role, identity.layout)) if self.holds(holding) else None
 
     def find(self, role: Role, layouts: Sequence[Layout]) -> tuple[Held | NotHeld, Holding | None]:
-        """What is held under `role` in the first of `layouts` that is there.
+        """Find the holding under `role` in the first of `layouts` that is served.
 
         Returns:
             The answer for the session, and the holding itself when there is one.

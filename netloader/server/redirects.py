@@ -1,7 +1,8 @@
-"""Relays: clients that serve what they have while they pull the rest, and whom a server sends on to whom. No sockets.
+"""Decides which clients a server redirects, and to which of its relays. No sockets.
 
-A chain is the default: one client is served directly, the next ones are sent to it, and from there to the last one.
-On links that are the bottleneck a chain costs about one transfer for all, where serving each costs one for each.
+The default is a chain: one client is served directly; each further one is redirected until it reaches the last relay.
+Where the network is the bottleneck, a chain takes about as long as one transfer, however many clients there are.
+Serving each client directly takes one transfer per client.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ __all__ = ["Redirects"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Child:
-    """A client that is being served and passes on what it gets."""
+class _Relay:
+    """A client that is being served and relays the blocks it has."""
 
     holding: object
     host: str
@@ -24,50 +25,50 @@ class _Child:
 
 
 class Redirects:
-    """Whom a server serves, and which of those pass on what they get.
+    """The clients that a server serves, and which of them are relays.
 
     Args:
-        fan_out: Clients served directly before newcomers are sent on; 0 to send nobody on.
+        fan_out: Clients served directly before further ones are redirected; 0 redirects no client.
     """
 
     def __init__(self, fan_out: int) -> None:
         self._fan_out = fan_out
         self._served: dict[Hashable, object] = {}
-        self._children: dict[Hashable, _Child] = {}
+        self._relays: dict[Hashable, _Relay] = {}
 
     def join(self, session: Hashable, holding: object, host: str, port: int) -> None:
-        """A client is being served.
+        """Add a client that is being served.
 
         Args:
             session: Its session.
-            holding: What it gets.
-            host: Its address.
-            port: Where it serves in turn; 0 when it does not.
+            holding: The holding it pulls.
+            host: Its host.
+            port: Port on which it relays; 0 when it does not.
         """
         self._served[session] = holding
         if port:
-            self._children[session] = _Child(holding, host, port)
+            self._relays[session] = _Relay(holding, host, port)
 
     def leave(self, session: Hashable) -> None:
-        """A client is not served any more. Idempotent."""
+        """Remove a client that is not served any more. Idempotent."""
         self._served.pop(session, None)
-        self._children.pop(session, None)
+        self._relays.pop(session, None)
 
-    def instead(self, holding: object, avoid: Sequence[str], peer_host: str, local_host: str) -> tuple[str, ...]:
-        """Where to send a newcomer, newest relay first; empty when it is to be served here.
+    def relays_for(self, holding: object, avoid: Sequence[str], peer_host: str, local_host: str) -> tuple[str, ...]:
+        """Relays to redirect a new client to, newest first; empty when it is to be served here.
 
         Args:
-            holding: What it wants.
-            avoid: Relays that failed it.
-            peer_host: Its address.
-            local_host: Our address, as it sees it: that of a relay on this very host, too.
+            holding: The holding it wants.
+            avoid: Relays that failed for this client.
+            peer_host: Host of the client.
+            local_host: Host of this server, as the client sees it. A relay on this host has the same.
         """
         direct = sum(served is holding for served in self._served.values())
         if self._fan_out == 0 or direct < self._fan_out:
             return ()
         found = []
-        for child in reversed(self._children.values()):
-            if child.holding is not holding:
+        for relay in reversed(self._relays.values()):
+            if relay.holding is not holding:
                 continue
-            found.append(seen_from(str(Address(child.host, child.port)), peer_host, local_host))
+            found.append(seen_from(str(Address(relay.host, relay.port)), peer_host, local_host))
         return tuple(name for name in dict.fromkeys(found) if name not in avoid)

@@ -1,7 +1,7 @@
-"""The server: accepts clients and serves what it holds, many at once, beside whatever else the process does.
+"""The server: accepts connections and serves its holdings to many clients at once, beside other work of the process.
 
-Knows nothing of torch: what it serves comes as :class:`~netloader.session.holding.Holding` objects;
-``netloader.Server`` puts tensors in front of it.
+Independent of torch: it serves :class:`~netloader.session.holding.Holding` objects. ``netloader.Server`` makes them
+from tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from netloader.core.protocol import ServerTerms, Session, Side, State
 from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, PeerLost
 from netloader.observe.base import Observer, Observers
 from netloader.observe.events import ServingStarted, ServingStopped, SessionBegan, SessionEnded
-from netloader.observe.logging import LimitedLine, ServerLog
+from netloader.observe.logging import RateLimitedLog, ServerLog
 from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
@@ -42,17 +42,17 @@ _log = logging.getLogger("netloader")
 _BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
 _STRAY_PAUSE = 0.002
-"""Seconds without a new connection for each one that was no client's: about what it cost. Whoever talks garbage,
-however fast, leaves half of the event loop to the clients, and to the engine beside it."""
+"""Seconds to wait before the next accept for each stray connection: about the time that one costs. So stray
+connections, however frequent, leave half of the event loop's time to clients and to the engine."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""What `accept` says when this machine, not the client, is at its end: trying again at once would only spin."""
+"""Errors of `accept` that mean that this host has run out of resources. Trying again at once would only spin."""
 
-_LOOKS = (8, 128)
-"""Clients that may look at what is served at once, and that may wait to."""
+_PROBES = (8, 128)
+"""Probes served at once, and probes that may wait."""
 
 
 def _bind(host: str | None, port: int) -> list[socket.socket]:
-    """Bound sockets. For all addresses: one that takes IPv6 and IPv4, or IPv4 alone where there is no IPv6.
+    """Bind the listening sockets. For all addresses: one dual-stack socket, or an IPv4 socket on a host without IPv6.
 
     Raises:
         ConfigError: The address can't be bound.
@@ -63,7 +63,7 @@ def _bind(host: str | None, port: int) -> list[socket.socket]:
                 try:
                     return [_listening(socket.AF_INET6, ("", port), dualstack=True)]
                 except OSError as error:
-                    _log.debug("no dual-stack socket, taking IPv4 alone: %s", error)
+                    _log.debug("no dual-stack socket, using IPv4 only: %s", error)
             return [_listening(socket.AF_INET, ("", port))]
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
@@ -88,9 +88,9 @@ class HoldingServer:
     """Serves holdings to clients, as an asynchronous context manager.
 
     Args:
-        transports: What it may send over, preferred first.
-        options: How it behaves.
-        observers: Told what happens: what is served, each session, and its phases.
+        transports: Transports it may use, preferred first.
+        options: Limits, deadlines and the token.
+        observers: Receive the events of the server and its sessions.
 
     Raises (on entering):
         ConfigError: The address can't be bound.
@@ -103,16 +103,16 @@ class HoldingServer:
         self._options = options
         self._holdings = Holdings()
         self._sessions: set[ServerSession] = set()
-        self._strangers: dict[ServerSession, None] = {}
+        self._unadmitted: dict[ServerSession, None] = {}
         self._changed = anyio.Event()
         self._relays = Redirects(options.fan_out)
         self._turns = Admission(options.max_clients, options.max_queue)
-        self._looks = Admission(*_LOOKS)
+        self._probes = Admission(*_PROBES)
         self._log = ServerLog()
         self._observe = Observers((self._log, *observers))
-        self._unaccepted = LimitedLine("a connection could not be accepted", logging.WARNING, 1)
-        self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # what sessions that are over have left behind
-        self._owed = 0.0  # seconds of pause before the next connection
+        self._unaccepted = RateLimitedLog("a connection could not be accepted", logging.WARNING, 1)
+        self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # memory that ended sessions may still read
+        self._accept_delay = 0.0  # seconds of pause before the next connection
         self._listeners: list[SocketListener] = []
         self._tasks: TaskGroup | None = None
         self._stack: AsyncExitStack | None = None
@@ -157,7 +157,7 @@ class HoldingServer:
                 await self._until(lambda: not self._sessions)
         self._tasks.cancel_scope.cancel()
         try:
-            # Without the error: it is the caller's, and is not to come back wrapped up with those of our tasks.
+            # Without the error of the caller: the task group would wrap it in an exception group.
             await stack.__aexit__(None, None, None)
         finally:
             self._stopped_serving(self._holdings.held(), "the server is stopping")
@@ -176,12 +176,12 @@ class HoldingServer:
 
     @property
     def holdings(self) -> Holdings:
-        """What is served."""
+        """The catalog of what is served."""
         return self._holdings
 
     @property
     def sessions(self) -> tuple[SessionInfo, ...]:
-        """A glance at every session that is open."""
+        """A snapshot of every open session."""
         return tuple(session.info() for session in self._sessions)
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
@@ -205,11 +205,14 @@ class HoldingServer:
             self._observe(ServingStopped(known.identity.role, known.identity.layout, known.root, reason))
 
     def expect(self, role: Role = "target", layout: Layout = "raw", *, reason: str, retry_after: float = 2.0) -> None:
-        """Answer clients "not ready" until :meth:`add` brings it."""
+        """Refuse clients with "not ready" until :meth:`add` is called for this role and layout."""
         self._holdings.expect(role, layout, reason, retry_after)
 
     async def drained(self, role: Role = "target", *, within: float) -> bool:
-        """Wait until nobody pulls `role` any more; whether that is so. It goes on being served meanwhile."""
+        """Wait until no client pulls `role`, for `within` seconds at most. Returns whether none does.
+
+        The role is served meanwhile.
+        """
         with anyio.move_on_after(within):
             await self._until(lambda: not self._pulling(role))
         return not self._pulling(role)
@@ -221,16 +224,16 @@ class HoldingServer:
     async def retract(
         self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
     ) -> None:
-        """Stop serving `role`: nothing more is granted, running sends may end, then the memory is free to change.
+        """Stop serving `role`: no new grants, then a bounded wait for running sends. Its memory may change afterwards.
 
-        Bounded: where a send can't be ended in time, the log says as an error that the memory is still read, and by
-        which thread. Its client finds that the bytes are other ones, if they change.
+        If a send cannot be ended in time, an error in the log says that the memory is still being read, and by which
+        thread. If the memory changes then, the client finds that the digests differ.
 
         Args:
-            role: What to retract.
-            reason: Told to clients.
-            within: Seconds that running sends may take; their sessions are cut after that.
-            sources: Told to clients: where they may find the same.
+            role: The role to retract.
+            reason: Reason given to clients.
+            within: Seconds that running sends may take. After that their sessions are ended.
+            sources: Other sources of the same weights, named to clients.
         """
         held = self._holdings.retract(role, reason, sources)
         self._stopped_serving(held, reason)
@@ -246,13 +249,13 @@ class HoldingServer:
             await self._until(lambda: not any(s in self._sessions for s in affected))
         for session in affected:
             if session in self._sessions:
-                session.abandon(reason)  # it does not even read its last message
+                session.abandon(reason)  # the client does not read its last message
         with anyio.move_on_after(self._options.stop_within):
             await self._until(lambda: not any(s in self._sessions for s in affected))
-        self._say_in_use(role, held, [session for session in affected if session in self._sessions])
+        self._log_memory_in_use(role, held, [session for session in affected if session in self._sessions])
 
-    def _say_in_use(self, role: Role, held: Sequence[Holding], sessions: Sequence[ServerSession]) -> None:
-        """Say who still reads what was served."""
+    def _log_memory_in_use(self, role: Role, held: Sequence[Holding], sessions: Sequence[ServerSession]) -> None:
+        """Log which sessions and threads still read the memory of what was retracted."""
         self._in_use = [(holding, error) for holding, error in self._in_use if error.lasts]
         readers = [f"{session.label} has not ended" for session in sessions]
         readers += [error.message for holding, error in self._in_use if any(holding is one for one in held)]
@@ -264,21 +267,21 @@ class HoldingServer:
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             changed = self._changed
-            with anyio.move_on_after(0.05):  # sends end without a notice of their own
+            with anyio.move_on_after(0.05):  # the end of a send sets no event
                 await changed.wait()
 
     async def _accept(self, listener: SocketListener) -> None:
         if self._tasks is None:
             raise LocalProtocolError("the server is not running")
         while True:
-            owed, self._owed = self._owed, 0.0
-            if owed:
-                await anyio.sleep(owed)
+            delay, self._accept_delay = self._accept_delay, 0.0
+            if delay:
+                await anyio.sleep(delay)
             try:
                 stream = await listener.accept()
             except anyio.ClosedResourceError:
                 return
-            except OSError as error:  # the client is gone already, or we have no descriptors left: others still come
+            except OSError as error:  # the client closed, or no descriptors are left: go on accepting
                 self._unaccepted.happened(str(error))
                 if error.errno in _EXHAUSTED:
                     await anyio.sleep(_ACCEPT_PAUSE)
@@ -286,8 +289,8 @@ class HoldingServer:
             self._tasks.start_soon(self._serve, stream)
 
     async def _serve(self, stream: SocketStream) -> None:
-        """Serve one client; nothing it does may reach another one, or the server."""
-        if self._stopping:  # accepted in the last moment: nobody would tell it to end any more
+        """Serve one client. No error of it affects another client or the server."""
+        if self._stopping:  # accepted during the stop, which would not end this session
             await anyio.aclose_forcefully(stream)
             return
         self._count += 1
@@ -298,13 +301,13 @@ class HoldingServer:
             self._observe(SessionBegan("server", session.number, session.peer))
             await session.run()
         except PeerLost as error:
-            self._owed += _STRAY_PAUSE
+            self._accept_delay += _STRAY_PAUSE
             self._log.stray(f"{label}: {error.message}")
-        except Exception:  # noqa: BLE001 - a bug of ours may cost this session, never the engine's process beside us
+        except Exception:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
             _log.exception("%s: unexpected error, the session is closed", label)
         finally:
             if session is not None:
-                self._strangers.pop(session, None)
+                self._unadmitted.pop(session, None)
                 self._sessions.discard(session)
                 if session.lent.in_use is not None and session.holding is not None:
                     self._in_use = [(holding, error) for holding, error in self._in_use if error.lasts]
@@ -316,10 +319,10 @@ class HoldingServer:
                 await anyio.aclose_forcefully(stream)
 
     def _session(self, stream: SocketStream, number: int) -> ServerSession:
-        """A session for a new connection.
+        """Make the session for a new connection. Drops the oldest waiting connection when there are too many.
 
         Raises:
-            PeerLost: The client is gone already.
+            PeerLost: The client has closed the connection already.
         """
         connection = ControlConnection(stream, client_messages())
         session = ServerSession(
@@ -327,18 +330,18 @@ class HoldingServer:
             connection,
             holdings=self._holdings,
             turns=self._turns,
-            looks=self._looks,
+            probes=self._probes,
             transports=self._transports,
             number=number,
             observers=self._observe,
             relays=self._relays,
-            placed=lambda: self._strangers.pop(session, None),
+            admitted=lambda: self._unadmitted.pop(session, None),
         )
         self._sessions.add(session)
-        self._strangers[session] = None
-        if len(self._strangers) > self._options.max_strangers:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
+        self._unadmitted[session] = None
+        if len(self._unadmitted) > self._options.max_strangers:
+            oldest = next(iter(self._unadmitted))
+            del self._unadmitted[oldest]
             oldest.abandon("others want to connect, and this client has waited longest to be accepted", "busy")
         return session
 
@@ -365,5 +368,5 @@ class HoldingServer:
             error=session.session.error,
         )
         if ended.stray:
-            self._owed += _STRAY_PAUSE
+            self._accept_delay += _STRAY_PAUSE
         self._observe(ended)

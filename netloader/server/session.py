@@ -1,4 +1,4 @@
-"""One client at the server: carries out the effects of a server's session."""
+"""The server side of one session: carries out the effects of its state machine."""
 
 from __future__ import annotations
 
@@ -28,47 +28,47 @@ from netloader.server.redirects import Redirects
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
-from netloader.session.driver import Move, SessionDriver
+from netloader.session.driver import ChannelCall, SessionDriver
 from netloader.session.holding import Holding
-from netloader.session.off_loop import few_spans, looked_up
+from netloader.session.off_loop import few_spans, look_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
 
 __all__ = ["ServerSession", "SessionInfo"]
 
-_QUEUE_NEWS = 5.0
-"""Seconds between two signs of life to a client that waits for its turn."""
+_QUEUE_UPDATE = 5.0
+"""Seconds between two messages to a client that waits for its turn."""
 
 _RETRY_RELAY = 0.2
-"""Seconds after which a relay that looks for a source itself may be asked again."""
+"""Seconds after which a client may ask a relay again that has no source itself."""
 
-_ORPHANED = 5.0
-"""Seconds that clients of a relay which lost its source wait for it to find another one."""
+_ORPHAN_WAIT = 5.0
+"""Seconds that the clients of a relay wait after it lost its source, until it finds another one."""
 
 _RETRY_GONE = 5.0
 """Seconds after which a client of retracted weights may ask again."""
 
 _RETRY_BUSY = 5.0
-"""Seconds after which a client that found no place in the queue may ask again."""
+"""Seconds after which a client that was redirected, or found the queue full, may ask again."""
 
 _OPEN_REQUESTS = 4096
-"""Requests that one client may have under way."""
+"""Most requests that one client may have open."""
 
-_ELSEWHERE = "pull from another source"
+_OTHER_SOURCE = "pull from another source"
 
 _SEND_BYTES = 256 << 20
-"""Bytes handed to the channel at once, at most. What a client asks for ahead is half a second's worth at the rate it
-sees, so a call takes no longer, and retraction is noticed between two of them."""
+"""Most bytes in one call of the channel. A client's request window is about half a second at its rate, so a call
+takes no longer than that. A retraction takes effect between two calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """A glance at one session.
+    """A snapshot of one session.
 
     Attributes:
         peer: Address of the client.
-        state: Where the session is.
-        role: What the client asked about; empty before it said.
+        state: State of the session.
+        role: Role that the client asked for; empty before it asked.
         transport: Name of the transport; empty before one was chosen.
         blocks: Blocks sent.
         nbytes: Their bytes.
@@ -83,19 +83,19 @@ class SessionInfo:
 
 
 class ServerSession(SessionDriver[ClientMessage]):
-    """Serves one client.
+    """The session with one client.
 
     Args:
         session: A fresh server session.
         connection: The client's control connection.
-        holdings: What can be served.
-        turns: Limits how many clients are served at once; first come, first served.
-        looks: The same for clients that only look.
-        transports: By name.
-        number: Its number at this server.
-        observers: Told what happens.
-        relays: Whom else a client may be sent to.
-        placed: Called once the client has a turn, or a place in the queue.
+        holdings: The catalog of the server.
+        turns: Admission of pulls.
+        probes: Admission of probes.
+        transports: Transports by name.
+        number: Number of the session at this server.
+        observers: Receive the events of the session.
+        relays: Decides whether a client is redirected.
+        admitted: Called when the client has a turn or a place in the queue.
     """
 
     def __init__(
@@ -105,72 +105,72 @@ class ServerSession(SessionDriver[ClientMessage]):
         *,
         holdings: Holdings,
         turns: Admission,
-        looks: Admission,
+        probes: Admission,
         transports: Mapping[str, Transport],
         number: int,
         observers: Observers,
         relays: Redirects,
-        placed: Callable[[], None],
+        admitted: Callable[[], None],
     ) -> None:
         peer = f"{connection.peer_host}:{connection.peer_port}"
         label = f"session {number} with {peer}"
         super().__init__(session, connection, device="cpu", label=label, number=number, peer=peer, observers=observers)
         self._holdings = holdings
         self._turns = turns
-        self._looks = looks
+        self._probes = probes
         self._transports = transports
         self._relays = relays
-        self._placed = placed
+        self._admitted = admitted
         self._host = connection.peer_host
         self._local_host = connection.local_host
         self._supply: Supply | None = None
         self._absent: set[int] = set()
         self._chain: tuple[str, ...] = ()
         self._holding: Holding | None = None
-        self._asked = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
+        self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
         self._blocks = 0
         self._nbytes = 0
 
     async def run(self) -> None:
-        """Serve the client to the end of its session; frees its turn whatever happens."""
+        """Serve the client to the end of its session. Its turn is freed in any case."""
         try:
             await super().run()
         finally:
             self._sending = 0
-            self._asked.close()
+            self._granted.close()
             self._relays.leave(self)
             self._turns.leave(self)
-            self._looks.leave(self)
+            self._probes.leave(self)
 
     def info(self) -> SessionInfo:
-        """A glance at the session."""
+        """A snapshot of the session."""
         role = "" if self._holding is None else self._holding.announcement.identity.role
         return SessionInfo(self.peer, self.session.state, role, self.session.transport, self._blocks, self._nbytes)
 
     @property
     def holding(self) -> Holding | None:
-        """What the client is being served; None before that is known."""
+        """The holding that the client pulls; None before it asked."""
         return self._holding
 
     @property
     def sending(self) -> bool:
-        """Whether blocks are on their way right now."""
+        """Whether a call of the channel is sending blocks."""
         return self._sending > 0
 
     def retract(self, reason: str, sources: tuple[str, ...] = ()) -> None:
-        """End the session, since what it serves is to change; nothing happens when it is ending anyway.
+        """End the session because its holding is retracted. Does nothing if the session is ending already.
 
         Args:
-            reason: Told to the client.
-            sources: Where it may find the same, as this server reaches it.
+            reason: Reason given to the client.
+            sources: Other sources of the same weights, as this server reaches them.
         """
         if self.session.state in (State.VALIDATE, State.PLAN, State.TRANSFER):
             named = tuple(seen_from(source, self._host, self._local_host) for source in sources)
-            self.feed(e.NotHeld("gone", reason, hint=_ELSEWHERE, retry_after=_RETRY_GONE, sources=named))
+            self.feed(e.NotHeld("gone", reason, hint=_OTHER_SOURCE, retry_after=_RETRY_GONE, sources=named))
 
     def stop(self, reason: str) -> None:
-        """End the session, since the server stops."""
+        """End the session because the server stops."""
         self.retract(reason)
         self.feed(e.Cancelled(reason, "gone"))
 
@@ -186,43 +186,43 @@ class ServerSession(SessionDriver[ClientMessage]):
                     reply = replace(reply, sources=named)
                 self.feed(reply)
             case f.TakeTurn():
-                self._take_turn(self._looks if self.session.probing else self._turns)
+                self._take_turn(self._probes if self.session.probing else self._turns)
             case f.AcceptChannel(transport, peer_facts):
                 self.spawn(lambda: self._accept(transport, peer_facts), lambda event: event)
             case f.CheckBlocks(ranges):
                 self._check(ranges)
             case f.SendBlocks(ranges):
-                self._asked.put(ranges)
+                self._granted.put(ranges)
             case _:
                 super().perform(effect)
 
-    def gave_up(self) -> e.Cancelled:
-        """What is told to the client when the server is cancelled."""
+    def cancellation(self) -> e.Cancelled:
+        """The event that ends the session when the server is cancelled."""
         return e.Cancelled("the server is stopping", "gone")
 
-    def moved(self, after: State) -> None:
-        """Start the task that sends, once there is a channel."""
+    def state_changed(self, after: State) -> None:
+        """Start the sending task when the channel is open."""
         if after is State.TRANSFER:
-            self.spawn(lambda: self.move_blocks(self._next_send), lambda _: None)
+            self.spawn(lambda: self.make_calls(self._next_send), lambda _: None)
 
     def _take_turn(self, turns: Admission) -> None:
-        elsewhere = self._elsewhere()
-        if elsewhere is not None:
-            self.feed(elsewhere)
+        refusal = self._redirect()
+        if refusal is not None:
+            self.feed(refusal)
             return
         if not turns.enter(self):
             reason = f"{turns.taken} clients are being served and {turns.waiting} wait"
             hint = "raise MAX_CLIENTS on the server, or give the client more sources"
             self.feed(e.NotHeld("busy", reason, hint=hint, retry_after=_RETRY_BUSY))
             return
-        self._placed()
+        self._admitted()
         if turns.has(self):
             self.feed(self._turn())
         else:
             self.spawn(lambda: self._wait_for_turn(turns), lambda event: event)
 
-    def _elsewhere(self) -> e.NotHeld | None:
-        """Why the client is not served here: others pass on what it wants, or this relay has no source itself now."""
+    def _redirect(self) -> e.NotHeld | None:
+        """The refusal for a client that is redirected, or that asks a relay which has no source now; None otherwise."""
         holding, identify = self._serving(), self.session.identify
         if identify is None or identify.probe:
             return None
@@ -230,13 +230,13 @@ class ServerSession(SessionDriver[ClientMessage]):
         if supply is not None and not supply.live:
             return e.NotHeld("not-ready", "this relay is looking for a source itself", retry_after=_RETRY_RELAY)
         if identify.follow:
-            relays = self._relays.instead(holding, identify.avoid, self._host, self._local_host)
+            relays = self._relays.relays_for(holding, identify.avoid, self._host, self._local_host)
             if relays:
                 return e.NotHeld("busy", "others pass it on", retry_after=_RETRY_BUSY, sources=relays)
         return None
 
     def _turn(self) -> e.TurnTaken:
-        """Serve the client from here on."""
+        """Begin to serve the client, which has a turn now."""
         holding, identify = self._serving(), self.session.identify
         self._supply = supply = self._holdings.supply_of(holding)
         if identify is not None and not identify.probe:
@@ -244,31 +244,31 @@ class ServerSession(SessionDriver[ClientMessage]):
         if supply is None:
             return e.TurnTaken()
         self._chain = supply.chain
-        self.spawn(lambda: self._follow(supply), lambda event: event)
+        self.spawn(lambda: self._follow_upstream(supply), lambda event: event)
         return e.TurnTaken(supply.node, self._chain)
 
     async def _wait_for_turn(self, turns: Admission) -> e.Event:
         while not turns.has(self):
             self.feed(e.Queued(f"all {turns.total} turns are taken", turns.before(self)))
-            with anyio.move_on_after(_QUEUE_NEWS):
+            with anyio.move_on_after(_QUEUE_UPDATE):
                 await turns.wait(self)
         if self._holding is None or not self._holdings.holds(self._holding):
-            return e.NotHeld("gone", "it was retracted while the client waited", _ELSEWHERE, _RETRY_GONE)
+            return e.NotHeld("gone", "it was retracted while the client waited", _OTHER_SOURCE, _RETRY_GONE)
         return self._turn()
 
-    async def _follow(self, supply: Supply) -> None:
-        """Tell the client what changes upstream, and grant what it waits for as it comes in."""
+    async def _follow_upstream(self, supply: Supply) -> None:
+        """Report changes of the chain to the client, and grant the blocks it waits for when they are verified here."""
         while True:
             if supply.chain != self._chain:
                 self._chain = supply.chain
                 if self.session.state in (State.PLAN, State.TRANSFER):
                     self.feed(e.UpstreamChanged(self._chain))
-            came = {number for number in self._absent if supply.has(number)}
-            if came:
-                self._absent -= came
-                self._offer(came)
-            patience = None if supply.live or not self._absent else _ORPHANED
-            with anyio.move_on_after(patience) as scope:
+            arrived = {number for number in self._absent if supply.has(number)}
+            if arrived:
+                self._absent -= arrived
+                self._grant(arrived)
+            wait = None if supply.live or not self._absent else _ORPHAN_WAIT
+            with anyio.move_on_after(wait) as scope:
                 await supply.wait()
             if scope.cancelled_caught and not supply.live and self._absent:
                 gone, self._absent = to_ranges(self._absent), set()
@@ -289,7 +289,7 @@ class ServerSession(SessionDriver[ClientMessage]):
 
         try:
             return await self.open_channel(make)
-        except RefusedError as error:  # a transport that can't be used now, but later
+        except RefusedError as error:  # the transport cannot be used now, but can be later
             return e.NotHeld("busy", error.message, hint=error.hint, retry_after=error.retry_after)
 
     def _check(self, ranges: Ranges) -> None:
@@ -304,23 +304,23 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._absent |= absent
             numbers -= absent
             if absent:
-                self._supply.notify()  # so that the patience with an orphaned relay begins
-        self._offer(numbers)
+                self._supply.notify()  # wakes _follow_upstream, which limits the wait for a relay without a source
+        self._grant(numbers)
 
-    def _offer(self, numbers: set[int]) -> None:
-        """Grant blocks that are there, and say which ones are not any more."""
+    def _grant(self, numbers: set[int]) -> None:
+        """Grant the blocks that can be served, and report the others as gone."""
         holding = self._serving()
         plan = holding.announcement.plan
         if few_spans(plan, numbers):
             self._answer(numbers, holding.memory.missing(plan, sorted(numbers)))
             return
-        self.spawn(lambda: self._offer_in_parts(holding, numbers), lambda _: None)
+        self.spawn(lambda: self._grant_in_parts(holding, numbers), lambda _: None)
 
-    async def _offer_in_parts(self, holding: Holding, numbers: set[int]) -> None:
-        """The same beside the event loop, for blocks of many pieces; the first ones are granted while others wait."""
+    async def _grant_in_parts(self, holding: Holding, numbers: set[int]) -> None:
+        """The same in a thread, for blocks of many spans. Each group is answered when it has been looked up."""
         plan, memory = holding.announcement.plan, holding.memory
         for part in groups(plan, sorted(numbers)):
-            self._answer(set(part), await looked_up(memory.missing, plan, part))
+            self._answer(set(part), await look_up(memory.missing, plan, part))
 
     def _answer(self, numbers: set[int], lost: dict[int, str]) -> None:
         ready = to_ranges(numbers - set(lost))
@@ -329,29 +329,29 @@ class ServerSession(SessionDriver[ClientMessage]):
         if lost:
             self.feed(e.BlocksGone(to_ranges(lost), next(iter(lost.values()))))
 
-    async def _next_send(self) -> Move | None:
-        """The next call that sends, of what was granted to the client; waits for it."""
+    async def _next_send(self) -> ChannelCall | None:
+        """Wait for granted blocks, and return the call that sends the next of them; None at the end of the session."""
         holding = self._serving()
-        if not await self._asked.wait():
+        if not await self._granted.wait():
             return None
         if not self._holdings.holds(holding):
-            self._asked.drop()
-            return partial(self._say_gone, *self._holdings.why_gone(holding))
-        batch = self._asked.take(holding.announcement.plan, _SEND_BYTES)
+            self._granted.drop()
+            return partial(self._report_gone, *self._holdings.why_gone(holding))
+        batch = self._granted.take(holding.announcement.plan, _SEND_BYTES)
         self._sending += 1
         try:
-            views = await looked_up(holding.memory.views, holding.announcement.plan, batch)
-        except ManifestError as error:  # granted, and dropped by their owner since
+            views = await look_up(holding.memory.views, holding.announcement.plan, batch)
+        except ManifestError as error:  # the owner dropped the tensors after they were granted
             self._sending -= 1
-            self._asked.drop()
-            return partial(self._say_gone, error.message)
+            self._granted.drop()
+            return partial(self._report_gone, error.message)
         except BaseException:
             self._sending -= 1
             raise
         return partial(self._send, batch, views)
 
-    async def _say_gone(self, reason: str, sources: tuple[str, ...] = ()) -> Callable[[], None]:
-        """Nothing to send any more. What is on its way arrives."""
+    async def _report_gone(self, reason: str, sources: tuple[str, ...] = ()) -> Callable[[], None]:
+        """A call that sends nothing and then ends the session. Sends in progress complete first."""
         return lambda: self.retract(reason, sources)
 
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:

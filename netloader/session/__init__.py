@@ -1,1 +1,1 @@
-"""What both sides of a session share: the driver of its state machine, the connection, and the queues between."""
+"""Code that client and server sessions share: the driver of the state machine, the control connection, queues."""

@@ -1,4 +1,4 @@
-"""Blocks that may be moved and have not been handed to the channel yet."""
+"""The queue of blocks that were granted and have not been passed to the channel yet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from netloader.errors import RemoteProtocolError
 __all__ = ["BlockQueue", "groups"]
 
 _CALL_SPANS = 4096
-"""Pieces of memory in one call of a channel: while it runs, those of the next call are looked up."""
+"""Most spans in one call of a channel. While the call runs, the spans of the next one are looked up."""
 
 
 class BlockQueue:
-    """Blocks in the order in which they are to be moved, put in by messages and taken out for calls of the channel.
+    """Blocks in the order in which they will be sent or received. Messages add them; calls of the channel take them.
 
     Args:
-        limit: Messages that may be waiting.
-        too_many: What is said when a peer brings more.
+        limit: Most messages in the queue.
+        too_many: Text of the error when a peer sends more.
     """
 
     def __init__(self, limit: int, too_many: str) -> None:
@@ -33,7 +33,7 @@ class BlockQueue:
         """Add blocks.
 
         Raises:
-            RemoteProtocolError: The peer brought more messages than may wait.
+            RemoteProtocolError: The queue is full.
         """
         try:
             self._inlet.send_nowait(ranges)
@@ -41,7 +41,7 @@ class BlockQueue:
             raise RemoteProtocolError(self._too_many) from None
 
     async def wait(self) -> bool:
-        """Wait until there is a block; False when there will be none any more."""
+        """Wait until there is a block. Returns False when the queue is closed."""
         if not self._taken:
             try:
                 self._taken.extend(expand(await self._outlet.receive()))
@@ -50,15 +50,15 @@ class BlockQueue:
         return True
 
     def take(self, plan: Plan, nbytes: int) -> list[int]:
-        """The first blocks, for one call.
+        """Remove and return the first blocks, for one call.
 
         Args:
-            plan: The plan that they belong to.
-            nbytes: Bytes after which no block is added.
+            plan: The plan of the blocks.
+            nbytes: No further block is added once the blocks have this many bytes.
         """
         numbers: list[int] = []
         spans = 0
-        while nbytes > 0 and (self._taken or self._look()):
+        while nbytes > 0 and (self._taken or self._receive_more()):
             block = plan.blocks[self._taken[0]]
             spans += len(block.tensors)
             if numbers and spans > _CALL_SPANS:
@@ -68,16 +68,16 @@ class BlockQueue:
         return numbers
 
     def drop(self) -> None:
-        """Forget what :meth:`wait` found and :meth:`take` has not taken."""
+        """Discard the blocks that :meth:`wait` received and :meth:`take` has not returned."""
         self._taken.clear()
 
     def close(self) -> None:
-        """Nothing more will be put in or taken out. Idempotent."""
+        """Close the queue for both directions. Idempotent."""
         self._inlet.close()
         self._outlet.close()
 
-    def _look(self) -> bool:
-        """Whether more came meanwhile."""
+    def _receive_more(self) -> bool:
+        """Receive one more message without waiting. Returns False when there is none."""
         try:
             self._taken.extend(expand(self._outlet.receive_nowait()))
         except (anyio.WouldBlock, anyio.EndOfStream):
@@ -86,5 +86,5 @@ class BlockQueue:
 
 
 def groups(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Blocks in groups of as many pieces of memory as one call has."""
+    """Split blocks into groups that have as many spans as one call."""
     return in_groups(plan, numbers, _CALL_SPANS)

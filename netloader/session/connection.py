@@ -20,16 +20,17 @@ M = TypeVar("M", bound=ClientMessage | ServerMessage)
 _BROKEN = (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError)
 
 _UNACKED_MS = 20_000
-"""Milliseconds that data may stay unacknowledged before the kernel gives the connection up: the peer's host is gone."""
+"""Milliseconds that data may stay unacknowledged. After that the kernel closes the connection."""
 
 _KEEPALIVE = (10, 5, 3)
-"""Seconds of silence before the first probe, seconds between probes, and probes: a vanished host is found in 25 s."""
+"""TCP keepalive: idle seconds before the first probe, seconds between probes, number of probes. Together they detect a
+host that is down within 25 s."""
 
 _READ_BYTES = 1 << 18
 
 
 def _tune(raw: socket.socket) -> None:
-    """Ask the kernel to send at once, and to notice a peer whose host is gone."""
+    """Set the socket options: send without delay, and detect a peer whose host is down."""
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle, interval, count = _KEEPALIVE
@@ -39,7 +40,7 @@ def _tune(raw: socket.socket) -> None:
         ("TCP_KEEPCNT", count),
         ("TCP_USER_TIMEOUT", _UNACKED_MS),
     ):
-        if hasattr(socket, option):  # named otherwise, or missing, outside Linux
+        if hasattr(socket, option):  # other systems lack these options or name them differently
             raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
@@ -52,11 +53,11 @@ class ControlConnection(Generic[M]):
     """One control connection.
 
     Args:
-        stream: A connected TCP stream; owned from here on, unless this raises.
-        decoder: Decoder for what the peer may send.
+        stream: A connected TCP stream. This object owns it from now on, unless the constructor raises.
+        decoder: Decoder for the messages of the peer.
 
     Raises:
-        PeerLost: The peer is gone already.
+        PeerLost: The peer has closed the connection already.
     """
 
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
@@ -78,9 +79,9 @@ class ControlConnection(Generic[M]):
 
         Raises:
             PeerLost: The connection ended.
-            RemoteProtocolError: The peer sent bytes that are no message.
+            RemoteProtocolError: The peer sent bytes that are not a message.
         """
-        self._decoder.feed(b"")  # raises when a broken frame came right after the last messages
+        self._decoder.feed(b"")  # raises if an invalid frame followed the last messages
         while True:
             try:
                 data = await self._stream.receive(_READ_BYTES)
@@ -91,7 +92,7 @@ class ControlConnection(Generic[M]):
                 raise _broken(error) from error
             if self._decoder.pending + len(data) <= LARGE_FRAME:
                 messages = self._decoder.feed(data)
-            else:  # not abandoned when this is cancelled: the thread would go on changing the decoder
+            else:  # not abandoned on cancellation, because the thread would go on changing the decoder
                 messages = await anyio.to_thread.run_sync(self._decoder.feed, data)
             if messages:
                 return messages
@@ -108,7 +109,7 @@ class ControlConnection(Generic[M]):
             raise _broken(error) from error
 
     async def finish(self) -> None:
-        """Say that nothing more will be sent, and wait until the peer has closed too, dropping what it still sends.
+        """Shut down the sending direction and wait for the peer's FIN. Received bytes are discarded.
 
         Raises:
             PeerLost: The connection broke.
@@ -123,5 +124,5 @@ class ControlConnection(Generic[M]):
             raise _broken(error) from error
 
     async def aclose(self) -> None:
-        """Close the connection. Idempotent; does not wait for the peer, and drops what it has not taken yet."""
+        """Close the connection at once. Idempotent. Bytes that the peer has not received are lost."""
         await anyio.aclose_forcefully(self._stream)

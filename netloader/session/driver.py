@@ -1,8 +1,8 @@
-"""What server and client sessions have in common: carrying out the effects of a session over real I/O.
+"""The driver of a session: it carries out the effects of the session's state machine over real I/O.
 
-Feeding an event is synchronous and never blocks: the session turns it into effects, quick ones are done at once, slow
-ones become tasks whose result comes back as one event. Reader, writer, timer and those tasks live in one task group,
-which ends with the session.
+Feeding an event is synchronous and never blocks. The state machine returns effects for it. The driver carries out short
+effects at once, and starts a task for each long one; the result of the task is fed as one event. Reader, writer, timer
+and these tasks run in one task group, which ends with the session.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from netloader.core.protocol.announcement import examine
 from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
 from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded, TransportChosen
-from netloader.session.closing import Lent, forget_frames
+from netloader.session.closing import LentMemory, drop_tracebacks
 from netloader.session.connection import ControlConnection
-from netloader.session.off_loop import FEW_TENSORS, framed
+from netloader.session.off_loop import FEW_TENSORS, encoded
 from netloader.session.phase_clock import PhaseClock
 from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup
 
-__all__ = ["Move", "SessionDriver"]
+__all__ = ["ChannelCall", "SessionDriver"]
 
-Move = Callable[[], Awaitable[Callable[[], None]]]
-"""A call of a channel. Returns what has to be done about it, once the calls made before it are over."""
+ChannelCall = Callable[[], Awaitable[Callable[[], None]]]
+"""A call of a channel. It returns a function that accounts for it, to be called after those of all earlier calls."""
 
 M = TypeVar("M", bound=ClientMessage | ServerMessage)
 R = TypeVar("R")
 
 _log = logging.getLogger("netloader")
 
-_LINGER = 0.5
-"""Seconds that the last messages of a session may take to leave."""
+_FAREWELL = 0.5
+"""Seconds that sending the last messages of a session may take."""
 
-_PARTING = 0.05
-"""Seconds that the last message of an abandoned session may take to leave."""
+_ABANDONED_FAREWELL = 0.05
+"""Seconds that sending the last message of an abandoned session may take."""
 
 _OUTBOX_LIMIT = 256
-"""Messages that may wait to be sent before this side stops reading: a peer that does not read gets no more done."""
+"""Messages in the outbox above which this side stops reading: a peer that does not read gets no more answers."""
 
 _SEND_LIMIT = 30.0
-"""Seconds that one control message may take to leave."""
+"""Seconds that sending one control message may take."""
 
-_EXPLAINING = 0.25
-"""Seconds that a peer which closed the channel has to say why."""
+_EXPLANATION = 0.25
+"""Seconds to wait for the message with which a peer explains why it closed the channel."""
 
 _SHOWN_ERROR = 500
 
@@ -69,16 +69,16 @@ class SessionDriver(Generic[M]):
 
     Args:
         session: A fresh session.
-        connection: Its control connection; owned from here on.
-        device: Where blocks live.
-        label: Who this is, for the log.
+        connection: Its control connection. The driver owns it from now on.
+        device: Device of the blocks, as torch names it.
+        label: Name of the session in the log.
         number: The session's number, for observers.
         peer: The peer's address, for observers.
-        began: When connecting began; None: now.
-        observers: Told which transport is used, and how long each phase took.
+        began: When connecting began, by the monotonic clock; None means now.
+        observers: Receive the chosen transport and the duration of each phase.
 
     Attributes:
-        lent: The memory that is lent to the channel; once the session is over, whether it can be had back.
+        lent: The memory that is lent to the channel. After the session it says whether the channel may still use it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class SessionDriver(Generic[M]):
     ) -> None:
         self.session = session
         self.label = label
-        self.lent = Lent(label)
+        self.lent = LentMemory(label)
         self.number = number
         self.peer = peer
         self.clock = PhaseClock(time.monotonic() if began is None else began)
@@ -115,19 +115,19 @@ class SessionDriver(Generic[M]):
         self._watch_until = math.inf
         self._closing = anyio.Event()
         self._connection_lost = False
-        self._linger = _LINGER
-        self._hurry = math.inf  # time of the loop after which nobody waits for the peer
+        self._farewell_seconds = _FAREWELL
+        self._farewell_until = math.inf  # time of the event loop after which the session does not wait for the peer
         self._send_scope = anyio.CancelScope()
-        self._last_words = anyio.CancelScope()
-        self._noted = ""
+        self._farewell_scope = anyio.CancelScope()
+        self._last_note = ""
         self._tasks: TaskGroup | None = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Drive the session until it has ended. Cancelling this ends the session with a goodbye.
+        """Drive the session to its end. On cancellation the peer is sent a last message.
 
-        Never raises for anything a peer can cause; see ``session.error`` afterwards.
+        Raises nothing that a peer can cause. ``session.error`` holds the reason of a failure afterwards.
         """
         try:
             async with anyio.create_task_group() as tasks:
@@ -139,55 +139,55 @@ class SessionDriver(Generic[M]):
                 try:
                     await self._closing.wait()
                 except anyio.get_cancelled_exc_class():
-                    self.feed(self.gave_up())
+                    self.feed(self.cancellation())
                     raise
                 finally:
-                    latest = min(anyio.current_time() + self._linger, self._hurry)
+                    latest = min(anyio.current_time() + self._farewell_seconds, self._farewell_until)
                     self._send_scope.deadline = min(self._send_scope.deadline, latest)
                 tasks.cancel_scope.cancel()
         finally:
             self._signals.close()
             with anyio.CancelScope(shield=True):  # each of these has a deadline of its own
-                await self._say_last_words()
+                await self._send_farewell()
                 await self._close_channel()
                 await self._connection.aclose()
             self._phase_over(self.session.state)
             if self.session.error is not None:
                 _log.debug("%s: failed", self.label, exc_info=self.session.error)
-                forget_frames(self.session.error)
+                drop_tracebacks(self.session.error)
 
     def abandon(self, reason: str, code: Ending = "internal") -> None:
-        """End the session, also one that is ending already, and hardly wait for the peer to hear of it."""
-        self._linger = _PARTING
+        """End the session with a very short deadline for the last message. Also shortens an ending in progress."""
+        self._farewell_seconds = _ABANDONED_FAREWELL
         self.feed(e.Cancelled(reason, code))
-        self._last_words.deadline = min(self._last_words.deadline, anyio.current_time() + _PARTING)
+        self._farewell_scope.deadline = min(self._farewell_scope.deadline, anyio.current_time() + _ABANDONED_FAREWELL)
 
     @property
     def seconds(self) -> float:
-        """How long the session took, connecting included, up to its last change of state."""
+        """Seconds from the start of connecting to the last change of state."""
         return sum(self.clock.seconds().values())
 
-    def hurry(self, deadline: float) -> None:
-        """When the session ends, do not wait for the peer to hear of it after `deadline`, a time of the event loop."""
-        self._hurry = deadline
-        self._last_words.deadline = min(self._last_words.deadline, deadline)
+    def limit_farewell(self, deadline: float) -> None:
+        """Do not wait for the peer after `deadline`, a time of the event loop, when the session ends."""
+        self._farewell_until = deadline
+        self._farewell_scope.deadline = min(self._farewell_scope.deadline, deadline)
 
-    async def _say_last_words(self) -> None:
-        """Send what is left, and see the peer close: closing with unread bytes would destroy what we said."""
-        with self._last_words:
-            self._last_words.deadline = min(anyio.current_time() + self._linger, self._hurry)
+    async def _send_farewell(self) -> None:
+        """Flush the outbox, then wait for FIN: closing with unread input sends RST and drops our last message."""
+        with self._farewell_scope:
+            self._farewell_scope.deadline = min(anyio.current_time() + self._farewell_seconds, self._farewell_until)
             try:
                 while self._outbox and not self._connection_lost:
-                    await self._connection.send(await framed(self._outbox.popleft()))
+                    await self._connection.send(await encoded(self._outbox.popleft()))
                 if not self._connection_lost:
                     await self._connection.finish()
             except NetloaderError as error:
-                _log.debug("%s: last words were not heard: %s", self.label, error)
+                _log.debug("%s: the last messages could not be sent: %s", self.label, error)
 
     def feed(self, event: e.Event) -> None:
-        """Give the session one event and carry out what follows from it."""
+        """Give the session one event and carry out the effects that it returns."""
         self._events.append(event)
-        if self._feeding:  # an effect was quick enough to have its result at once
+        if self._feeding:  # called by an effect that has its result at once
             return
         self._feeding = True
         try:
@@ -206,7 +206,7 @@ class SessionDriver(Generic[M]):
             if after is State.TRANSFER:
                 side, transport = self.session.side.value, self.session.transport
                 self._observe(TransportChosen(side, self.number, self.peer, transport))
-            self.moved(after)
+            self.state_changed(after)
         for effect in effects:
             try:
                 self._perform(effect)
@@ -214,7 +214,7 @@ class SessionDriver(Generic[M]):
                 self._events.append(_as_event(error))
 
     def _phase_over(self, after: State) -> None:
-        before, seconds = self.clock.move(after)
+        before, seconds = self.clock.enter(after)
         if before not in FINAL:
             phase = "connect" if before is State.LISTEN else before.value
             self._observe(PhaseEnded(self.session.side.value, self.number, self.peer, phase, seconds))
@@ -224,14 +224,14 @@ class SessionDriver(Generic[M]):
     def _perform(self, effect: f.Effect) -> None:
         match effect:
             case f.Send(Announce() as message) if message.manifest and len(message.manifest.tensors) > FEW_TENSORS:
-                self._say(message)
+                self._enqueue(message)
             case f.Send(message):
-                self._say(encode_frame(message))
+                self._enqueue(encode_frame(message))
             case f.SetTimer(seconds):
                 self._set_timer(seconds)
             case f.Note(text):
-                _log.log(logging.DEBUG if text == self._noted else logging.INFO, "%s: %s", self.label, text)
-                self._noted = text
+                _log.log(logging.DEBUG if text == self._last_note else logging.INFO, "%s: %s", self.label, text)
+                self._last_note = text
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
             case f.NoteQueued():
@@ -248,9 +248,9 @@ class SessionDriver(Generic[M]):
                 self.perform(effect)
 
     def _examine(self, question: f.Examine) -> None:
-        """Check an announcement: at once, or in a thread where it has so many tensors that the loop would stand still.
+        """Check an announcement: at once, or in a thread if it has so many tensors that it would block the event loop.
 
-        The thread only computes: when the session ends meanwhile it is not waited for.
+        The thread only computes, so a session that ends does not wait for it.
         """
         manifest = question.announce.manifest or question.terms.manifest
         if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
@@ -259,13 +259,13 @@ class SessionDriver(Generic[M]):
         work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
         self.spawn(work, e.Examined)
 
-    def _say(self, frame: bytes | Announce) -> None:
-        """Send something after all that was said before; an announcement that is long to encode as it is."""
+    def _enqueue(self, frame: bytes | Announce) -> None:
+        """Queue a frame for sending. A large announcement is queued unencoded; the writer encodes it in a thread."""
         self._outbox.append(frame)
         self._outbox_filled.set()
 
     def perform(self, effect: f.Effect) -> None:
-        """Carry out an effect of this side only.
+        """Carry out an effect that only this side has.
 
         Raises:
             LocalProtocolError: This side has no such effect.
@@ -273,22 +273,22 @@ class SessionDriver(Generic[M]):
         raise LocalProtocolError(f"{self.label} cannot carry out {type(effect).__name__}")
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:
-        """Called when the peer tells which relays its blocks come through; nothing to be done for a plain pull."""
+        """Called when the peer names the relays that its blocks come through. Does nothing by default."""
 
     def queued(self) -> None:
-        """Called when the server lets this session wait for its turn."""
+        """Called when the server queues this session."""
 
-    def gave_up(self) -> e.Cancelled:
-        """What is told to the peer when :meth:`run` is cancelled."""
+    def cancellation(self) -> e.Cancelled:
+        """The event to feed when :meth:`run` is cancelled; the peer is sent its reason."""
         return e.Cancelled("the client gave up")
 
-    def moved(self, after: State) -> None:
+    def state_changed(self, after: State) -> None:
         """Called after each change of state."""
 
     def spawn(self, work: Callable[[], Awaitable[R]], result: Callable[[R], e.Event | None]) -> None:
-        """Run `work` as a task of the session and feed what `result` makes of its outcome.
+        """Run `work` as a task of the session and feed the event that `result` returns for its outcome.
 
-        An error that it raises is fed as a failure of the channel, or of the session.
+        If `work` raises, the error is fed as a failure of the channel or of the session.
         """
         if self._tasks is None:
             raise LocalProtocolError("the session is not running")
@@ -298,7 +298,7 @@ class SessionDriver(Generic[M]):
         try:
             event = result(await work())
         except anyio.get_cancelled_exc_class() as error:
-            forget_frames(error)
+            drop_tracebacks(error)
             raise
         except Exception as error:  # noqa: BLE001 - see _failed
             event = await self._failed(error)
@@ -306,11 +306,11 @@ class SessionDriver(Generic[M]):
             self.feed(event)
 
     async def _failed(self, error: Exception) -> e.Event:
-        """The event for an error of a task. One that nobody expected costs the session too, and nothing else."""
+        """The event for an error of a task. An unexpected error ends the session and nothing else."""
         self.lent.note(error)
         if isinstance(error, PeerLost):
-            # The peer may have said why on the control connection; that is the better reason, and it takes a moment.
-            with anyio.move_on_after(_EXPLAINING):
+            # The peer may explain why on the control connection. That is the better reason; it may arrive a bit later.
+            with anyio.move_on_after(_EXPLANATION):
                 await self._closing.wait()
         if isinstance(error, NetloaderError):
             return _as_event(error)
@@ -325,7 +325,7 @@ class SessionDriver(Generic[M]):
     # --- channel ----------------------------------------------------------------------------------------------------
 
     def setup(self, peer_facts: dict[str, str]) -> Setup:
-        """What a transport is told about this session."""
+        """The facts about this session that a transport needs."""
         return Setup(
             device=self._device,
             local_host=self._connection.local_host,
@@ -337,7 +337,7 @@ class SessionDriver(Generic[M]):
         )
 
     async def open_channel(self, make: Callable[[], Awaitable[Channel]]) -> e.Event | None:
-        """Open the channel with `make`, unless the session closes it first."""
+        """Open the channel with `make`. Returns None when the session closed it meanwhile."""
         channel: Channel | None = None
         with self._channel_scope:
             channel = await make()
@@ -359,11 +359,12 @@ class SessionDriver(Generic[M]):
             raise LocalProtocolError("no channel is open")
         return self._channel
 
-    async def move_blocks(self, following: Callable[[], Awaitable[Move | None]]) -> None:
-        """Make calls of the channel, as many at a time as it takes, until one fails or there are no more.
+    async def make_calls(self, following: Callable[[], Awaitable[ChannelCall | None]]) -> None:
+        """Make calls of the channel until one fails or there are no more; at most as many at once as its depth.
 
         Args:
-            following: The next call; None when there is none and will be none. Asked for when the channel takes one.
+            following: Waits for the next call and returns it; None when no more will come. Used when the channel can
+                take another call.
         """
         slots = anyio.Semaphore(self.channel().depth)
         last = anyio.Event()
@@ -372,31 +373,31 @@ class SessionDriver(Generic[M]):
             while True:
                 await slots.acquire()
                 try:
-                    move = await following()
+                    call = await following()
                 except Exception as error:  # noqa: BLE001 - see _failed
-                    move = partial(_failing, error)
-                if move is None:
+                    call = partial(_raise, error)
+                if call is None:
                     return
                 before, last = last, anyio.Event()
-                # Tasks take their first steps in this order, and with it the channel gets its calls in it.
-                tasks.start_soon(self._move, move, before, last, slots, tasks.cancel_scope)
+                # Tasks start in this order, so the channel receives its calls in this order.
+                tasks.start_soon(self._make_call, call, before, last, slots, tasks.cancel_scope)
 
-    async def _move(
-        self, move: Move, before: anyio.Event, over: anyio.Event, slots: anyio.Semaphore, all_moves: anyio.CancelScope
+    async def _make_call(
+        self, call: ChannelCall, prior: anyio.Event, over: anyio.Event, slots: anyio.Semaphore, scope: anyio.CancelScope
     ) -> None:
-        """Make one call, and account for it once those before it are accounted for."""
+        """Make one call. Account for it after all earlier calls are accounted for."""
         try:
-            account = await move()
-            await before.wait()
+            account = await call()
+            await prior.wait()
             account()
         except anyio.get_cancelled_exc_class() as error:
-            forget_frames(error)
+            drop_tracebacks(error)
             raise
         except Exception as error:  # noqa: BLE001 - see _failed
             event = await self._failed(error)
-            await before.wait()  # when an earlier one failed, too, that is the reason for this
+            await prior.wait()  # if an earlier call failed too, its error is the cause, and is fed first
             self.feed(event)
-            all_moves.cancel()
+            scope.cancel()
         else:
             over.set()
             slots.release()
@@ -421,7 +422,7 @@ class SessionDriver(Generic[M]):
                 self.feed(e.Failed(error))
                 return
             except PeerLost as error:
-                self._lose(error.message)
+                self._connection_failed(error.message)
                 return
             for message in messages:
                 self.feed(message)
@@ -430,13 +431,13 @@ class SessionDriver(Generic[M]):
             await anyio.lowlevel.checkpoint()
 
     async def _write(self) -> None:
-        """Send what is in the outbox; the only task that does while the session goes on."""
+        """Send the frames of the outbox. No other task sends while the session runs."""
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             while self._outbox:
                 try:
-                    frame = await framed(self._outbox.popleft())
+                    frame = await encoded(self._outbox.popleft())
                 except LocalProtocolError as error:
                     self.feed(_as_event(error))
                     continue
@@ -446,30 +447,30 @@ class SessionDriver(Generic[M]):
                 changed.set()
 
     async def _write_frame(self, frame: bytes) -> bool:
-        """Send one frame; False when the connection is lost.
+        """Send one frame. Returns False when the connection is lost.
 
-        Shielded: what is being said when the session closes is said to its end, or the peer could not make sense of
-        the last words after it. Closing moves the deadline nearer.
+        Shielded from cancellation: a frame that was begun when the session closes is sent whole, because the peer
+        could not parse the frames after a partial one. Closing the session shortens the deadline.
         """
-        deadline = anyio.current_time() + (self._linger if self._closing.is_set() else _SEND_LIMIT)
+        deadline = anyio.current_time() + (self._farewell_seconds if self._closing.is_set() else _SEND_LIMIT)
         with anyio.CancelScope(shield=True, deadline=deadline) as self._send_scope:
             try:
                 await self._connection.send(frame)
             except PeerLost as error:
-                self._lose(error.message)
+                self._connection_failed(error.message)
                 return False
         if self._send_scope.cancelled_caught:
-            self._lose("the peer does not read")
+            self._connection_failed("the peer does not read")
         return not self._send_scope.cancelled_caught
 
-    def _lose(self, reason: str) -> None:
+    def _connection_failed(self, reason: str) -> None:
         self._connection_lost = True
         self._outbox.clear()
         self.feed(e.ConnectionLost(reason))
 
     def _set_timer(self, seconds: float | None) -> None:
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        # Most deadlines are moved away: the watch finds that out when it wakes for the old one.
+        # A deadline that moves later needs no wake-up: the timer wakes at the old one and reads the new one then.
         if self._deadline is not None and self._deadline < self._watch_until:
             self._deadline_moved.set()
 
@@ -486,8 +487,8 @@ class SessionDriver(Generic[M]):
                 await self._deadline_moved.wait()
 
 
-async def _failing(error: Exception) -> NoReturn:
-    """Work that fails with `error`."""
+async def _raise(error: Exception) -> NoReturn:
+    """A channel call that fails with `error`."""
     raise error
 
 

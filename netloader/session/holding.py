@@ -1,4 +1,4 @@
-"""What can be served: a set of tensors with what is said about it, and the memory where its blocks live."""
+"""The contract of a holding: its announcement, and access to the memory of its blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Holding", "Memory"]
 
 
 class Memory(Protocol):
-    """Where a holding's blocks live."""
+    """The memory of a holding's blocks."""
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order.
@@ -24,7 +24,7 @@ class Memory(Protocol):
         ...
 
     def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
-        """Those of these blocks that can't be served any more, with the reason."""
+        """The blocks among `numbers` that cannot be served any more, each with the reason."""
         ...
 
 
@@ -33,15 +33,15 @@ class Holding(Protocol):
 
     @property
     def announcement(self) -> Announcement:
-        """What is said about it to clients."""
+        """The announcement that clients receive."""
         ...
 
     @property
     def device(self) -> str:
-        """Where it lives, as torch names it."""
+        """Device of the tensors, as torch names it."""
         ...
 
     @property
     def memory(self) -> Memory:
-        """Its blocks."""
+        """The memory of its blocks."""
         ...

@@ -1,4 +1,4 @@
-"""What is done beside the event loop where it takes long: framing and looking up what has many pieces."""
+"""Runs encoding and block lookups in a thread when they would block the event loop."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from netloader.codecs.frames import encode_frame
 from netloader.core.messages import Announce
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "few_spans", "framed", "looked_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "encoded", "few_spans", "look_up"]
 
 R = TypeVar("R")
 
 FEW_TENSORS = 2048
-"""Tensors of a manifest that is dealt with in the event loop, larger ones beside it: as many take about 5 ms there."""
+"""Most tensors of a manifest that is processed on the event loop; a larger one is processed in a thread. This many
+tensors take about 5 ms."""
 
 FEW_SPANS = 512
-"""Pieces of memory that are looked up in the event loop, more of them beside it: as many take 0.3 to 2.6 ms there, and
-a request for a model of large tensors has no more."""
+"""Most spans that are looked up on the event loop; more are looked up in a thread. This many take 0.3 to 2.6 ms. A
+request for a model of large tensors has fewer."""
 
 
-async def framed(message: bytes | Announce) -> bytes:
-    """A frame; one that is still to be made is made beside the event loop."""
+async def encoded(message: bytes | Announce) -> bytes:
+    """The message as a frame. A message that is not encoded yet is encoded in a thread."""
     return message if isinstance(message, bytes) else await anyio.to_thread.run_sync(encode_frame, message)
 
 
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
-    """Whether blocks are made of so few pieces that looking them up need not be done beside the event loop."""
+    """Whether blocks have so few spans that they can be looked up on the event loop."""
     return sum(len(plan.blocks[number].tensors) for number in numbers) <= FEW_SPANS
 
 
-async def looked_up(look: Callable[[Plan, Sequence[int]], R], plan: Plan, numbers: Sequence[int]) -> R:
-    """What `look` finds about blocks: at once where they have few pieces, else beside the event loop."""
+async def look_up(lookup: Callable[[Plan, Sequence[int]], R], plan: Plan, numbers: Sequence[int]) -> R:
+    """Call `lookup` for blocks: on the event loop if they have few spans, otherwise in a thread."""
     if few_spans(plan, numbers):
-        return look(plan, numbers)
-    return await anyio.to_thread.run_sync(look, plan, numbers)
+        return lookup(plan, numbers)
+    return await anyio.to_thread.run_sync(lookup, plan, numbers)

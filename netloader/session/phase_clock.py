@@ -1,4 +1,4 @@
-"""How long a session was in each of its states."""
+"""Measures how long a session stays in each state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class PhaseClock:
     """Seconds spent in each state.
 
     Args:
-        began: When the first one began.
+        began: When the first state began, by the monotonic clock.
     """
 
     def __init__(self, began: float) -> None:
@@ -21,8 +21,8 @@ class PhaseClock:
         self._state = State.LISTEN
         self._since = began
 
-    def move(self, state: State) -> tuple[State, float]:
-        """Account for the time since the last call, and go on in `state`. Returns the state before, and that time."""
+    def enter(self, state: State) -> tuple[State, float]:
+        """Enter `state`. Returns the previous state and the seconds spent in it since it was entered."""
         now = time.monotonic()
         before, seconds = self._state, now - self._since
         self._seconds[before] = self._seconds.get(before, 0.0) + seconds
@@ -30,5 +30,5 @@ class PhaseClock:
         return before, seconds
 
     def seconds(self) -> dict[State, float]:
-        """Seconds in each state that was visited, up to the last move."""
+        """Seconds in each visited state, up to the last call of :meth:`enter`."""
         return dict(self._seconds)

@@ -1,4 +1,4 @@
-"""How far a relay is with the pull that feeds it."""
+"""The progress of a relay's own pull, as the relay's server needs it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Supply"]
 
 
 class Supply:
-    """What a relay has so far, and where the rest comes from.
+    """Which blocks a relay has, and which relays the other blocks come through.
 
     Args:
-        ledger: The account of the pull that feeds it.
+        ledger: The ledger of the relay's own pull.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -26,43 +26,43 @@ class Supply:
         self._changed = anyio.Event()
 
     def has(self, number: int) -> bool:
-        """Whether block `number` is there and verified."""
+        """Whether block `number` is verified."""
         return self._ledger.plan is not None and self._ledger.state(number) is BlockState.VERIFIED
 
     @property
     def complete(self) -> bool:
-        """Whether all blocks are there."""
+        """Whether all blocks are verified."""
         return self._ledger.complete
 
     @property
     def live(self) -> bool:
-        """Whether everything is there, or somebody is sending the rest."""
+        """Whether all blocks are verified, or the pull has a session with a source."""
         return self.complete or bool(self._upstream)
 
     @property
     def chain(self) -> tuple[str, ...]:
-        """Names of the relays that blocks still pass through on their way here, directly or not; each once."""
+        """Names of all relays between this one and the seed, each once; empty when all blocks are verified."""
         if self.complete:
             return ()
         return tuple(dict.fromkeys(node for chain in self._upstream.values() for node in chain))
 
     def feeds(self, session: Hashable, chain: tuple[str, ...]) -> None:
-        """A session with a server began, or the server gets its blocks from elsewhere now.
+        """Record the chain of a session with a source. Called again when the chain changes.
 
         Args:
-            session: Whose.
-            chain: The server's own name, when it is a relay, and those that it gets blocks from.
+            session: The session.
+            chain: The name of the source, if it is a relay, and the relays that its blocks come through.
         """
         self._upstream[session] = chain
         self.notify()
 
     def ended(self, session: Hashable) -> None:
-        """A session ended. Idempotent."""
+        """Remove a session that ended. Idempotent."""
         if self._upstream.pop(session, None) is not None:
             self.notify()
 
     def notify(self) -> None:
-        """Blocks were verified, or the upstream changed: wake whoever waits."""
+        """Wake all waiting tasks, because blocks were verified or the chain changed."""
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
 

@@ -14,7 +14,8 @@ __all__ = ["SetupMailbox"]
 
 _SIGNALS = 256
 _SIGNAL_BYTES = 1 << 20
-"""Signals, and their bytes, that may wait for the transport: more is a peer that wants our memory."""
+"""Most signals, and most bytes of them, that are kept until the transport fetches them. More would let a peer fill this
+process's memory."""
 
 _NO_SIGNALS = "the control connection ended while a channel was being set up"
 
@@ -37,7 +38,7 @@ class SetupMailbox:
         await anyio.lowlevel.checkpoint()
 
     async def fetch(self) -> bytes:
-        """The next signal from the other end."""
+        """Wait for the next signal from the other end."""
         await anyio.lowlevel.checkpoint()
         while not self._arrived:
             if self._closed:
@@ -48,10 +49,10 @@ class SetupMailbox:
         return data
 
     def deliver(self, data: bytes) -> None:
-        """Take a signal from the peer.
+        """Store a signal from the peer.
 
         Raises:
-            RemoteProtocolError: The peer sends more of them than any transport asks for.
+            RemoteProtocolError: The mailbox is full.
         """
         if len(self._arrived) >= _SIGNALS or self._kept + len(data) > _SIGNAL_BYTES:
             raise RemoteProtocolError(
@@ -62,7 +63,7 @@ class SetupMailbox:
         self._wake()
 
     def close(self) -> None:
-        """No signal will come any more; whoever waits for one gets PeerLost."""
+        """Close the mailbox: tasks that wait for a signal get PeerLost."""
         self._closed = True
         self._wake()
 

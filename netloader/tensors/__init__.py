@@ -1,4 +1,4 @@
-"""The edge to torch: tensors into manifests, block views and digests."""
+"""The interface to torch: makes manifests, block views and digests from tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from netloader.tensors.destination import Destination, destination
 from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_blocks, digest_of, digest_plan
 from netloader.tensors.holding import HASHERS, Holding, hold
 from netloader.tensors.memory import Memory, MemoryBlock
-from netloader.tensors.touch import LEAST_BYTES, Toucher
+from netloader.tensors.touch import LEAST_BYTES, Prefaulter
 
 __all__ = [
     "ALGORITHMS",
@@ -19,7 +19,7 @@ __all__ = [
     "Holding",
     "Memory",
     "MemoryBlock",
-    "Toucher",
+    "Prefaulter",
     "describe",
     "destination",
     "digest_blocks",

@@ -1,4 +1,4 @@
-"""From tensors to a manifest: what may travel, and a reason by name for everything that may not."""
+"""Makes a manifest from tensors. Names each tensor that cannot be sent, with the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from netloader.codecs.npu_formats import PLAIN, format_of
 from netloader.core.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
 from netloader.errors import ManifestError
 from netloader.tensors.mappings import not_writable
-from netloader.tensors.memory import TOGETHER, Memory
+from netloader.tensors.memory import BATCH_TENSORS, Memory
 
 __all__ = ["DTYPES", "describe"]
 
@@ -32,23 +32,23 @@ def describe(
 ) -> tuple[Manifest, Memory]:
     """Describe a set of tensors, in the order given.
 
-    Tensors that are the very same memory (tied weights) are described once and named as aliases after that. Bytes are
-    counted in address order, so that a transposed weight travels as it lies.
+    Tensors that share exactly the same memory (tied weights) are described once; the later ones are aliases. Bytes are
+    sent in the order of their addresses, so a transposed weight needs no copy.
 
     Args:
         tensors: By full name; all on one device, each dense in some order of its dimensions.
-        weak: Hold the tensors weakly: the memory may be dropped by its owner at any time.
-        writable: Refuse tensors that this process may not write to (over a read-only mapping of a file, say).
+        weak: Hold only weak references: the owner may free the memory at any time.
+        writable: Refuse tensors that this process cannot write to, such as those in a read-only mapping of a file.
 
     Returns:
         The manifest, and the memory that it describes.
 
     Raises:
-        ManifestError: Some tensors can't travel; each is named with its reason.
+        ManifestError: Some tensors cannot be sent; each is named with its reason.
     """
-    # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
+    # Bypasses the hooks of tensor subclasses: they are several times slower, and only memory matters here.
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-        survey, refused = _surveyed(tensors)
+        survey, refused = _survey_of(tensors)
         problems = [f"{_shown(name)}: {refused[name]}" for name in tensors if name in refused]
         problems += survey.problems(writable=writable)
         specs = [] if problems else survey.specs()
@@ -72,20 +72,20 @@ def describe(
     )
 
 
-def _surveyed(tensors: Mapping[str, torch.Tensor]) -> tuple[_Survey, dict[str, str]]:
-    """A survey of those that could each travel alone, and by name why the others can't."""
+def _survey_of(tensors: Mapping[str, torch.Tensor]) -> tuple[_Survey, dict[str, str]]:
+    """A survey of the tensors that each could be sent alone, and the reasons for the others by name."""
     survey, refused = None, dict[str, str]()
-    if _all_usual(tensors):
+    if _all_ordinary(tensors):
         try:
             survey = _Survey(tensors)
-        except RuntimeError:  # some tensor has no memory that can be named by an address
+        except RuntimeError:  # some tensor has no addressable memory
             survey = None
     if survey is None:
         refused = {name: why for name, tensor in tensors.items() if (why := _why_unreadable(name, tensor))}
         survey = _Survey(_without(tensors, refused))
-    odd = survey.odd()
-    if odd:
-        refused |= odd
+    unsendable = survey.unsendable()
+    if unsendable:
+        refused |= unsendable
         survey = _Survey(_without(tensors, refused))
     return survey, refused
 
@@ -96,7 +96,7 @@ def _without(tensors: Mapping[str, torch.Tensor], names: Container[str]) -> dict
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What tensors of one dtype and shape have in common: worked out once, since a model has few of them."""
+    """Properties of all tensors of one dtype and shape; computed once, because a model has few of these."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -121,21 +121,21 @@ class _Kinds(dict[tuple[torch.dtype, torch.Size], _Kind]):
 
 
 class _Survey:
-    """What is found out about a set of tensors, in a list for each property.
+    """The properties of a set of tensors, as one list per property.
 
-    Tens of thousands of them are not rare, and a client describes its own before it asks for the first block: each
-    property is asked of each tensor once, no loop of ours goes through them where one of the interpreter's can, and all
-    is asked of some of them before any of the others: what they are made of is then still in the processor's memory.
+    Models of tens of thousands of tensors exist, and a client describes its tensors before it requests the first block.
+    So each property is read once per tensor, by `map` instead of a Python loop. All properties of one batch are read
+    before the next batch, while its objects are in the CPU caches.
 
     Args:
-        tensors: By name; of each :func:`_why_unreadable` finds nothing.
+        named: Tensors by name; :func:`_why_unreadable` is empty for each.
 
     Attributes:
-        device: Where they are, or most of them.
-        addresses: Where the memory of each begins.
+        device: Device of the tensors, or of most of them.
+        addresses: Address of the first byte of each.
 
     Raises:
-        RuntimeError: Some tensor has no memory that can be named by an address.
+        RuntimeError: Some tensor has no addressable memory.
     """
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
@@ -148,12 +148,12 @@ class _Survey:
         self._permuted: list[int] = []
         self._negative = False
         cpu = torch.device("cpu")
-        for first in range(0, len(tensors), TOGETHER):
-            part = tensors[first : first + TOGETHER]
-            self.addresses += map(torch.Tensor.data_ptr, part)  # first: what has no plain memory fails here
+        for first in range(0, len(tensors), BATCH_TENSORS):
+            part = tensors[first : first + BATCH_TENSORS]
+            self.addresses += map(torch.Tensor.data_ptr, part)  # first: raises without addressable memory
             dtypes, shapes = map(attrgetter("dtype"), part), map(attrgetter("shape"), part)
             self._kinds += map(self._known.__getitem__, zip(dtypes, shapes, strict=True))
-            # Not where each one is, unless it matters: an object for each answer, and comparing them, takes longer.
+            # Reads the devices only if some are not the CPU: device objects take longer to make and compare.
             here = all(map(attrgetter("is_cpu"), part))
             self._devices += [cpu] * len(part) if here else map(attrgetter("device"), part)
             row_major = list(map(torch.Tensor.is_contiguous, part))
@@ -164,13 +164,13 @@ class _Survey:
         if self._devices.count(self.device) < len(tensors):
             self.device = Counter(self._devices).most_common(1)[0][0]
         self._aliases: dict[int, int] = {}
-        # Of those with bytes of their own, in the order of their memory: place, start and end.
+        # The tensors with bytes of their own, in the order of their addresses: place, start and end.
         self._order: list[int] = []
         self._starts: list[int] = []
         self._ends: list[int] = []
 
-    def odd(self) -> dict[str, str]:
-        """By name, why tensors can't travel that can be looked at: the first reason of each."""
+    def unsendable(self) -> dict[str, str]:
+        """The reasons by name for tensors that can be read, but cannot be sent."""
         tensors, kinds, known = self._tensors, self._kinds, self._known.values()
         found: dict[int, str] = {}
         if 0 in self.addresses:
@@ -191,7 +191,7 @@ class _Survey:
         return {self._names[place]: why for place, why in found.items()}
 
     def specs(self) -> list[TensorSpec]:
-        """What they look like, once :meth:`problems` has found none."""
+        """The specs of all tensors. Call :meth:`problems` before; it must be empty."""
         kinds = self._kinds
         dtypes, shapes = map(attrgetter("dtype"), kinds), map(attrgetter("shape"), kinds)
         specs = list(map(TensorSpec, self._names, dtypes, shapes))
@@ -209,16 +209,16 @@ class _Survey:
         return specs
 
     def wire_bytes(self) -> list[int]:
-        """Bytes of each that travel, once :meth:`problems` has found none."""
+        """Bytes to send of each tensor. Call :meth:`problems` before; it must be empty."""
         sizes = [kind.nbytes for kind in self._kinds]
         for place in self._aliases:
             sizes[place] = 0
         return sizes
 
     def problems(self, *, writable: bool) -> list[str]:
-        """What keeps tensors from travelling that each could travel alone."""
+        """The reasons why tensors that could be sent alone cannot be sent together."""
         if self._devices.count(self.device) < len(self._tensors):
-            return self._strangers()
+            return self._on_other_devices()
         found = [
             f"{self._names[place]}: it is a part of memory in format {memory_format}, which has no parts"
             for place, memory_format in self._formats.items()
@@ -227,24 +227,24 @@ class _Survey:
         self._lay_out()
         found += self._overlaps()
         if writable and self.device == torch.device("cpu"):
-            found += self._locked(not_writable(self._starts, self._ends))
+            found += self._read_only(not_writable(self._starts, self._ends))
         return found
 
     @cached_property
     def _strides(self) -> dict[int, tuple[int, ...]]:
-        """Strides of those that do not lie in row-major order, by place."""
+        """Strides of the tensors that are not in row-major order, by place."""
         return {place: _canonical(self._tensors[place].stride(), self._kinds[place].shape) for place in self._permuted}
 
     @cached_property
     def _formats(self) -> dict[int, str]:
-        """Memory formats of those that are not in the plain one, by place."""
+        """Memory formats of the tensors that are not in the plain format, by place."""
         if self.device.type != "npu":
             return {}
         formats = map(format_of, self._tensors)
         return {place: memory_format for place, memory_format in enumerate(formats) if memory_format != PLAIN}
 
     def _lay_out(self) -> None:
-        """Bring those with bytes of their own into the order of their memory."""
+        """Sort the tensors that have bytes of their own by address."""
         addresses, sizes = self.addresses, [kind.nbytes for kind in self._kinds]
         order = sorted(range(len(addresses)), key=addresses.__getitem__)
         if 0 in sizes:
@@ -258,7 +258,7 @@ class _Survey:
         self._ends = [start + sizes[place] for start, place in zip(starts, order, strict=True)]
 
     def _find_aliases(self) -> None:
-        """Find those that are the very same memory, and nothing else, as an earlier one."""
+        """Find the tensors that are identical to an earlier one: same address, dtype, shape, strides and format."""
         strides, formats = self._strides, self._formats
 
         def layout(place: int) -> tuple[object, ...]:
@@ -273,7 +273,7 @@ class _Survey:
                     self._aliases[place] = owner
 
     def _overlaps(self) -> list[str]:
-        """Name tensors that share memory without being the same tensor."""
+        """The problems of tensors that overlap others without being aliases."""
         if not any(map(gt, self._ends, self._starts[1:])):
             return []
         found = []
@@ -288,22 +288,22 @@ class _Survey:
                 past, holder = end, place
         return found
 
-    def _locked(self, locked: Iterable[tuple[int, int]]) -> list[str]:
-        """Name tensors that reach into these address ranges.
+    def _read_only(self, locked: Iterable[tuple[int, int]]) -> list[str]:
+        """The problems of tensors that overlap these read-only address ranges.
 
-        torch does not know that such memory is read-only: the first write would end the process.
+        torch does not check this: the first write to such memory would end the process.
         """
         found = []
         for start, end in locked:
-            # Tensors don't overlap, so those that begin before the range ends are in the order of their ends, too.
+            # The tensors do not overlap, so their ends have the same order as their starts.
             at = bisect_left(self._starts, end) - 1
             while at >= 0 and self._ends[at] > start:
                 found.append(f"{self._names[self._order[at]]}: its memory is read-only")
                 at -= 1
         return found
 
-    def _strangers(self) -> list[str]:
-        """Name tensors that are not on the device where most are."""
+    def _on_other_devices(self) -> list[str]:
+        """The problems of tensors that are not on the device of most others."""
         most = self._devices.count(self.device)
         return [
             f"{name}: it is on {device}, {most} others are on {self.device}"
@@ -313,7 +313,7 @@ class _Survey:
 
 
 def _canonical(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """`stride` as both sides have to write it: for dimensions of size 1 torch keeps whatever it was."""
+    """`stride` in canonical form: for dimensions of size 1, where torch keeps any value, the stride is 1."""
     return tuple(step if size != 1 else 1 for step, size in zip(stride, shape, strict=True))
 
 
@@ -321,8 +321,8 @@ def _shown(name: object) -> str:
     return str(name)[:80].encode(errors="backslashreplace").decode() or "''"
 
 
-def _all_usual(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether none needs a closer look before it is asked anything, as far as names and types tell."""
+def _all_ordinary(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all names and types are ordinary, so that no tensor needs a check of its own."""
     if not tensors:
         return True
     return (
@@ -352,14 +352,14 @@ def _type_problem(kind: type) -> str:
         return f"it is no tensor but {kind.__name__}"
     if issubclass(kind, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
         return "it has no memory yet (uninitialised)"
-    # A class that takes over every operation (DTensor, torchao, FakeTensor) keeps its data in tensors of its own.
+    # A class that overrides every operation (DTensor, torchao, FakeTensor) keeps its data in other tensors.
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"its class {kind.__name__} keeps its data elsewhere"
     return ""
 
 
 def _why_unreadable(name: object, tensor: torch.Tensor) -> str:
-    """Why a tensor cannot be named, or its memory not be addressed; empty when both can."""
+    """Why the name is not valid or the memory is not addressable; empty when both are fine."""
     problem = _name_problem(name) or _type_problem(type(tensor))
     if problem:
         return problem

@@ -1,4 +1,4 @@
-"""What a client fills: tensors of its own, or memory made for what the server announces."""
+"""The tensors that a client fills: given ones, or new ones allocated for the announced manifest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Destination", "destination"]
 
 
 class Destination:
-    """What a client fills. Made by :func:`destination`.
+    """The tensors that a client fills. Made by :func:`destination`.
 
     Attributes:
-        device: Where the tensors live, or will live, as torch names it.
+        device: Device of the tensors, also of those not allocated yet, as torch names it.
     """
 
     def __init__(self, device: str) -> None:
@@ -38,15 +38,15 @@ class Destination:
 
     @property
     def manifest(self) -> Manifest | None:
-        """The tensors; None until :meth:`adopt`, for a destination without tensors of its own."""
+        """The manifest of the tensors; None until :meth:`adopt` if no tensors were given."""
         return self._manifest
 
     @property
     def memory(self) -> Memory:
-        """Their memory.
+        """The memory of the tensors.
 
         Raises:
-            LocalProtocolError: Nothing was adopted yet.
+            LocalProtocolError: No tensors were given, and no manifest was adopted yet.
         """
         if self._memory is None:
             raise LocalProtocolError("the destination has no memory yet: no manifest was adopted")
@@ -58,20 +58,20 @@ class Destination:
         return self._tensors
 
     def larger(self, least: int) -> list[torch.Tensor]:
-        """Those of at least so many bytes; each that is known by several names once."""
+        """The tensors of at least `least` bytes; a tensor with several names once."""
         sizes = () if self._manifest is None else self._manifest.sizes
         if max(sizes, default=0) < least:
             return []
         return [tensor for tensor, nbytes in zip(self._tensors.values(), sizes, strict=True) if nbytes >= least]
 
     def adopt(self, manifest: Manifest) -> None:
-        """Allocate memory for a manifest that the server announced. Its contents are undefined until they are pulled.
+        """Allocate memory for a manifest that the server announced. Its contents are undefined until it is filled.
 
         Args:
-            manifest: Passed :meth:`~netloader.core.manifest.Manifest.check`.
+            manifest: A manifest that passed :meth:`~netloader.core.manifest.Manifest.check`.
 
         Raises:
-            LocalProtocolError: There are tensors already.
+            LocalProtocolError: The destination has tensors already.
             ManifestError: Some tensors can't exist here: a dtype that this torch lacks, a device memory format, or not
                 enough memory.
         """
@@ -108,14 +108,14 @@ class Destination:
 
 
 def destination(tensors: Mapping[str, torch.Tensor] | None, *, device: str = "cpu") -> Destination:
-    """What a pull fills.
+    """Make the destination of a pull.
 
     Args:
         tensors: Tensors to fill in place, by full name; None to allocate what the server announces.
-        device: Where to allocate; not used when `tensors` are given.
+        device: Device for the allocation; not used when `tensors` are given.
 
     Raises:
-        ManifestError: Some tensors can't travel or can't be written to; each is named with its reason.
+        ManifestError: Some tensors cannot be described or written to; each is named with its reason.
     """
     if tensors is not None:
         return Destination.over(tensors)

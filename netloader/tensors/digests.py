@@ -1,4 +1,4 @@
-"""Digests of blocks: registry, one block, all blocks."""
+"""Block digests: the algorithms, the digest of one block, and the digests of all blocks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["ALGORITHMS", "DEFAULT", "digest_blocks", "digest_of", "digest_plan"]
 
 _STAGING_BYTES = 4 << 20
-"""Bytes of a device span copied at a time."""
+"""Bytes of a device span that are copied at a time."""
 
-_GROUP = 8
-_SILENT = 600.0
-"""Seconds that a thread may take for a few blocks: their memory may be a file on slow storage, read only now."""
+_BATCH_BLOCKS = 8
 """Blocks that a thread takes at a time."""
+
+_STALL_SECONDS = 600.0
+"""Seconds without progress after which hashing fails. The limit is long because the memory may be a mapped file on slow
+storage, which is read only now."""
 
 
 class _Hash(Protocol):
@@ -40,16 +42,16 @@ class _Hash(Protocol):
 _REGISTRY: Mapping[str, Callable[[], _Hash]] = MappingProxyType({"xxh3-128": xxhash.xxh3_128})
 
 ALGORITHMS: tuple[str, ...] = tuple(_REGISTRY)
-"""Names of the block digests, the preferred one first."""
+"""Names of the digest algorithms, the preferred one first."""
 
 DEFAULT = ALGORITHMS[0]
 
 
 def digest_of(view: BlockView, algorithm: str) -> bytes:
-    """Digest of what lies in a block's memory now.
+    """Compute the digest of the present contents of a block.
 
-    Memory of the CPU is hashed in place (the interpreter is free meanwhile, for large spans); memory of a device is
-    copied through pinned memory, a bounded piece at a time.
+    CPU memory is hashed in place; large spans without holding the GIL. Device memory is copied to pinned memory and
+    hashed there, in pieces of limited size.
 
     Args:
         view: The block.
@@ -61,7 +63,7 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
     Raises:
         ManifestError: The algorithm is unknown.
     """
-    state = _new(algorithm)
+    state = _new_hash(algorithm)
     try:
         regions = view.regions()
     except TransportUnavailable:
@@ -82,15 +84,15 @@ def digest_plan(
     threads: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> bytes:
-    """Digests of all blocks, joined in order.
+    """Compute the digests of all blocks, joined in order.
 
     Args:
-        memory: Where they live.
-        plan: The blocks.
+        memory: The memory of the blocks.
+        plan: The plan of the blocks.
         algorithm: One of :data:`ALGORITHMS`.
         threads: Threads that hash, the calling one included.
-        progress: Called in the calling thread with the bytes hashed so far and all bytes. What it raises ends the
-            work and is raised here.
+        progress: Called in the calling thread with the bytes hashed so far and the total. An exception that it raises
+            stops the hashing and is raised here.
 
     Raises:
         ManifestError: The algorithm is unknown, or some of the memory is gone.
@@ -108,11 +110,11 @@ def digest_blocks(
     progress: Callable[[int, int], None] | None = None,
 ) -> bytes:
     """The same for some of the blocks, joined in the order of `numbers`."""
-    _new(algorithm)
-    return _Work(memory, plan, numbers, algorithm).run(max(1, threads), progress)
+    _new_hash(algorithm)
+    return _DigestJob(memory, plan, numbers, algorithm).run(max(1, threads), progress)
 
 
-class _Work:
+class _DigestJob:
     """Blocks of a plan, hashed by several threads that each take the next few."""
 
     def __init__(self, memory: Memory, plan: Plan, numbers: Sequence[int], algorithm: str) -> None:
@@ -128,7 +130,7 @@ class _Work:
         self._error: BaseException | None = None
 
     def run(self, threads: int, progress: Callable[[int, int], None] | None) -> bytes:
-        count = min(threads, -(-len(self._numbers) // _GROUP))
+        count = min(threads, -(-len(self._numbers) // _BATCH_BLOCKS))
         helpers = [
             threading.Thread(target=self._work, name=f"netloader-digest-{n}", daemon=True) for n in range(1, count)
         ]
@@ -144,16 +146,16 @@ class _Work:
         return bytes(self._digests)
 
     def _join(self, helper: threading.Thread) -> None:
-        """Wait for a helper, as long as any of them gets on."""
+        """Wait for a helper thread while any thread makes progress."""
         hashed = -1
         while helper.is_alive() and hashed != self._hashed:
             hashed = self._hashed
-            helper.join(_SILENT)
+            helper.join(_STALL_SECONDS)
         if helper.is_alive():
             with self._lock:
                 self._error = self._error or ManifestError(
-                    f"thread {helper.name} has hashed nothing for {_SILENT:g} s",
-                    hint="is the storage there that these tensors are mapped from?",
+                    f"thread {helper.name} has hashed nothing for {_STALL_SECONDS:g} s",
+                    hint="check the storage that these tensors are mapped from",
                 )
 
     def _work(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -168,19 +170,19 @@ class _Work:
                     hashed = self._hashed
                 if progress is not None and hashed < self._nbytes:
                     progress(hashed, self._nbytes)
-        except BaseException as error:  # noqa: BLE001 - raised again by `run`, once all threads have ended
+        except BaseException as error:  # noqa: BLE001 - `run` raises it when all threads have ended
             with self._lock:
                 self._error = self._error or error
 
     def _take(self) -> range:
-        """Places of the next blocks to hash; none when all are taken or one thread has failed."""
+        """Places of the next blocks to hash; empty when all are taken or a thread has failed."""
         with self._lock:
             first = len(self._numbers) if self._error is not None else self._next
-            self._next = first + _GROUP
-        return range(first, min(first + _GROUP, len(self._numbers)))
+            self._next = first + _BATCH_BLOCKS
+        return range(first, min(first + _BATCH_BLOCKS, len(self._numbers)))
 
 
-def _new(algorithm: str) -> _Hash:
+def _new_hash(algorithm: str) -> _Hash:
     maker = _REGISTRY.get(algorithm)
     if maker is None:
         raise ManifestError(

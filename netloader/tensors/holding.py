@@ -1,4 +1,4 @@
-"""What a server serves under one role, made from tensors."""
+"""Makes a holding from tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from netloader.tensors.memory import Memory
 __all__ = ["HASHERS", "Holding", "hold"]
 
 HASHERS = 2
-"""One core reads memory at about the pace of two; beside inference more would only disturb."""
+"""Threads that hash by default. Memory bandwidth is the limit, so more threads would only disturb inference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Holding:
     """One set of tensors that can be served.
 
     Attributes:
-        announcement: What is said about it to clients, with the digests of the moment it was made.
-        memory: Its blocks.
+        announcement: The announcement that clients receive, with the digests from the time it was made.
+        memory: The memory of its blocks.
     """
 
     announcement: Announcement
@@ -35,7 +35,7 @@ class Holding:
 
     @property
     def device(self) -> str:
-        """Where it lives, as torch names it."""
+        """Device of the tensors, as torch names it."""
         return self.memory.device
 
 
@@ -49,25 +49,25 @@ def hold(
     threads: int = HASHERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Holding:
-    """Describe tensors, cut them into blocks and digest every block, once.
+    """Describe tensors, divide them into blocks and compute the digest of every block.
 
-    Reads every byte: call it in a worker thread. Clients are checked against these digests for as long as the holding
-    is served, so the tensors must not be written to any more; what is written nevertheless fails at the client.
+    Reads every byte: call it in a worker thread. Clients compare the blocks with these digests as long as the holding
+    is served, so the tensors must not be written to any more. If they are, the pull of the client fails.
 
     Args:
-        tensors: What to serve, by full name; see :func:`~netloader.tensors.describe` for what may travel.
-        identity: Whose weights they are.
+        tensors: What to serve, by full name; see :func:`~netloader.tensors.describe` for the conditions.
+        identity: Identity of the weights.
         block_bytes: Size of a block; chosen by the size of the model when None.
         algorithm: Name of the block digest, one of :data:`~netloader.tensors.ALGORITHMS`.
-        weak: Hold the tensors weakly, for memory that its owner may drop.
+        weak: Hold only weak references, for tensors that their owner may free.
         threads: Threads that hash, the calling one included.
-        progress: Called with the bytes hashed so far and all bytes; what it raises ends the work.
+        progress: Called with the bytes hashed so far and the total. An exception that it raises stops the hashing.
 
     Returns:
         The holding.
 
     Raises:
-        ManifestError: Some tensors can't travel, the block size is out of range, or the algorithm is unknown.
+        ManifestError: Some tensors cannot be sent, the block size is out of range, or the algorithm is unknown.
     """
     manifest, memory = describe(tensors, weak=weak)
     plan = make_plan(manifest, block_bytes_for(manifest.nbytes) if block_bytes is None else block_bytes)
@@ -75,5 +75,5 @@ def hold(
     known = manifest_digest(manifest)
     root = compute_root(manifest, plan.block_bytes, algorithm, digests, known_digest=known)
     announcement = Announcement(identity, manifest, known, plan, algorithm, digests, root)
-    _ = plan.digest  # worked out here, in the caller's thread, and not when the first client asks
+    _ = plan.digest  # computed and cached here, in the thread of the caller, before the first client asks
     return Holding(announcement, memory)

@@ -1,4 +1,4 @@
-"""Which addresses of this process are mapped, and how, as Linux tells it."""
+"""Lists the memory mappings of this process and their permissions. Linux only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["ANY", "HEAP", "mapped", "not_writable"]
 
 _NOT_WRITABLE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
-"""A mapping whose second permission is none: ``7f00-7f10 r--p ...``."""
+"""A mapping without write permission: ``7f00-7f10 r--p ...``."""
 
 ANY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 """Every mapping."""
@@ -24,23 +24,23 @@ HEAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]$", re.MULTILINE)
 _MAPS = Path("/proc/self/maps")
 
 _QUERY = struct.Struct("=9Q4I2Q")
-"""The kernel's ``struct procmap_query``: its size, what is asked, an address; then start, end and permissions."""
+"""The kernel's ``struct procmap_query``: its size, flags and an address; then start, end and permissions."""
 
-_ASK = 3 << 30 | _QUERY.size << 16 | ord("f") << 8 | 17
+_QUERY_IOCTL = 3 << 30 | _QUERY.size << 16 | ord("f") << 8 | 17
 """``PROCMAP_QUERY``, of Linux 6.11."""
 
-_THERE_OR_NEXT = 0x10
+_COVERING_OR_NEXT = 0x10
 _WRITABLE = 0x02
 
-_MOST_QUESTIONS = 256
-"""Mappings asked for one by one; a process has some hundreds, and with more of them the list of all is read sooner."""
+_MAX_QUERIES = 256
+"""Most mappings that are queried one by one. Reading the list of all mappings is faster than more queries."""
 
 
 def mapped(kind: re.Pattern[bytes]) -> list[tuple[int, int]]:
-    """Start and end of each mapping of a kind, ascending; none where the system can't say.
+    """Start and end of each mapping of a kind, ascending; empty if the system has no such list.
 
     Args:
-        kind: One of the patterns here.
+        kind: One of the patterns of this module.
     """
     try:
         maps = _MAPS.read_bytes()
@@ -50,36 +50,36 @@ def mapped(kind: re.Pattern[bytes]) -> list[tuple[int, int]]:
 
 
 def not_writable(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each mapping that can't be written to, at least of those that these ranges reach into.
+    """Start and end of each read-only mapping; mappings that overlap none of these ranges may be missing.
 
-    None where the system can't say.
+    Empty if the system gives no information.
 
     Args:
-        starts: Where the ranges start, ascending.
-        ends: Where they end; they don't overlap.
+        starts: Starts of the ranges, ascending.
+        ends: Ends of the ranges, which must not overlap.
     """
     try:
-        found = _asked(starts, ends)
+        found = _queried(starts, ends)
     except OSError:  # an older kernel
         found = None
     return mapped(_NOT_WRITABLE) if found is None else found
 
 
-def _asked(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]] | None:
-    """The same by asking for each mapping; None when there are too many of them.
+def _queried(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]] | None:
+    """The same by one query for each mapping; None when there are too many mappings.
 
     Raises:
-        OSError: The system takes no such questions.
+        OSError: The kernel has no such query.
     """
     found: list[tuple[int, int]] = []
     at = reached = 0
     with _MAPS.open("rb") as maps:
-        for _ in range(_MOST_QUESTIONS):
+        for _ in range(_MAX_QUERIES):
             if at == len(starts):
                 return found
-            query = bytearray(_QUERY.pack(_QUERY.size, _THERE_OR_NEXT, max(starts[at], reached), *[0] * 12))
+            query = bytearray(_QUERY.pack(_QUERY.size, _COVERING_OR_NEXT, max(starts[at], reached), *[0] * 12))
             try:
-                fcntl.ioctl(maps, _ASK, query)
+                fcntl.ioctl(maps, _QUERY_IOCTL, query)
             except OSError as error:
                 if error.errno == errno.ENOENT:  # nothing is mapped from there on
                     return found

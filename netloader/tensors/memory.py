@@ -18,25 +18,25 @@ from netloader.core.plan import Block, Plan, in_groups
 from netloader.errors import ManifestError, TransportUnavailable
 from netloader.tensors.private import PlainCopies, PlainCopy
 
-__all__ = ["TOGETHER", "Memory", "MemoryBlock"]
+__all__ = ["BATCH_TENSORS", "Memory", "MemoryBlock"]
 
-TOGETHER = 512
-"""Tensors of which everything is asked before the next ones are: each is three objects, and of tens of thousands none
-is still in the processor's memory when the next question comes (docs/decisions/0037-one-look.md)."""
+BATCH_TENSORS = 512
+"""Tensors per batch. All properties of a batch are read before the next batch, while its Python objects are in the CPU
+caches (docs/decisions/0037-one-look.md)."""
 
 _WINDOW = ctypes.c_uint8 * (1 << 62)
-"""As much as can be addressed. Cutting a block's spans out of one window makes one object per span; an array for each
-of them would make five, and with tens of thousands of spans the garbage collector would stop the process to look."""
+"""An array type over the whole address space. Slicing a block's spans from one such array makes one object per span. An
+array for each span would make five objects, and tens of thousands of spans would trigger full garbage collections."""
 
 
-class _Kept(NamedTuple):
-    """What a look at a block finds out.
+class _Placement(NamedTuple):
+    """Where the spans of a block are in memory.
 
     Attributes:
-        storages: What holds each span.
-        sizes: Bytes of each of those.
-        begins: Where each span begins.
-        regions: The spans by address, where the memory is the CPU's and the block may be shown again.
+        storages: The storage of each span.
+        sizes: Bytes of each storage.
+        begins: Address of the first byte of each span.
+        regions: The spans by address, if the memory is CPU memory and the placement is cached; None otherwise.
     """
 
     storages: list[torch.UntypedStorage]
@@ -46,9 +46,9 @@ class _Kept(NamedTuple):
 
 
 class MemoryBlock:
-    """One block where it lives; see :class:`~netloader.codecs.block_view.BlockView`.
+    """One block in memory; see :class:`~netloader.codecs.block_view.BlockView`.
 
-    Keeps the memory alive, also when the tensors are dropped meanwhile, and so does each byte view taken from it.
+    It keeps the memory alive, also after the tensors were freed. Each byte view taken from it does the same.
 
     Attributes:
         number: Number of the block.
@@ -84,10 +84,9 @@ class MemoryBlock:
         return f"<block {self.number}: {self.nbytes} bytes in {len(self._addresses)} spans on {self._device}>"
 
     def tensors(self) -> Sequence[torch.Tensor]:
-        """The spans in order: one-dimensional, contiguous ``uint8`` tensors over the memory, where that is.
+        """The spans in order, as one-dimensional, contiguous ``uint8`` tensors over the memory.
 
-        They share nothing but memory with the tensors that they were made from: writing to them is no operation that
-        autograd counts.
+        They share only the memory with the original tensors. Autograd does not see writes to them.
         """
         if self._tensors is None:
             made = []
@@ -102,9 +101,9 @@ class MemoryBlock:
         return self._tensors
 
     def settle(self) -> None:
-        """The block was filled: bring its bytes to where they belong, if that isn't where they are.
+        """Convert the filled bytes into a device's private memory format, if the block has tensors in one.
 
-        For tensors in a device's private format. Waits for the device: not for the event loop's thread.
+        Waits for the device, so it must not run on the event loop.
         """
         if not self._copies:
             return
@@ -115,7 +114,7 @@ class MemoryBlock:
         """The spans in order, as writable byte views.
 
         Raises:
-            TransportUnavailable: Some of the memory is not the CPU's.
+            TransportUnavailable: Some of the memory is not CPU memory.
         """
         self._check_reachable()
         if self._buffers is None:
@@ -131,12 +130,12 @@ class MemoryBlock:
         return self._buffers
 
     def regions(self) -> Regions[int]:
-        """The spans in order, by address: much cheaper than byte views.
+        """The spans in order, as addresses and sizes: much cheaper than byte views.
 
-        Valid as long as this object is there; not to be changed.
+        Valid while this object exists. Must not be changed.
 
         Raises:
-            TransportUnavailable: Some of the memory is not the CPU's.
+            TransportUnavailable: Some of the memory is not CPU memory.
         """
         if self._regions is None:
             self._check_reachable()
@@ -146,27 +145,27 @@ class MemoryBlock:
     def _check_reachable(self) -> None:
         if self._device.type != "cpu" and not all(storage.device.type == "cpu" for storage in self._storages):
             raise TransportUnavailable(
-                f"block {self.number} is on {self._device}, byte views exist for the CPU's memory only"
+                f"block {self.number} is on {self._device}, byte views exist for CPU memory only"
             )
 
 
 class Memory:
     """The memory of one set of tensors. Made by :func:`~netloader.tensors.describe`.
 
-    Tensors are known by address. One that was given other memory since (``param.data = ...``) is noticed and never
-    read from or written to by its old address.
+    Each tensor is identified by its address. If a tensor has been given other memory (``param.data = ...``), this is
+    detected, and the old address is neither read nor written.
 
     Args:
-        manifest: What `tensors` look like.
+        manifest: Manifest of `tensors`.
         tensors: In the order of the manifest.
         device: Where they live. A server may have copies of some of them in the CPU's memory.
         addresses: Where each begins, when that is known already.
         weak: Hold them by weak references.
-        keep: Keep what was found out about a block's memory for the next look at it, and the memory with it: for a
-            server, which shows the same blocks to one client after the other. Not together with `weak`.
+        keep: Cache the placement of each block, which keeps the memory alive. For a server, which sends the same blocks
+            to several clients. Not together with `weak`.
 
     Attributes:
-        device: As torch names it (``cpu``, ``cuda:0``).
+        device: Device of the tensors, as torch names it (``cpu``, ``cuda:0``).
     """
 
     def __init__(
@@ -187,14 +186,14 @@ class Memory:
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
             self._addresses = addresses or [tensor.data_ptr() for tensor in tensors]
             if device.type == "npu":
-                # As they are today: an engine may have brought one into tiles since the manifest was made, or a plain
-                # copy may stand for one in tiles. What travels is the plain form in any case.
+                # Read from the tensors, not from the manifest: an engine may have changed a tensor to a private format
+                # after the manifest was made, or replaced it by a plain copy. The plain form is sent in both cases.
                 self._private = frozenset(i for i, tensor in enumerate(tensors) if is_private(tensor))
         self._tensors: list[torch.Tensor] = [] if weak else list(tensors)
         self._references: list[Callable[[], torch.Tensor | None]] = [weakref.ref(t) for t in tensors] if weak else []
         self._keep = keep
-        # For one plan: what is kept of each block.
-        self._kept: tuple[Plan | None, dict[int, _Kept]] = (None, {})
+        # The placements of blocks of one plan.
+        self._cache: tuple[Plan | None, dict[int, _Placement]] = (None, {})
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order.
@@ -207,9 +206,9 @@ class Memory:
             ManifestError: Some of the memory is gone or was replaced, or the plan was made for other tensors.
         """
         self._check(plan)
-        # Not through the hooks of tensor classes: they cost several times more, and this is about memory only.
+        # Bypasses the hooks of tensor subclasses: they are several times slower, and only memory matters here.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            found = self._all_kept(plan, numbers) or self._look(plan, numbers)
+            found = self._cached_placements(plan, numbers) or self._placements(plan, numbers)
             if found is None:
                 raise self._gone(plan, numbers)
             return [
@@ -225,7 +224,7 @@ class Memory:
             ]
 
     def _copies_of(self, block: Block) -> dict[int, PlainCopy]:
-        """Plain copies of those of its tensors that lie in a private format, by place of the span."""
+        """Plain copies of the block's tensors that are in a private format, by place of the span."""
         return {
             place: self._copies.of(index, tensor)
             for place, index in enumerate(block.tensors)
@@ -233,37 +232,37 @@ class Memory:
         }
 
     def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:
-        """Those of these blocks that can't be read or written any more, each with the tensor and the reason."""
+        """The blocks among `numbers` whose memory is gone, each with the tensor and the reason."""
         self._check(plan)
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - has no other name
-            if self._all_kept(plan, numbers) is not None or self._look(plan, numbers) is not None:
+            if self._cached_placements(plan, numbers) is not None or self._placements(plan, numbers) is not None:
                 return {}
             return {number: why for number in numbers if (why := self._why_missing(plan, number))}
 
     def _why_missing(self, plan: Plan, number: int) -> str:
-        """Why a block can't be read or written any more; empty when it can."""
+        """Why the memory of a block is gone; empty when it is not."""
         block = plan.blocks[number]
         for index, nbytes in zip(block.tensors, block.sizes, strict=True):
             reason = self._problem(index, block.offset + nbytes)
             if reason:
-                self._kept[1].pop(number, None)  # nobody is to wait for us with freeing what was replaced
+                self._cache[1].pop(number, None)  # the cache must not keep replaced memory alive
                 return f"{self._manifest.tensors[index].name} {reason}"
         return ""
 
-    def _all_kept(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
-        """What is kept about these blocks, compared with how it is now; None when not all of it is kept and true.
+    def _cached_placements(self, plan: Plan, numbers: Sequence[int]) -> list[_Placement] | None:
+        """The cached placements of these blocks; None when one is not cached or not valid any more.
 
-        All of them at once: a server does this for each block that it grants, and for each that it sends.
+        Checks all blocks at once, because a server checks each block when it grants it and again when it sends it.
         """
-        kept_for, by_number = self._kept  # together: another thread may look with another plan
+        kept_for, by_number = self._cache  # read in one step: another thread may replace it for another plan
         if kept_for is not plan or self._private:
             return None
         kept = {number: one for number in numbers if (one := by_number.get(number)) is not None}
         if len(kept) < len(numbers):
             return None
-        for part in in_groups(plan, numbers, TOGETHER):
+        for part in in_groups(plan, numbers, BATCH_TENSORS):
             places = list(chain.from_iterable(plan.blocks[number].tensors for number in part))
-            if not self._in_place(self._held(places), places):
+            if not self._in_place(self._tensors_at(places), places):
                 return None
             holders = chain.from_iterable(kept[number].storages for number in part)
             sizes = list(chain.from_iterable(kept[number].sizes for number in part))
@@ -272,13 +271,13 @@ class Memory:
         return list(kept.values())
 
     def _in_place(self, tensors: list[torch.Tensor] | None, places: Sequence[int]) -> bool:
-        """Whether these tensors begin where they did. No loop of ours goes through them: there may be many."""
+        """Whether these tensors still have their described addresses. No Python loop, because there may be many."""
         if tensors is None:
             return False
         return list(map(torch.Tensor.data_ptr, tensors)) == list(map(self._addresses.__getitem__, places))
 
-    def _held(self, places: Sequence[int]) -> list[torch.Tensor] | None:
-        """The tensors at these places of the manifest; None when one was dropped."""
+    def _tensors_at(self, places: Sequence[int]) -> list[torch.Tensor] | None:
+        """The tensors at these places of the manifest; None when one was freed."""
         if not self._references:
             return list(map(self._tensors.__getitem__, places))
         found = [self._references[index]() for index in places]
@@ -288,24 +287,24 @@ class Memory:
     def _tensor(self, index: int) -> torch.Tensor | None:
         return self._references[index]() if self._references else self._tensors[index]
 
-    def _look(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
-        """What holds the memory of each span of these blocks; None when some of it is not there any more.
+    def _placements(self, plan: Plan, numbers: Sequence[int]) -> list[_Placement] | None:
+        """The placements of these blocks; None when some memory is gone.
 
-        Looks at each tensor: their number, not their bytes, is what this costs.
+        The time grows with the number of tensors, not with their bytes.
         """
-        found: list[_Kept] = []
-        for part in in_groups(plan, numbers, TOGETHER):
-            some = self._look_at(plan, part)
+        found: list[_Placement] = []
+        for part in in_groups(plan, numbers, BATCH_TENSORS):
+            some = self._batch_placements(plan, part)
             if some is None:
                 return None
             found += some
         return found
 
-    def _look_at(self, plan: Plan, numbers: Sequence[int]) -> list[_Kept] | None:
-        """The same for as many as are looked at together."""
+    def _batch_placements(self, plan: Plan, numbers: Sequence[int]) -> list[_Placement] | None:
+        """The same for one batch."""
         blocks = [plan.blocks[number] for number in numbers]
         places = list(chain.from_iterable(block.tensors for block in blocks))
-        tensors = self._held(places)
+        tensors = self._tensors_at(places)
         if tensors is None or not self._in_place(tensors, places):
             return None
         storages = list(map(torch.Tensor.untyped_storage, tensors))
@@ -313,7 +312,7 @@ class Memory:
         begins = list(map(self._addresses.__getitem__, places))
         pasts = list(accumulate(len(block.tensors) for block in blocks))
         for past, block in zip(pasts, blocks, strict=True):
-            if block.offset:  # a cut, of one tensor
+            if block.offset:  # a part of one large tensor
                 begins[past - 1] += block.offset
         ends = map(add, map(torch.UntypedStorage.data_ptr, storages), sizes)
         needed = map(add, begins, chain.from_iterable(block.sizes for block in blocks))
@@ -322,13 +321,15 @@ class Memory:
         parts = [slice(past - len(block.tensors), past) for past, block in zip(pasts, blocks, strict=True)]
         again = self._keep and self._device.type == "cpu" and not self._private
         found = [
-            _Kept(storages[part], sizes[part], begins[part], regions_over(begins[part], block.sizes) if again else None)
+            _Placement(
+                storages[part], sizes[part], begins[part], regions_over(begins[part], block.sizes) if again else None
+            )
             for part, block in zip(parts, blocks, strict=True)
         ]
         if self._keep:
-            kept_for, kept = self._kept  # together, as above: what is kept for one plan never gets among another's
+            kept_for, kept = self._cache  # read in one step, so that placements of two plans are not mixed
             if kept_for is not plan:
-                _, kept = self._kept = (plan, {})
+                _, kept = self._cache = (plan, {})
             kept.update(zip(numbers, found, strict=True))
         return found
 
@@ -344,7 +345,7 @@ class Memory:
         return ""
 
     def _gone(self, plan: Plan, numbers: Sequence[int]) -> ManifestError:
-        missing = self.missing(plan, numbers) or {numbers[0]: "it changed this very moment"}
+        missing = self.missing(plan, numbers) or {numbers[0]: "it changed during the check"}
         number, reason = next(iter(missing.items()))
         return ManifestError(
             f"block {number} is gone: {reason}", hint="describe the tensors again after they were replaced"
@@ -354,5 +355,5 @@ class Memory:
         if plan.manifest is not self._manifest:
             if plan.manifest != self._manifest:
                 raise ManifestError("the plan was made for other tensors than these")
-            # Equal: from now on the same object, so that the next call need not compare.
+            # Equal: keep this object, so that the next call need not compare.
             self._manifest = plan.manifest

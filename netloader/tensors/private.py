@@ -1,7 +1,8 @@
-"""Tensors in a device's private memory format, seen as the plain bytes that travel for them.
+"""Plain copies of tensors that are in a device's private memory format.
 
-Their blocks are views of a plain copy. It is made when a block is first read or filled, shared by all blocks of the
-tensor that are in use at the same time, and gone with the last of them: so at most a few tensors take memory twice.
+The blocks of such a tensor are views of its plain copy. The copy is made when a block is first read or filled. All
+blocks of the tensor that are in use share it, and it is freed with the last of them. So only a few tensors take memory
+twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["PlainCopies", "PlainCopy"]
 
 
 class PlainCopy:
-    """The plain form of one tensor. Any thread."""
+    """The plain copy of one tensor. Thread-safe."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -25,13 +26,13 @@ class PlainCopy:
         self._plain: torch.Tensor | None = None
 
     def rows(self) -> torch.Tensor:
-        """Its bytes: one-dimensional ``uint8``."""
+        """The bytes of the copy, as a one-dimensional ``uint8`` tensor."""
         return self._made().reshape(-1).view(torch.uint8)
 
     def write_back(self) -> None:
-        """Bring what is in the copy into the tensor, whose storage stays; done when this returns.
+        """Convert the copy back into the tensor, in place. Waits for the device.
 
-        Bytes that have not come yet are brought in as they were.
+        Bytes that were not filled yet keep their values.
         """
         with self._lock:
             if self._plain is not None:
@@ -54,7 +55,7 @@ class PlainCopies:
         self._used: WeakValueDictionary[int, PlainCopy] = WeakValueDictionary()
 
     def of(self, index: int, tensor: torch.Tensor) -> PlainCopy:
-        """The copy of `tensor`, number `index` of the set: the one in use, or a new one."""
+        """The copy of `tensor`, number `index` of the set: the existing one if it is in use, otherwise a new one."""
         with self._lock:
             copy = self._used.get(index)
             if copy is None:

@@ -1,7 +1,7 @@
-"""Taking the page faults of fresh memory early: while a client connects, instead of when bytes arrive.
+"""Prefaults new memory while a client connects, so that page faults do not slow the transfer.
 
-The first write to a page costs more than the bytes that are written to it (measured: 0.5 s for 1 GiB, against 0.2 s for
-its transfer). The kernel can be asked for pages ahead; what they hold stays as it is.
+The page fault of the first write to a page costs more than writing its bytes (measured: 0.5 s for 1 GiB, against 0.2 s
+for its transfer). ``MADV_POPULATE_WRITE`` makes the kernel allocate the pages ahead; it does not change their contents.
 """
 
 from __future__ import annotations
@@ -16,30 +16,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["LEAST_BYTES", "Toucher"]
+__all__ = ["LEAST_BYTES", "Prefaulter"]
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _STEP = 32 << 20
-"""Bytes asked for at a time: between two calls it is seen whether to go on."""
+"""Bytes per call of ``madvise``; between two calls the thread checks whether to stop."""
 
 LEAST_BYTES = 1 << 20
-"""Smaller tensors come out of memory that was used before, most of the time: they are left alone."""
-
+"""Smaller tensors are skipped: the allocator mostly places them in pages that are in use already."""
 
 _END = 30.0
-"""Seconds that the call which runs may take: more than a host does that has to make room for its pages first."""
+"""Seconds that the current ``madvise`` may take, also on a host that must free memory first."""
 
 _log = logging.getLogger("netloader")
 
 
-class Toucher:
-    """A thread that asks for the pages of tensors.
+class Prefaulter:
+    """A thread that prefaults the pages of tensors.
 
-    Does nothing where the system can't, or for tensors that are not in the CPU's memory. Tensors are not read or
-    written, so it may run beside whatever fills them.
+    Does nothing on systems without support, and for tensors that are not in CPU memory. It neither reads nor writes the
+    tensors, so it may run while they are filled.
 
     Args:
-        tensors: To be written to soon.
+        tensors: Tensors that will be written to soon.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -50,22 +49,22 @@ class Toucher:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, where there is something to do."""
+        """Start the thread, if there are pages to prefault."""
         if self._ranges and sys.platform == "linux":
             self._thread = threading.Thread(target=self._run, name="netloader-touch", daemon=True)
             self._thread.start()
 
     @property
     def running(self) -> bool:
-        """Whether :meth:`stop` would have to wait for the thread."""
+        """Whether the thread runs, so that :meth:`stop` would wait for it."""
         return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
-        """End it, after the call that runs: that takes some milliseconds. Blocks for as long, bounded; idempotent."""
+        """Stop the thread after its current call, which takes milliseconds. Blocks, with a deadline. Idempotent."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(_END)
-            if self._thread.is_alive():  # it keeps the tensors; what they hold it does not change
+            if self._thread.is_alive():  # it keeps the tensors alive, but does not change their contents
                 _log.error("thread %s did not end within %g s", self._thread.name, _END)
                 return
             self._thread = None
@@ -78,7 +77,7 @@ class Toucher:
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
         there = ctypes.create_string_buffer(1)
         for start, end in self._ranges:
-            # Memory that was written to is left alone: to look at all of its pages would cost time for nothing.
+            # Skips memory whose middle page is resident: it was written to before.
             middle = start + (end - start) // 2 // mmap.PAGESIZE * mmap.PAGESIZE
             if mincore(middle, 1, there) == 0 and there.raw[0] & 1:
                 continue
@@ -86,11 +85,11 @@ class Toucher:
                 if self._over.is_set():
                     return
                 if madvise(at, min(_STEP, end - at), _POPULATE_WRITE):
-                    return  # an older kernel, or no memory left: the faults come later, as without us
+                    return  # an older kernel, or no memory left: the pages fault later, as without prefaulting
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Start and end of the whole pages that a tensor lies in and shares with nobody; None when there are none."""
+    """Start and end of the pages that belong to the tensor alone; None when there are none."""
     if tensor.device.type != "cpu" or tensor.is_meta or not tensor.is_contiguous():
         return None
     page = mmap.PAGESIZE

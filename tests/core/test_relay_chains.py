@@ -117,21 +117,21 @@ TestChains = Chains.TestCase
 def test_a_newcomer_is_sent_to_the_newest_relay_of_the_same_holding() -> None:
     relays = Redirects(fan_out=1)
     target, draft = object(), object()
-    assert relays.instead(target, (), "10.0.0.9", "10.0.0.1") == ()
+    assert relays.relays_for(target, (), "10.0.0.9", "10.0.0.1") == ()
     relays.join("a", target, "10.0.0.2", 7000)
     relays.join("b", draft, "10.0.0.3", 7001)
     relays.join("c", target, "10.0.0.4", 7002)
     relays.join("d", target, "10.0.0.5", 0)  # does not pass anything on
-    assert relays.instead(target, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.4:7002", "10.0.0.2:7000")
-    assert relays.instead(target, ("10.0.0.4:7002",), "10.0.0.9", "10.0.0.1") == ("10.0.0.2:7000",)
+    assert relays.relays_for(target, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.4:7002", "10.0.0.2:7000")
+    assert relays.relays_for(target, ("10.0.0.4:7002",), "10.0.0.9", "10.0.0.1") == ("10.0.0.2:7000",)
     relays.leave("a")
-    assert relays.instead(target, ("10.0.0.4:7002",), "10.0.0.9", "10.0.0.1") == ()
+    assert relays.relays_for(target, ("10.0.0.4:7002",), "10.0.0.9", "10.0.0.1") == ()
 
 
 def test_a_relay_on_the_servers_own_host_is_named_by_the_address_that_others_can_reach() -> None:
     relays = Redirects(fan_out=1)
     holding = object()
     relays.join("a", holding, "127.0.0.1", 7000)
-    assert relays.instead(holding, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.1:7000",)
-    assert relays.instead(holding, (), "127.0.0.1", "127.0.0.1") == ("127.0.0.1:7000",)
-    assert relays.instead(holding, (), "::1", "fd00::1") == ("127.0.0.1:7000",)
+    assert relays.relays_for(holding, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.1:7000",)
+    assert relays.relays_for(holding, (), "127.0.0.1", "127.0.0.1") == ("127.0.0.1:7000",)
+    assert relays.relays_for(holding, (), "::1", "fd00::1") == ("127.0.0.1:7000",)

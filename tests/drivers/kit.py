@@ -170,8 +170,8 @@ async def serving(
             server.add(holding)
         yield server
     assert server.sessions == ()
-    assert (server._turns.taken, server._turns.waiting, server._looks.taken, server._looks.waiting) == (0, 0, 0, 0)
-    assert not server._strangers
+    assert (server._turns.taken, server._turns.waiting, server._probes.taken, server._probes.waiting) == (0, 0, 0, 0)
+    assert not server._unadmitted
 
 
 def at(server: HoldingServer) -> Address:

@@ -452,8 +452,8 @@ async def test_those_who_only_look_cannot_crowd_out_those_who_pull() -> None:
         for _ in range(40):
             wire = await stack.enter_async_context(kit.fake_client(server))
             await wire.say(kit.hello(hub.transport), look)
-        await kit.until(lambda: server._looks.waiting == 32)
-        assert server._looks.taken == 8
+        await kit.until(lambda: server._probes.waiting == 32)
+        assert server._probes.taken == 8
         await kit.pull(into, [kit.at(server)], hub.transport)
     assert kit.contents(into) == kit.contents(SOURCE)
 

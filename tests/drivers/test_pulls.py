@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 
@@ -10,14 +11,19 @@ import pytest
 import torch
 
 import netloader
+from netloader.client.pull import pull_from
 from netloader.core import pull_events as p
 from netloader.core.addresses import Address
 from netloader.core.identity import differences
 from netloader.core.manifest import Manifest
+from netloader.core.options import PullOptions
 from netloader.core.protocol import State
 from netloader.core.pull import Pull
 from netloader.core.report import Progress, PullReport
-from netloader.errors import ConfigError, LocalProtocolError, NoSourceLeft, RefusedError
+from netloader.discovery import FixedSources
+from netloader.errors import ConfigError, LocalProtocolError, NetloaderError, NoSourceLeft, RefusedError
+from netloader.observe import Event, SourceChosen
+from netloader.tensors import destination, digest_of
 from netloader.tensors.destination import Destination
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
@@ -331,6 +337,32 @@ async def test_a_bug_where_memory_is_provided_costs_the_source_and_reaches_the_c
     async with kit.serving(hub.transport, kit.held(source)) as server:
         with pytest.raises(NoSourceLeft, match=f"unexpected ZeroDivisionError: cpu, {len(source)}"):
             await kit.pull(None, [kit.at(server)], hub.transport)
+
+
+async def test_a_transport_that_cannot_say_its_facts_costs_the_source_and_leaves_no_connection_open() -> None:
+    class Broken(FaultyTransport):
+        def facts(self, device: str) -> dict[str, str]:
+            raise ZeroDivisionError(device)
+
+    hub, source = kit.Hub(), kit.weights(rows=3)
+    async with kit.serving(hub.transport, kit.held(source)) as server:
+        with pytest.raises(NoSourceLeft, match="unexpected ZeroDivisionError: cpu"):
+            await kit.pull(kit.blank(source), [kit.at(server)], Broken(hub.transport, Faults([])))
+        await kit.until(lambda: server.sessions == ())
+
+
+async def test_a_pull_whose_tasks_were_cancelled_by_others_never_returns_a_report() -> None:
+    def cancels(event: Event) -> None:
+        if isinstance(event, SourceChosen):
+            raise asyncio.CancelledError
+
+    hub, source = kit.Hub(), kit.weights(rows=3)
+    async with kit.serving(hub.transport, kit.held(source)) as server:
+        filled, sources = destination(kit.blank(source)), FixedSources([kit.at(server)])
+        with pytest.raises(NetloaderError, match="ended before every block was verified"):
+            await pull_from(
+                filled, kit.IDENTITY, sources, [hub.transport], digest_of, PullOptions(), observers=[cancels]
+            )
 
 
 async def test_a_bug_in_the_account_of_blocks_ends_the_session_in_the_middle_of_a_receive_too(

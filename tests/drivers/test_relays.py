@@ -244,6 +244,20 @@ async def test_a_relay_whose_own_pull_fails_lets_go_of_its_memory_at_once(carrie
         assert "own pull failed" in str(second.error) or "lost its own source" in str(second.error)
 
 
+async def test_a_server_that_serves_others_costs_the_relaying_and_not_the_pull(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What it serves stays served, too."""
+    hub, others = kit.Hub(), kit.held(kit.weights(1))
+    into = kit.blank(SOURCE)
+    async with kit.serving(hub.transport, HOLDING) as seed, kit.serving(hub.transport, others) as server:
+        filled, sources = destination(into), FixedSources([kit.at(seed)])
+        await pull_from(filled, kit.IDENTITY, sources, [hub.transport], digest_of, PullOptions(), relay=server)
+        assert server.holdings.held() == (others,)
+    assert kit.contents(into) == kit.contents(SOURCE)
+    assert "not relayed: raw tensors are already served for role 'target'" in caplog.text
+
+
 @pytest.mark.parametrize("carrier", CARRIERS[1:], indirect=True)
 async def test_a_relay_process_that_is_killed_half_way_costs_its_client_a_reconnect(carrier: Transport) -> None:
     async with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -140,6 +141,17 @@ async def test_a_provider_that_fails_is_logged_and_what_it_found_stays(
         report = await pull(Script(story))
     assert caplog.messages == [f"discovery: {told}"]
     assert [str(attempt) for attempt in report.attempts] == [f"discovery: {told}"]
+
+
+async def test_a_provider_whose_own_task_was_cancelled_does_not_end_the_pull() -> None:
+    """Without care its `CancelledError` cancels the pull too, which then returns a report of nothing."""
+
+    async def story() -> AsyncGenerator[SourceChange, None]:
+        yield Listed()
+        raise asyncio.CancelledError
+
+    with anyio.fail_after(kit.PATIENCE), pytest.raises(NoSourceLeft, match="discovery: Script failed: CancelledError"):
+        await pull(Script(story), wait=kit.PATIENCE)
 
 
 async def test_a_provider_that_cannot_even_be_watched_ends_a_pull_without_sources(
