@@ -1,4 +1,4 @@
-"""Traffic that is no conversation: random and mutated frames, silent connections, resets. Plain blocking sockets."""
+"""Invalid traffic: random and mutated frames, silent connections, resets. Plain blocking sockets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Amount:
 
 
 def frame(rng: random.Random) -> bytes:
-    """A random frame, or a mutated one of ours, some after a good beginning."""
+    """A random frame or a mutated valid one; some follow a valid Hello."""
     kind = rng.randrange(6)
     body = rng.randbytes(rng.randrange(0, 200))
     if kind == 0:
@@ -79,18 +79,18 @@ def reset(port: int, data: bytes) -> None:
 
 
 def silent(port: int, amount: int) -> list[socket.socket]:
-    """Connections that say nothing; the caller closes them."""
+    """Connections that send nothing; the caller closes them."""
     return [socket.create_connection(("127.0.0.1", port), _TIMEOUT) for _ in range(amount)]
 
 
 def round_of(port: int, amount: Amount, seed: int, stop: Callable[[], bool] = lambda: False) -> int:
-    """One round of everything.
+    """One round of all kinds of traffic.
 
     Args:
-        port: Where.
-        amount: How much.
-        seed: What is sent.
-        stop: Asked now and then whether that is enough.
+    Port of the server on the loopback address.
+    How much of each kind is sent.
+    Seed of the random generator.
+    Called from time to time; True ends the round.
 
     Returns:
         Connections made for the frames.

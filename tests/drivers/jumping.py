@@ -1,7 +1,7 @@
-"""An event loop whose clock stands still while anything happens, and jumps to the next timer when nothing does.
+"""An event loop with simulated time: its clock stands still while there is work, and jumps to the next timer when idle.
 
-Hours of waiting pass in a moment, and how fast this machine is decides nothing. Sockets and worker threads are real:
-before each jump the loop waits a moment for them, and as long as it takes for threads that are at work.
+Hours of waiting take moments, and the speed of the machine has no effect. Sockets and worker threads are real:
+before each jump the loop waits a moment for sockets, and without a limit for threads that are working.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _IN_ALL = 60.0
 
 
 class Clock:
-    """The time as the loop has it.
+    """The simulated time of the loop.
 
     Attributes:
         now: Seconds.
-        jumps: How often it jumped.
+    Number of jumps.
         watching: Called before each jump: nothing is on its way then. Says whether to look once more before that.
     """
 
@@ -100,7 +100,7 @@ class _JumpingLoop(DebugLoop):
 
 
 def run(work: Callable[[Clock], Awaitable[R]], *modules: ModuleType) -> R:
-    """Run `work` in such a loop; `modules` take their ``time`` from its clock."""
+    """Run `work` in such a loop; the ``time`` of `modules` is replaced by its clock."""
     clock = Clock()
 
     async def watched() -> R:

@@ -1,4 +1,4 @@
-"""What the tests of the drivers share: weights, servers with short deadlines, scripted peers on real sockets."""
+"""Helpers of the driver tests: weights, servers with short deadlines, scripted peers on real sockets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ M = TypeVar("M")
 
 
 def weights(seed: int = 0, rows: int = 40) -> Tensors:
-    """Tensors of each kind: `rows` blocks of one large one, small ones of many dtypes, 0-dim, empty, tied, permuted."""
+    """One large tensor of `rows` blocks, and small ones of many dtypes, 0-dim, empty, tied and permuted."""
     rng = torch.Generator().manual_seed(seed)
 
     def bits(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -73,7 +73,7 @@ def weights(seed: int = 0, rows: int = 40) -> Tensors:
 
 
 def blank(like: Mapping[str, torch.Tensor]) -> Tensors:
-    """Tensors of the same kind, tied alike, full of 0x5A."""
+    """Tensors of the same names, dtypes, shapes and ties, filled with 0x5A."""
     made: dict[int, torch.Tensor] = {}
     result = {}
     for name, tensor in like.items():
@@ -94,12 +94,12 @@ def contents(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity = IDENTITY) -> Holding:
-    """A holding in small blocks."""
+    """A holding that is cut into small blocks."""
     return hold(tensors, identity, block_bytes=BLOCK, threads=1)
 
 
 def held_weakly(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity = IDENTITY) -> Holding:
-    """The same, of tensors that it does not keep alive."""
+    """Like `held`, but the holding does not keep its tensors alive."""
     return hold(tensors, identity, block_bytes=BLOCK, threads=1, weak=True)
 
 
@@ -112,7 +112,7 @@ class _NoSignals:
 
 
 def setup() -> Setup:
-    """What a transport of a scripted peer is told."""
+    """The setup for the transport of a scripted peer."""
     host = "127.0.0.1"
     return Setup(
         device="cpu",
@@ -126,7 +126,7 @@ def setup() -> Setup:
 
 
 class Hub:
-    """The memory transport, as a server and as a client use it."""
+    """The memory transport that a server and its clients share."""
 
     def __init__(self, capacity: int = 64 << 10) -> None:
         self.transport = MemoryTransport(MemoryHub(capacity))
@@ -143,7 +143,7 @@ def carrier(name: str) -> Transport:
 
 
 class WatchedServer(HoldingServer):
-    """A server that remembers the sessions which ended."""
+    """A server that keeps its ended sessions."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -162,7 +162,7 @@ async def serving(
     observers: Sequence[Observer] = (),
     **options: Any,
 ) -> AsyncIterator[WatchedServer]:
-    """A server on the loopback address; has no session and no turn left in the end, whatever happened."""
+    """A server on the loopback address. On exit, checks that no session and no turn is left."""
     chosen = {"host": "127.0.0.1", "timings": timings, **options}
     server = WatchedServer([transport], ServeOptions(**chosen, software="test"), observers=observers)
     async with server:
@@ -188,7 +188,7 @@ async def pull(
     timings: Timings = CALM,
     **options: Any,
 ) -> PullReport:
-    """A pull into `into` with every deadline within the test's."""
+    """A pull into `into` whose deadlines are shorter than the test's."""
     usual = {"stripe": 1, "timeout": PATIENCE, "connect_timeout": PATIENCE}
     chosen = PullOptions(**{**usual, "timings": timings, **options})
     return await pull_from(destination(into), identity, FixedSources(sources), [transport], digest_of, chosen, progress)
@@ -197,14 +197,14 @@ async def pull(
 async def until(condition: Callable[[], object], what: str = "") -> None:
     """Wait until `condition` holds."""
     with anyio.move_on_after(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - there is nothing that would tell
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
             await anyio.sleep(0.002)
         return
     raise AssertionError(f"waited in vain: {what or condition}")
 
 
 class Wire(Generic[M]):
-    """The control connection of a scripted peer, which may say what it likes."""
+    """The control connection of a scripted peer, which may send any message or bytes."""
 
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
         self.stream = stream
@@ -215,11 +215,11 @@ class Wire(Generic[M]):
         await self.raw(b"".join(map(encode_frame, messages)))
 
     async def raw(self, data: bytes) -> None:
-        with contextlib.suppress(anyio.BrokenResourceError):  # whoever misbehaves has to expect that
+        with contextlib.suppress(anyio.BrokenResourceError):  # the other side closes after a violation
             await self.stream.send(data)
 
     async def hear(self) -> M:
-        """The next message; EndOfStream or BrokenResourceError when there will be none."""
+        """The next message. Raises EndOfStream or BrokenResourceError when the connection has ended."""
         with anyio.fail_after(PATIENCE):
             while not self._ahead:
                 self._ahead += self._decoder.feed(await self.stream.receive())
@@ -233,7 +233,7 @@ class Wire(Generic[M]):
                 return message
 
     async def hear_all(self) -> list[M]:
-        """Everything that still comes."""
+        """All messages until the connection ends."""
         heard = []
         with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while True:
@@ -241,11 +241,11 @@ class Wire(Generic[M]):
         return heard
 
     async def closed(self) -> None:
-        """Wait until the other side has closed."""
+        """Wait until the other side has closed the connection."""
         await self.hear_all()
 
     async def reset(self) -> None:
-        """Close with a RST."""
+        """Close the connection with a RST."""
         raw = self.stream.extra(SocketAttribute.raw_socket)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await anyio.aclose_forcefully(self.stream)
@@ -281,7 +281,7 @@ async def fake_server(script: ServerScript) -> AsyncIterator[FakeServer]:
 
 @asynccontextmanager
 async def fake_client(server: HoldingServer) -> AsyncIterator[Wire[m.ServerMessage]]:
-    """A connection to `server` that nobody has said anything on."""
+    """A new connection to `server` on which no message was sent."""
     async with await anyio.connect_tcp("127.0.0.1", server.port) as stream:
         yield Wire(stream, server_messages())
 

@@ -1,4 +1,4 @@
-"""A server or a client as a process of its own; says what happens in JSON lines, ends when its stdin closes.
+"""A server or a client in a separate process; reports in JSON lines on stdout, and ends when its stdin closes.
 
 Usage: ``python -m tests.drivers.peer_main serve|pull|pulls|relay '{"...": ...}'``
 """
@@ -41,12 +41,12 @@ def transport_of(options: dict[str, Any], side: Side) -> Any:
 
 
 def footprint() -> dict[str, int]:
-    """Descriptors, threads and resident bytes of this process; of the threads, those that wait in the pool for work."""
+    """Descriptors, threads, idle pool threads and resident bytes of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     pooled = sum(thread.name == "AnyIO worker thread" for thread in threading.enumerate())
     return {
         "fds": sum(1 for _ in Path("/proc/self/fd").iterdir()),
-        "threads": sum(1 for _ in Path("/proc/self/task").iterdir()) - pooled,  # also those that Python does not know
+        "threads": sum(1 for _ in Path("/proc/self/task").iterdir()) - pooled,  # with those that Python did not start
         "pooled": pooled,
         "rss": pages * resource.getpagesize(),
     }
@@ -107,7 +107,7 @@ async def pull(options: dict[str, Any]) -> None:
 
 
 async def relay(options: dict[str, Any], ask: Any) -> None:
-    """A client that passes on what it has while it pulls."""
+    """A client that relays its blocks while it pulls."""
     into = kit.blank(kit.weights(options.get("seed", 0), options.get("rows", 40)))
     sources = [Address("127.0.0.1", port) for port in options["ports"]]
     transport = transport_of(options, Side.SEND)
@@ -151,6 +151,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    # Ending, Python looks for garbage once more, in all of torch: half a second, and tests start many of these.
+    # At exit Python runs the garbage collector over all of torch: half a second, and tests start many of these.
     atexit.register(gc.freeze)
     anyio.run(main)

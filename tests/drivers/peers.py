@@ -1,4 +1,4 @@
-"""Servers and clients in processes of their own, as the tests see them."""
+"""Servers and clients in separate processes, as handles for tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parents[2]
 
 
 class Peer:
-    """One process that speaks :mod:`tests.drivers.peer_main`."""
+    """One process that runs :mod:`tests.drivers.peer_main`."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -32,7 +32,7 @@ class Peer:
         self._ahead = ""
 
     async def hear(self) -> dict[str, Any]:
-        """Its next line."""
+        """The next line of its output, decoded."""
         with anyio.fail_after(PATIENCE):
             while "\n" not in self._ahead:
                 self._ahead += await self._out.receive()
@@ -45,7 +45,7 @@ class Peer:
         return await self.hear()
 
     async def until(self, condition: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        """Look at it until what is seen fulfils `condition`; returns that."""
+        """Poll its status until it fulfils `condition`; return that status."""
         with anyio.fail_after(PATIENCE):
             while True:
                 seen = await self.ask("look")
@@ -54,7 +54,7 @@ class Peer:
                 await anyio.sleep(0.02)
 
     async def pull(self) -> float:
-        """Have a client of the role `pulls` pull once more; the seconds of a pull that brought the right bytes."""
+        """Have a client of the role `pulls` pull once more and check the bytes; the seconds of the pull."""
         await self._in.send(b"pull\n")
         outcome = await self.outcome()
         if not outcome.get("right"):
@@ -63,14 +63,14 @@ class Peer:
         return seconds
 
     async def outcome(self) -> dict[str, Any]:
-        """What a client says in the end."""
+        """The final line of a client."""
         while True:
             heard = await self.hear()
             if "done" in heard or "failed" in heard:
                 return heard
 
     async def finish(self) -> int:
-        """Let it end by itself."""
+        """Close its stdin, and wait until it has ended."""
         await self._in.aclose()
         with anyio.fail_after(PATIENCE):
             return await self.process.wait()
@@ -81,7 +81,7 @@ class Peer:
 
 @asynccontextmanager
 async def peer(role: str, **options: Any) -> AsyncIterator[Peer]:
-    """A process of the given role; killed in the end if it still runs."""
+    """A process of the given role; killed on exit if it still runs."""
     command = [PYTHON, "-m", "tests.drivers.peer_main", role, json.dumps(options)]
     process = await anyio.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, cwd=HERE)
     try:

@@ -39,7 +39,7 @@ def server_at(host: str | None, hub: kit.Hub, port: int = 0) -> netloader.Server
 
 
 @needs_ipv6
-async def test_a_server_for_all_addresses_takes_ipv4_ipv6_and_names() -> None:
+async def test_a_server_on_the_wildcard_address_accepts_ipv4_ipv6_and_host_names() -> None:
     hub = kit.Hub()
     async with server_at(None, hub) as server:
         assert server.host == "::"
@@ -52,14 +52,14 @@ async def test_a_server_for_all_addresses_takes_ipv4_ipv6_and_names() -> None:
     ("host", "reached_by"),
     [("127.0.0.1", "127.0.0.1"), pytest.param("::1", "[::1]", marks=needs_ipv6), ("localhost", "localhost")],
 )
-async def test_a_server_bound_to_one_address(host: str, reached_by: str) -> None:
+async def test_a_server_bound_to_one_address_is_reached_by_that_address(host: str, reached_by: str) -> None:
     hub = kit.Hub()
     async with server_at(host, hub) as server:
         await pulls_from(f"{reached_by}:{server.port}", hub)
         assert str(server.address).startswith("[" if ":" in server.host else server.host)
 
 
-async def test_a_server_bound_to_one_address_is_not_reached_by_another() -> None:
+async def test_a_server_bound_to_one_address_is_not_reached_by_other_addresses() -> None:
     hub = kit.Hub()
     async with server_at("127.0.0.1", hub) as server:
         with pytest.raises(NoSourceLeft, match="cannot be reached"):
@@ -67,7 +67,7 @@ async def test_a_server_bound_to_one_address_is_not_reached_by_another() -> None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", None])
-async def test_a_port_in_use_names_the_field(host: str | None) -> None:
+async def test_a_port_in_use_is_an_error_that_names_the_configuration_field(host: str | None) -> None:
     hub = kit.Hub()
     async with server_at(host, hub) as server:
         with pytest.raises(ConfigError, match="Address already in use") as caught:
@@ -77,7 +77,7 @@ async def test_a_port_in_use_names_the_field(host: str | None) -> None:
     assert "another port" in caught.value.hint
 
 
-async def test_the_port_is_free_again_at_once() -> None:
+async def test_the_port_is_free_as_soon_as_the_server_has_ended() -> None:
     hub = kit.Hub()
     async with server_at("127.0.0.1", hub) as first:
         await pulls_from(f"127.0.0.1:{first.port}", hub)
@@ -87,7 +87,7 @@ async def test_the_port_is_free_again_at_once() -> None:
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
-async def test_an_address_that_is_not_ours_names_the_field(host: str) -> None:
+async def test_an_address_of_another_host_is_an_error_that_names_the_configuration_field(host: str) -> None:
     with pytest.raises(ConfigError) as caught:
         await server_at(host, kit.Hub()).__aenter__()
     assert caught.value.field == "LISTEN_HOST"
@@ -95,7 +95,7 @@ async def test_an_address_that_is_not_ours_names_the_field(host: str) -> None:
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_sources_that_cannot_be_connected_to_leave_no_descriptor() -> None:
+async def test_sources_that_cannot_be_reached_leave_no_open_descriptor() -> None:
     sources = [Address("127.0.0.1", 1), Address("no.such.host.invalid", 4000), Address("localhost", 1)]
     with pytest.raises(NoSourceLeft) as caught:
         await kit.pull(kit.blank(SOURCE), sources, kit.Hub().transport)
@@ -103,7 +103,7 @@ async def test_sources_that_cannot_be_connected_to_leave_no_descriptor() -> None
     assert all("cannot be reached" in attempt.message for attempt in caught.value.attempts)
 
 
-async def test_a_server_without_descriptors_complains_once_and_recovers(
+async def test_a_server_without_free_descriptors_logs_one_warning_and_recovers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "netloader")

@@ -1,4 +1,4 @@
-"""Turns against a plain model: two lists."""
+"""Turns compared with a simple model: two lists."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TurnsMachine(RuleBasedStateMachine):
 TestTurns = TurnsMachine.TestCase
 
 
-async def test_whoever_waits_is_woken_by_its_turn() -> None:
+async def test_a_queued_client_is_woken_when_it_gets_its_turn() -> None:
     turns = Admission(1, 1)
     assert turns.enter("first")
     assert turns.enter("second")
@@ -63,4 +63,4 @@ async def test_whoever_waits_is_woken_by_its_turn() -> None:
         await anyio.wait_all_tasks_blocked()
         turns.leave("first")
     assert turns.has("second")
-    await turns.wait("second")  # over at once for whoever has one
+    await turns.wait("second")  # returns at once for a client that has a turn

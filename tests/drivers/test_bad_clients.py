@@ -1,4 +1,4 @@
-"""Clients that leave the rules: each costs its own session, and a good pull beside it does not notice."""
+"""Clients that violate the protocol: each ends its own session only, and a concurrent pull is not affected."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ STEPS = (
 )
 
 Wire = kit.Wire[m.ServerMessage]
-Script = Callable[["Guest"], Awaitable[None]]
+Script = Callable[["ScriptedClient"], Awaitable[None]]
 
 
-class Guest:
-    """A client that follows the rules up to a step; what it does then is up to the test."""
+class ScriptedClient:
+    """A client that follows the protocol up to a step; the test decides what it does next."""
 
     def __init__(self, wire: Wire, hub: kit.Hub, token: bytes | None = None) -> None:
         self.wire = wire
@@ -96,8 +96,8 @@ class Guest:
                 await wire.say(m.Verdict(outcome="partial"))
 
 
-async def beside_a_good_pull(script: Script, timings: Timings = kit.CALM, **options: Any) -> NetloaderError | None:
-    """Run `script` while a pull is held in its middle; returns what its session ended with."""
+async def during_a_pull(script: Script, timings: Timings = kit.CALM, **options: Any) -> NetloaderError | None:
+    """Run `script` while a pull is held in the middle; return the error of the script's session."""
     faults = Faults([Fault(FaultKind.HOLD, 3)])
     hub = kit.Hub()
     into = kit.blank(SOURCE)
@@ -111,15 +111,15 @@ async def beside_a_good_pull(script: Script, timings: Timings = kit.CALM, **opti
             tasks.start_soon(good)
             await kit.until(lambda: faults.fired)
             async with kit.fake_client(server) as wire:
-                guest = Guest(wire, hub, token)
+                client = ScriptedClient(wire, hub, token)
                 try:
                     with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
-                        await script(guest)
+                        await script(client)
                     await anyio.aclose_forcefully(wire.stream)
                     await kit.until(lambda: server.ended, "the session ended")
                 finally:
-                    if guest.channel is not None:
-                        await guest.channel.aclose()
+                    if client.channel is not None:
+                        await client.channel.aclose()
             assert [s.state for s in server.sessions] == [State.TRANSFER]
             faults.release()
         await kit.until(lambda: server.sessions == ())
@@ -129,7 +129,7 @@ async def beside_a_good_pull(script: Script, timings: Timings = kit.CALM, **opti
         if error is not None:
             assert error.hint
             assert error.story or isinstance(error, PeerLost)
-        # A client that comes next is served as if nothing had happened.
+        # The next client is served as usual.
         again = kit.blank(SOURCE)
         await kit.pull(again, [kit.at(server)], hub.transport, token=token)
         assert kit.contents(again) == kit.contents(SOURCE)
@@ -141,15 +141,15 @@ async def beside_a_good_pull(script: Script, timings: Timings = kit.CALM, **opti
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
 @pytest.mark.parametrize("how", ["silence", "close", "reset", "half a frame", "garbage", "huge", "goodbye"])
-async def test_a_client_that_leaves_the_rules_at_any_step(how: str) -> None:
+async def test_a_client_that_violates_the_protocol_at_any_step_ends_its_own_session_only(how: str) -> None:
     for step in STEPS if how in ("close", "garbage") else STEPS[::2]:
-        await leaves_the_rules(how, step)
+        await violate_the_protocol(how, step)
 
 
-async def leaves_the_rules(how: str, step: str) -> None:
-    async def script(guest: Guest) -> None:
-        await guest.follow(step)
-        wire = guest.wire
+async def violate_the_protocol(how: str, step: str) -> None:
+    async def script(client: ScriptedClient) -> None:
+        await client.follow(step)
+        wire = client.wire
         match how:
             case "silence":
                 await wire.closed()
@@ -171,8 +171,8 @@ async def leaves_the_rules(how: str, step: str) -> None:
                 await wire.closed()
 
     waits = how in ("silence", "half a frame")
-    error = await beside_a_good_pull(script, kit.QUICK if waits else kit.CALM)
-    if step == "verdict":  # all was said
+    error = await during_a_pull(script, kit.QUICK if waits else kit.CALM)
+    if step == "verdict":  # the session is complete by then
         return
     assert error is not None, step
     expected: tuple[type[NetloaderError], ...]
@@ -188,27 +188,27 @@ async def leaves_the_rules(how: str, step: str) -> None:
     assert isinstance(error, expected), (step, error)
 
 
-async def test_a_client_that_speaks_a_byte_at_a_time_has_no_more_time_than_others() -> None:
+async def test_a_client_that_sends_one_byte_at_a_time_has_the_same_deadline() -> None:
     frame = encode_frame(m.Hello(protocol=1, nonce=kit.NONCE, software="x" * 500))
 
-    async def script(guest: Guest) -> None:
+    async def script(client: ScriptedClient) -> None:
         for byte in frame:
-            await guest.wire.raw(bytes([byte]))
+            await client.wire.raw(bytes([byte]))
             with anyio.move_on_after(0.01):
-                await guest.wire.closed()
+                await client.wire.closed()
                 return
 
-    assert isinstance(await beside_a_good_pull(script, kit.QUICK), TransferTimeout)
+    assert isinstance(await during_a_pull(script, kit.QUICK), TransferTimeout)
 
 
-# --- single lies ------------------------------------------------------------------------------------------------------
+# --- single violations ------------------------------------------------------------------------------------------------
 
 
-def says(step: str, *messages: m.ClientMessage) -> Script:
-    async def script(guest: Guest) -> None:
-        await guest.follow(step)
-        await guest.wire.say(*messages)
-        await guest.wire.closed()
+def sends(step: str, *messages: m.ClientMessage) -> Script:
+    async def script(client: ScriptedClient) -> None:
+        await client.follow(step)
+        await client.wire.say(*messages)
+        await client.wire.closed()
 
     return script
 
@@ -223,40 +223,40 @@ HELLO = m.Hello(protocol=1, nonce=kit.NONCE)
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (says("connected", want((0, 1))), "Want is not legal in LISTEN"),
-        (says("connected", m.Verdict(outcome="complete")), "Verdict is not legal in LISTEN"),
-        (says("connected", HELLO, HELLO), "Hello is not legal in VALIDATE"),
-        (says("connected", *[HELLO] * 1000), "Hello is not legal in VALIDATE"),
-        (says("hello", want((0, 1))), "Want is not legal in VALIDATE"),
-        (says("hello", m.Verdict(outcome="complete")), "Verdict is not legal in VALIDATE"),
-        (says("announce", want((0, 1))), "before it agreed"),
-        (says("announce", m.Signal(data=b"x")), "before a transport was chosen"),
-        (says("announce", m.Agree(plan="0" * 64, transport="memory")), "derived different blocks"),
-        (says("announce", m.Agree(plan=HOLDING.announcement.plan.digest, transport="carrier pigeon")), "pigeon"),
-        (says("offer", m.Agree(plan=HOLDING.announcement.plan.digest, transport="memory")), "sent Agree twice"),
-        (says("agree", *[m.Signal(data=b"x")] * 1000), "signals"),
-        (says("agree", *[m.Signal(data=bytes(65536))] * 20), "signals"),
-        (says("grant", *[m.Signal(data=bytes(65536))] * 20), "signals"),
-        (says("channel", want((0, BLOCKS + 1))), "there are"),
-        (says("channel", want((5, 5))), "there are"),
-        (says("channel", want((3, 5), (4, 6))), "there are"),
-        (says("channel", want()), "names no block"),
-        (says("channel", want((3, 5)), want((4, 6))), "already waiting"),
-        (says("offer", want((3, 5)), want((4, 6))), "already waiting"),
-        (says("channel", *[want((0, 1))] * 5000), "already waiting"),
-        (says("hello", m.Identify(identity=kit.variant(model="another"))), "model is 'kit' at the server"),
-        (says("hello", m.Identify(role="draft", layouts=("raw",))), "nothing is held for draft"),
-        (says("hello", m.Identify(identity=kit.IDENTITY, root="0" * 64)), "pinned to root 0000"),
-        (says("announce", m.Identify(identity=kit.IDENTITY)), "Identify is not legal in PLAN"),
+        (sends("connected", want((0, 1))), "Want is not legal in LISTEN"),
+        (sends("connected", m.Verdict(outcome="complete")), "Verdict is not legal in LISTEN"),
+        (sends("connected", HELLO, HELLO), "Hello is not legal in VALIDATE"),
+        (sends("connected", *[HELLO] * 1000), "Hello is not legal in VALIDATE"),
+        (sends("hello", want((0, 1))), "Want is not legal in VALIDATE"),
+        (sends("hello", m.Verdict(outcome="complete")), "Verdict is not legal in VALIDATE"),
+        (sends("announce", want((0, 1))), "before it agreed"),
+        (sends("announce", m.Signal(data=b"x")), "before a transport was chosen"),
+        (sends("announce", m.Agree(plan="0" * 64, transport="memory")), "derived different blocks"),
+        (sends("announce", m.Agree(plan=HOLDING.announcement.plan.digest, transport="carrier pigeon")), "pigeon"),
+        (sends("offer", m.Agree(plan=HOLDING.announcement.plan.digest, transport="memory")), "sent Agree twice"),
+        (sends("agree", *[m.Signal(data=b"x")] * 1000), "signals"),
+        (sends("agree", *[m.Signal(data=bytes(65536))] * 20), "signals"),
+        (sends("grant", *[m.Signal(data=bytes(65536))] * 20), "signals"),
+        (sends("channel", want((0, BLOCKS + 1))), "there are"),
+        (sends("channel", want((5, 5))), "there are"),
+        (sends("channel", want((3, 5), (4, 6))), "there are"),
+        (sends("channel", want()), "names no block"),
+        (sends("channel", want((3, 5)), want((4, 6))), "already waiting"),
+        (sends("offer", want((3, 5)), want((4, 6))), "already waiting"),
+        (sends("channel", *[want((0, 1))] * 5000), "already waiting"),
+        (sends("hello", m.Identify(identity=kit.variant(model="another"))), "model is 'kit' at the server"),
+        (sends("hello", m.Identify(role="draft", layouts=("raw",))), "nothing is held for draft"),
+        (sends("hello", m.Identify(identity=kit.IDENTITY, root="0" * 64)), "pinned to root 0000"),
+        (sends("announce", m.Identify(identity=kit.IDENTITY)), "Identify is not legal in PLAN"),
     ],
 )
-async def test_a_client_that_says_the_wrong_thing(script: Script, reason: str) -> None:
-    error = await beside_a_good_pull(script)
+async def test_an_illegal_or_invalid_message_ends_the_session_with_the_reason(script: Script, reason: str) -> None:
+    error = await during_a_pull(script)
     assert isinstance(error, RemoteProtocolError | RefusedError)
     assert reason in error.message
 
 
-async def test_a_refused_client_hears_why_although_it_goes_on_talking() -> None:
+async def test_a_refused_client_that_keeps_sending_still_receives_the_reason() -> None:
     hub = kit.Hub()
     heard: list[m.ServerMessage] = []
     async with kit.serving(hub.transport, HOLDING) as server, kit.fake_client(server) as wire:
@@ -269,35 +269,35 @@ async def test_a_refused_client_hears_why_although_it_goes_on_talking() -> None:
     assert "set MODEL" in refusal.hint
 
 
-async def test_a_client_that_never_connects_the_channel() -> None:
-    async def script(guest: Guest) -> None:
-        await guest.follow("offer")
-        await guest.wire.closed()
+async def test_a_client_that_never_connects_the_channel_times_out() -> None:
+    async def script(client: ScriptedClient) -> None:
+        await client.follow("offer")
+        await client.wire.closed()
 
-    assert isinstance(await beside_a_good_pull(script, kit.QUICK), TransferTimeout)
+    assert isinstance(await during_a_pull(script, kit.QUICK), TransferTimeout)
 
 
-async def test_a_client_that_asks_and_never_reads_its_channel() -> None:
-    async def script(guest: Guest) -> None:
-        guest.hub = hub
-        await guest.follow("channel")
-        await guest.wire.say(want((0, BLOCKS)))
-        await guest.wire.closed()
+async def test_a_client_that_requests_blocks_and_never_reads_its_channel_times_out() -> None:
+    async def script(client: ScriptedClient) -> None:
+        client.hub = hub
+        await client.follow("channel")
+        await client.wire.say(want((0, BLOCKS)))
+        await client.wire.closed()
 
     hub = kit.Hub(1000)
     error: NetloaderError | None = None
     async with kit.serving(hub.transport, HOLDING, timings=kit.QUICK) as server, kit.fake_client(server) as wire:
-        guest = Guest(wire, hub)
-        await script(guest)
+        client = ScriptedClient(wire, hub)
+        await script(client)
         await kit.until(lambda: server.ended)
         error = server.ended[0].session.error
-        assert guest.channel is not None
-        await guest.channel.aclose()
+        assert client.channel is not None
+        await client.channel.aclose()
     assert isinstance(error, TransferTimeout)
     assert "takes no bytes" in error.message
 
 
-async def test_a_client_that_never_reads_its_control_connection() -> None:
+async def test_a_client_that_never_reads_its_control_connection_times_out() -> None:
     many = {f"a.tensor.with.quite.a.long.name.{i}": torch.zeros(1) for i in range(4000)}
     holding = kit.held(many)
     hub = kit.Hub()
@@ -320,14 +320,14 @@ async def test_a_client_that_never_reads_its_control_connection() -> None:
         assert kit.contents(into) == kit.contents(many)
 
 
-async def test_more_requests_than_anyone_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_open_requests_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_session, "_OPEN_REQUESTS", 64)
     source = {"large": torch.zeros(100, kit.BLOCK, dtype=torch.uint8)}
     holding = kit.held(source)
     hub = kit.Hub(0)
     async with kit.serving(hub.transport, holding) as server, kit.fake_client(server) as wire:
-        guest = Guest(wire, hub)
-        await guest.follow("announce")
+        client = ScriptedClient(wire, hub)
+        await client.follow("announce")
         await wire.say(kit.agree(holding, hub.transport))
         offer = (await wire.hear_until(m.ChannelOffer)).offer
         channel = await hub.transport.connect(offer, kit.setup())
@@ -347,15 +347,15 @@ TOKEN = b"open sesame"
 
 
 @pytest.mark.parametrize("proof", [b"", bytes(32), b"x" * 5])
-async def test_a_client_with_a_wrong_proof_hears_nothing_about_the_model(proof: bytes) -> None:
+async def test_a_client_with_a_wrong_proof_is_told_nothing_about_the_model(proof: bytes) -> None:
     heard: list[m.ServerMessage] = []
 
-    async def script(guest: Guest) -> None:
-        await guest.follow("welcome")
-        await guest.wire.say(m.Identify(identity=kit.IDENTITY, proof=proof))
-        heard.extend(await guest.wire.hear_all())
+    async def script(client: ScriptedClient) -> None:
+        await client.follow("welcome")
+        await client.wire.say(m.Identify(identity=kit.IDENTITY, proof=proof))
+        heard.extend(await client.wire.hear_all())
 
-    error = await beside_a_good_pull(script, token=TOKEN)
+    error = await during_a_pull(script, token=TOKEN)
     assert isinstance(error, RefusedError)
     assert error.code == "auth"
     (refusal,) = heard
@@ -366,36 +366,36 @@ async def test_a_client_with_a_wrong_proof_hears_nothing_about_the_model(proof: 
 async def test_a_proof_cannot_be_replayed_or_reflected() -> None:
     proofs: list[bytes] = []
 
-    async def overhear(guest: Guest) -> None:
-        await guest.wire.say(kit.hello(guest.hub.transport))
-        welcome = await guest.wire.hear_until(m.Welcome)
+    async def overhear(client: ScriptedClient) -> None:
+        await client.wire.say(kit.hello(client.hub.transport))
+        welcome = await client.wire.hear_until(m.Welcome)
         proofs.append(welcome.proof)
         proofs.append(prove(TOKEN, "client", kit.NONCE, welcome.nonce))
 
     def replay(which: int) -> Script:
-        async def script(guest: Guest) -> None:
-            await guest.follow("welcome")
-            await guest.wire.say(m.Identify(identity=kit.IDENTITY, proof=proofs[which]))
-            await guest.wire.closed()
+        async def script(client: ScriptedClient) -> None:
+            await client.follow("welcome")
+            await client.wire.say(m.Identify(identity=kit.IDENTITY, proof=proofs[which]))
+            await client.wire.closed()
 
         return script
 
-    await beside_a_good_pull(says("verdict"), token=TOKEN)  # the proof of `Guest` is a good one
+    await during_a_pull(sends("verdict"), token=TOKEN)  # the proof of `ScriptedClient` is valid
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING, token=TOKEN) as server:
         async with kit.fake_client(server) as wire:
-            await overhear(Guest(wire, hub))
+            await overhear(ScriptedClient(wire, hub))
         for which in range(2):
             async with kit.fake_client(server) as wire:
                 with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
-                    await replay(which)(Guest(wire, hub))
+                    await replay(which)(ScriptedClient(wire, hub))
         await kit.until(lambda: len(server.ended) == 3)
         for session in server.ended[1:]:
             assert isinstance(session.session.error, RefusedError)
             assert session.session.error.code == "auth"
 
 
-# --- strangers --------------------------------------------------------------------------------------------------------
+# --- connections that have not identified themselves, and stray ones --------------------------------------------------
 
 
 @pytest.mark.parametrize("greets", [False, True])
@@ -411,12 +411,12 @@ async def test_silent_connections_are_limited_and_do_not_keep_a_client_out(*, gr
             silent.append(wire)
         await kit.until(lambda: len(server.ended) == 22)
         assert len(server.sessions) == 8
-        # The oldest goes, with a reason that a client takes for "try again".
+        # The oldest is evicted, with a code that makes a client try again.
         for wire in silent[:22]:
             (goodbye,) = await wire.hear_all()
             assert isinstance(goodbye, m.Goodbye)
             assert goodbye.code == "busy"
-        # The newest stays: it may just be slow.
+        # The newest is kept: it may just be slow.
         await kit.pull(into, [kit.at(server)], hub.transport)
         if not greets:
             await silent[-1].say(kit.hello(hub.transport))
@@ -425,7 +425,7 @@ async def test_silent_connections_are_limited_and_do_not_keep_a_client_out(*, gr
         assert kit.contents(into) == kit.contents(SOURCE)
 
 
-async def test_clients_that_were_served_a_turn_are_no_strangers() -> None:
+async def test_clients_that_have_a_turn_or_wait_for_one_are_not_evicted() -> None:
     hub = kit.Hub()
     faults = Faults([Fault(FaultKind.HOLD, 3, times=None)])
     blanks = [kit.blank(SOURCE) for _ in range(4)]
@@ -445,20 +445,20 @@ async def test_clients_that_were_served_a_turn_are_no_strangers() -> None:
     assert all(kit.contents(into) == kit.contents(SOURCE) for into in blanks)
 
 
-async def test_those_who_only_look_cannot_crowd_out_those_who_pull() -> None:
+async def test_probes_cannot_keep_a_pull_from_its_turn() -> None:
     hub, into = kit.Hub(), kit.blank(SOURCE)
-    look = m.Identify(role="target", layouts=("raw",), probe=True)
+    probe = m.Identify(role="target", layouts=("raw",), probe=True)
     async with kit.serving(hub.transport, HOLDING, max_clients=1) as server, contextlib.AsyncExitStack() as stack:
         for _ in range(40):
             wire = await stack.enter_async_context(kit.fake_client(server))
-            await wire.say(kit.hello(hub.transport), look)
+            await wire.say(kit.hello(hub.transport), probe)
         await kit.until(lambda: server._probes.waiting == 32)
         assert server._probes.taken == 8
         await kit.pull(into, [kit.at(server)], hub.transport)
     assert kit.contents(into) == kit.contents(SOURCE)
 
 
-async def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_repeated_stray_connections_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "netloader")
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING) as server:
@@ -473,23 +473,25 @@ async def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -
     assert "no client's" in about[0].getMessage()
 
 
-async def test_a_stranger_is_followed_by_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_server_pauses_after_a_stray_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(netloader.server.server, "_STRAY_PAUSE", 60.0)
     hub, into = kit.Hub(), kit.blank(SOURCE)
     async with kit.serving(hub.transport, HOLDING) as server:
-        for _ in range(3):  # those who keep the rules are followed by none
+        for _ in range(3):  # clients that follow the protocol cause no pause
             await kit.pull(into, [kit.at(server)], hub.transport)
         async with kit.fake_client(server) as wire:
             await wire.raw(b"GET / HTTP/1.1\r\n\r\n")
             await wire.closed()
-        await kit.pull(into, [kit.at(server)], hub.transport)  # was waited for already
+        await kit.pull(into, [kit.at(server)], hub.transport)  # accepted by the call that was already waiting
         with anyio.move_on_after(0.5) as scope:
             await kit.pull(into, [kit.at(server)], hub.transport)
-        assert scope.cancelled_caught, "a new connection was taken at once"
+        assert scope.cancelled_caught, "a new connection was accepted at once"
     assert kit.contents(into) == kit.contents(SOURCE)
 
 
-async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_number_of_logged_refusals_is_limited(caplog: pytest.LogCaptureFixture) -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING) as server:
         for _ in range(30):
@@ -500,11 +502,11 @@ async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCa
     assert sum("set MODEL" in r.getMessage() for r in caplog.records) == 20
 
 
-async def test_what_a_peer_says_stays_on_its_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_text_from_a_peer_cannot_add_lines_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
     hub = kit.Hub()
     evil = "bye\nCRITICAL root: all your base\x1b[2J" + "x" * 3000
     async with kit.serving(hub.transport, HOLDING) as server, kit.fake_client(server) as wire:
-        await Guest(wire, hub).follow("announce")
+        await ScriptedClient(wire, hub).follow("announce")
         await wire.say(m.Goodbye(code="internal", reason=evil))
         await wire.closed()
         await kit.until(lambda: server.ended)
@@ -514,11 +516,11 @@ async def test_what_a_peer_says_stays_on_its_line_of_the_log(caplog: pytest.LogC
     assert len(line) < 1000
 
 
-# --- our own bugs -----------------------------------------------------------------------------------------------------
+# --- bugs of this side ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["offer", "accept", "send"])
-async def test_a_transport_that_breaks_its_contract_costs_one_session(
+async def test_an_unexpected_error_in_a_transport_ends_one_session_only(
     where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub = kit.Hub()
@@ -565,14 +567,14 @@ async def test_an_ended_session_keeps_no_tensor_alive() -> None:
         gc.disable()
         try:
             async with kit.fake_client(server) as wire:
-                guest = Guest(wire, hub)
-                await guest.follow("channel")
+                client = ScriptedClient(wire, hub)
+                await client.follow("channel")
                 await wire.say(want((0, BLOCKS)))
                 await wire.closed()
                 await kit.until(lambda: server.ended)
                 assert isinstance(server.ended[0].session.error, TransportError)
-                assert guest.channel is not None
-                await guest.channel.aclose()
+                assert client.channel is not None
+                await client.channel.aclose()
             source.clear()
             await kit.until(watch.expired, "the memory is free")
         finally:

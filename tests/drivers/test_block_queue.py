@@ -1,4 +1,4 @@
-"""Blocks between the message that lets them move and the call that moves them."""
+"""The queue of blocks between the message that releases them and the call that moves them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plan_of(sizes: list[int]) -> Plan:
 
 
 async def all_taken(plan: Plan, cuts: list[int], nbytes: int, spans: int) -> list[list[int]]:
-    """Everything that is taken after all blocks were put in, in messages of so many."""
+    """Put all blocks of `plan` in, in messages of `cuts` blocks; return the groups that are taken."""
     waiting = BlockQueue(1 << 10, "too many")
     put = 0
     for count in [*cuts, len(plan.blocks)]:
@@ -66,7 +66,7 @@ def test_groups_hold_all_blocks_in_order(sizes: list[int], spans: int) -> None:
         assert sum(len(plan.blocks[number].tensors) for number in [*group, after[0]]) > spans
 
 
-async def test_a_peer_that_brings_too_much_is_told_so() -> None:
+async def test_more_blocks_than_allowed_are_an_error() -> None:
     waiting = BlockQueue(2, "the peer has more than 2 open")
     waiting.put(((0, 1),))
     waiting.put(((1, 2),))
@@ -75,7 +75,7 @@ async def test_a_peer_that_brings_too_much_is_told_so() -> None:
     waiting.close()
 
 
-async def test_who_waits_is_told_of_the_end() -> None:
+async def test_closing_the_queue_wakes_its_waiter() -> None:
     waiting = BlockQueue(4, "too many")
     told: list[bool] = []
 
@@ -89,7 +89,7 @@ async def test_who_waits_is_told_of_the_end() -> None:
     assert told == [False]
 
 
-async def test_what_was_dropped_is_not_taken() -> None:
+async def test_dropped_blocks_are_not_taken() -> None:
     plan = plan_of([100, 2048, 2048])
     waiting = BlockQueue(4, "too many")
     waiting.put(((0, 2),))

@@ -1,4 +1,4 @@
-"""Ends that nobody waited for: a pull cancelled, or a server stopped, at every step of the event loop."""
+"""A pull cancelled, or a server stopped, at every step of the event loop."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.drivers import kit
 
 STOP_WITHIN = 2.0
 TRIES = 3
-"""A machine that is busy with other things may not get round to it in time; three times in a row it is ours."""
+"""One slow stop may be due to load on the machine; three in a row are a fault."""
 
 SOURCE = kit.weights(rows=3)
 HOLDING = kit.held(SOURCE)
 
 
 async def cut_after(steps: int, work: Callable[[], Awaitable[object]]) -> bool:
-    """Run `work` and cancel it after `steps` turns of the event loop; whether it was over by then."""
+    """Run `work` and cancel it after `steps` iterations of the event loop; return whether it had ended by then."""
     over = False
 
     async def run() -> None:
@@ -47,7 +47,7 @@ async def cut_after(steps: int, work: Callable[[], Awaitable[object]]) -> bool:
 
 
 async def cancelled(server: kit.WatchedServer, transport: Transport, steps: int) -> bool:
-    """Cancel a pull after so many steps; False when it was over by then."""
+    """Cancel a pull after `steps` iterations of the event loop; return False if it had ended by then."""
     into = kit.blank(SOURCE)
     over = await cut_after(steps, lambda: kit.pull(into, [kit.at(server)], transport))
     left = kit.contents(into)
@@ -71,7 +71,7 @@ async def test_a_pull_cancelled_at_every_step_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_a_pull_over_gloo_cancelled_at_many_steps_leaves_nothing_behind() -> None:
+async def test_a_gloo_pull_cancelled_at_many_steps_leaves_nothing_behind() -> None:
     transport = GlooTransport()
     async with kit.serving(transport, HOLDING, max_clients=1) as server:
         steps = 1
@@ -82,7 +82,7 @@ async def test_a_pull_over_gloo_cancelled_at_many_steps_leaves_nothing_behind() 
         assert kit.contents(into) == kit.contents(SOURCE)
 
 
-async def test_a_server_stopped_at_every_step_tells_its_client() -> None:
+async def test_a_server_stopped_at_any_step_tells_its_client_the_reason() -> None:
     steps, stopped = 0, 0
     while True:
         hub = kit.Hub(1500)
@@ -111,7 +111,7 @@ async def test_a_server_stopped_at_every_step_tells_its_client() -> None:
     assert stopped > 10
 
 
-async def test_a_server_that_is_cancelled_with_its_task_group_tells_its_client_too() -> None:
+async def test_a_server_cancelled_with_its_task_group_tells_its_client_the_reason() -> None:
     hub, into = kit.Hub(), kit.blank(SOURCE)
     faults = Faults([Fault(FaultKind.HOLD, 2)])
     ports: list[int] = []
@@ -137,7 +137,7 @@ async def test_a_server_that_is_cancelled_with_its_task_group_tells_its_client_t
 
 
 @pytest.mark.parametrize("transport", ["memory", "gloo"])
-async def test_a_server_stops_soon_whatever_its_clients_do(transport: str) -> None:
+async def test_stopping_a_server_takes_bounded_time_whatever_its_clients_do(transport: str) -> None:
     took: list[float] = []
     while not took or min(took) >= STOP_WITHIN:
         assert len(took) < TRIES, f"seconds to stop: {took}"
@@ -145,7 +145,7 @@ async def test_a_server_stops_soon_whatever_its_clients_do(transport: str) -> No
 
 
 async def seconds_to_stop(inner: Transport) -> float:
-    """Of a server with a client in the middle of a transfer, one that waits, and one that says nothing."""
+    """How long a server takes to stop with a client in a transfer, a queued one, and a silent one."""
     faults = Faults([Fault(FaultKind.HOLD, 2)])
     outcomes: list[NoSourceLeft] = []
 
@@ -161,7 +161,7 @@ async def seconds_to_stop(inner: Transport) -> float:
             tasks.start_soon(client, server.port)
             await kit.until(lambda: server._turns.waiting == 1, "one is in the queue")
             silent = await anyio.connect_tcp("127.0.0.1", server.port)
-            await kit.until(lambda: len(server.sessions) == 3, "one says nothing")
+            await kit.until(lambda: len(server.sessions) == 3, "one is silent")
             began = time.monotonic()
         took = time.monotonic() - began
         await silent.aclose()
@@ -169,21 +169,21 @@ async def seconds_to_stop(inner: Transport) -> float:
     return took
 
 
-@pytest.mark.allow_blocking(reason="the connections have to be there before the event loop turns once more")
-async def test_connections_of_the_last_moment_do_not_hold_up_a_server_that_stops() -> None:
+@pytest.mark.allow_blocking(reason="the connections have to exist before the next iteration of the event loop")
+async def test_connections_accepted_while_a_server_stops_do_not_delay_it() -> None:
     with ExitStack() as stack, anyio.fail_after(kit.PATIENCE / 2):
         async with kit.serving(kit.Hub().transport, HOLDING, stop_within=kit.PATIENCE) as server:
             for _ in range(20):
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
 
 
-async def test_an_error_in_the_body_of_a_server_comes_out_as_it_is() -> None:
+async def test_an_error_in_the_body_of_a_server_is_raised_unchanged() -> None:
     with pytest.raises(ZeroDivisionError):
         async with kit.serving(kit.Hub().transport, HOLDING):
             raise ZeroDivisionError
 
 
-async def test_a_pull_that_times_out_in_the_middle_says_how_far_it_came() -> None:
+async def test_a_pull_that_times_out_in_the_middle_reports_its_progress() -> None:
     hub = kit.Hub(0)
     faults = Faults([Fault(FaultKind.HOLD, 2)])
     async with kit.serving(FaultyTransport(hub.transport, faults), HOLDING) as server:

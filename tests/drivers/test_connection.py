@@ -1,4 +1,4 @@
-"""What is said on a control connection leaves in order, also when there is no room at once."""
+"""Messages on a control connection are sent in order, also when the socket is not writable at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def receive(stream: SocketStream, nbytes: int) -> bytes:
     return bytes(data)
 
 
-async def test_what_does_not_fit_waits_until_there_is_room() -> None:
+async def test_bytes_that_do_not_fit_wait_until_the_socket_is_writable() -> None:
     connection, far = await connected()
     async with far:
         small, large = b"hello", os.urandom(MUCH)
@@ -55,7 +55,7 @@ async def test_what_does_not_fit_waits_until_there_is_room() -> None:
         await connection.aclose()
 
 
-async def test_a_connection_that_broke_takes_nothing_and_says_so() -> None:
+async def test_writing_to_a_broken_connection_raises() -> None:
     connection, far = await connected()
     await kit.Wire(far, client_messages()).reset()
     with pytest.raises(PeerLost):
@@ -65,8 +65,8 @@ async def test_a_connection_that_broke_takes_nothing_and_says_so() -> None:
     await connection.aclose()
 
 
-async def test_messages_keep_their_order_when_the_peer_reads_late() -> None:
-    """A long announcement does not fit into the connection; what is said after it comes after it."""
+async def test_messages_keep_their_order_when_the_peer_reads_slowly() -> None:
+    """A long announcement does not fit into the socket's buffer; later messages are sent after it."""
     holding = kit.held({f"{n:05}-{'x' * 900}": torch.zeros(1) for n in range(9_000)})
     hub = kit.Hub()
     async with kit.serving(hub.transport, holding) as server, kit.fake_client(server) as wire:
@@ -75,7 +75,7 @@ async def test_messages_keep_their_order_when_the_peer_reads_late() -> None:
         heard = [await wire.hear() for _ in range(4)]
         assert [type(message) for message in heard] == [Welcome, Accepted, Announce, ChannelOffer]
         assert heard[2] == kit.announce(holding)
-        # What comes after it, once nothing waits any more, leaves as well.
+        # Messages after the queue was empty again are sent as well.
         channel = await hub.transport.connect(cast("ChannelOffer", heard[3]).offer, kit.setup())
         await wire.say(Want(ranges=((0, 1),)))
         assert await wire.hear() == Grant(ranges=((0, 1),))

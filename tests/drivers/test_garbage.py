@@ -1,4 +1,4 @@
-"""Garbage at the port of a server process: nothing of it stays, and a pull beside it is right."""
+"""Garbage sent to the port of a server process: no resource leaks, and a concurrent pull is right."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ POOLED = 3
 """Threads of the pool: one waits for the next command, and of one client at a time two looks at blocks may meet."""
 
 
-async def test_after_the_second_round_all_is_as_after_the_first() -> None:
+async def test_garbage_leaves_no_descriptor_thread_or_memory_and_does_not_disturb_a_pull() -> None:
     async with peers.peer("serve", rows=1000, log="ERROR", timings={"hello": 1.0, "validate": 1.0}) as server:
         port = (await server.hear())["port"]
         async with peers.peer("pulls", rows=1000, ports=[port]) as client:
             await client.hear()
-            await client.pull()  # the first one also pays for what both processes load only once
+            await client.pull()  # the first one includes what both processes load only once
             quiet = statistics.median([await client.pull() for _ in range(PULLS)])
             ratios: list[float] = []
             after: list[dict[str, Any]] = []
@@ -35,39 +35,39 @@ async def test_after_the_second_round_all_is_as_after_the_first() -> None:
         first, second = after
         assert second["fds"] == first["fds"]
         assert second["threads"] <= first["threads"]
-        # How many of these there are is a matter of how often two calls met; one that is idle for long is let go.
+        # Their number depends on how many calls overlapped; a thread that is idle for long is ended.
         assert second["pooled"] <= POOLED
         assert second["rss"] - first["rss"] < 4 << 20
         assert await server.finish() == 0
 
 
 async def at_rest(server: peers.Peer) -> dict[str, Any]:
-    """What the server has once it has no session, and as many descriptors as at the look before.
+    """The server's figures once it has no session, and as many descriptors as at the previous poll.
 
-    A connection has its descriptor for some turns of the event loop before it has a session, and for one after that;
-    and the last ones may still wait to be accepted.
+    A connection has its descriptor for some iterations of the event loop before it has a session, and for one after
+    that; and the last ones may still wait to be accepted.
     """
     descriptors: list[int] = []
 
-    def rests(seen: dict[str, Any]) -> bool:
+    def is_at_rest(seen: dict[str, Any]) -> bool:
         descriptors.append(seen["fds"])
         return not seen["sessions"] and descriptors[-2:] == [seen["fds"]] * 2
 
-    return await server.until(rests)
+    return await server.until(is_at_rest)
 
 
 async def pulls_during_traffic(client: peers.Peer, port: int, seed: int) -> list[float]:
-    """One round of garbage, and the seconds of pulls that began after it had begun and ended before it ended."""
+    """Send one round of garbage; return the seconds of the pulls that began and ended during it."""
     begun = anyio.Event()
     over = False
 
-    def told() -> bool:
+    def started() -> bool:
         anyio.from_thread.run_sync(begun.set)
         return False
 
     async def traffic() -> None:
         nonlocal over
-        made = await anyio.to_thread.run_sync(garbage.round_of, port, ROUND, seed, told)
+        made = await anyio.to_thread.run_sync(garbage.round_of, port, ROUND, seed, started)
         over = True
         assert made > ROUND.frames // 4
 
@@ -79,5 +79,5 @@ async def pulls_during_traffic(client: peers.Peer, port: int, seed: int) -> list
             seconds = await client.pull()
             if not over:
                 within.append(seconds)
-    assert within, "no pull was over before the traffic was"
+    assert within, "no pull ended before the traffic did"
     return within

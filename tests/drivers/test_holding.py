@@ -1,4 +1,4 @@
-"""What is held changes while clients come: retracted, brought back, announced for later."""
+"""Holdings that change while clients connect: retracted, held again, expected later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def refused(server: kit.WatchedServer, hub: kit.Hub) -> RefusedError:
     return attempt.cause
 
 
-async def test_what_was_retracted_is_gone_until_it_is_brought_back() -> None:
+async def test_a_retracted_holding_is_refused_until_it_is_held_again() -> None:
     hub, holding = kit.Hub(), kit.held(SOURCE)
     async with kit.serving(hub.transport, holding) as server:
         await server.retract("target", reason="the engine sleeps")
@@ -42,7 +42,7 @@ async def test_what_was_retracted_is_gone_until_it_is_brought_back() -> None:
             server.add(holding)
 
 
-async def test_a_new_load_ends_what_was_said_about_the_one_before() -> None:
+async def test_a_new_holding_replaces_the_state_of_the_previous_one() -> None:
     hub, holding = kit.Hub(), kit.held(SOURCE)
     async with kit.serving(hub.transport, holding) as server:
         await server.retract("target", reason="it is loaded anew")
@@ -56,10 +56,10 @@ async def test_a_new_load_ends_what_was_said_about_the_one_before() -> None:
         server.expect("target", "raw", reason="still loading", retry_after=1.0)
         into = kit.blank(SOURCE)
         await kit.pull(into, [kit.at(server)], hub.transport)
-        assert kit.contents(into) == kit.contents(SOURCE), "what is served goes on being served"
+        assert kit.contents(into) == kit.contents(SOURCE), "a served holding stays served"
 
 
-async def test_a_running_send_is_cut_and_nothing_is_alive_afterwards() -> None:
+async def test_retracting_cuts_a_running_send_and_frees_its_memory() -> None:
     hub = kit.Hub()
     source = kit.weights()
     watch = StorageWeakRef(source["large"].untyped_storage())  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ async def test_a_running_send_is_cut_and_nothing_is_alive_afterwards() -> None:
     } == {"gone"}
 
 
-async def test_a_send_that_ends_in_time_is_not_cut() -> None:
+async def test_retracting_does_not_cut_a_send_that_ends_in_time() -> None:
     hub, into = kit.Hub(), kit.blank(SOURCE)
     faults = Faults([Fault(FaultKind.HOLD, 3)])
     async with (
@@ -113,7 +113,7 @@ async def test_a_send_that_ends_in_time_is_not_cut() -> None:
     assert kit.contents(into) == kit.contents(SOURCE)
 
 
-async def test_the_other_role_is_not_touched() -> None:
+async def test_retracting_one_role_leaves_the_other_one_served() -> None:
     hub = kit.Hub()
     draft = kit.weights(seed=5)
     draft_identity = kit.variant(role="draft")
@@ -137,7 +137,7 @@ async def test_the_other_role_is_not_touched() -> None:
     assert kit.contents(into) == kit.contents(draft)
 
 
-async def test_a_client_that_waits_outlives_a_retraction(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_queued_client_survives_a_retraction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_session, "_RETRY_GONE", 0.05)
     hub, holding, into = kit.Hub(), kit.held(SOURCE), kit.blank(SOURCE)
     faults = Faults([Fault(FaultKind.HOLD, 3)])
@@ -159,7 +159,7 @@ async def test_a_client_that_waits_outlives_a_retraction(monkeypatch: pytest.Mon
     assert [attempt.cause.message for attempt in reports[0].attempts] == ["for a moment"]
 
 
-async def test_a_role_that_was_never_held_is_named() -> None:
+async def test_a_role_that_was_never_held_is_refused_by_name() -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, kit.held(SOURCE)) as server:
         with pytest.raises(NoSourceLeft, match="nothing is held for draft in raw; held: target in layout raw"):
@@ -170,7 +170,7 @@ async def test_a_role_that_was_never_held_is_named() -> None:
             )
 
 
-async def test_weights_that_change_under_a_server_are_found_out_at_the_client() -> None:
+async def test_weights_that_change_while_they_are_served_are_detected_by_the_client() -> None:
     hub = kit.Hub()
     source = kit.weights()
     async with kit.serving(hub.transport, kit.held(source)) as server:

@@ -1,9 +1,9 @@
-"""Several whole clients that pull from seeds and from each other, while sources lie, stall, break off and die.
+"""Several complete clients that pull from seeds and from each other, while sources corrupt, stall, disconnect and die.
 
-Real servers, pulls, ledgers and control connections, blocks over the memory transport with faults; only the time is
-not real (:mod:`tests.drivers.jumping`). Whatever happens: every client ends complete, with the right bytes, or failed
-with a reason; no block counts twice; no clients wait for each other in a circle; and who has a seed that does what it
-should gets everything.
+Servers, pulls, ledgers and control connections are real, blocks go over the memory transport with faults; only time is
+simulated (:mod:`tests.drivers.jumping`). In any case: every client ends complete with the right bytes, or fails with a
+reason; no block counts twice; there is no cycle of clients that wait for each other; and a client with a reliable seed
+completes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SILENT = (FaultKind.STALL, FaultKind.DROP, FaultKind.TRUNCATE)
 
 
 def _stale() -> Holding:
-    """Digests as they were; bytes of some blocks as they should not be."""
+    """A holding with right digests and wrong bytes in some blocks."""
     tensors = {name: tensor.clone() for name, tensor in SOURCE.items() if name != "tied"}
     tensors["tied"] = tensors["half"]
     holding = kit.held(tensors)
@@ -64,7 +64,7 @@ def _stale() -> Holding:
 
 @dataclass(frozen=True)
 class _Forged:
-    """The root of the right weights, and digests that do not give it."""
+    """A holding with the root of the right weights, and digests that contradict it."""
 
     announcement = replace(GOOD.announcement, digests=GOOD.announcement.digests[::-1])
     memory = GOOD.memory
@@ -76,7 +76,7 @@ KINDS: dict[str, Holding] = {"honest": GOOD, "stale": _stale(), "other": OTHER, 
 
 @dataclass(frozen=True)
 class Place:
-    """A process: what goes wrong with what it sends, how slow it is, when it ends (0: never) and how it serves."""
+    """A process: the faults of its sends, how slow it is, when it ends (0: never) and how it serves."""
 
     faults: tuple[Fault, ...] = ()
     pace: int = 0
@@ -87,7 +87,7 @@ class Place:
 
 @dataclass(frozen=True)
 class SeedPlace(Place):
-    """One that has the weights; `ready` seconds after the beginning."""
+    """A seed that has the weights `ready` seconds after the start."""
 
     kind: str = "honest"
     ready: int = 0
@@ -99,7 +99,7 @@ class SeedPlace(Place):
 
 @dataclass(frozen=True)
 class ClientPlace(Place):
-    """One that wants them, `comes` seconds after the beginning, from `sources`: numbers of seeds, then of clients."""
+    """A client that starts after `comes` seconds and pulls from `sources`: numbers of seeds, then of clients."""
 
     comes: int = 0
     sources: tuple[int, ...] = ()
@@ -163,7 +163,7 @@ def worlds(draw: st.DrawFn) -> tuple[tuple[SeedPlace, ...], tuple[ClientPlace, .
 
 @dataclass(eq=False)
 class Client:
-    """One client, and what is seen of it."""
+    """One client, and what the test observes of it."""
 
     place: ClientPlace
     server: HoldingServer
@@ -183,7 +183,7 @@ class Client:
         self.verified = progress.verified
 
     def check(self) -> None:
-        """It is complete, or failed with a reason."""
+        """Check that it is complete, or failed with a reason."""
         if self.report is not None:
             assert kit.contents(self.into) == RIGHT[self.report.root]
             assert self.report.blocks == BLOCKS == sum(share.blocks for share in self.report.sources.values())
@@ -200,7 +200,7 @@ class Client:
 
 
 class World:
-    """Seeds and clients, from the first arrival to the last end."""
+    """All seeds and clients, from the first start to the last end."""
 
     def __init__(self, seeds: Sequence[SeedPlace], clients: Sequence[ClientPlace], clock: jumping.Clock) -> None:
         self._seeds = seeds
@@ -212,10 +212,10 @@ class World:
         self._timings = WATCHFUL if any(fault.kind in SILENT for fault in faults) else PATIENT
         self.clients: list[Client] = []
         self.circles: list[str] = []
-        clock.watching = self._look_for_circles
+        clock.watching = self._look_for_cycles
 
     async def run(self) -> None:
-        """Everything that is to happen; returns when every client has ended."""
+        """Run all of it; return when every client has ended."""
         with anyio.fail_after(NEVER_SO_LONG):
             async with AsyncExitStack() as stack:
                 tasks = await stack.enter_async_context(anyio.create_task_group())
@@ -281,8 +281,8 @@ class World:
             except NoSourceLeft as error:
                 client.error = error
 
-    def _look_for_circles(self) -> bool:
-        """Nothing is on its way. Whether anybody waits for itself; the second time that is seen it is a fact."""
+    def _look_for_cycles(self) -> bool:
+        """Called while no message is in flight: whether clients wait for each other. It counts the second time."""
         supplies = {supply.node: supply for client in self.clients if (supply := client.supply) is not None}
         for supply in supplies.values():
             supply._ledger.check_invariants()
@@ -310,7 +310,7 @@ class World:
         return False
 
     def check(self) -> None:
-        """What has to be true of every client in the end."""
+        """Check what has to hold for every client in the end."""
         assert not self.circles, self.circles[0]
         for client in self.clients:
             client.check()
@@ -358,7 +358,7 @@ LIES = (
 @example(TOWARDS_A_CIRCLE)
 @example(TAKES_OVER)
 @example(LIES)
-def test_every_client_ends_complete_or_with_a_reason(
+def test_every_client_ends_complete_or_fails_with_a_reason(
     places: tuple[tuple[SeedPlace, ...], tuple[ClientPlace, ...]],
 ) -> None:
     async def live(clock: jumping.Clock) -> World:

@@ -1,4 +1,4 @@
-"""What observers are told, at both sides of real sockets: in which order, and that it adds up to the report."""
+"""Events that observers of both sides get over real sockets: their order, and that they add up to the report."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ async def pull(sources: Sequence[Source], observers: Sequence[Observer], **optio
     return await pull_from(filled, kit.IDENTITY, found, [HUB.transport], digest_of, chosen, observers=observers)
 
 
-def told(events: Sequence[Event]) -> list[str]:
-    """The order of events; what is told once or more often, at a time, is there once."""
+def order_of(events: Sequence[Event]) -> list[str]:
+    """The order of events; the same event several times in a row is listed once."""
     names = [event.phase if isinstance(event, PhaseEnded) else type(event).__name__ for event in events]
     return [name for place, name in enumerate(names) if place == 0 or names[place - 1] != name]
 
@@ -63,10 +63,10 @@ def phases(events: Sequence[Event]) -> dict[str, float]:
     return dict(total)
 
 
-async def test_one_pull_is_told_in_order_at_both_sides_and_adds_up_to_the_report() -> None:
+async def test_observers_of_both_sides_get_the_events_of_a_pull_in_order_and_they_add_up_to_the_report() -> None:
     ours: list[Event] = []
     theirs: list[Event] = []
-    held = Faults([Fault(FaultKind.HOLD, 20)])  # so that blocks are told in several parts
+    held = Faults([Fault(FaultKind.HOLD, 20)])  # so that blocks are reported in several events
 
     def note(event: Event) -> None:
         ours.append(event)
@@ -77,11 +77,11 @@ async def test_one_pull_is_told_in_order_at_both_sides_and_adds_up_to_the_report
         address = str(kit.at(server))
         report = await pull([Source(kit.at(server), {"zone": "a"})], [note])
         await kit.until(lambda: server.ended)
-    assert told(ours) == [
+    assert order_of(ours) == [
         *("PullBegan", "SourceChosen", "SessionBegan", "connect", "validate", "plan", "TransportChosen"),
         *("BlocksVerified", "transfer", "finalize", "verify", "SessionEnded", "SourceLeft", "PullEnded"),
     ]
-    assert told(theirs) == [
+    assert order_of(theirs) == [
         *("ServingStarted", "SessionBegan", "connect", "validate", "plan", "TransportChosen"),
         *("transfer", "finalize", "SessionEnded", "ServingStopped"),
     ]
@@ -111,7 +111,7 @@ async def test_one_pull_is_told_in_order_at_both_sides_and_adds_up_to_the_report
     assert theirs[-1] == ServingStopped("target", "raw", known.root, "the server is stopping")
 
 
-async def test_what_is_retracted_is_not_served_any_more() -> None:
+async def test_a_retraction_is_observed() -> None:
     events: list[Event] = []
     async with kit.serving(HUB.transport, HOLDING, observers=[events.append]) as server:
         await server.retract("target", reason="asleep")
@@ -119,7 +119,7 @@ async def test_what_is_retracted_is_not_served_any_more() -> None:
     assert [(event.role, event.reason) for event in stopped] == [("target", "asleep")]
 
 
-async def test_sources_that_fail_are_told_with_the_reason() -> None:
+async def test_failed_sources_are_observed_with_the_reason() -> None:
     ours: list[Event] = []
     theirs: list[Event] = []
     other = kit.held(kit.weights(1), kit.variant(model="another"))
@@ -143,7 +143,7 @@ async def test_sources_that_fail_are_told_with_the_reason() -> None:
     assert not ended.stray
 
 
-async def test_blocks_of_a_session_that_broke_count_once() -> None:
+async def test_blocks_of_a_broken_session_are_counted_once() -> None:
     ours: list[Event] = []
     cut = FaultyTransport(HUB.transport, Faults([Fault(FaultKind.CUT, 25)]))
     async with kit.serving(cut, HOLDING) as first, kit.serving(HUB.transport, HOLDING) as second:
@@ -154,7 +154,7 @@ async def test_blocks_of_a_session_that_broke_count_once() -> None:
     assert Counter({event.peer: event.nbytes for event in ended}) == Counter(by_source)
 
 
-async def test_a_pull_that_failed_or_was_cancelled_is_told_as_that() -> None:
+async def test_a_failed_and_a_cancelled_pull_are_observed_as_such() -> None:
     failed: list[Event] = []
     with pytest.raises(NoSourceLeft) as raised:
         await pull([Source(NOBODY)], [failed.append])
@@ -174,7 +174,7 @@ async def test_a_pull_that_failed_or_was_cancelled_is_told_as_that() -> None:
     assert (last.report, last.error) == (None, None)
 
 
-async def test_a_stranger_is_told_as_a_session_of_its_own() -> None:
+async def test_a_stray_connection_is_observed_as_a_session() -> None:
     events: list[Event] = []
     async with kit.serving(HUB.transport, HOLDING, observers=[events.append]) as server:
         async with kit.fake_client(server) as wire:
@@ -186,7 +186,7 @@ async def test_a_stranger_is_told_as_a_session_of_its_own() -> None:
     assert (ended.role, ended.transport, ended.blocks) == ("", "", 0)
 
 
-async def test_sessions_that_a_stopping_server_cuts_off_have_an_end() -> None:
+async def test_sessions_that_a_stopping_server_cuts_are_observed_as_ended() -> None:
     events: list[Event] = []
     held = FaultyTransport(HUB.transport, Faults([Fault(FaultKind.HOLD, 3)]))
     async with (
@@ -195,7 +195,7 @@ async def test_sessions_that_a_stopping_server_cuts_off_have_an_end() -> None:
     ):
         tasks.start_soon(_fails, kit.at(server))
         await kit.until(lambda: any(one.transport for one in server.sessions))
-    assert told(events)[-2:] == ["SessionEnded", "ServingStopped"]
+    assert order_of(events)[-2:] == ["SessionEnded", "ServingStopped"]
 
 
 async def _fails(address: Address) -> None:
@@ -203,7 +203,7 @@ async def _fails(address: Address) -> None:
         await pull([Source(address)], [])
 
 
-async def test_an_observer_that_raises_is_logged_once_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_observer_that_raises_is_logged_once_and_removed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "netloader")
     ours: list[Event] = []
     theirs: list[Event] = []
@@ -221,7 +221,7 @@ async def test_an_observer_that_raises_is_logged_once_and_dropped(caplog: pytest
     assert len([event for event in theirs if isinstance(event, SessionEnded)]) == 2
 
 
-def test_observers_are_told_in_their_order_and_those_that_stay_are_not_disturbed() -> None:
+def test_observers_are_called_in_order_and_a_removed_one_does_not_disturb_the_others() -> None:
     heard: list[str] = []
 
     def first(_: Event) -> None:

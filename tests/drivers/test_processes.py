@@ -1,4 +1,4 @@
-"""Processes that are killed or stopped at a chosen point: what the other side makes of it."""
+"""Processes that are killed or suspended at a chosen point: how the other side ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = len(kit.held(SOURCE).announcement.plan.blocks)
 SHORT = Timings(hello=2.0, validate=kit.PATIENCE, plan=kit.PATIENCE, stall=2.0, finalize=kit.PATIENCE)
 
 
-async def test_a_server_that_is_stopped_and_one_that_is_killed() -> None:
+async def test_the_client_of_a_suspended_and_of_a_killed_server_pulls_from_the_next_source() -> None:
     outcomes: dict[str, PullReport | NoSourceLeft] = {}
 
     async def pull(name: str, sources: list[Address], timings: Timings = kit.CALM) -> None:
@@ -41,10 +41,10 @@ async def test_a_server_that_is_stopped_and_one_that_is_killed() -> None:
         both = [Address("127.0.0.1", (await server.hear())["port"]) for server in (first, second)]
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(pull, "stopped in the middle", both, SHORT)
+            tasks.start_soon(pull, "suspended in the middle", both, SHORT)
             await first.until(lambda seen: seen["sessions"] == ["TRANSFER"])
             first.send(signal.SIGSTOP)
-        await pull("stopped before the greeting", both, SHORT)
+        await pull("suspended before Hello", both, SHORT)
         first.send(signal.SIGCONT)
         await first.until(lambda seen: not seen["sessions"])
 
@@ -56,7 +56,7 @@ async def test_a_server_that_is_stopped_and_one_that_is_killed() -> None:
         assert await second.finish() == 0
 
     causes = []
-    for name in ("stopped in the middle", "stopped before the greeting", "killed, with another source"):
+    for name in ("suspended in the middle", "suspended before Hello", "killed, with another source"):
         report = outcomes[name]
         assert isinstance(report, PullReport), (name, report)
         assert report.sources[str(both[1])].blocks > 0
@@ -71,7 +71,7 @@ async def test_a_server_that_is_stopped_and_one_that_is_killed() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_client_that_is_killed_or_stopped_in_the_middle_costs_its_own_session(number: signal.Signals) -> None:
+async def test_a_client_killed_or_suspended_in_the_middle_ends_its_own_session_only(number: signal.Signals) -> None:
     into = kit.blank(SOURCE)
     transport = GlooTransport()
     async with (
@@ -89,12 +89,12 @@ async def test_a_client_that_is_killed_or_stopped_in_the_middle_costs_its_own_se
 
 
 @pytest.mark.parametrize("token", [None, "0123456789abcdef"])
-async def test_connections_that_greet_and_say_no_more_do_not_lock_a_newcomer_out(token: str | None) -> None:
-    """As many as a server keeps of those that have not said what they want, and more of them all the time."""
+async def test_connections_that_stop_after_hello_do_not_keep_a_new_client_out(token: str | None) -> None:
+    """As many connections as a server keeps before Identify, and more of them all the time."""
     transport = kit.carrier("tcp")
     secret = None if token is None else token.encode()
 
-    async def greet(stack: AsyncExitStack, port: int) -> kit.Wire[m.ServerMessage]:
+    async def connect_and_greet(stack: AsyncExitStack, port: int) -> kit.Wire[m.ServerMessage]:
         stream = await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", port))
         wire = kit.Wire(stream, server_messages())
         await wire.say(kit.hello(transport))
@@ -103,12 +103,12 @@ async def test_connections_that_greet_and_say_no_more_do_not_lock_a_newcomer_out
 
     async with peers.peer("serve", transport="tcp", token=token) as server, AsyncExitStack() as stack:
         port = (await server.hear())["port"]
-        first, *_ = [await greet(stack, port) for _ in range(128)]
+        first, *_ = [await connect_and_greet(stack, port) for _ in range(128)]
         async with anyio.create_task_group() as tasks:
 
             async def more() -> None:
                 while True:
-                    await greet(stack, port)
+                    await connect_and_greet(stack, port)
 
             tasks.start_soon(more)
             for _ in range(3):
@@ -120,7 +120,7 @@ async def test_connections_that_greet_and_say_no_more_do_not_lock_a_newcomer_out
         assert [message.code for message in heard if isinstance(message, m.Goodbye)] == ["busy"]
 
 
-async def test_a_client_that_had_to_make_room_tries_again_within_its_wait() -> None:
+async def test_an_evicted_client_tries_again_within_its_wait() -> None:
     evicting = True
 
     async def evict(wire: kit.Wire[m.ClientMessage]) -> None:

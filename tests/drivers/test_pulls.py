@@ -1,4 +1,4 @@
-"""Pulls that go well: one, several at once, in turns, into new memory, from code without an event loop."""
+"""Pulls that succeed: one, several at once, in turns, into new memory, from code without an event loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.drivers import kit
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_a_pull_is_bit_exact_and_its_account_adds_up() -> None:
+async def test_a_pull_is_bit_exact_and_its_report_adds_up() -> None:
     hub, source = kit.Hub(), kit.weights()
     holding = kit.held(source)
     into, steps = kit.blank(source), list[Progress]()
@@ -59,7 +59,7 @@ async def test_a_pull_is_bit_exact_and_its_account_adds_up() -> None:
     assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
 
 
-async def test_tensors_without_a_byte_are_pulled_too() -> None:
+async def test_empty_tensors_are_pulled() -> None:
     hub = kit.Hub()
     source = {"empty": torch.empty(0, 3), "none": torch.empty(2, 0, dtype=torch.int8)}
     async with kit.serving(hub.transport, kit.held(source)) as server:
@@ -68,14 +68,14 @@ async def test_tensors_without_a_byte_are_pulled_too() -> None:
     assert len(report.root) == 64
 
 
-async def test_no_tensor_at_all() -> None:
+async def test_a_pull_without_any_tensor_completes() -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, kit.held({})) as server:
         report = await kit.pull({}, [kit.at(server)], hub.transport)
     assert (report.nbytes, report.blocks, report.tensors) == (0, 0, 0)
 
 
-async def test_two_pulls_into_one_process_at_once() -> None:
+async def test_two_pulls_in_one_process_run_at_the_same_time() -> None:
     hub, source = kit.Hub(4096), kit.weights()
     first, second = kit.blank(source), kit.blank(source)
     async with kit.serving(hub.transport, kit.held(source)) as server, anyio.create_task_group() as tasks:
@@ -84,7 +84,7 @@ async def test_two_pulls_into_one_process_at_once() -> None:
     assert kit.contents(first) == kit.contents(second) == kit.contents(source)
 
 
-async def test_the_public_face_pulls_into_new_memory_keeping_what_is_tied() -> None:
+async def test_the_public_api_pulls_into_new_memory_and_keeps_tied_tensors_tied() -> None:
     hub, source = kit.Hub(), kit.weights()
     async with netloader.Server(source, kit.IDENTITY, host="127.0.0.1", transport=hub.transport) as server:
         address = Address("127.0.0.1", server.port)
@@ -102,7 +102,7 @@ async def test_the_public_face_pulls_into_new_memory_keeping_what_is_tied() -> N
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-def test_the_synchronous_face() -> None:
+def test_the_synchronous_api_pulls_and_probes() -> None:
     hub, source = kit.Hub(), kit.weights()
     with netloader.sync.serve(source, kit.IDENTITY, host="127.0.0.1", transport=hub.transport) as server:
         into = kit.blank(source)
@@ -120,7 +120,7 @@ def test_the_synchronous_face() -> None:
     assert report.root == again.root == look.announcement.root
 
 
-async def test_twelve_clients_take_three_turns_in_the_order_in_which_they_came(
+async def test_twelve_clients_share_three_turns_in_order_of_arrival(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "netloader")
@@ -163,7 +163,7 @@ async def test_twelve_clients_take_three_turns_in_the_order_in_which_they_came(
     assert {report.retries for report in reports.values()} == {0}
 
 
-async def test_a_full_queue_is_busy_and_says_when_to_come_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_full_queue_refuses_with_busy_and_a_retry_time(caplog: pytest.LogCaptureFixture) -> None:
     source = kit.weights()
     faults = Faults([Fault(FaultKind.HOLD, 3)])
     hub = kit.Hub()
@@ -185,7 +185,7 @@ async def test_a_full_queue_is_busy_and_says_when_to_come_again(caplog: pytest.L
         assert "MAX_CLIENTS" in caught.value.hint
         told = [record.getMessage() for record in caplog.records if record.module == "pull"]
         assert f"source {kit.at(server)}: 1 clients are being served and 1 wait" in told[-1]
-        # Whoever only looks is told at once.
+        # A probe is answered at once.
         look = await netloader.probe(kit.at(server))
         assert look.announcement.identity == kit.IDENTITY
         faults.release()
@@ -193,7 +193,7 @@ async def test_a_full_queue_is_busy_and_says_when_to_come_again(caplog: pytest.L
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_a_client_that_waits_finds_a_server_that_comes_up_late() -> None:
+async def test_a_client_with_wait_finds_a_server_that_starts_later() -> None:
     hub, source = kit.Hub(), kit.weights()
     into = kit.blank(source)
     async with kit.serving(hub.transport) as gone:
@@ -221,7 +221,7 @@ async def test_a_client_that_waits_finds_a_server_that_comes_up_late() -> None:
     assert report.retries >= 2
 
 
-async def test_a_client_that_does_not_wait_is_told_not_ready() -> None:
+async def test_a_client_without_wait_fails_with_not_ready() -> None:
     hub, source = kit.Hub(), kit.weights()
     async with kit.serving(hub.transport) as server:
         server.expect("target", "raw", reason="the engine is still loading")
@@ -230,7 +230,7 @@ async def test_a_client_that_does_not_wait_is_told_not_ready() -> None:
     assert "WAIT" in caught.value.hint
 
 
-async def test_a_pull_ends_within_its_time_whatever_it_waits_for() -> None:
+async def test_a_pull_ends_within_its_timeout_whatever_it_waits_for() -> None:
     hub, source = kit.Hub(), kit.weights()
     async with kit.serving(hub.transport) as server:
         server.expect("target", "raw", reason="the engine is still loading", retry_after=kit.PATIENCE)
@@ -255,7 +255,7 @@ async def test_target_and_draft_share_a_port() -> None:
             await kit.pull(kit.blank(target), [kit.at(server)], hub.transport, identity=kit.variant(role="draft"))
 
 
-async def test_a_probe_is_told_about_differences_and_not_refused() -> None:
+async def test_a_probe_reports_differences_and_is_not_refused() -> None:
     hub, source = kit.Hub(), kit.weights()
     asked = kit.variant(model="other", dtype="torch.float64")
     async with kit.serving(hub.transport, kit.held(source)) as server:
@@ -267,17 +267,17 @@ async def test_a_probe_is_told_about_differences_and_not_refused() -> None:
     assert look.software == "test"
 
 
-async def test_an_error_in_the_progress_callback_reaches_the_caller() -> None:
+async def test_an_error_of_the_progress_callback_is_raised_to_the_caller() -> None:
     hub, source = kit.Hub(), kit.weights()
 
-    class OurOwnError(Exception):
+    class CallbackError(Exception):
         pass
 
     def fail(_: Progress) -> None:
-        raise OurOwnError("the bar broke")
+        raise CallbackError("the bar broke")
 
     async with kit.serving(hub.transport, kit.held(source)) as server:
-        with pytest.raises(OurOwnError, match="the bar broke"):
+        with pytest.raises(CallbackError, match="the bar broke"):
             await kit.pull(kit.blank(source), [kit.at(server)], hub.transport, progress=fail)
         await kit.until(lambda: server.sessions == ())
 
@@ -285,19 +285,19 @@ async def test_an_error_in_the_progress_callback_reaches_the_caller() -> None:
 @pytest.mark.parametrize(
     ("sources", "field"), [(["no port"], "sources[0]"), (["h:1", "h:70000"], "sources[1]"), ("h:1", "sources")]
 )
-async def test_addresses_that_make_no_sense(sources: list[str], field: str) -> None:
+async def test_invalid_source_addresses_are_errors_that_name_the_source(sources: list[str], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         await netloader.pull({}, sources=sources)
     assert caught.value.field == field
 
 
-async def test_no_source_at_all() -> None:
+async def test_a_pull_without_sources_is_an_error() -> None:
     with pytest.raises(NoSourceLeft, match="no source was given"):
         await kit.pull(kit.weights(), [], kit.Hub().transport)
 
 
 @pytest.mark.parametrize("hold_at", [0, 20])
-async def test_the_account_of_blocks_shows_what_is_under_way(hold_at: int) -> None:
+async def test_the_information_about_a_session_counts_the_blocks_sent_so_far(hold_at: int) -> None:
     source = kit.weights()
     faults = Faults([Fault(FaultKind.HOLD, hold_at)])
     hub = kit.Hub()
@@ -326,7 +326,7 @@ def memory_prefix(tensors: kit.Tensors, blocks: int | None = None) -> bytes:
     return b"".join(cut[:blocks])
 
 
-async def test_a_bug_where_memory_is_provided_costs_the_source_and_reaches_the_caller_as_an_error_of_ours(
+async def test_an_unexpected_error_while_memory_is_allocated_is_raised_as_no_source_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def adopt(destination: Destination, manifest: Manifest) -> None:
@@ -339,7 +339,7 @@ async def test_a_bug_where_memory_is_provided_costs_the_source_and_reaches_the_c
             await kit.pull(None, [kit.at(server)], hub.transport)
 
 
-async def test_a_transport_that_cannot_say_its_facts_costs_the_source_and_leaves_no_connection_open() -> None:
+async def test_a_transport_whose_facts_raise_fails_the_source_and_leaves_no_connection_open() -> None:
     class Broken(FaultyTransport):
         def facts(self, device: str) -> dict[str, str]:
             raise ZeroDivisionError(device)
@@ -365,10 +365,10 @@ async def test_a_pull_whose_tasks_were_cancelled_by_others_never_returns_a_repor
             )
 
 
-async def test_a_bug_in_the_account_of_blocks_ends_the_session_in_the_middle_of_a_receive_too(
+async def test_an_unexpected_error_while_landed_blocks_are_counted_ends_a_session_that_is_receiving(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A timer of the event loop accounts there: nobody waits for it."""
+    """There a timer of the event loop counts, and no task waits for it."""
     hub, held, handle = kit.Hub(), Faults([Fault(FaultKind.HOLD, 20)]), Pull.handle
 
     broken = 0

@@ -1,6 +1,6 @@
 """What a client logs when a pull is refused: one deliberately broken case for each line in docs/refusals.md.
 
-Whoever refuses, the line is in the log of the client, which is where somebody looks who waits for a model.
+Whichever side refuses, the line is in the log of the client, where the operator looks for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Refused = Callable[..., Awaitable[str]]
 
 @pytest.fixture
 def refused(caplog: pytest.LogCaptureFixture) -> Refused:
-    """Pull from one source in vain; the line that the client logs about it."""
+    """Pull from one source, which has to fail; return the line that the client logs about it."""
     caplog.set_level(logging.INFO, logger="netloader")
 
     async def pull(address: Any, hub: kit.Hub, like: kit.Tensors | None = SOURCE, **options: Any) -> str:
@@ -56,13 +56,13 @@ FIELDS = [field for field in OTHER if field not in NOT_COMPARED | {"role", "layo
 
 
 def pair_for(field: str) -> tuple[ModelIdentity, ModelIdentity]:
-    """The identities of a server and a client that differ in one field."""
+    """Identities of a server and a client that differ in one field."""
     base = identity_with(layout="processed") if field == "engine" else BASE
     return identity_with(base, **{field: OTHER[field]}), base
 
 
 @pytest.mark.parametrize("field", FIELDS)
-async def test_identities_that_differ_in_one_field(field: str, refused: Refused) -> None:
+async def test_an_identity_that_differs_in_one_field_is_refused_with_both_values(field: str, refused: Refused) -> None:
     hub, (theirs, ours) = kit.Hub(), pair_for(field)
     async with kit.serving(hub.transport, kit.held(SOURCE, theirs)) as server:
         line = await refused(kit.at(server), hub, identity=ours)
@@ -71,8 +71,8 @@ async def test_identities_that_differ_in_one_field(field: str, refused: Refused)
 
 
 @pytest.mark.parametrize("field", FIELDS)
-async def test_a_server_that_does_not_compare_is_found_out(field: str, refused: Refused) -> None:
-    """The client compares for itself: a server may run another release, or lie."""
+async def test_a_client_compares_identities_itself_when_the_server_does_not(field: str, refused: Refused) -> None:
+    """A server may run another release, or be faulty."""
     hub, (theirs, ours) = kit.Hub(), pair_for(field)
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -105,7 +105,9 @@ async def test_a_server_that_does_not_compare_is_found_out(field: str, refused: 
         ),
     ],
 )
-async def test_what_is_not_held(held: dict[str, Any], asked: dict[str, Any], reason: str, refused: Refused) -> None:
+async def test_a_role_or_layout_that_is_not_held_is_refused(
+    held: dict[str, Any], asked: dict[str, Any], reason: str, refused: Refused
+) -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, kit.held(SOURCE, kit.variant(**held))) as server:
         assert reason in await refused(kit.at(server), hub, identity=kit.variant(**asked))
@@ -135,7 +137,7 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TENSORS)
-async def test_tensors_that_differ(case: str, refused: Refused) -> None:
+async def test_tensors_that_differ_are_refused_by_name(case: str, refused: Refused) -> None:
     hub, (changed, reason) = kit.Hub(), TENSORS[case]
     async with kit.serving(hub.transport, kit.held(_tensors(**changed))) as server:
         line = await refused(kit.at(server), hub, _tensors())
@@ -144,7 +146,7 @@ async def test_tensors_that_differ(case: str, refused: Refused) -> None:
     assert "both sides have to build the model alike" in line
 
 
-async def test_a_model_that_is_larger_than_allowed(refused: Refused) -> None:
+async def test_a_model_larger_than_the_limit_is_refused(refused: Refused) -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING) as server:
         line = await refused(kit.at(server), hub, None, max_bytes=1000)
@@ -154,14 +156,16 @@ async def test_a_model_that_is_larger_than_allowed(refused: Refused) -> None:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-async def test_another_root_than_the_expected_one(refused: Refused) -> None:
+async def test_a_root_other_than_the_expected_one_is_refused(refused: Refused) -> None:
     hub, root = kit.Hub(), "ab" * 32
     async with kit.serving(hub.transport, HOLDING) as server:
         line = await refused(kit.at(server), hub, expect_root=root)
     assert f"this server holds root {HOLDING.announcement.root}, the client is pinned to root {root}" in line
 
 
-async def test_another_root_that_the_server_keeps_to_itself(refused: Refused) -> None:
+async def test_a_client_compares_the_expected_root_itself_when_the_server_does_not(
+    refused: Refused,
+) -> None:
     hub, root = kit.Hub(), "ab" * 32
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -177,7 +181,7 @@ async def test_another_root_that_the_server_keeps_to_itself(refused: Refused) ->
     assert f"the source holds root {held}, but this pull is pinned to root {root} (by EXPECT_ROOT)" in line
 
 
-async def test_a_block_that_arrives_changed(refused: Refused) -> None:
+async def test_a_corrupted_block_is_an_error_that_names_block_and_tensor(refused: Refused) -> None:
     hub = kit.Hub()
     harmed = FaultyTransport(hub.transport, Faults([Fault(FaultKind.CORRUPT, 3, times=None)]))
     async with kit.serving(harmed, HOLDING) as server:
@@ -186,7 +190,7 @@ async def test_a_block_that_arrives_changed(refused: Refused) -> None:
     assert ", announced was " in line
 
 
-# --- who asks -------------------------------------------------------------------------------------------------------
+# --- tokens, versions, transports -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ async def test_a_block_that_arrives_changed(refused: Refused) -> None:
     ],
     ids=["client has none", "server has none", "they differ"],
 )
-async def test_a_token_that_one_side_does_not_know(
+async def test_a_token_that_one_side_lacks_or_that_differs_is_refused(
     server_knows: bytes | None, client_knows: bytes | None, reason: str, refused: Refused
 ) -> None:
     hub = kit.Hub()
@@ -207,7 +211,7 @@ async def test_a_token_that_one_side_does_not_know(
     assert f"{reason} (configure the same token on both sides)" in line
 
 
-async def test_a_server_of_another_protocol(refused: Refused) -> None:
+async def test_a_server_that_speaks_another_protocol_version_is_refused(refused: Refused) -> None:
     hub = kit.Hub()
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -220,7 +224,7 @@ async def test_a_server_of_another_protocol(refused: Refused) -> None:
     assert "the server speaks protocol 2, this client 1 (run the same netloader release on both sides)" in line
 
 
-async def test_a_client_of_another_protocol() -> None:
+async def test_a_client_that_speaks_another_protocol_version_is_refused() -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING) as server, kit.fake_client(server) as wire:
         await wire.say(m.Hello(protocol=3, oldest=2, nonce=kit.NONCE, abilities=kit.abilities(hub.transport)))
@@ -229,7 +233,7 @@ async def test_a_client_of_another_protocol() -> None:
     assert told.message == "this server speaks protocol 1, the client speaks 2 to 3"
 
 
-async def test_blocks_that_the_two_sides_cut_otherwise(refused: Refused) -> None:
+async def test_a_plan_that_differs_between_the_sides_is_refused(refused: Refused) -> None:
     hub = kit.Hub()
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -244,21 +248,21 @@ async def test_blocks_that_the_two_sides_cut_otherwise(refused: Refused) -> None
     assert "both sides derived different blocks (plan " in line
 
 
-async def test_no_transport_that_both_sides_have(refused: Refused) -> None:
+async def test_no_common_transport_is_refused_with_the_reasons(refused: Refused) -> None:
     ours, theirs = kit.Hub(), kit.Hub()
     async with kit.serving(theirs.transport, HOLDING) as server:
         line = await refused(kit.at(server), ours)
     assert "no transport can connect the two sides: memory: the two sides differ in hub" in line
 
 
-async def test_a_transport_that_only_one_side_names(refused: Refused) -> None:
+async def test_a_transport_that_only_one_side_names_is_refused(refused: Refused) -> None:
     async with kit.serving(registry.load("gloo"), HOLDING) as server:
         line = await refused(kit.at(server), kit.Hub())
     assert "no transport can connect the two sides: memory: the peer does not have it" in line
     assert "(the peer has gloo; name one on both sides: TRANSPORT gloo or memory)" in line
 
 
-async def test_a_relay_that_would_get_its_blocks_from_us(refused: Refused) -> None:
+async def test_a_relay_whose_chain_leads_back_to_the_client_is_refused(refused: Refused) -> None:
     hub = kit.Hub()
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -274,7 +278,7 @@ async def test_a_relay_that_would_get_its_blocks_from_us(refused: Refused) -> No
     assert "this relay gets its blocks from us (another source is asked instead)" in line
 
 
-# --- not now --------------------------------------------------------------------------------------------------------
+# --- not available --------------------------------------------------------------------------------------------------
 
 
 async def _loading(server: kit.WatchedServer) -> None:
@@ -299,7 +303,7 @@ async def _retracted(server: kit.WatchedServer) -> None:
     ],
     ids=["loading", "failed", "retracted"],
 )
-async def test_a_model_that_is_not_there(
+async def test_a_model_that_is_loading_failed_or_retracted_is_refused_with_that_reason(
     state: Callable[[kit.WatchedServer], Awaitable[None]], reason: str, refused: Refused
 ) -> None:
     hub = kit.Hub()
@@ -308,7 +312,7 @@ async def test_a_model_that_is_not_there(
         assert reason in await refused(kit.at(server), hub)
 
 
-async def test_blocks_whose_memory_the_owner_dropped(refused: Refused) -> None:
+async def test_blocks_whose_memory_was_freed_are_reported_by_tensor_name(refused: Refused) -> None:
     hub, mine = kit.Hub(), kit.weights()
     holding: Holding = kit.held_weakly(mine)
     async with kit.serving(hub.transport, holding) as server:

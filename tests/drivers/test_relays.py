@@ -1,4 +1,4 @@
-"""Relays pass on what they have while they pull the rest; several sources are pulled from at once."""
+"""Relays serve the blocks that they have while they pull the others; a client pulls from several sources at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def carrier(request: pytest.FixtureRequest) -> Transport:
 
 @dataclass
 class Replica:
-    """A client with a server of its own that relays what it pulls."""
+    """A client with its own server that relays the blocks it pulls."""
 
     server: kit.WatchedServer
     transport: Transport
@@ -87,14 +87,14 @@ class Replica:
         return str(kit.at(self.server))
 
     def joined(self) -> bool:
-        """Whether somebody pulls from here."""
+        """Whether a client pulls from here."""
         return any(session.state is State.TRANSFER for session in self.server.sessions)
 
     def complete(self) -> bool:
         return self.report is not None and kit.contents(self.into) == kit.contents(SOURCE)
 
     def supply(self) -> Supply:
-        """What its server has so far."""
+        """Its relay progress: what its server can serve so far."""
         (holding,) = self.server.holdings.held()
         supply = self.server.holdings.supply_of(holding)
         assert supply is not None
@@ -107,7 +107,7 @@ class Replica:
 
 @asynccontextmanager
 async def replica(transport: Transport, *faults: Fault) -> AsyncIterator[Replica]:
-    """A replica whose own server, not its pull, runs into `faults`."""
+    """A replica with `faults` in what its server sends, not in what its pull receives."""
     async with kit.serving(FaultyTransport(transport, Faults(faults)) if faults else transport) as server:
         yield Replica(server, transport)
 
@@ -177,8 +177,8 @@ async def test_when_a_relay_dies_its_clients_find_another_source_and_keep_what_t
         assert third.took_from(second.address) > 0
 
 
-async def test_news_of_what_a_source_lives_on_goes_down_the_chain_and_opens_a_circle() -> None:
-    """Whoever hears that its source lives on itself would wait for its own blocks: it leaves."""
+async def test_a_change_of_upstream_is_passed_down_the_chain_and_breaks_a_cycle() -> None:
+    """A client whose upstream chain contains itself would wait for its own blocks: it leaves the source."""
     hub = kit.Hub()
     async with (
         held_seed(hub.transport) as (seed, faults),
@@ -208,7 +208,7 @@ async def test_news_of_what_a_source_lives_on_goes_down_the_chain_and_opens_a_ci
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, indirect=True)
-async def test_a_relay_that_corrupts_is_found_and_left(carrier: Transport) -> None:
+async def test_a_relay_that_corrupts_blocks_is_detected_and_left(carrier: Transport) -> None:
     harm = Fault(FaultKind.CORRUPT, 2, side=Side.SEND, byte=5)
     async with (
         held_seed(carrier) as (seed, faults),
@@ -229,7 +229,7 @@ async def test_a_relay_that_corrupts_is_found_and_left(carrier: Transport) -> No
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, indirect=True)
-async def test_a_relay_whose_own_pull_fails_lets_go_of_its_memory_at_once(carrier: Transport) -> None:
+async def test_a_relay_whose_own_pull_fails_frees_its_memory_at_once(carrier: Transport) -> None:
     async with replica(carrier) as first, replica(carrier) as second, anyio.create_task_group() as tasks:
         async with held_seed(carrier) as (seed, _):
             at = kit.at(seed)
@@ -237,7 +237,7 @@ async def test_a_relay_whose_own_pull_fails_lets_go_of_its_memory_at_once(carrie
             await kit.until(lambda: any(s.state is State.TRANSFER for s in seed.sessions), "the seed serves")
             second.start(tasks, at)
             await kit.until(first.joined, "the second joins the first")
-        # The seed has stopped. Nobody has the rest.
+        # The seed has stopped. No source has the other blocks.
         await kit.until(lambda: first.error is not None, "the first gives up")
         assert first.server.sessions == ()
         await kit.until(lambda: second.error is not None, "the second gives up")
@@ -259,7 +259,7 @@ async def test_a_server_that_serves_others_costs_the_relaying_and_not_the_pull(
 
 
 @pytest.mark.parametrize("carrier", CARRIERS[1:], indirect=True)
-async def test_a_relay_process_that_is_killed_half_way_costs_its_client_a_reconnect(carrier: Transport) -> None:
+async def test_the_client_of_a_relay_process_that_is_killed_reconnects_and_completes(carrier: Transport) -> None:
     async with (
         held_seed(carrier) as (seed, faults),
         replica(carrier) as client,
@@ -283,12 +283,12 @@ async def test_a_relay_process_that_is_killed_half_way_costs_its_client_a_reconn
         assert client.report is not None
         at_relay = str(Address("127.0.0.1", port))
         by_relay = client.report.sources[at_relay]
-        # Not what is verified by now: the seed holds back what comes after its eighth block, which the client has.
+        # Not the number verified now: the seed holds back blocks after its eighth, and the client has that one.
         assert by_relay.nbytes == client.verified_by[at_relay] > 0
         assert client.took_from(str(kit.at(seed))) == BLOCKS - by_relay.blocks
 
 
-async def test_a_client_that_does_not_follow_is_served_by_the_seed() -> None:
+async def test_a_client_that_does_not_follow_redirects_is_served_by_the_seed() -> None:
     hub = kit.Hub()
     async with (
         held_seed(hub.transport) as (seed, faults),
@@ -306,7 +306,7 @@ async def test_a_client_that_does_not_follow_is_served_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("fan_out", "direct"), [(0, 3), (2, 2)])
-async def test_the_fan_out_decides_how_many_are_served_directly(fan_out: int, direct: int) -> None:
+async def test_the_fan_out_limits_how_many_clients_a_seed_serves_directly(fan_out: int, direct: int) -> None:
     hub = kit.Hub()
     async with (
         held_seed(hub.transport, fan_out=fan_out) as (seed, faults),
@@ -327,7 +327,9 @@ async def test_the_fan_out_decides_how_many_are_served_directly(fan_out: int, di
         assert sum(one.took_from(str(kit.at(seed))) == BLOCKS for one in replicas) == direct
 
 
-async def test_too_long_a_chain_is_refused_and_the_seed_serves(caplog: pytest.LogCaptureFixture) -> None:
+async def test_too_long_a_chain_is_refused_and_the_seed_serves_the_client(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     hub = kit.Hub()
     async with (
         held_seed(hub.transport) as (seed, faults),
@@ -380,7 +382,7 @@ async def test_a_source_that_dies_loses_only_its_own_blocks(carrier: Transport) 
         assert client.took_from(str(kit.at(good))) == BLOCKS - client.took_from(str(kit.at(bad)))
 
 
-async def test_a_source_that_hangs_is_left_when_others_have_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_source_that_hangs_is_left_when_other_sources_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_state, "_IMPATIENCE", 0.1)
     hub = kit.Hub()
     async with (
@@ -395,7 +397,7 @@ async def test_a_source_that_hangs_is_left_when_others_have_nothing_to_do(monkey
         assert any("taken over by faster sources" in attempt.message for attempt in client.report.attempts)
 
 
-async def test_among_several_sources_other_weights_are_refused_by_root() -> None:
+async def test_a_source_with_other_weights_is_refused_by_its_root() -> None:
     hub = kit.Hub()
     other = kit.held(kit.weights(seed=1))
     async with (
@@ -415,7 +417,7 @@ async def test_among_several_sources_other_weights_are_refused_by_root() -> None
 
 
 @pytest.mark.parametrize("grace", [0.0, kit.PATIENCE])
-async def test_a_relay_that_is_done_sends_its_clients_on_to_its_own_source(grace: float) -> None:
+async def test_a_relay_that_ends_sends_its_clients_to_its_own_source(grace: float) -> None:
     hub = kit.Hub()
     harm = Fault(FaultKind.HOLD, HELD_AFTER, side=Side.SEND, times=None)
     slow = Faults([harm])
@@ -440,7 +442,7 @@ async def test_a_relay_that_is_done_sends_its_clients_on_to_its_own_source(grace
         await server.retract(reason="post-processing", within=0.05, sources=(str(at),))
         assert server.sessions == ()
         for tensor in first.into.values():
-            tensor.zero_()  # as post-processing might
+            tensor.zero_()  # as post-processing may do
         await kit.until(second.complete, "the second is done")
         assert second.report is not None
         if grace:
@@ -452,8 +454,8 @@ async def test_a_relay_that_is_done_sends_its_clients_on_to_its_own_source(grace
             assert [(c.code, c.sources) for c in causes if isinstance(c, RefusedError)] == [("gone", (str(at),))]
 
 
-async def test_where_a_relay_had_its_blocks_from_is_a_source_that_its_client_did_not_know() -> None:
-    """The client was given the relay's address only."""
+async def test_the_source_of_a_relay_is_a_new_source_for_its_client() -> None:
+    """The client got the relay's address only."""
     hub = kit.Hub()
     async with (
         held_seed(hub.transport) as (seed, faults),
@@ -471,7 +473,7 @@ async def test_where_a_relay_had_its_blocks_from_is_a_source_that_its_client_did
         assert second.took_from(str(kit.at(seed))) > 0
 
 
-async def test_what_a_relay_says_of_itself_is_its_own_identity_with_what_only_its_source_knows() -> None:
+async def test_a_relay_announces_its_own_identity_completed_with_facts_of_its_source() -> None:
     hub = kit.Hub()
     theirs = kit.variant(load_state={"has_own_lm_head": True}, tied=False, engine="a 1", fingerprint="f" * 64)
     mine = kit.variant(engine="b 2")
@@ -491,7 +493,7 @@ async def test_what_a_relay_says_of_itself_is_its_own_identity_with_what_only_it
         assert said.fingerprint == "f" * 64
 
 
-async def test_a_relay_named_by_loopback_is_named_as_its_client_can_reach_it() -> None:
+async def test_a_relay_on_loopback_is_named_by_an_address_that_the_client_can_reach() -> None:
     assert seen_from("127.0.0.1:7000", "10.0.0.9", "10.0.0.1") == "10.0.0.1:7000"
     assert seen_from("127.0.0.1:7000", "127.0.0.1", "127.0.0.1") == "127.0.0.1:7000"
     assert seen_from("10.0.0.3:7000", "10.0.0.9", "10.0.0.1") == "10.0.0.3:7000"

@@ -1,4 +1,4 @@
-"""Sources that are found while a pull runs: real sockets, a provider that follows a script."""
+"""Sources that are found during a pull: real sockets, and a provider that follows a script."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Story = Callable[[], AsyncGenerator[SourceChange, None]]
 
 
 class Script:
-    """A provider that tells a story."""
+    """A provider that follows a script."""
 
     def __init__(self, story: Story) -> None:
         self.watch = story
@@ -43,7 +43,7 @@ class Script:
 async def pull(
     sources: SourceProvider, *, progress: Callable[[Progress], None] | None = None, **options: object
 ) -> PullReport:
-    """A pull that finds its sources; checks that the bytes are right."""
+    """A pull from the sources that the provider finds; checks the bytes."""
     into = kit.blank(WEIGHTS)
     chosen = PullOptions(**{"timeout": kit.PATIENCE, "timings": kit.CALM, **options})  # type: ignore[arg-type]
     filled = destination(into)
@@ -56,7 +56,7 @@ async def for_ever() -> None:
     await anyio.sleep(10 * kit.PATIENCE)
 
 
-async def test_what_a_provider_says_is_told_in_its_order() -> None:
+async def test_changes_of_a_provider_are_observed_in_order() -> None:
     source = Source(Address("10.0.0.7", 80), {"zone": "a"}, load=1.0)
     events: list[p.Event] = []
 
@@ -69,10 +69,10 @@ async def test_what_a_provider_says_is_told_in_its_order() -> None:
     assert events == [p.SourcesFound([source]), p.Listed(), p.SourceLost(source.address), p.SearchEnded()]
 
 
-async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the_stream_is_closed(
+async def test_a_source_that_appears_while_the_pull_waits_is_used_and_the_stream_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What is cut off when the farewells have taken too long does not count here: the stream is closed before.
+    # The stream is closed before the time-out of the sessions' ends, so being cut off by it does not count.
     monkeypatch.setattr(pull_module, "_FAREWELL", 10 * kit.PATIENCE)
     closed: list[bool] = []
     async with kit.serving(HUB.transport, HOLDING) as server:
@@ -80,7 +80,7 @@ async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the
         async def story() -> AsyncGenerator[SourceChange, None]:
             try:
                 yield Listed()
-                yield Vanished(NOBODY)  # never known
+                yield Vanished(NOBODY)  # was never listed
                 await anyio.wait_all_tasks_blocked()  # the pull waits
                 yield Appeared(Source(kit.at(server), {"zone": "a"}))
                 await for_ever()
@@ -94,8 +94,8 @@ async def test_a_source_that_appears_while_the_pull_waits_is_pulled_from_and_the
     assert closed == [True]
 
 
-async def test_a_source_that_vanishes_goes_on_being_pulled_from_and_is_not_asked_again() -> None:
-    """It breaks the connection later; another one, which appears then, gives the rest."""
+async def test_a_source_that_vanishes_is_used_until_its_session_ends_and_not_tried_again() -> None:
+    """Its connection breaks later; another source, which appears then, gives the other blocks."""
     held = Faults([Fault(FaultKind.HOLD, 10)])
     carrier = FaultyTransport(FaultyTransport(HUB.transport, held), Faults([Fault(FaultKind.CUT, 25)]))
     async with kit.serving(carrier, HOLDING) as first, kit.serving(HUB.transport, HOLDING) as second:
@@ -128,7 +128,7 @@ def _raises() -> SourceChange:
         (lambda: "nonsense", "Script failed: 'nonsense' is no change of sources"),
     ],
 )
-async def test_a_provider_that_fails_is_logged_and_what_it_found_stays(
+async def test_a_provider_that_fails_is_logged_and_its_sources_are_kept(
     fault: Callable[[], SourceChange], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "netloader")
@@ -144,7 +144,7 @@ async def test_a_provider_that_fails_is_logged_and_what_it_found_stays(
 
 
 async def test_a_provider_whose_own_task_was_cancelled_does_not_end_the_pull() -> None:
-    """Without care its `CancelledError` cancels the pull too, which then returns a report of nothing."""
+    """Its `CancelledError` must not cancel the pull, which would then return an empty report."""
 
     async def story() -> AsyncGenerator[SourceChange, None]:
         yield Listed()
@@ -154,7 +154,7 @@ async def test_a_provider_whose_own_task_was_cancelled_does_not_end_the_pull() -
         await pull(Script(story), wait=kit.PATIENCE)
 
 
-async def test_a_provider_that_cannot_even_be_watched_ends_a_pull_without_sources(
+async def test_a_provider_that_cannot_be_watched_ends_a_pull_without_sources(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken() -> AsyncGenerator[SourceChange, None]:
@@ -164,7 +164,7 @@ async def test_a_provider_that_cannot_even_be_watched_ends_a_pull_without_source
         await pull(Script(broken), wait=kit.PATIENCE)
 
 
-async def test_a_stream_that_ends_ends_the_pull_when_nothing_is_left() -> None:
+async def test_when_the_stream_ends_and_no_source_is_left_the_pull_fails() -> None:
     async def story() -> AsyncGenerator[SourceChange, None]:
         await anyio.wait_all_tasks_blocked()
         yield Appeared(Source(NOBODY))
@@ -176,9 +176,7 @@ async def test_a_stream_that_ends_ends_the_pull_when_nothing_is_left() -> None:
 
 
 @pytest.mark.parametrize(("listed", "listing", "wait"), [(True, 10.0, 0.0), (False, 0.05, 0.0), (True, 10.0, 0.05)])
-async def test_a_stream_that_stays_open_without_a_source_is_not_waited_for_without_end(
-    listed: bool, listing: float, wait: float
-) -> None:
+async def test_the_wait_for_a_stream_without_sources_is_bounded(listed: bool, listing: float, wait: float) -> None:
     async def story() -> AsyncGenerator[SourceChange, None]:
         if listed:
             yield Listed()
@@ -188,8 +186,8 @@ async def test_a_stream_that_stays_open_without_a_source_is_not_waited_for_witho
         await pull(Script(story), connect_timeout=listing, wait=wait)
 
 
-async def test_a_flood_costs_neither_memory_nor_the_loop() -> None:
-    """It never waits, and never ends; the one good source is among the first."""
+async def test_a_flood_of_changes_neither_fills_memory_nor_blocks_the_event_loop() -> None:
+    """The provider never waits and never ends; the only good source is among the first."""
     said = itertools.count(1)
     async with kit.serving(HUB.transport, HOLDING) as server:
 
@@ -231,7 +229,7 @@ async def test_a_pull_that_is_cancelled_closes_the_stream_first() -> None:
     assert story_told == ["closed"]
 
 
-async def test_a_task_group_may_be_open_in_a_provider() -> None:
+async def test_a_provider_may_hold_a_task_group_open() -> None:
     async with kit.serving(HUB.transport, HOLDING) as server:
 
         async def story() -> AsyncGenerator[SourceChange, None]:

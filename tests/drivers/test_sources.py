@@ -1,4 +1,4 @@
-"""Several sources: the next one takes over, what is verified is kept, and no wrong byte gets in."""
+"""Failover: the next source takes over, verified blocks are kept, and no wrong byte is accepted."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ HOLDING = kit.held(SOURCE)
 BLOCKS = len(HOLDING.announcement.plan.blocks)
 ROOT = HOLDING.announcement.root
 OTHER = kit.held(kit.weights(seed=1))  # same shapes, other weights
-NEVER_MET = ("cannot be reached", "went away while it connected")
+NEVER_CONNECTED = ("cannot be reached", "went away while it connected")
 
 
 def lockstep() -> kit.Hub:
-    """A memory transport without a buffer: what was sent before a fault has landed."""
+    """A memory transport without a buffer: blocks sent before a fault have landed."""
     return kit.Hub(0)
 
 
@@ -60,7 +60,7 @@ async def fails(into: kit.Tensors, sources: list[Address], transport: Transport,
     for attempt in caught.value.attempts:
         assert attempt.message.startswith(f"{attempt.source}: ")
         assert attempt.hint, attempt
-        assert attempt.cause.story or any(text in attempt.message for text in NEVER_MET), attempt
+        assert attempt.cause.story or any(text in attempt.message for text in NEVER_CONNECTED), attempt
         assert attempt.message in str(caught.value)
     return caught.value
 
@@ -68,7 +68,7 @@ async def fails(into: kit.Tensors, sources: list[Address], transport: Transport,
 async def completes(
     into: kit.Tensors, sources: list[Address], transport: Transport, **options: Any
 ) -> tuple[PullReport, list[int]]:
-    """A pull that ends well, and what each source gave."""
+    """A pull that completes; returns its report and the number of blocks from each source."""
     report = await kit.pull(into, sources, transport, **options)
     assert kit.contents(into) == kit.contents(SOURCE)
     assert report.root == ROOT
@@ -79,8 +79,8 @@ async def completes(
 
 
 @asynccontextmanager
-async def nobody() -> AsyncIterator[Address]:
-    """An address where nobody listens, and nobody can: a socket that does not has it."""
+async def unreachable() -> AsyncIterator[Address]:
+    """An address at which no process can listen: a bound socket that does not listen keeps it."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield Address("127.0.0.1", bound.getsockname()[1])
@@ -90,7 +90,7 @@ async def nobody() -> AsyncIterator[Address]:
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_refused_down_silent_and_talking_garbage_then_a_good_one() -> None:
+async def test_the_last_source_completes_after_sources_that_refuse_are_down_are_silent_or_send_garbage() -> None:
     hub = kit.Hub()
 
     async def say_nothing(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -105,7 +105,7 @@ async def test_refused_down_silent_and_talking_garbage_then_a_good_one() -> None
         kit.serving(hub.transport, HOLDING) as good,
         kit.fake_server(say_nothing) as silent,
         kit.fake_server(talk_http) as garbage,
-        nobody() as down,
+        unreachable() as down,
     ):
         bad = [kit.at(refusing), down, silent.address, garbage.address]
         into = kit.blank(SOURCE)
@@ -130,7 +130,7 @@ async def test_refused_down_silent_and_talking_garbage_then_a_good_one() -> None
         assert "set MODEL" in error.hint
 
 
-async def test_a_source_without_a_common_transport_is_not_waited_for() -> None:
+async def test_a_source_without_a_common_transport_is_dropped_at_once() -> None:
     ours, theirs = kit.Hub(), kit.Hub()
     async with kit.serving(theirs.transport, HOLDING) as server:
         error = await fails(kit.blank(SOURCE), [kit.at(server)], ours.transport, wait=kit.PATIENCE)
@@ -138,11 +138,11 @@ async def test_a_source_without_a_common_transport_is_not_waited_for() -> None:
     assert "differ in hub" in str(error)
 
 
-async def test_the_reason_that_a_server_gives_is_heard_although_it_left_something_unread() -> None:
+async def test_the_reason_for_a_refusal_arrives_although_the_server_closed_with_unread_input() -> None:
     hub = kit.Hub()
 
     async def refuse(wire: kit.Wire[m.ClientMessage]) -> None:
-        # Says its last word with the client's hello still unread, and closes: the kernel then resets the connection.
+        # Sends its last message with the client's Hello still unread, and closes: the kernel then sends RST.
         await wire.say(m.Refusal(code="busy", message="come back on Monday"))
         await wire.stream.send_eof()
         await wire.closed()
@@ -158,20 +158,20 @@ async def test_the_reason_that_a_server_gives_is_heard_although_it_left_somethin
 @pytest.mark.usefixtures("no_leaked_descriptors")
 @pytest.mark.parametrize("at", [0, 1, 20, BLOCKS - 1])
 @pytest.mark.parametrize("side", list(Side))
-async def test_one_that_is_cut_off_keeps_what_is_verified(at: int, side: Side) -> None:
+async def test_a_source_that_was_cut_off_is_tried_again_and_verified_blocks_are_kept(at: int, side: Side) -> None:
     hub = lockstep()
     cut = faulty(hub, Fault(FaultKind.CUT, at, side=side))
     theirs, ours = (cut, hub.transport) if side is Side.SEND else (hub.transport, cut)
     into = kit.blank(SOURCE)
     async with kit.serving(theirs, HOLDING) as first, kit.serving(hub.transport, HOLDING) as second:
         report, shares = await completes(into, [kit.at(first), kit.at(second)], ours)
-        # The same source is asked again when it had given something; else the next one.
+        # The same source is tried again if blocks came from it; otherwise the next one.
         assert shares == ([BLOCKS, 0] if at > 0 else [0, BLOCKS])
         assert report.retries == 1
 
 
 @pytest.mark.parametrize("at", [1, 20, BLOCKS - 1])
-async def test_one_that_dies_twice_is_left_and_the_next_gives_the_rest_only(at: int) -> None:
+async def test_a_source_that_fails_twice_is_left_and_the_next_sends_only_the_missing_blocks(at: int) -> None:
     hub = lockstep()
     theirs = faulty(hub, Fault(FaultKind.CUT, at, times=None))
     into = kit.blank(SOURCE)
@@ -180,7 +180,7 @@ async def test_one_that_dies_twice_is_left_and_the_next_gives_the_rest_only(at: 
         sources = [kit.at(first), kit.at(second)]
         report, shares = await completes(into, sources, watched(hub.transport, sent))
         assert shares == [at, BLOCKS - at]
-        assert sent["blocks"] == BLOCKS  # no block was sent for twice
+        assert sent["blocks"] == BLOCKS  # no block was requested twice
         assert report.retries == 2
 
         error = await fails(kit.blank(SOURCE), sources[:1], hub.transport)
@@ -190,7 +190,7 @@ async def test_one_that_dies_twice_is_left_and_the_next_gives_the_rest_only(at: 
 
 
 def watched(inner: Transport, account: dict[str, int]) -> Transport:
-    """A transport that counts the blocks which landed."""
+    """A transport that counts landed blocks."""
 
     class Watched(MemoryTransport):
         async def connect(self, offer: bytes, setup: object) -> Channel:
@@ -212,7 +212,7 @@ def watched(inner: Transport, account: dict[str, int]) -> Transport:
 
 
 @pytest.mark.parametrize("at", [0, 20])
-async def test_one_that_stalls_in_the_middle_is_left(at: int) -> None:
+async def test_a_source_that_stalls_is_left_and_verified_blocks_are_kept(at: int) -> None:
     hub = lockstep()
     theirs = faulty(hub, Fault(FaultKind.STALL, at, times=None))
     into = kit.blank(SOURCE)
@@ -226,10 +226,10 @@ async def test_one_that_stalls_in_the_middle_is_left(at: int) -> None:
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_one_that_gave_us_up_is_asked_again_after_all_others() -> None:
+async def test_a_source_that_timed_out_the_client_is_tried_again_after_all_others() -> None:
     hub = lockstep()
     patient = replace(kit.QUICK, stall=kit.CALM.stall)
-    mute = faulty(hub, Fault(FaultKind.STALL, 20, side=Side.RECV))  # we stand still, once
+    mute = faulty(hub, Fault(FaultKind.STALL, 20, side=Side.RECV))  # this client stalls, once
     into = kit.blank(SOURCE)
     async with kit.serving(hub.transport, HOLDING, timings=kit.QUICK) as server:
         report, shares = await completes(into, [kit.at(server)], mute, timings=patient)
@@ -253,7 +253,7 @@ async def test_one_that_gave_us_up_is_asked_again_after_all_others() -> None:
         *((FaultKind.SWAP, at) for at in (0, 20)),
     ],
 )
-async def test_one_that_harms_a_block_is_left_with_the_block_named(kind: FaultKind, at: int) -> None:
+async def test_a_source_that_corrupts_a_block_is_left_with_the_block_named(kind: FaultKind, at: int) -> None:
     hub = lockstep()
     theirs = faulty(hub, Fault(kind, at, byte=7, other=at + 1, times=None))
     into = kit.blank(SOURCE)
@@ -275,7 +275,7 @@ async def test_one_that_harms_a_block_is_left_with_the_block_named(kind: FaultKi
 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
-async def test_blocks_that_a_source_lost_come_from_the_next_one() -> None:
+async def test_blocks_that_a_source_no_longer_has_come_from_the_next_one() -> None:
     hub = kit.Hub()
     theirs = kit.weights()
     weak = kit.held_weakly(theirs)
@@ -294,7 +294,7 @@ async def test_blocks_that_a_source_lost_come_from_the_next_one() -> None:
 # --- other weights --------------------------------------------------------------------------------------------------
 
 
-async def test_other_weights_of_equal_shape_are_refused_in_the_middle_too() -> None:
+async def test_other_weights_of_equal_shape_are_refused_in_the_middle_of_a_pull() -> None:
     hub = lockstep()
     theirs = faulty(hub, Fault(FaultKind.CUT, 20, times=None))
     into = kit.blank(SOURCE)
@@ -315,7 +315,7 @@ async def test_other_weights_of_equal_shape_are_refused_in_the_middle_too() -> N
         assert "one checkpoint only" in error.hint
 
 
-async def test_a_server_that_keeps_its_root_to_itself_is_found_out_by_the_client() -> None:
+async def test_another_root_is_detected_by_the_client_when_the_server_does_not_compare() -> None:
     hub = lockstep()
     into = kit.blank(SOURCE)
     async with (
@@ -326,7 +326,7 @@ async def test_a_server_that_keeps_its_root_to_itself_is_found_out_by_the_client
     assert isinstance(cause_of(error, -1), RootMismatch)
 
 
-async def test_an_expected_root() -> None:
+async def test_a_source_without_the_expected_root_is_refused() -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING) as server, kit.serving(hub.transport, OTHER) as other:
         report, shares = await completes(
@@ -352,7 +352,7 @@ STEPS = (
 
 
 class Scripted:
-    """A server that follows the rules up to a step, and then does something else."""
+    """A server that follows the protocol up to a step, and then does something else."""
 
     def __init__(self, hub: kit.Hub, holding: Holding = HOLDING, **changed: Any) -> None:
         self.hub = hub
@@ -392,7 +392,7 @@ class Scripted:
 
 @asynccontextmanager
 async def lying_server(hub: kit.Hub, holding: Holding = HOLDING, **changed: Any) -> AsyncIterator[Address]:
-    """One that announces what it likes, and sends its blocks when it gets that far."""
+    """A server with an announcement that may be wrong, which sends the blocks of `holding` if they are requested."""
     scripted = Scripted(hub, holding, **changed)
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -409,7 +409,7 @@ async def lying_server(hub: kit.Hub, holding: Holding = HOLDING, **changed: Any)
 
 
 async def then_good(bad: Address, hub: kit.Hub, timings: Timings = kit.CALM) -> NoSourceLeft:
-    """A pull from `bad` and a good source; returns the error of `bad` alone."""
+    """Pull from `bad` and a good source, then from `bad` alone; return the error of the latter."""
     async with kit.serving(hub.transport, HOLDING) as good:
         await completes(kit.blank(SOURCE), [bad, kit.at(good)], hub.transport, timings=timings)
     into = kit.blank(SOURCE)
@@ -423,12 +423,12 @@ async def then_good(bad: Address, hub: kit.Hub, timings: Timings = kit.CALM) -> 
 
 @pytest.mark.usefixtures("no_leaked_descriptors")
 @pytest.mark.parametrize("how", ["close", "reset", "silence", "garbage", "huge"])
-async def test_a_server_that_leaves_the_rules_at_any_step(how: str) -> None:
+async def test_a_server_that_violates_the_protocol_at_any_step_is_left_for_the_next_source(how: str) -> None:
     for step in STEPS if how in ("close", "garbage") else STEPS[::2]:
-        await leaves_the_rules(how, step)
+        await violate_the_protocol(how, step)
 
 
-async def leaves_the_rules(how: str, step: str) -> None:
+async def violate_the_protocol(how: str, step: str) -> None:
     hub = kit.Hub()
     scripted = Scripted(hub)
 
@@ -474,7 +474,7 @@ async def leaves_the_rules(how: str, step: str) -> None:
         ({"algorithm": "crc32"}, "its own digests give"),
     ],
 )
-async def test_a_server_that_lies_about_what_it_holds(changed: dict[str, Any], reason: str) -> None:
+async def test_an_announcement_that_is_wrong_or_does_not_fit_is_refused(changed: dict[str, Any], reason: str) -> None:
     hub = kit.Hub()
     async with lying_server(hub, **changed) as liar:
         error = await then_good(liar, hub)
@@ -482,7 +482,7 @@ async def test_a_server_that_lies_about_what_it_holds(changed: dict[str, Any], r
     assert error.verified == 0
 
 
-async def test_a_server_with_a_digest_that_nobody_knows() -> None:
+async def test_an_unknown_digest_algorithm_is_refused() -> None:
     from netloader.core.manifest import compute_root
 
     hub, known = kit.Hub(), HOLDING.announcement
@@ -494,7 +494,7 @@ async def test_a_server_with_a_digest_that_nobody_knows() -> None:
 
 @pytest.mark.parametrize("ranges", [((0, BLOCKS + 1),), ((5, 5),), ((3, 5), (4, 6)), ()])
 @pytest.mark.parametrize("kind", [m.Grant, m.Gone])
-async def test_a_server_that_answers_nonsense(kind: type[m.Grant | m.Gone], ranges: Ranges) -> None:
+async def test_invalid_ranges_in_an_answer_end_the_session(kind: type[m.Grant | m.Gone], ranges: Ranges) -> None:
     hub = kit.Hub()
     scripted = Scripted(hub)
 
@@ -511,7 +511,7 @@ async def test_a_server_that_answers_nonsense(kind: type[m.Grant | m.Gone], rang
     assert isinstance(cause_of(error), RemoteProtocolError)
 
 
-async def test_a_server_that_grants_the_same_blocks_twice() -> None:
+async def test_a_second_grant_of_the_same_blocks_ends_the_session() -> None:
     hub = kit.Hub()
     scripted = Scripted(hub)
 
@@ -527,7 +527,7 @@ async def test_a_server_that_grants_the_same_blocks_twice() -> None:
     assert "not requested" in str(error)
 
 
-async def test_a_server_that_floods_signals() -> None:
+async def test_too_many_signals_end_the_session() -> None:
     hub = kit.Hub()
     scripted = Scripted(hub)
 
@@ -542,7 +542,7 @@ async def test_a_server_that_floods_signals() -> None:
     assert "signals" in str(error)
 
 
-async def test_a_server_that_floods_grants_of_single_blocks_of_all_sizes() -> None:
+async def test_many_grants_of_single_blocks_are_accepted() -> None:
     hub = kit.Hub()
     scripted = Scripted(hub)
 

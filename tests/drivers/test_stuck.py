@@ -1,4 +1,4 @@
-"""Threads of a transport that do not come back: a pull that lent them memory is over for good, a server goes on."""
+"""Transport threads that do not return: a pull whose memory they use fails with MemoryStillInUse, a server goes on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Stuck:
-    """Does what it is made for when it is let go, and not before."""
+    """A call that blocks until it is released."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.inside = LoopEvent()
@@ -53,7 +53,7 @@ class Stuck:
         assert self._go.wait(30)
         return self._call(*arguments)
 
-    async def let_go(self) -> None:
+    async def release(self) -> None:
         self._go.set()
         with anyio.fail_after(30):
             while any(thread.is_alive() for thread in self.threads):  # noqa: ASYNC110 - an end sets no event
@@ -62,14 +62,14 @@ class Stuck:
 
 @pytest.fixture
 async def hashing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stuck]:
-    """At the client: its threads stay where they look at what has landed, with all that follows still to be written."""
+    """At the client: its threads block while they hash a landed block, before later blocks are written."""
     stuck = Stuck(digest_of)
     monkeypatch.setattr(kit, "digest_of", stuck)
     yield stuck
-    await stuck.let_go()
+    await stuck.release()
 
 
-async def test_no_other_source_fills_memory_that_a_stuck_thread_may_write(
+async def test_no_other_source_is_used_while_a_stuck_thread_may_write_to_the_memory(
     hashing: Stuck, caplog: pytest.LogCaptureFixture
 ) -> None:
     transport = TcpTransport(lanes=1)
@@ -101,7 +101,7 @@ async def _error_of_a_pull(sources: list[kit.WatchedServer], transport: Any, **o
     return None
 
 
-async def test_a_pull_that_is_out_of_time_says_that_its_memory_is_in_use(hashing: Stuck) -> None:
+async def test_a_pull_that_times_out_with_a_stuck_thread_raises_memory_still_in_use(hashing: Stuck) -> None:
     transport = TcpTransport(lanes=2)
     async with kit.serving(transport, HOLDING) as server:
         with anyio.fail_after(kit.PATIENCE):
@@ -110,7 +110,7 @@ async def test_a_pull_that_is_out_of_time_says_that_its_memory_is_in_use(hashing
     assert hashing.threads
 
 
-async def test_a_pull_that_is_cancelled_says_so_too(hashing: Stuck) -> None:
+async def test_a_pull_cancelled_with_a_stuck_thread_raises_memory_still_in_use(hashing: Stuck) -> None:
     transport = TcpTransport(lanes=2)
     async with kit.serving(transport, HOLDING) as server:
         errors: list[Exception | None] = []
@@ -126,8 +126,8 @@ async def test_a_pull_that_is_cancelled_says_so_too(hashing: Stuck) -> None:
     assert [type(error) for error in errors] == [MemoryStillInUse]
 
 
-class _Left(MemoryTransport):
-    """Somebody else's transport, whose client never gets its channels closed."""
+class _NeverCloses(MemoryTransport):
+    """A third-party transport whose channels cannot be closed at the client."""
 
     def __init__(self, close: Callable[[], Any]) -> None:
         super().__init__()
@@ -150,10 +150,10 @@ async def _broken() -> None:
 
 
 @pytest.mark.parametrize("close", [_broken, anyio.sleep_forever], ids=["raises", "hangs"])
-async def test_weights_that_are_complete_are_not_given_out_while_something_may_still_write(
+async def test_complete_weights_are_not_returned_while_a_thread_may_still_write(
     close: Callable[[], Any],
 ) -> None:
-    transport = _Left(close)
+    transport = _NeverCloses(close)
     async with kit.serving(transport, HOLDING) as server:
         with anyio.fail_after(kit.PATIENCE):
             error = await _error_of_a_pull([server], transport)
@@ -162,10 +162,10 @@ async def test_weights_that_are_complete_are_not_given_out_while_something_may_s
     assert "memory channel: an operation may still write" in str(error)
 
 
-async def test_a_send_that_is_stuck_costs_its_session_and_retraction_says_so(
+async def test_a_stuck_send_ends_its_session_only_and_retraction_reports_memory_still_in_use(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As with a page of a file on a server that does not answer: the thread waits in the system, for ever."""
+    """Like a page of a file on a server that does not answer: the thread blocks in a system call for ever."""
     stuck = Stuck(sendmsg)
     monkeypatch.setattr(stream, "sendmsg", stuck)
     transport = TcpTransport(lanes=1)
@@ -190,13 +190,13 @@ async def test_a_send_that_is_stuck_costs_its_session_and_retraction_says_so(
             assert [record.message.partition(" may ")[0] for record in caplog.records] == [
                 "the memory of the target is not free to change: tcp channel: thread netloader-tcp-send-0"
             ]
-            await stuck.let_go()
+            await stuck.release()
             server.add(HOLDING)
             caplog.clear()
             await server.retract(reason="once more", within=0.1)
             assert not caplog.text
     finally:
-        await stuck.let_go()
+        await stuck.release()
 
 
 class _Relay:
@@ -208,15 +208,15 @@ class _Relay:
         self.retracting = anyio.Event()
 
     def add(self, holding: Any, supply: Any = None) -> None:
-        """Nobody comes."""
+        """Do nothing: no client connects."""
 
     async def retract(self, role: Any, **options: Any) -> None:
         self.retracting.set()
         await anyio.sleep_forever()
 
 
-async def test_memory_in_use_is_said_also_when_the_retraction_of_the_relay_is_cancelled(hashing: Stuck) -> None:
-    """By asyncio's own cancellation, from which nothing is shielded."""
+async def test_memory_still_in_use_is_raised_although_retraction_of_the_relay_is_cancelled(hashing: Stuck) -> None:
+    """By asyncio's own cancellation, against which there is no shield."""
     transport, relay = TcpTransport(lanes=2), _Relay()
     async with kit.serving(transport, HOLDING) as server:
         options = PullOptions()

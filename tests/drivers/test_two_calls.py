@@ -1,4 +1,4 @@
-"""What a pull makes of two calls of one channel that fail together."""
+"""Two concurrent calls of one channel that fail together: which error a pull reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCE = kit.weights()
 
 
 class _Crossed:
-    """A channel of two calls at a time, of which the second brings wrong bytes and the first then finds it cut."""
+    """A channel with two concurrent calls: the second delivers wrong bytes, the first then finds it closed."""
 
     depth = 2
     whole_blocks = False
@@ -51,10 +51,10 @@ class _CrossedTransport(FaultyTransport):
         return _Crossed(await super().connect(offer, setup))
 
 
-async def test_wrong_bytes_in_one_call_are_the_reason_also_where_the_call_before_it_breaks_of_that(
+async def test_a_digest_mismatch_in_one_call_outranks_the_broken_channel_seen_by_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client_session, "_RECEIVE_BYTES", 1)  # a call for each block
+    monkeypatch.setattr(client_session, "_RECEIVE_BYTES", 1)  # one call for each block
     hub = kit.Hub()
     async with kit.serving(hub.transport, kit.held(SOURCE)) as server:
         with pytest.raises(NoSourceLeft) as caught:
