@@ -1,4 +1,4 @@
-"""One process of a scenario: serves or pulls weights on an ``npu``, and says on stdout what happened, in JSON lines."""
+"""One process of a scenario: serves or pulls weights on an ``npu``, and reports on stdout in JSON lines."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def say(**what: Any) -> None:
 
 
 def never(link: hccl_link.HcclLink) -> None:
-    """In place of the first operation."""
+    """Replaces the first operation; never returns."""
     say(ready=True)
     sys.stdin.readline()
 
 
 def status(device: str) -> dict[str, Any]:
-    """What a seed looks like from inside."""
+    """The state of the seed in this process."""
     count, nbytes = devices.device_of(device).usage()
     npu: Any = torch.get_device_module("npu")
     npu.set_device(device)
@@ -86,7 +86,7 @@ async def serve(args: argparse.Namespace) -> None:
 
 
 class Graph:
-    """Work on a weight that was captured before the pull, and is replayed after it: it has to see the new bytes.
+    """Work on a weight captured before the pull and replayed after it: it has to use the new bytes.
 
     Args:
         weight: Four bytes an element.
@@ -97,7 +97,7 @@ class Graph:
         self._bits = weight.view(torch.int32)
         self._mask = torch.full_like(self._bits, 0x5A5A5A5A)
         self._out = torch.empty_like(self._bits)
-        torch.bitwise_xor(self._bits, self._mask, out=self._out)  # once before it is captured, as graphs want it
+        torch.bitwise_xor(self._bits, self._mask, out=self._out)  # graphs need one run before the capture
         npu.synchronize()
         self._graph = npu.NPUGraph()
         with npu.graph(self._graph):
@@ -138,7 +138,7 @@ async def pull(args: argparse.Namespace) -> None:
                     sys.stdin.readline()
                     args.then = ""
 
-    if args.then == "never":  # ready to connect, and then not there
+    if args.then == "never":  # it is ready to connect, and then hangs
         hccl_link.HcclLink.first = never  # type: ignore[method-assign,assignment]
     began = time.monotonic()
     try:
@@ -182,11 +182,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     asyncio.run(serve(args) if args.what == "serve" else pull(args))
     sys.stdout.flush()
-    # Without the interpreter's farewell: the libraries below crash in theirs where there is no device.
+    # Without the interpreter's clean-up: the libraries crash in it where there is no device.
     os._exit(0)
 
 
 if __name__ == "__main__":
-    # Ending, Python looks for garbage once more, in all of torch: half a second, and tests start many of these.
+    # At exit Python runs the garbage collector over all of torch: half a second, and tests start many of these.
     atexit.register(gc.freeze)
     main()

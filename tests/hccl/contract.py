@@ -1,7 +1,7 @@
-"""Does a release of torch_npu still have what the hccl transport uses? Read from its wheel, without CANN or torch.
+"""Checks that a release of torch_npu has every name that the hccl transport uses, in its wheel, without CANN or torch.
 
-`problems_of(wheel)` names what is missing. The list here is the whole of what the transport touches; the tests hold it
-against the transport's own sources, so that nothing can be used without being checked.
+`problems_of(wheel)` names what is missing. The list is complete: the tests compare it with the
+sources of the transport.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ NUMBERS = {"ND": 2, "FRACTAL_NZ": 29, "NCHW": 0, "NHWC": 1}
 
 
 def problems_of(wheel: Path) -> list[str]:
-    """What the transport uses and this wheel does not have; empty when all is there."""
+    """Names that the transport uses and this wheel does not have."""
     with zipfile.ZipFile(wheel) as files:
         return list(_problems(files))
 

@@ -1,4 +1,4 @@
-"""Processes of a scenario, from outside: started, asked, and never left behind."""
+"""Processes of a scenario, as handles: start them, send requests, and end all of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Child:
     """One process with the device; see `tests.hccl.child`.
 
     Args:
-        environment: All of it.
-        arguments: Of the child.
+    environment: The complete environment.
+        arguments: Arguments of the child.
     """
 
     def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
@@ -61,19 +61,19 @@ class Child:
         self.log.extend(self.process.stderr)
 
     def heard(self, patience: float = PATIENCE) -> dict[str, Any]:
-        """The next thing it says, within so many seconds."""
+        """The next line of its output, decoded, within `timeout` seconds."""
         said = self._said.get(timeout=patience)
         if said is None:
             raise AssertionError(f"it ended with {self.process.wait()}:\n{self.text()}")
         return said
 
     def ask(self, what: str) -> dict[str, Any]:
-        """Say something to it and hear its answer."""
+        """Send it a line and return its answer."""
         self.tell(what)
         return self.heard()
 
     def tell(self, what: str) -> None:
-        """Say something to it."""
+        """Send it a line."""
         assert self.process.stdin is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
@@ -88,7 +88,7 @@ class Child:
         return status
 
     def kill(self) -> None:
-        """End it as a lost host would."""
+        """Kill it (SIGKILL), as when its host is lost."""
         self.process.send_signal(signal.SIGKILL)
 
     def text(self) -> str:
@@ -116,7 +116,7 @@ class Child:
 
 @contextmanager
 def seed(environment: Mapping[str, str], device: str = "npu:2", **options: Any) -> Iterator[tuple[Child, str]]:
-    """A process that serves, and its port."""
+    """A process that serves; returns it and its port."""
     with Child(environment, "serve", f"--device={device}", *_flags(options)) as child:
         yield child, str(child.heard()["port"])
 

@@ -1,6 +1,6 @@
-"""What has to hold between processes, wherever the ``npu`` comes from: the simulator, or the real torch_npu.
+"""What has to hold between processes, for the simulated ``npu`` and for the real torch_npu.
 
-Each takes the environment of the processes, which decides what they run on.
+Each takes the environment of the processes, which selects one of them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ COMMUNICATOR = 2 * 20 << 20
 
 
 def all_right(said: Mapping[str, Any]) -> None:
-    """Every byte is there, and no tensor got other memory."""
+    """Check that every byte arrived, and that no tensor has other memory."""
     assert said.get("wrong") == [], said
     assert said["moved"] == []
 
 
 def at_rest(child: Child, used: int | None = None) -> dict[str, Any]:
-    """The seed holds no group, no thread and no turn any more; what it says then."""
+    """Wait until the seed holds no group, no thread and no turn; return its state."""
     until = time.monotonic() + PATIENCE
     while True:
         said = child.ask("status")
         if said["communicators"] == 0 and said["threads"] == [] and said["sessions"] == 0:
-            assert said["environment"] is None  # the switch of blocking waits is put back
+            assert said["environment"] is None  # the blocking wait variable is restored
             assert used is None or said["used"] <= used + (64 << 20)
             return said
         assert time.monotonic() < until, (said, child.text())
@@ -46,7 +46,7 @@ def a_pull_is_right(environment: Environment) -> tuple[Child, Child]:
 
 
 def receivers_that_die_cost_the_seed_nothing(environment: Environment) -> None:
-    """Three at once: one is killed, one stops reading, one is right; and so is another one after that."""
+    """Three receivers at once: one is killed, one stops reading, one completes; so does another one afterwards."""
     with seed(environment, stall=3, mib=24) as (source, port):
         used = at_rest(source)["used"]
         with (
@@ -58,7 +58,7 @@ def receivers_that_die_cost_the_seed_nothing(environment: Environment) -> None:
             all_right(good.heard())
             assert good.ended() == 0
             assert dying.ended() == -9
-            at_rest(source, used)  # while the one that stopped is still there, and silent
+            at_rest(source, used)  # while the one that stopped is still connected and silent
             assert stopping.process.poll() is None
         with receiver(environment, port, "npu:0", mib=24) as late:
             all_right(late.heard())
@@ -68,8 +68,8 @@ def receivers_that_die_cost_the_seed_nothing(environment: Environment) -> None:
 
 
 def a_lost_seed_is_an_error(environment: Environment) -> None:
-    """The receiver gets an error, soon, and its process goes on."""
-    # More than is asked for at once, so that something is left to be asked for when the seed is gone.
+    """The receiver gets an error soon, and its process goes on."""
+    # More than one request window, so that requests remain when the seed is gone.
     with seed(environment, mib=48) as (source, port):
         with receiver(environment, port, then="tell", after=0.1, mib=48, stall=30) as one:
             assert one.heard()["verified"] > 0
@@ -81,7 +81,7 @@ def a_lost_seed_is_an_error(environment: Environment) -> None:
 
 
 def nothing_is_opened_while_memory_is_measured(environment: Environment) -> None:
-    """A client is told to come again, and is served then."""
+    """A client is refused with a retry time, and is served afterwards."""
     with seed(environment, mib=8) as (source, port):
         assert source.ask("still") == {"still": True}
         with receiver(environment, port, mib=8) as early:

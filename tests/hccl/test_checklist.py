@@ -1,4 +1,4 @@
-"""The hardware checklist itself: what it says without hardware, and that its checks run, on the simulated device."""
+"""The hardware checklist: its output without hardware, and its checks on the simulated device."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def simulated(**extra: str) -> dict[str, str]:
     return clean_environment({"PYTHONPATH": os.pathsep.join([str(FAKES), str(ROOT)]), **extra})
 
 
-def test_without_an_npu_it_says_so_and_has_its_own_exit_status() -> None:
+def test_without_an_npu_the_checklist_says_so_and_has_its_own_exit_status() -> None:
     done = checklist(clean_environment({"PYTHONPATH": str(ROOT)}))
     assert done.returncode == 3, done.stderr
     assert done.stdout == "NOTHING CHECKED: npu:0 cannot be used: torch_npu is not installed\n"
 
 
-def test_its_checks_run() -> None:
+def test_the_checks_run_on_simulated_devices() -> None:
     done = checklist(simulated(), "--only", "versions,installed_contract,rank_table,formats")
     lines = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert lines == ["PASS versions", "PASS installed_contract", "PASS rank_table", "PASS formats"], done.stdout
@@ -48,7 +48,7 @@ def test_its_checks_run() -> None:
         ("all_ranks_at_once", "2 ranks at once"),
     ],
 )
-def test_what_was_done_by_hand_once_is_measured(check: str, measured: str) -> None:
+def test_the_single_measurements_run_on_simulated_devices(check: str, measured: str) -> None:
     devices = ("--seed-device", "npu:0", "--receiver-devices", "npu:1,npu:2,npu:3")
     done = checklist(simulated(), "--only", check, "--mib", "24", *devices)
     assert done.stdout.startswith(f"PASS {check}: "), done.stdout
@@ -56,15 +56,15 @@ def test_what_was_done_by_hand_once_is_measured(check: str, measured: str) -> No
     assert done.returncode == 0
 
 
-def test_two_devices_are_too_few_for_two_ranks() -> None:
+def test_two_devices_are_not_enough_for_a_check_with_two_ranks() -> None:
     done = checklist(simulated(), "--only", "all_ranks_at_once,two_hosts,blocked_ports")
     lines = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert lines == ["MANUAL all_ranks_at_once", "MANUAL blocked_ports", "MANUAL two_hosts"], done.stdout
     assert done.returncode == 0
 
 
-def test_a_seed_of_another_host_is_pulled_from() -> None:
-    """The other host is this one."""
+def test_a_seed_on_another_host_can_be_given() -> None:
+    """The other host is simulated by this one."""
     with seed(simulated(), "npu:2", mib=16) as (_, port):
         done = checklist(simulated(), "--only", "two_hosts", "--peer", f"127.0.0.1:{port}", "--peer-mib", "16")
         assert done.stdout.startswith("PASS two_hosts: 0.02 GB at "), done.stdout
@@ -81,8 +81,8 @@ echo "$@" >>"$LOG_OF_RULES"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the check asks for root")
-def test_the_rule_of_the_firewall_is_taken_back(tmp_path: Path) -> None:
-    """The simulated HCCL has other ports, so nothing is blocked here, which is a failure of its own."""
+def test_the_firewall_rule_is_removed_after_the_check(tmp_path: Path) -> None:
+    """The simulated HCCL uses other ports, so the rule blocks nothing, which the check reports as a failure."""
     command = tmp_path / "iptables"
     command.write_text(IPTABLES)
     command.chmod(0o755)
@@ -95,7 +95,9 @@ def test_the_rule_of_the_firewall_is_taken_back(tmp_path: Path) -> None:
     assert taken == put.replace("-I", "-D", 1)
 
 
-def test_a_failure_is_a_line_and_a_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_check_is_reported_in_one_line_and_in_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def good(where: hccl_checklist.Where) -> str:
         return f"measured on {where.source}"
 

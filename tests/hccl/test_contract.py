@@ -1,4 +1,4 @@
-"""The releases of torch_npu that people run have what the transport uses."""
+"""The supported releases of torch_npu have every name that the transport uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_release_has_what_is_used(release: str) -> None:
     assert contract.problems_of(torch_npu(release)) == []
 
 
-def test_something_missing_is_found(tmp_path: Path) -> None:
+def test_a_missing_name_is_reported(tmp_path: Path) -> None:
     whole = torch_npu(RELEASES[1])
     broken = tmp_path / "broken.whl"
     wanted = {contract.HEADER, contract.BINARY, contract.FORMATS, *contract.FUNCTIONS}
@@ -47,8 +47,8 @@ def test_something_missing_is_found(tmp_path: Path) -> None:
         assert what in found
 
 
-def test_nothing_is_used_that_is_not_checked() -> None:
-    """Attributes of the group, its options and its works, as the transport's own code names them."""
+def test_every_attribute_that_the_transport_uses_is_checked() -> None:
+    """Attributes of the group, its options and its works, as the sources of the transport name them."""
     used: set[str] = set()
     text = (ROOT / "netloader" / "transports" / "hccl" / "link.py").read_text("utf-8")
     for node in ast.walk(ast.parse(text)):
@@ -61,7 +61,7 @@ def test_nothing_is_used_that_is_not_checked() -> None:
     assert used == set(contract.ATTRIBUTES)
 
 
-def test_variables_that_change_hccl_are_checked() -> None:
+def test_environment_variables_that_change_hccl_are_checked() -> None:
     named = {
         name for path in SOURCES for name in re.findall(r'"((?:TORCH_)?(?:HCCL|RANK|ROOTINFO)_\w+)"', path.read_text())
     }

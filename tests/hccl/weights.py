@@ -1,4 +1,4 @@
-"""Weights on a device, of every dtype that may travel; the same bytes for the same seed."""
+"""Weights on a device, of every dtype that can be transferred; equal seeds give equal bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     for size in shape:
         count *= size
     words = torch.randint(-(1 << 63), (1 << 63) - 1, (count // 8 + 1,), dtype=torch.int64, generator=generator)
-    data = words.view(torch.uint8)[:count]  # eight bytes a draw: most of the time of such a process goes here
+    data = words.view(torch.uint8)[:count]  # eight bytes a draw: this is most of the run time of such a process
     return (data & 1 if dtype == torch.bool else data).view(dtype).view(shape)
 
 
@@ -37,7 +37,7 @@ def on_cpu(seed: int, large_mib: int) -> dict[str, torch.Tensor]:
 
 
 def on_device(weights: dict[str, torch.Tensor], device: str, *, empty: bool) -> dict[str, torch.Tensor]:
-    """The same, on `device`; without their values when `empty`. Uses nothing but allocation and plain copies."""
+    """The weights of `on_cpu` on `device`; without their values if `empty`. Uses allocation and plain copies only."""
     moved = {}
     for name, weight in weights.items():
         plain = weight if weight.is_contiguous() else weight.t()
@@ -48,7 +48,7 @@ def on_device(weights: dict[str, torch.Tensor], device: str, *, empty: bool) -> 
 
 
 def in_formats(seed: int, device: str, *, empty: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights in FRACTAL_NZ, int8 tiles that call themselves int32 among them: on `device`, and their plain values."""
+    """Weights in FRACTAL_NZ, including int8 tiles with dtype int32: on `device`, and their plain values."""
     import torch_npu
 
     generator = torch.Generator().manual_seed(seed)
@@ -67,14 +67,14 @@ def in_formats(seed: int, device: str, *, empty: bool) -> tuple[dict[str, torch.
 
 
 def overwrite(tensors: dict[str, torch.Tensor]) -> None:
-    """Other bytes in every plain tensor on a device, as when its memory was given away."""
+    """Write other bytes into every plain tensor on a device, as when its memory was reused."""
     for tensor in tensors.values():
         rows = tensor if tensor.is_contiguous() else tensor.t()
         rows.copy_(torch.ones(rows.shape, dtype=torch.uint8).to(rows.dtype))
 
 
 def put_back(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-    """The values of `on_cpu`, into the tensors that `on_device` made of them."""
+    """Write the values of `on_cpu` into the tensors that `on_device` made."""
     for name, value in values.items():
         rows, plain = tensors[name], value
         if not value.is_contiguous():

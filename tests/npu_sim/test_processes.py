@@ -1,4 +1,4 @@
-"""Between processes that each have simulated devices; what is asked of them is in `tests.hccl.scenarios`."""
+"""The scenarios of `tests.hccl.scenarios` between processes with simulated devices."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def simulated() -> dict[str, str]:
     return clean_environment({"PYTHONPATH": os.pathsep.join([str(fakes), str(ROOT)])})
 
 
-def test_receivers_that_die_do_not_affect_the_seed(simulated: dict[str, str]) -> None:
+def test_receivers_that_die_do_not_disturb_the_seed(simulated: dict[str, str]) -> None:
     scenarios.receivers_that_die_cost_the_seed_nothing(simulated)
 
 
-def test_nothing_is_opened_while_memory_is_measured(simulated: dict[str, str]) -> None:
+def test_no_channel_is_opened_while_memory_is_measured(simulated: dict[str, str]) -> None:
     scenarios.nothing_is_opened_while_memory_is_measured(simulated)
 
 
-def test_a_lost_seed_is_an_error(simulated: dict[str, str]) -> None:
+def test_a_lost_seed_is_an_error_at_the_receiver(simulated: dict[str, str]) -> None:
     scenarios.a_lost_seed_is_an_error(simulated)

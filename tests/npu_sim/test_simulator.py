@@ -1,6 +1,6 @@
-"""The HCCL transport on a simulated device: the files of `inside` in processes of their own.
+"""The HCCL transport on a simulated device: each file of `inside` runs in a separate process.
 
-A process has one set of devices for good, so what runs on the simulated one can't share a process with other tests.
+A process cannot change its set of devices, so tests on the simulated device can't share a process with other tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROCESSES = 3
 
 
 def environment() -> dict[str, str]:
-    """Of a process with the simulated device."""
+    """The environment of a process with the simulated device."""
     hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "NPU_SIM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return kept | {
@@ -32,8 +32,8 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("files", [INSIDE[n::PROCESSES] for n in range(PROCESSES)], ids=lambda files: files[0].stem)
-def test_on_the_simulated_device(files: list[Path]) -> None:
-    # What is experimental about devices in Python is said in warnings of torch's own.
+def test_a_file_of_tests_on_the_simulated_device(files: list[Path]) -> None:
+    # torch warns that devices implemented in Python are experimental.
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *map(str, files)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=110, cwd=ROOT, env=environment()

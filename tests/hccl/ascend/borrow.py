@@ -1,4 +1,4 @@
-"""Lets the environment that runs this use the packages of another one: ``borrow.py ENVIRONMENT``."""
+"""Makes the packages of another environment importable in this one: ``borrow.py ENVIRONMENT``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     packages = other / "lib" / version / "site-packages"
     if not packages.is_dir():
         raise SystemExit(f"{other} has no packages for {version}")
-    # addsitedir, since what is installed there in editable form is known by a .pth file of its own.
+    # addsitedir, because packages installed in editable form are found through a .pth file.
     line = f"import site; site.addsitedir({str(packages)!r})\n"
     Path(sysconfig.get_paths()["purelib"], "borrowed.pth").write_text(line, encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""Loads vLLM's plugins in the order given and says, as JSON, whose loader vLLM has under which name.
+"""Loads vLLM's plugins in the given order and prints, as JSON, which loader vLLM has under which name.
 
-registered.py ENTRY_POINT...        "-" before them: without the precaution of ours
+registered.py ENTRY_POINT...        "-" before them: without the precaution of this package
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 def main() -> None:
     import vllm_ascend
 
-    # The release patches the vLLM it was made for when its plugins are loaded, which fails on a newer one. What is
-    # asked here is who has the name; its loaders register as they do everywhere.
+    # The release patches the vLLM it was made for when its plugins are loaded, which fails on a newer one. The tests
+    # only need to know which loader has the name; loaders are registered as usual.
     vllm_ascend._GLOBAL_PATCH_APPLIED = True
     from vllm.model_executor import model_loader
 

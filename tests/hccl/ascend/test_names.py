@@ -1,4 +1,4 @@
-"""vllm-ascend brings a loader of its own under the name `netloader`. vLLM calls plugins in no defined order."""
+"""vllm-ascend has its own loader under the name `netloader`. vLLM calls plugins in no defined order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FAKES = ROOT / "tests" / "npu_sim" / "fakes"
 
 
 def registered(*order: str) -> dict[str, str]:
-    """Whose loader vLLM has, in a fresh process that loads plugins in this order."""
+    """The loader that vLLM has under the name, in a new process that loads plugins in this order."""
     environment = clean_environment(
-        # Its platform would need a device; what is loaded is said by hand.
+        # Its platform would need a device, so the plugins are named explicitly.
         {"VLLM_PLUGINS": "none", "PYTHONPATH": os.pathsep.join([str(FAKES), str(ROOT)])}
     )
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "registered.py"), *order]
@@ -30,18 +30,18 @@ def registered(*order: str) -> dict[str, str]:
     return found
 
 
-def test_both_are_installed_as_plugins() -> None:
+def test_both_loaders_are_installed_as_plugins() -> None:
     names = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
     assert {OURS, THEIRS} <= names
 
 
 @pytest.mark.parametrize("order", [(OURS, THEIRS), (THEIRS, OURS)], ids="-then-".join)
-def test_ours_is_the_one_that_vllm_uses(order: tuple[str, ...]) -> None:
+def test_vllm_uses_the_loader_of_this_package(order: tuple[str, ...]) -> None:
     loaders = registered(*order)
     assert loaders["netloader"].startswith("netloader.vllm."), loaders
     assert all(module.startswith("netloader.vllm.") for module in loaders.values()), loaders
 
 
-def test_without_the_precaution_theirs_would_win() -> None:
-    """Otherwise the test above would show nothing."""
+def test_without_the_precaution_vllm_would_use_the_loader_of_vllm_ascend() -> None:
+    """Control for the test above."""
     assert registered("-", OURS, THEIRS)["netloader"] == "vllm_ascend.model_loader.netloader.netloader"

@@ -1,6 +1,6 @@
-"""One end of a bare pair whose rank 1 is gone after its first send: ``lost.py RANK STORE_FILE SWITCHED``.
+"""One end of a plain pair whose rank 1 exits after its first send: ``lost.py RANK STORE_FILE SWITCHED``.
 
-Shows what the switch of blocking waits is for. Rank 0 prints what it was told and ends with 0, if it lives.
+Shows why blocking wait is set. Rank 0 prints the error that it got and ends with status 0, if it survives.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
         print(f"raised {error}", flush=True)
         os._exit(0)
     print(f"nothing was raised by torch_npu {torch_npu.__version__}", flush=True)
-    time.sleep(60)  # for the watchdog to come
+    time.sleep(60)  # gives the watchdog time to act
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""These tests run on a simulated device, in a process of their own: see `tests.npu_sim.test_simulator`."""
+"""These tests run on a simulated device, in a separate process: see `tests.npu_sim.test_simulator`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def one_window_at_a_time() -> Iterator[None]:
-        """On no device do two links move anything at one time, whatever a test does."""
+        """Check after each test that no two links of one device moved data at the same time."""
         traffic.overlaps.clear()
         yield
         assert not traffic.overlaps

@@ -1,4 +1,4 @@
-"""A server and a pull within one process, each on a simulated device of its own."""
+"""A server and a pull within one process, each on its own simulated device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FRACTAL_NZ = 29
 
 
 def tiled(values: torch.Tensor, device: str) -> torch.Tensor:
-    """On `device`, in FRACTAL_NZ."""
+    """The tensor on `device`, in FRACTAL_NZ."""
     made: torch.Tensor = torch_npu.npu_format_cast(values.to(device), FRACTAL_NZ)
     return made
 
 
 def packed(values: torch.Tensor, device: str) -> torch.Tensor:
-    """Four-bit weights as engines hold them: int8 tiles that call themselves int32."""
+    """Four-bit weights as engines hold them: int8 tiles with dtype int32."""
     return tiled(values, device).view(torch.int32)
 
 

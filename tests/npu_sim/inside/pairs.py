@@ -1,4 +1,4 @@
-"""Two ends of an HCCL channel in one process, each on a simulated device of its own."""
+"""Two ends of an HCCL channel in one process, each on its own simulated device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def setup_for(signals: Signals, device: str, *, timeout: float = PATIENCE, stall
 
 
 class Placed:
-    """A channel that brings the blocks of a check to its device before it moves them."""
+    """A channel that copies the blocks of a check to its device before it transfers them."""
 
     depth = 1
     whole_blocks = True
@@ -64,7 +64,7 @@ async def pair(
     server: str = SERVER,
     heard: Callable[[Signals], Signals] = lambda signals: signals,
 ) -> AsyncIterator[tuple[Channel, Channel]]:
-    """The server's end and the client's, whose control connection goes through `heard`."""
+    """The server's end and the client's end, whose control connection is wrapped by `heard`."""
     ours, theirs = local_signals()
     listening = heard(theirs)
     transport = HcclTransport()

@@ -30,19 +30,19 @@ def values(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_format_is_part_of_what_is_described() -> None:
+def test_the_memory_format_is_part_of_the_manifest() -> None:
     manifest, _ = describe({"a": tiled(values(1)["bf16"], SERVER), "b": values(1)["bf16"].to(SERVER)})
     assert [spec.format for spec in manifest.tensors] == ["fractal-nz", "nd"]
 
 
-def test_a_part_of_tiled_memory_cannot_be_sent() -> None:
+def test_a_view_of_a_part_of_tiled_memory_is_refused() -> None:
     whole = tiled(values(1)["bf16"], SERVER)
     part = torch.empty(0, dtype=whole.dtype, device=SERVER).set_(whole.untyped_storage(), 70, (8, 70), (70, 1))
     with pytest.raises(ManifestError, match="fractal-nz, which has no parts"):
         describe({"a": part})
 
 
-def test_digests_are_those_of_the_plain_bytes() -> None:
+def test_digests_of_tiles_are_those_of_the_plain_bytes() -> None:
     plain = values(2)
     of_tiles = hold({name: tiled(value, SERVER) for name, value in plain.items()}, ModelIdentity())
     of_rows = hold(plain, ModelIdentity())
@@ -50,7 +50,7 @@ def test_digests_are_those_of_the_plain_bytes() -> None:
     assert of_tiles.announcement.root != of_rows.announcement.root  # the manifest names the format
 
 
-async def test_tiles_arrive_and_keep_their_storage() -> None:
+async def test_tiles_are_pulled_and_keep_their_storage() -> None:
     theirs, ours = values(3), values(4)
     served = {name: tiled(value, SERVER) for name, value in theirs.items()}
     into = {name: tiled(value, CLIENT) for name, value in ours.items()}
@@ -62,12 +62,12 @@ async def test_tiles_arrive_and_keep_their_storage() -> None:
         assert tensor.data_ptr() == addresses[name]
 
 
-async def test_int8_tiles_with_dtype_int32() -> None:
+async def test_int8_tiles_with_dtype_int32_are_pulled() -> None:
     generator = torch.Generator().manual_seed(5)
     theirs = torch.randint(-128, 127, (32, 64), generator=generator, dtype=torch.int8)
     served, into = packed(theirs, SERVER), packed(torch.zeros_like(theirs), CLIENT)
     with pytest.raises(RuntimeError, match="int32 has no FRACTAL_NZ form"):
-        torch_npu.npu_format_cast(served, 2)  # why they need a codec
+        torch_npu.npu_format_cast(served, 2)  # the reason for the codec
     await pulled({"w": served}, {"w": into})
     assert into.dtype == torch.int32
     assert torch.equal(into.view(torch.int8).cpu(), theirs)
@@ -86,10 +86,10 @@ async def test_formats_that_differ_are_refused_before_the_first_byte(caplog: pyt
 
 
 @pytest.mark.parametrize("transport", ["auto", "hccl"])
-async def test_a_rank_table_is_named_where_hccl_is_left_out(
+async def test_a_rank_table_excludes_hccl_and_is_named_as_the_reason(
     transport: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By itself another transport is chosen, and the client's log says why; asked for by name, there is none."""
+    """With `auto` another transport is chosen, and the client's log says why; requested by name, it is an error."""
     caplog.set_level(logging.INFO, logger="netloader")
     theirs = values(8)
     into = {name: torch.zeros_like(value).to(CLIENT) for name, value in theirs.items()}
@@ -126,7 +126,7 @@ async def test_the_same_pull_over_hccl_gloo_and_memory_ends_in_the_same_bytes_an
     assert len({(report.root, report.nbytes, report.blocks, report.tensors) for report in reports}) == 1
 
 
-async def test_a_model() -> None:
+async def test_a_pulled_model_computes_the_same_on_the_device() -> None:
     def model(seed: int, device: str) -> torch.nn.Module:
         torch.manual_seed(seed)
         made = torch.nn.Sequential(torch.nn.Embedding(50, 32), torch.nn.Linear(32, 64), torch.nn.ReLU())
@@ -141,7 +141,7 @@ async def test_a_model() -> None:
     assert torch.equal(ours(tokens.to(CLIENT)).detach().cpu(), expected)
 
 
-def test_blocks_of_one_tensor_share_a_copy_that_goes_with_them() -> None:
+def test_blocks_of_one_tensor_share_a_plain_copy_that_is_freed_with_them() -> None:
     tensor = tiled(values(1)["large"], SERVER)
     manifest, memory = describe({"w": tensor})
     plan = make_plan(manifest, 4 << 20)
@@ -159,13 +159,13 @@ def test_blocks_of_one_tensor_share_a_copy_that_goes_with_them() -> None:
 @pytest.mark.parametrize(
     ("number", "name"), [(2, "nd"), (0, "nd"), (-1, "nd"), (29, "fractal-nz"), (50, "nz-c0-16"), (99, "npu-99")]
 )
-def test_names_of_formats(number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_formats_have_names(number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_npu, "get_npu_format", lambda tensor: number)
     assert npu_formats.format_of(torch.zeros(2, device=SERVER)) == name
     assert npu_formats.format_of(torch.zeros(2)) == "nd"
 
 
-def test_a_manifest_of_tiles_is_refused_where_they_cannot_be_allocated() -> None:
+def test_a_manifest_with_tiles_is_refused_on_a_device_without_that_format() -> None:
     manifest, _ = describe({"a": tiled(values(1)["bf16"], SERVER)})
     assert isinstance(manifest, Manifest)
     from netloader.tensors import destination
@@ -174,8 +174,8 @@ def test_a_manifest_of_tiles_is_refused_where_they_cannot_be_allocated() -> None
         destination(None, device=CLIENT).adopt(manifest)
 
 
-def test_operators_in_place_change_tiles() -> None:
-    """Of the simulator: what an engine does to weights in tiles has to show."""
+def test_the_simulated_device_applies_in_place_operators_to_tiles() -> None:
+    """Of the simulator: changes by an engine to weights in tiles have to be visible."""
     values = torch.rand(40, 24)
     tensor = tiled(values, "npu:0")
     tensor.mul_(2)

@@ -1,4 +1,4 @@
-"""What is particular about HCCL: turns, waits, lost peers, ends in which nothing is left."""
+"""What is specific to HCCL: device turns, waits, lost peers, and clean-up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ npu: Any = torch.get_device_module("npu")
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No communicator, no turn, no switched environment after any test."""
+    """Check after each test: no communicator, no turn and no changed environment is left."""
     yield
     while _opened:
         _opened.pop().close()
@@ -48,7 +48,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def signals() -> tuple[LocalSignals, LocalSignals]:
-    """Both ends of a control connection, which ends with the test."""
+    """Both ends of a control connection, which is closed after the test."""
     ends = local_signals()
     _opened.extend(ends)
     return ends
@@ -58,7 +58,9 @@ def block(number: int, data: bytes, device: str) -> TensorBlockView:
     return TensorBlockView(number, [data], device)
 
 
-async def test_one_communicator_of_point_to_point_size_and_it_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_channel_makes_one_communicator_of_point_to_point_size_and_counts_its_memory(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     before = len(sim.created)
     async with pair() as (server, client), anyio.create_task_group() as tasks:
         assert devices.device_of(SERVER).usage() == (1, 40 << 20)
@@ -67,8 +69,8 @@ async def test_one_communicator_of_point_to_point_size_and_it_is_counted(caplog:
     assert sim.created[before:] == ["0:1", "0:1"]  # one at each end: both are in this process
 
 
-def test_reading_without_waiting_shows_on_this_simulator() -> None:
-    """Otherwise the other tests would prove nothing about waits."""
+def test_the_simulator_shows_old_bytes_to_a_reader_that_does_not_wait() -> None:
+    """Without this property the other tests would prove nothing about waits."""
     store = HashStore()
     early: list[bool] = []
 
@@ -79,17 +81,17 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
         with devices.blocking_wait():
             group = torch_npu._C._distributed_c10d.ProcessGroupHCCL(store, rank, 2, options)
         tensor = torch.full((1 << 20,), rank, dtype=torch.uint8, device=f"npu:{rank}")
-        first = torch.empty(1, dtype=torch.uint8, device=f"npu:{rank}")  # with this one both ends meet
+        first = torch.empty(1, dtype=torch.uint8, device=f"npu:{rank}")  # this operation connects both ends
         if rank:
             group.send([first], 0, 0).wait()
-            looked.wait(30)
+            was_read.wait(30)
             group.send([tensor], 0, 0).wait()
         else:
             group.recv([first], 1, 0).wait()
             work = group.recv([tensor], 1, 0)
             with npu.stream(npu.Stream()):
                 early.append(bool(tensor.cpu().all()))
-            looked.set()
+            was_read.set()
             work.wait()
             early.append(bool(tensor.cpu().all()))
             group.abort_hccl_comm("done")
@@ -98,7 +100,7 @@ def test_reading_without_waiting_shows_on_this_simulator() -> None:
         if rank:
             group.abort_hccl_comm("done")
 
-    looked, done = threading.Event(), threading.Event()
+    was_read, done = threading.Event(), threading.Event()
     threads = [threading.Thread(target=end, args=(rank,), name=f"test-{rank}") for rank in (0, 1)]
     for thread in threads:
         thread.start()
@@ -129,16 +131,16 @@ async def test_links_of_one_device_take_turns_window_by_window(monkeypatch: pyte
                 tasks.start_soon(server.send, sent)
                 tasks.start_soon(client.recv, into)
             with anyio.fail_after(30):
-                while len(turns._waiters) < 3:  # both are in line, whoever came first
+                while len(turns._waiters) < 3:  # both wait, in either order
                     await anyio.lowlevel.checkpoint()
             turns.give("starter")
     order = [holders.index(who) for who in holders]
     assert len(order) >= 8  # 16 MiB each, in windows of 4
     assert len(set(order)) == 2
-    assert order != sorted(order)  # not one after the other
+    assert order != sorted(order)  # the two links alternate
 
 
-async def test_three_receivers_of_one_device() -> None:
+async def test_one_device_sends_to_three_receivers() -> None:
     async with (
         pair(server="npu:3") as one,
         pair(server="npu:3", client="npu:1") as two,
@@ -154,7 +156,7 @@ async def test_three_receivers_of_one_device() -> None:
     assert [into.data for into in received] == [bytes(f"{n}", "ascii") * (3 << 20) for n in (0, 1, 2)]
 
 
-async def test_a_peer_that_never_connects() -> None:
+async def test_a_peer_that_never_connects_times_out() -> None:
     ours, theirs = signals()
     transport = HcclTransport()
     pending = await transport.offer(setup_for(ours, SERVER, timeout=0.2))
@@ -163,15 +165,15 @@ async def test_a_peer_that_never_connects() -> None:
     theirs.close()
 
 
-async def test_an_offer_that_is_given_up() -> None:
+async def test_an_offer_can_be_closed_twice() -> None:
     ours, _ = signals()
     pending = await HcclTransport().offer(setup_for(ours, SERVER))
     await pending.aclose()
     await pending.aclose()
 
 
-async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
-    """Each end in turn is gone once both had met: the other would wait for HCCL's own timeout."""
+async def test_a_peer_that_is_lost_before_the_first_operation_is_an_error() -> None:
+    """Each end in turn disappears after the hand-shake: the other would wait for HCCL's own timeout."""
     ours, theirs = signals()
     transport = HcclTransport()
     pending = await transport.offer(setup_for(ours, SERVER))
@@ -182,7 +184,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
             async def lose() -> None:
                 await theirs.fetch()
                 await theirs.post(_encode(Take(0, 1)))
-                await theirs.fetch()  # "go": the server is in its first operation now, or soon
+                await theirs.fetch()  # Go: the server is in its first operation now, or soon
                 theirs.close()
 
             tasks.start_soon(lose)
@@ -190,7 +192,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
                 await pending.accept()
     ours, theirs = signals()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HCCL_CONNECT_TIMEOUT", "1")  # what bounds the end that HCCL makes listen
+        patch.setenv("HCCL_CONNECT_TIMEOUT", "1")  # bounds the wait of the end that listens inside HCCL
         with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
 
@@ -199,7 +201,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
                     await ours.post(_encode(Open(0, 1, 0)))
                     await ours.fetch()
                     await ours.post(_encode(Go(0, 1)))
-                    await ours.fetch()  # where to connect to
+                    await ours.fetch()  # the address to connect to
                     ours.close()
 
                 tasks.start_soon(go_and_leave)
@@ -209,7 +211,7 @@ async def test_a_peer_that_is_lost_before_the_first_operation() -> None:
 
 
 class Counted:
-    """The client's control connection, which cancels a scope when it is used for the n-th time from `arm` on."""
+    """The client's control connection, which cancels a scope when it is used for the n-th time after `arm`."""
 
     def __init__(self, inner: Signals) -> None:
         self._inner = inner
@@ -235,7 +237,7 @@ class Counted:
 
 
 async def second_group_cancelled(uses: int) -> bool:
-    """The client's first send, which connects the second group, cancelled; whether it still was under way."""
+    """Cancel the client's first send, which connects the second group; return whether it was still running."""
     counted: list[Counted] = []
 
     def heard(signals: Signals) -> Signals:
@@ -250,8 +252,8 @@ async def second_group_cancelled(uses: int) -> bool:
     return scope.cancelled_caught
 
 
-async def test_cancelling_while_the_second_group_connects_leaves_no_peer_waiting() -> None:
-    """Not even for HCCL's own 120 s, in which nobody could get the other end out of it."""
+async def test_cancelling_while_the_second_group_connects_does_not_leave_the_peer_waiting() -> None:
+    """HCCL itself would wait 120 s, and that wait can't be interrupted."""
     uses = 0
     with anyio.fail_after(60):
         while True:
@@ -259,11 +261,11 @@ async def test_cancelling_while_the_second_group_connects_leaves_no_peer_waiting
                 if not await second_group_cancelled(uses):
                     break
             uses += 1
-    assert uses >= 6  # ready, open, take, go, where to connect to, its version: each said or heard
+    assert uses >= 6  # Ready, Open, Take, Go, the address to connect to, its version: each sent or received
 
 
-async def test_a_turn_is_kept_until_the_call_has_really_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for a thread inside HCCL may have stopped to; the next one may not go in beside it."""
+async def test_a_device_turn_is_kept_until_the_call_of_hccl_has_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may have stopped waiting for a thread inside HCCL; the next link may not enter HCCL meanwhile."""
     inside, leave = threading.Event(), threading.Event()
 
     def stuck(self: hccl_link.HcclLink, *_: Any, **__: Any) -> None:
@@ -292,10 +294,10 @@ async def test_a_turn_is_kept_until_the_call_has_really_returned(monkeypatch: py
     turns.give("next")
 
 
-async def test_a_receiver_that_takes_each_block_just_in_time_is_given_up_in_the_end(
+async def test_a_receiver_below_the_minimum_rate_times_out_although_no_single_operation_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each operation is well within its own limit; all of them together are not."""
+    """Each operation is within its own limit; all of them together are not."""
     monkeypatch.setattr(hccl_link, "LEEWAY", 0.2)
     sent = 0
     async with pair(stall=1.0) as (server, client):
@@ -321,7 +323,7 @@ async def test_a_receiver_that_takes_each_block_just_in_time_is_given_up_in_the_
     assert 1 <= sent < 1000
 
 
-async def says_that_it_waits(end: Signals) -> None:
+async def reports_that_it_waits(end: Signals) -> None:
     while True:
         await end.post(_encode(Waiting()))
         with anyio.move_on_after(0.05):
@@ -329,10 +331,10 @@ async def says_that_it_waits(end: Signals) -> None:
 
 
 @pytest.mark.parametrize(("wants", "end"), [(False, "takes no bytes for 0.5 s"), (True, "less than 5 MB/s")])
-async def test_a_receiver_that_says_for_ever_that_it_waits_for_its_turn(
+async def test_a_receiver_that_reports_for_ever_that_it_waits_for_its_turn_times_out(
     wants: bool, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who wants nothing has no turn to wait for; who does has it within what the slowest may take."""
+    """A receiver without requests has no turn to wait for; one with requests has a time limit for its turn."""
     monkeypatch.setattr(hccl_link, "LEEWAY", 3.0)
     ends: list[Signals] = []
 
@@ -344,7 +346,7 @@ async def test_a_receiver_that_says_for_ever_that_it_waits_for_its_turn(
     async with pair(stall=0.5, heard=heard) as (server, _), anyio.create_task_group() as tasks:
         if wants:
             await ends[0].post(_encode(Ready(0, 1)))
-        tasks.start_soon(says_that_it_waits, ends[0])
+        tasks.start_soon(reports_that_it_waits, ends[0])
         free = 0
 
         async def look() -> None:
@@ -360,10 +362,10 @@ async def test_a_receiver_that_says_for_ever_that_it_waits_for_its_turn(
         assert not turns._waiters
         tasks.cancel_scope.cancel()
     if not wants:
-        assert free > 10, "nor does our device's turn wait for it"
+        assert free > 10, "this side's device turn does not wait for it either"
 
 
-async def test_a_sender_that_wants_to_send_more_than_is_wanted_is_an_error() -> None:
+async def test_a_sender_that_announces_more_blocks_than_requested_is_an_error() -> None:
     async with pair() as (server, client):
         assert isinstance(server, Placed)
         assert isinstance(server.channel, hccl._HcclChannel)
@@ -373,7 +375,7 @@ async def test_a_sender_that_wants_to_send_more_than_is_wanted_is_an_error() -> 
 
 
 async def test_two_ends_on_one_device_fail_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As if in two processes: each has its own account of the device.
+    # As in two processes: each end has its own account of the device.
     monkeypatch.setattr(hccl_link, "device_of", devices.Device)
     monkeypatch.setattr(sim, "_making", _Forgetful())
     ours, theirs = signals()
@@ -410,7 +412,7 @@ async def _ignoring_loss(call: Any, *args: Any) -> None:
 
 
 @pytest.mark.parametrize("spans", [1, 3])
-async def test_a_full_device_ends_the_channel_and_nothing_else(spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_device_ends_the_channel_only(spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair() as (server, client), anyio.create_task_group() as tasks:
         into = TensorBlockView(0, [bytes(1 << 20)] * spans, CLIENT)
         tasks.start_soon(_ignoring_loss, server.send, [TensorBlockView(0, [b"x" * (1 << 20)] * spans, SERVER)])
@@ -421,7 +423,7 @@ async def test_a_full_device_ends_the_channel_and_nothing_else(spans: int, monke
         assert into.data == bytes(spans << 20)
 
 
-async def test_no_communicator_fits() -> None:
+async def test_a_device_without_memory_for_a_communicator_is_an_error() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "limit", 30 << 20)
         with pytest.raises((TransportError, BaseExceptionGroup)) as caught:
@@ -430,7 +432,7 @@ async def test_no_communicator_fits() -> None:
     assert "NPU out of memory" in repr(caught.value) or "ended the channel" in repr(caught.value)
 
 
-async def test_while_memory_is_measured_nothing_is_opened_or_freed() -> None:
+async def test_while_memory_is_measured_no_communicator_is_opened_or_freed() -> None:
     device = devices.device_of(SERVER)
     async with pair():
         await anyio.to_thread.run_sync(devices.hold_still, SERVER, "profiling", 2.5)
@@ -447,7 +449,7 @@ async def test_while_memory_is_measured_nothing_is_opened_or_freed() -> None:
         pass
 
 
-async def test_memory_is_measured_from_between_offer_and_connection_on() -> None:
+async def test_measuring_that_begins_between_offer_and_connection_refuses_the_channel() -> None:
     ours, theirs = signals()
     transport = HcclTransport()
     pending = await transport.offer(setup_for(ours, SERVER))
@@ -464,7 +466,7 @@ async def test_memory_is_measured_from_between_offer_and_connection_on() -> None
     devices.move_again(SERVER)
 
 
-def test_measuring_waits_for_a_communicator_that_is_being_made() -> None:
+def test_measuring_waits_until_a_communicator_is_made() -> None:
     account = devices.device_of(SERVER)
     account.turns.take("maker", 1.0)
     with pytest.raises(TransferTimeout):
@@ -483,7 +485,7 @@ def test_measuring_waits_for_a_communicator_that_is_being_made() -> None:
         ("npu:0", ("ROOTINFO_SUBCOMM_ENABLE", "0"), None),
     ],
 )
-async def test_where_it_cannot_run(
+async def test_where_hccl_cannot_run_the_reason_is_named(
     device: str, variable: tuple[str, str] | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable is not None:
@@ -521,7 +523,7 @@ async def test_invalid_messages(note: bytes) -> None:
         await pending.accept()
 
 
-async def test_a_peer_that_floods_the_store_is_an_error() -> None:
+async def test_too_many_store_values_from_a_peer_are_an_error() -> None:
     ours, theirs = signals()
     pending = await HcclTransport().offer(setup_for(ours, SERVER, timeout=5.0))
     for number in range(20):
@@ -537,7 +539,7 @@ async def test_invalid_offers(offer: bytes) -> None:
         await HcclTransport().connect(offer, setup_for(ours, CLIENT))
 
 
-def test_the_environment_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocking_wait_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HCCL_BLOCKING_WAIT", "0")
 
     def make() -> None:
@@ -550,14 +552,14 @@ def test_the_environment_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -
     assert os.environ.pop("TORCH_HCCL_BLOCKING_WAIT") == "0"
 
 
-def test_turns_are_in_order_and_may_be_given_up() -> None:
+def test_device_turns_are_first_in_first_out_and_waiting_can_be_abandoned() -> None:
     lock = devices.FifoLock()
     lock.take("a", 1.0)
     with pytest.raises(TransferTimeout, match="1 other links"):
         lock.take("b", 0.0)
     with pytest.raises(PeerLost):
         lock.take("c", 10.0, lambda: True)
-    lock.give("b")  # not its turn: nothing
+    lock.give("b")  # it has no turn: no effect
     lock.give("a")
     lock.take("d", 0.0)
     lock.give("d")

@@ -1,7 +1,7 @@
-"""A load as an engine on an NPU does it: raw tensors recorded, weights made ready, originals offered, and pulled.
+"""A load as an engine on an NPU does it: record raw tensors, post-process weights, offer originals, pull them.
 
-The parts of the adapter that know nothing of vLLM are called in the order in which a load calls them; what vLLM-Ascend
-does to weights stands between them.
+The parts of the adapter that do not import vLLM are called in the order of a load, with the post-processing of
+vLLM-Ascend between them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUANTISED = frozenset({"int8", "packed", "twice"})
 
 @pytest.fixture(autouse=True)
 def no_limit() -> Iterator[None]:
-    gc.collect()  # what a test before this one let go of counts as free from the beginning, not from some moment on
+    gc.collect()  # so that memory of earlier tests counts as free from the start
     limit = memory.accounts.limit
     yield
     memory.accounts.limit = limit
@@ -93,12 +93,12 @@ class Loaded:
 
 
 def held(model: torch.nn.Module) -> Holding:
-    """Its raw tensors."""
+    """The raw tensors that it offers."""
     return hold(named_raw_tensors(model), ModelIdentity(model="m"))
 
 
 def load(model: torch.nn.Module, *, in_place: str = "", **fields: Any) -> Loaded:
-    """A load with these settings: recorded, processed, settled."""
+    """A load with these settings: recorded, post-processed, layout chosen."""
     config = Config(**fields)
     holding = held(model)
     announcement, device = holding.announcement, holding.device
@@ -127,7 +127,9 @@ def wrong(model: torch.nn.Module, expected: Mapping[str, torch.Tensor]) -> list[
 
 @pytest.mark.parametrize("transport", ["hccl", "tcp"])
 @pytest.mark.parametrize(("setting", "device"), [("dram", "cpu"), ("hbm", SERVER)])
-async def test_originals_are_kept_where_the_setting_says_and_arrive(setting: str, device: str, transport: str) -> None:
+async def test_originals_are_kept_where_keep_raw_says_and_can_be_pulled(
+    setting: str, device: str, transport: str
+) -> None:
     model = small_model(1, SERVER)
     expected = on_host(model)
     loaded = load(model, int8_cache=setting)
@@ -135,7 +137,7 @@ async def test_originals_are_kept_where_the_setting_says_and_arrive(setting: str
     kept = {name: str(tensor.device) for name, tensor in loaded.settled.kept.items()}
     assert kept == {
         "int8.weight": device,
-        "int8.scale": device,  # listed by its module, small or not
+        "int8.scale": device,  # a parameter of its module, whatever its size
         "twice.weight": device,
         "packed.weight": device,
     }
@@ -150,7 +152,7 @@ async def test_originals_are_kept_where_the_setting_says_and_arrive(setting: str
     assert wrong(client, on_host(model)) == [], "and makes the same engine"
 
 
-async def test_host_copies_need_little_room_on_the_device() -> None:
+async def test_host_copies_need_little_device_memory() -> None:
     model = small_model(2, SERVER)
     loaded = load(model, int8_cache="dram")
     offer = loaded.offer()
@@ -170,7 +172,7 @@ async def test_a_full_device_sends_all_copies_to_the_host(transport: str) -> Non
     expected = on_host(model)
     announcement = held(model).announcement
     used = memory.accounts.used[1]
-    room = 1 << 20  # for the smaller ones only, and for what post-processing needs of it
+    room = 1 << 20  # for the smaller ones only, and for the needs of post-processing
     memory.accounts.limit = used + room
     config = Config(int8_cache="hbm")
     raw = RawWeights(model, announcement, keep_policy(QUANTISED, config))
@@ -190,14 +192,14 @@ async def test_a_full_device_sends_all_copies_to_the_host(transport: str) -> Non
     assert wrong(client, expected) == []
 
 
-def test_without_copies_the_refusal_names_tensors_and_setting() -> None:
+def test_without_copies_the_refusal_names_the_tensors_and_keep_raw() -> None:
     loaded = load(small_model(4, SERVER))
     assert set(loaded.settled.lost) == {"int8.weight", "packed.weight", "twice.weight"}
     assert set(loaded.settled.lost.values()) == {"vLLM replaced it"}
     assert hint_for(loaded.settled.lost, QUANTISED, Config()) == "set INT8_CACHE to dram or hbm on the server"
 
 
-def test_a_rewrite_in_place_is_lost_by_reference_and_outlived_by_a_copy() -> None:
+def test_a_rewrite_in_place_destroys_an_original_kept_by_reference_and_not_a_copy() -> None:
     name = "embed.weight"
     lost = load(small_model(5, SERVER), in_place=name, int8_cache="dram").settled.lost
     why = "vLLM rewrote it in place, or a tensor of the same block"
@@ -211,7 +213,7 @@ def test_a_rewrite_in_place_is_lost_by_reference_and_outlived_by_a_copy() -> Non
     assert torch.equal(loaded.settled.kept[name], expected[name])
 
 
-def test_copies_of_what_stays_as_it_was_are_freed() -> None:
+def test_copies_of_unchanged_tensors_are_freed() -> None:
     model = small_model(6, SERVER)
     announcement = held(model).announcement
     used = memory.accounts.used[1]

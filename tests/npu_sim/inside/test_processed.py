@@ -1,7 +1,7 @@
-"""Processed weights on a simulated NPU: what post-processing made is offered, pulled into the same structure, compared.
+"""Processed weights on a simulated NPU: offered after post-processing, pulled into the same structure, compared.
 
-The adapter's parts that know nothing of vLLM are called as its loads call them (`hold_processed`, `adopt_processed`);
-post-processing does to weights what engines on an NPU do. `tests/vllm/test_processed.py` has vLLM's own loads, on CPUs.
+The adapter's parts that do not import vLLM are called as its loads call them (`hold_processed`, `adopt_processed`);
+post-processing changes weights as engines on an NPU do. `tests/vllm/test_processed.py` has vLLM's own loads, on CPUs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IDENTITY = ModelIdentity(model="m", layout="processed")
 
 
 class Layer(torch.nn.Module):
-    """A module that keeps what post-processing leaves in it."""
+    """A module that keeps the results of post-processing."""
 
     weight: torch.nn.Parameter
 
@@ -44,7 +44,7 @@ class Layer(torch.nn.Module):
 
 
 def built(device: str, seed: int | None) -> torch.nn.Module:
-    """As a checkpoint fills it; without a seed: as it is built, full of zeros."""
+    """The model as loaded from a checkpoint; without a seed: as it is built, filled with zeros."""
     rng = torch.Generator().manual_seed(seed or 0)
 
     def values(*shape: int) -> torch.Tensor:
@@ -61,11 +61,11 @@ def built(device: str, seed: int | None) -> torch.nn.Module:
 
 
 def process(model: Any, *, again: bool = False) -> None:
-    """What engines on an NPU do: tiles, transposed weights, scales on attributes, aliases, placeholders, numbers.
+    """Like engines on an NPU: tiles, transposed weights, scales on attributes, aliases, placeholders, numbers.
 
     Args:
         model: The model.
-        again: The tensors are there already; only what is beside them is to be made.
+        again: The tensors exist already; only the other values are set.
     """
     if not again:
         model.head.weight = model.embed.weight  # tied
@@ -75,7 +75,7 @@ def process(model: Any, *, again: bool = False) -> None:
             turned = (weight / scale[:, None]).t()
             tiles = torch_npu.npu_format_cast(turned.contiguous(), FRACTAL_NZ)
             layer.weight = torch.nn.Parameter(tiles if layer is model.proj else turned, requires_grad=False)
-            layer.scale = scale  # no parameter, no buffer
+            layer.scale = scale  # neither parameter nor buffer
             layer.scale_again = scale
             layer.first_scales = scale[:16]
             layer.helper = types.SimpleNamespace(row_sums=turned.sum(dim=0))
@@ -94,7 +94,7 @@ def surveyed(model: torch.nn.Module) -> Survey:
 
 
 def contents(model: torch.nn.Module) -> dict[str, str]:
-    """Digests of everything, plain values and how views lie included."""
+    """Digests of everything, including plain values and the geometry of views."""
     return {name: digest_of(tensor) for name, tensor in surveyed(model).tensors.items()}
 
 
@@ -112,14 +112,14 @@ def client_model() -> torch.nn.Module:
 
 @dataclass
 class Tried:
-    """A pull that was tried, and how it ended."""
+    """An attempted pull, and how it ended."""
 
     report: PullReport | None = None
     error: NoSourceLeft | None = None
 
 
 async def pull(served: Survey, into: Survey, transport: str = "hccl") -> Tried:
-    """A pull as `adopt_processed` has it made, from what `hold_processed` offers."""
+    """A pull as `adopt_processed` makes it, from what `hold_processed` offers."""
     traffic.journal.clear()
     tried = Tried()
     holding = hold(served.tensors, IDENTITY, weak=True, threads=1)
@@ -134,7 +134,7 @@ async def pull(served: Survey, into: Survey, transport: str = "hccl") -> Tried:
 
 
 def adopt(model: torch.nn.Module, found: Survey, report: PullReport) -> Adopted:
-    """The rest of `adopt_processed`."""
+    """The remaining steps of `adopt_processed`."""
     pulled = {name: digest_of(tensor) for name, tensor in found.tensors.items()}
     adopted = Adopted(report, pulled, found.tensors[FACTS].clone(), frozenset(found.facts))
     process(model, again=True)
@@ -142,7 +142,7 @@ def adopt(model: torch.nn.Module, found: Survey, report: PullReport) -> Adopted:
     return adopted
 
 
-def test_post_processing_leaves_all_kinds_of_tensors() -> None:
+def test_the_simulated_post_processing_leaves_all_kinds_of_tensors() -> None:
     found = surveyed(seed_model())
     assert {
         "proj.scale",
@@ -169,7 +169,7 @@ def test_post_processing_leaves_all_kinds_of_tensors() -> None:
 
 
 @pytest.mark.parametrize("transport", ["hccl", "tcp"])
-async def test_it_is_pulled_into_the_same_structure_and_equal(transport: str) -> None:
+async def test_processed_weights_are_pulled_into_the_same_structure_and_are_equal(transport: str) -> None:
     seed, client = seed_model(), client_model()
     expected = contents(seed)
     before = contents(client)
@@ -189,14 +189,14 @@ async def test_it_is_pulled_into_the_same_structure_and_equal(transport: str) ->
     assert client.get_parameter("head.weight") is client.get_parameter("embed.weight")
 
 
-async def test_another_seed_is_another_model() -> None:
-    """The comparison above can turn red, in every tensor that has something in it."""
+async def test_weights_of_another_seed_differ_in_every_tensor() -> None:
+    """Control: the comparison above fails for every tensor that is not empty."""
     seed, other = seed_model(1), seed_model(2)
     ours, theirs = contents(seed), contents(other)
     assert {name for name in ours if ours[name] == theirs[name]} == {"proj.bias", "large.bias"}
 
 
-async def test_a_number_that_is_not_made_again_is_found() -> None:
+async def test_a_number_that_post_processing_does_not_set_again_is_refused() -> None:
     seed, client = seed_model(), client_model()
     found = surveyed(client)
     packed: Any = seed.get_submodule("packed")
@@ -207,7 +207,7 @@ async def test_a_number_that_is_not_made_again_is_found() -> None:
         adopt(client, found, tried.report)
 
 
-async def test_a_tensor_that_post_processing_changes_again_is_found() -> None:
+async def test_a_tensor_that_post_processing_changes_after_the_pull_is_refused() -> None:
     seed, client = seed_model(), client_model()
     found = surveyed(client)
     tried = await pull(surveyed(seed), found)
@@ -287,7 +287,7 @@ async def test_every_difference_is_refused_before_the_first_byte(
     assert contents(client) == before
 
 
-def test_an_emptied_weight_is_a_reason_to_offer_nothing() -> None:
+def test_a_model_with_an_emptied_weight_is_not_offered() -> None:
     model: Any = built(SERVER, 1)
     sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}
     process(model)

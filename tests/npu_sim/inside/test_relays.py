@@ -1,6 +1,6 @@
-"""Chains and several sources over HCCL: whole servers and pulls, each engine on a simulated device of its own.
+"""Chains and several sources over HCCL: complete servers and pulls, each engine on its own simulated device.
 
-On every device one window moves at a time, which the fixture of this folder watches in all tests.
+On every device one window moves at a time, which the fixture of this folder checks in all tests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Many windows in little data, slow enough to meet each other; in the end no communicator and no turn is left."""
+    """Many small windows, slow enough to overlap; on exit, checks that no communicator and no turn is left."""
     monkeypatch.setattr(sim, "LATENCY", 0.01)
     monkeypatch.setattr(hccl_link, "WINDOW_BYTES", WINDOW)
     monkeypatch.setattr(pull_state, "_WINDOW_BYTES", (4 * WINDOW, 4 * WINDOW))
@@ -91,7 +91,7 @@ HELD_BYTES = sum(block.nbytes for block in PLAN.blocks[:HELD_AFTER])
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
-    """The values, whatever they mean as numbers."""
+    """The values as bytes."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -101,7 +101,7 @@ def wrong(tensors: Tensors) -> list[str]:
 
 async def until(condition: Callable[[], object], what: str) -> None:
     with anyio.move_on_after(30):
-        while not condition():  # noqa: ASYNC110 - there is nothing that would tell
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
             await anyio.sleep(0.002)
         return
     raise AssertionError(f"waited in vain: {what}")
@@ -122,7 +122,7 @@ def serves(source: netloader.Server) -> bool:
 
 @dataclass
 class Replica:
-    """A pull of a device, and what became of it."""
+    """A pull of a device, and its outcome."""
 
     into: Tensors
     verified: int = 0
@@ -146,7 +146,7 @@ class Replica:
         self.verified = progress.verified
 
     def gave(self, source: netloader.Server) -> int:
-        """Blocks that came from there."""
+        """Number of blocks that came from this source."""
         assert self.report is not None
         share = self.report.sources.get(str(at(source)))
         return 0 if share is None else share.blocks
@@ -159,11 +159,11 @@ def replica(device: str) -> Replica:
 
 
 def directions(device: int) -> list[bool]:
-    """What a device did, window by window: True where it sent."""
+    """The direction of each window of a device: True where it sent."""
     return [sends for sends, _ in itertools.groupby(one.sends for one in traffic.journal if one.device == device)]
 
 
-async def test_a_relay_sends_its_blocks_while_its_source_sends_nothing_and_then_takes_turns() -> None:
+async def test_a_relay_sends_while_its_source_is_idle_and_then_alternates_between_both_directions() -> None:
     faults = Faults([Fault(FaultKind.HOLD, HELD_AFTER - 1, side=Side.SEND)])
     async with (
         server("npu:0", faults) as seed,
@@ -188,11 +188,11 @@ async def test_a_relay_sends_its_blocks_while_its_source_sends_nothing_and_then_
     assert last.gave(relay) == BLOCKS, "no block left the seed twice"
     moved = [(one.device, one.peer, one.sends) for one in traffic.journal]
     assert {(0, 1, True), (1, 0, False), (1, 2, True), (2, 1, False)} == set(moved)
-    # From here on both had something to do most of the time. A window has two blocks, more where they are small.
+    # From here on both directions had work most of the time. A window has two blocks, more where they are small.
     assert len(directions(1)) >= (BLOCKS - HELD_AFTER) // 2
 
 
-async def test_one_client_takes_from_two_seeds_in_turns() -> None:
+async def test_one_client_alternates_between_two_seeds() -> None:
     slow = Faults([Fault(FaultKind.HOLD, 0, side=Side.SEND)])
     async with (
         server("npu:1", slow) as one,
@@ -203,7 +203,7 @@ async def test_one_client_takes_from_two_seeds_in_turns() -> None:
             seed.add(HELD[device])
         client = replica("npu:0")
         client.start(tasks, one, two)
-        # The first one stops after its first block, or the other one might find nothing left to do.
+        # The first seed stops after its first block; otherwise no blocks might be left for the other one.
         await until(lambda: any(b.device == 2 for b in traffic.journal), "the second one gives blocks")
         slow.release()
     assert wrong(client.into) == []
@@ -232,7 +232,7 @@ async def test_two_clients_of_the_same_two_seeds_do_not_deadlock() -> None:
 
 
 async def test_devices_that_send_to_each_other_at_once_do_not_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No chain of relays does so for long; but who holds its turn for the other gives it back in the end."""
+    """Relays do so only for a short time; a side that holds its turn while it waits for the other gives it back."""
     withdrawn = []
     post = Messenger.post
 

@@ -1,7 +1,7 @@
 """A simulated torch_npu: an ``npu`` device in the CPU's memory and a ProcessGroupHCCL over sockets, in pure Python.
 
-Put the folder above this one on PYTHONPATH, never beside the real package. It knows what was read in torch_npu's
-sources and seen on its released wheels; it shows that the API is used as it is meant, and nothing about hardware.
+Put the parent folder on PYTHONPATH, never together with the real package. It follows torch_npu's sources and released
+wheels; tests on it show that the API is used correctly, and nothing about hardware.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ torch.distributed.is_hccl_available = lambda: True  # type: ignore[attr-defined]
 
 
 def npu_format_cast(tensor: torch.Tensor, acl_format: int, customize_dtype: object = None) -> torch.Tensor:
-    """A tensor of the same values in another memory format; the same one when nothing changes."""
+    """A tensor of the same values in another memory format; the same tensor if the format is the same."""
     return cast(tensor, acl_format)
 
 
@@ -40,7 +40,7 @@ def get_npu_format(tensor: torch.Tensor) -> Format:
 
 
 def __getattr__(name: str) -> Any:
-    """Other npu_* operators can be imported, and do nothing but say so."""
+    """Other npu_* operators can be imported, and raise when they are called."""
     if name.startswith("npu_"):
 
         def missing(*args: Any, **kwargs: Any) -> Any:

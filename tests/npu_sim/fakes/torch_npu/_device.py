@@ -14,7 +14,7 @@ from . import _memory as memory
 from ._formats import from_cpu, to_cpu, write_back
 from ._streams import streams
 
-_libraries: list[torch.library.Library] = []  # operators vanish with the object that registered them
+_libraries: list[torch.library.Library] = []  # operators are removed with the object that registered them
 
 
 def is_npu(x: object) -> bool:
@@ -34,7 +34,7 @@ class _Call:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for argument in self.op._schema.arguments:
             if argument.is_out and is_npu(kwargs.get(argument.name)):
-                theirs = kwargs[argument.name]  # may be resized: the operator on the CPU gets one of its own
+                theirs = kwargs[argument.name]  # may be resized: the operator on the CPU gets its own tensor
                 self.outs[argument.name] = theirs
                 self.index = theirs.device.index
                 kwargs[argument.name] = torch.empty(theirs.shape, dtype=theirs.dtype)
@@ -44,7 +44,7 @@ class _Call:
         if any(a.alias_info is not None and a.alias_info.is_write for a in self.op._schema.arguments):
             for tensor, cpu in self.pairs:
                 write_back(tensor, cpu)
-        for name, out in self.outs.items():  # last: an operator in place has its own tensor among its inputs
+        for name, out in self.outs.items():  # last: an in-place operator has its own tensor among its inputs
             made = cpu_kwargs[name]
             if out.shape != made.shape:
                 stride = memory.row_major(made.shape)
@@ -121,7 +121,7 @@ def _resize(self: torch.Tensor, size: Sequence[int], *, memory_format: object = 
 
 
 def _set(self: torch.Tensor, source: Any, offset: int, size: Sequence[int], stride: Sequence[int] = ()) -> torch.Tensor:
-    # The kernel for the CPU only moves pointers.
+    # The CPU kernel only changes pointers.
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     op = torch.ops.aten.set_.source_Storage_storage_offset
     done: torch.Tensor = op.redispatch(keys, self, source, offset, size, stride)

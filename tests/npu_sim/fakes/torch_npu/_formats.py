@@ -1,4 +1,4 @@
-"""Memory formats: plain (ND) and the tiles of FRACTAL_NZ, as values and as bytes."""
+"""Memory formats: plain (ND), and the tiles of FRACTAL_NZ."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_back(tensor: torch.Tensor, cpu: torch.Tensor) -> None:
-    """After a change of what :func:`to_cpu` gave: bring it into the tiles, where there are any."""
+    """After a change of the tensor from :func:`to_cpu`: copy it into the tiles, if there are any."""
     if format_of(tensor) == Format.FRACTAL_NZ:
         tiled = _tile(cpu.contiguous())
         memory.storage_bytes(tensor)[: tiled.numel()].copy_(tiled)
@@ -76,7 +76,9 @@ def cast(tensor: torch.Tensor, wanted: int) -> torch.Tensor:
     if wanted == format_of(tensor):
         return tensor
     if tensor.dtype == torch.int32:
-        raise RuntimeError("npu_format_cast: int32 has no FRACTAL_NZ form")  # packed weights are int8 in disguise
+        raise RuntimeError(
+            "npu_format_cast: int32 has no FRACTAL_NZ form"
+        )  # packed weights are int8 tiles with another dtype
     flat = to_cpu(tensor).contiguous()
     if wanted == Format.ND:
         return from_cpu(flat, tensor.device.index)

@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NPUGraph:
-    """What was captured."""
+    """A captured graph."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
 
     def replay(self) -> None:
-        """Do it again: same memory, whatever it holds now."""
+        """Run the operators again on the same memory, with its present contents."""
         for function, args, kwargs in self.calls:
             function(*args, **kwargs)
 
@@ -34,7 +34,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class graph:  # noqa: N801 - torch_npu's name
-    """Capture what is done in the body."""
+    """Capture the operators that run in the body."""
 
     def __init__(self, npu_graph: NPUGraph) -> None:
         self._recorder = _Recorder(npu_graph)

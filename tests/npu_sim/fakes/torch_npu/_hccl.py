@@ -44,9 +44,9 @@ LATENCY = 0.001  # seconds that each receive takes at least
 
 _numbers = itertools.count()
 created: list[str] = []  # keys of communicators made in this process
-open_now: set[int] = set()  # and which of them still are
+open_now: set[int] = set()  # those of them that are open
 _making: set[int] = set()  # devices on which one is being made
-_alive: set[ProcessGroupHCCL] = set()  # the library holds its groups until they are shut down or aborted
+_alive: set[ProcessGroupHCCL] = set()  # the library keeps its groups alive until they are shut down or aborted
 
 
 def _flag(name: str) -> bool:
@@ -54,12 +54,12 @@ def _flag(name: str) -> bool:
 
 
 def _host() -> bytes:
-    """Which host this is: tests may pretend that there are several."""
+    """The name of this host: tests can simulate several."""
     return os.environ.get("NPU_SIM_HOST", "one").encode()
 
 
 class Work:
-    """One operation under way."""
+    """One running operation."""
 
     def __init__(self, group: ProcessGroupHCCL, what: str) -> None:
         self.group = group
@@ -92,7 +92,7 @@ class Work:
 
 
 class Options:
-    """What a group is made with."""
+    """Options of a group."""
 
     def __init__(self) -> None:
         self._timeout = timedelta(minutes=30)
@@ -104,7 +104,7 @@ class Options:
 
 
 class _Communicator:
-    """A connected pair, its stream, and the thread that works it off."""
+    """A connected pair, its stream, and the thread that runs its operations."""
 
     def __init__(self, group: ProcessGroupHCCL, device: int) -> None:
         self.device = device
@@ -119,7 +119,7 @@ class _Communicator:
         self._reserved = 2 * int(os.environ.get("P2P_HCCL_BUFFSIZE", "20")) * _MIB
         memory.accounts.take(device, self._reserved)
         try:
-            self._sock = self._meet()
+            self._sock = self._connect()
         except OSError as error:
             memory.accounts.give(device, self._reserved)
             raise RuntimeError(f"HCCL function error: the communicator could not be made: {error}") from error
@@ -129,10 +129,10 @@ class _Communicator:
         created.append("0:1")
         open_now.add(id(self))
         communicators.append(self.stream)
-        self._thread = threading.Thread(target=self._work_off, daemon=True, name="sim-hccl")
+        self._thread = threading.Thread(target=self._run_operations, daemon=True, name="sim-hccl")
         self._thread.start()
 
-    def _meet(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
         limit = float(os.environ.get("HCCL_CONNECT_TIMEOUT", "120"))
         if self._group.rank() == 0:
             with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -154,16 +154,16 @@ class _Communicator:
         self.peer = index
         return sock
 
-    def _work_off(self) -> None:
+    def _run_operations(self) -> None:
         while (job := self.jobs.get()) is not None:
             work, before, body = job
             for one in before:
                 one.join()
             try:
                 body(self._sock)
-            except Exception as error:  # noqa: BLE001 - HCCL itself sees nothing until the timeout
+            except Exception as error:  # noqa: BLE001 - HCCL itself reports no failure until the timeout
                 work.error = error
-                if self._group.dies_of(work):
+                if self._group.ends_process(work):
                     sys.stderr.write("To avoid data inconsistency, we are taking the entire process down.\n")
                     sys.stderr.flush()
                     faulthandler.disable()
@@ -173,14 +173,14 @@ class _Communicator:
             work.done.set()
 
     def start(self, work: Work, before: list[Joinable], body: Callable[[socket.socket], None], *, sends: bool) -> None:
-        """Have an operation done after those that were started before."""
+        """Queue an operation behind those that were started before."""
         traffic.begin(self.number, Began(self.device, self.peer, sends), first=not self.operations)
         self.operations += 1
         self.stream.pending.append(work)
         self.jobs.put((work, before, body))
 
     def destroy(self) -> None:
-        """Free the pair; what is under way never completes, and writes nothing any more."""
+        """Free the pair; running operations never complete, and write nothing any more."""
         self.jobs.put(None)
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -228,7 +228,7 @@ class ProcessGroupHCCL:
     def size(self) -> int:
         return 2
 
-    def dies_of(self, work: Work) -> bool:
+    def ends_process(self, work: Work) -> bool:
         """After a failed operation: whether the watchdog ends the process."""
         if not self.teardown:
             return False
@@ -254,7 +254,7 @@ class ProcessGroupHCCL:
             if coming != nbytes:
                 raise RuntimeError(f"{coming} bytes were sent, {nbytes} are received")
             data = torch.frombuffer(_exactly(sock, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0)
-            time.sleep(LATENCY)  # what does not wait for the end sees old bytes
+            time.sleep(LATENCY)  # a reader that does not wait sees old bytes
             if self._closed.is_set():
                 raise ConnectionError("destroyed meanwhile")
             values = data.view(tensor.dtype).reshape(tensor.shape)
@@ -311,7 +311,7 @@ class ProcessGroupHCCL:
 
 @contextlib.contextmanager
 def _one_at_a_time(device: int) -> Iterator[None]:
-    """On one device no two threads may make a communicator."""
+    """Check that only one thread at a time makes a communicator on a device."""
     if device in _making:
         raise RuntimeError(f"two communicators are being made on npu:{device} at once")
     _making.add(device)

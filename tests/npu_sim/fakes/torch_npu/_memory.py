@@ -72,7 +72,7 @@ class Accounts:
             self.used[index] += nbytes
 
     def give(self, index: int, nbytes: int) -> None:
-        """Account for memory that is free again."""
+        """Account for freed memory."""
         with self._lock:
             self.used[index] -= nbytes
 
@@ -133,7 +133,7 @@ def row_major(size: Sequence[int]) -> list[int]:
 def allocate(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, index: int, nbytes: int | None = None
 ) -> torch.Tensor:
-    """A new tensor on device `index`; `nbytes` where its format needs more than its elements."""
+    """A new tensor on device `index`; `nbytes` if its format needs more than its elements."""
     item = dtype.itemsize
     if nbytes is None:
         span = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -159,7 +159,7 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its strides cover memory without gaps, so that a copy may have the same ones."""
+    """Whether its strides cover memory without gaps, so that a copy can have the same strides."""
     step = 1
     for have, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if have != step:

@@ -1,4 +1,4 @@
-"""Streams: what was queued elsewhere, and which of it a stream was told to wait for."""
+"""Streams: work that is queued elsewhere, and the work that a stream waits for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Joinable(Protocol):
-    """Something queued that ends."""
+    """Queued work that ends."""
 
     def join(self) -> None:
         """Wait for its end."""
@@ -15,13 +15,13 @@ class Joinable(Protocol):
 
 
 class Stream:
-    """Operators run at once here; all that a stream can have pending is what it waits for."""
+    """Operators run at once here; a stream has nothing pending but the work that it waits for."""
 
     def __init__(self, device: object = None, priority: int = 0, **_: Any) -> None:
         self.pending: list[Joinable] = []
 
     def synchronize(self) -> None:
-        """Wait until everything pending is over."""
+        """Wait until all pending work has ended."""
         while self.pending:
             self.pending.pop(0).join()
 

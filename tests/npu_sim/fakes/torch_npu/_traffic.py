@@ -1,4 +1,4 @@
-"""What moves on each device, as it begins; and where two communicators of one device worked at one time."""
+"""A record of the operations of each device, and of two communicators of one device that worked at the same time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Began(NamedTuple):
 
 
 class Traffic:
-    """Of all devices of this process.
+    """The record of all devices of this process.
 
     Attributes:
         journal: Operations in the order in which they were started; the first one of each communicator left out.
-        overlaps: Operations that were started while another communicator of the device had some under way.
+        overlaps: Operations that were started while another communicator of the device had running ones.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Traffic:
         self.overlaps: list[Began] = []
 
     def begin(self, communicator: int, began: Began, *, first: bool) -> None:
-        """An operation is handed over."""
+        """An operation was started."""
         with self._lock:
             running = self._running.setdefault(began.device, {})
             if running.keys() - {communicator}:
@@ -39,7 +39,7 @@ class Traffic:
                 self.journal.append(began)
 
     def end(self, communicator: int, device: int) -> None:
-        """It is over."""
+        """The operation has ended."""
         with self._lock:
             running = self._running[device]
             running[communicator] -= 1
@@ -47,7 +47,7 @@ class Traffic:
                 del running[communicator]
 
     def destroyed(self, communicator: int, device: int) -> None:
-        """What a communicator had under way will never be over, and moves nothing any more."""
+        """Running operations of a freed communicator never end, and move nothing any more."""
         with self._lock:
             self._running.get(device, {}).pop(communicator, None)
 

@@ -1,4 +1,4 @@
-"""The part of ``torch.npu`` that moves weights."""
+"""The part of ``torch.npu`` that is needed to transfer weights."""
 
 from __future__ import annotations
 
