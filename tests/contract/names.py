@@ -1,6 +1,6 @@
-"""Every name of vLLM that `netloader/vllm` uses, with the parameters that it passes. The whole contract.
+"""The complete list of names of vLLM that `netloader/vllm` uses, with the parameters that it passes.
 
-Where a use is missing here, `test_nothing_is_used_that_is_not_listed` prints the line to add.
+If a use is missing here, `test_every_used_name_is_listed` prints the line to add.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Name:
         module: Where it is imported from.
         symbol: The name, or "Class.attribute".
         parameters: Those of its parameters that are passed, by name or by place.
-        optional: The adapter looks whether it is there and does without it; it need not be in the oldest release, and
-            has to be in the newest.
+        optional: The adapter checks for it and works without it; it may be missing in the oldest release, and has to
+            be in the newest.
     """
 
     module: str

@@ -29,7 +29,7 @@ class Sources:
         return next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in self._names), None)
 
     def text(self, module: str) -> str:
-        """All of a module."""
+        """The source text of a module."""
         path = self.path_of(module)
         return "" if path is None else self._files.read(path).decode()
 
@@ -52,7 +52,7 @@ class Sources:
                         return self.find(origin, alias.name + more) or (None if attribute else (origin, node))
             elif name in _bound(node):
                 return self._in_class(module, node, attribute) if attribute else (module, node)
-        # A package that finds its names when they are asked for says them as text.
+        # A package that resolves its names lazily lists them as text.
         if not attribute and f'"{name}"' in self.text(module) and self.find(module, "__getattr__") is not None:
             return next(((module, node) for node in _statements(tree.body) if "__getattr__" in _bound(node)), None)
         return None
@@ -94,7 +94,7 @@ class Sources:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[Definition]:
-    """What a body defines, also under conditions; the last definition of a name may be the one that counts."""
+    """The definitions in a body, also conditional ones; the last definition of a name may be the effective one."""
     for node in body:
         if isinstance(node, Definition):
             yield node

@@ -1,4 +1,4 @@
-"""The oldest and the newest vLLM that we support have every name that the adapter uses; and it uses no other one."""
+"""The oldest and the newest supported vLLM have every name that the adapter uses, and the list of names is complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def release(number: str) -> Sources:
 
 
 def problems(sources: Sources, names: Sequence[Name], *, newest: bool) -> list[str]:
-    """What is used and not there."""
+    """Names that are used and missing in the release."""
     found = []
     for name in names:
         if sources.find(name.module, name.symbol) is None:
@@ -45,7 +45,7 @@ def test_the_release_has_what_is_used(number: str) -> None:
     assert problems(release(number), NAMES, newest=number == NEWEST) == []
 
 
-def test_something_missing_is_found() -> None:
+def test_a_missing_name_is_reported() -> None:
     names = [
         Name("vllm.config", "ModelConfig.no_such_thing"),
         Name("vllm.model_executor.model_loader", "get_model_loader", ("no_such_parameter",)),
@@ -62,9 +62,9 @@ def test_something_missing_is_found() -> None:
     assert len(problems(release(OLDEST), names, newest=False)) == 3, "an optional name may be missing in an old release"
 
 
-def test_what_is_optional_really_is_missing_somewhere() -> None:
-    """Else the guard in the adapter is dead code; say it as required then."""
-    kept = {"get_pcp_group"}  # older than the oldest release; vendors' builds trail behind
+def test_every_optional_name_is_missing_in_some_release() -> None:
+    """Otherwise the check in the adapter is dead code, and the name has to be listed as required."""
+    kept = {"get_pcp_group"}  # older than the oldest supported release; vendors' builds are late
     unneeded = [
         name.symbol
         for name in NAMES
@@ -187,7 +187,7 @@ def _of(owner: str, attribute: str, line: int, known: dict[str, str]) -> Iterato
         yield line, "vllm.config", f"{OWNERS[last]}.{attribute}"
 
 
-def test_nothing_is_used_that_is_not_listed() -> None:
+def test_every_used_name_is_listed() -> None:
     listed = {(name.module, name.symbol) for name in NAMES} | {("TEXT", text) for _, text in TEXTS}
     sources = release(NEWEST)
     missing: dict[tuple[str, str], str] = {}
@@ -202,8 +202,8 @@ def test_nothing_is_used_that_is_not_listed() -> None:
     )
 
 
-def test_nothing_is_listed_that_is_not_used() -> None:
-    """Text is enough: what an attribute is looked up on cannot always be told."""
+def test_every_listed_name_is_used() -> None:
+    """A search in the text is enough: the owner of an attribute cannot always be derived."""
     text = "\n".join(path.read_text("utf-8") for path in ADAPTER)
     unused = [name.symbol for name in NAMES if name.symbol.rpartition(".")[2] not in text]
     assert unused == []
@@ -231,7 +231,7 @@ class Loader(Base):
 """
 
 
-def test_every_kind_of_use_is_seen() -> None:
+def test_every_kind_of_use_is_detected() -> None:
     seen = {(module, symbol) for _, module, symbol in uses(ast.parse(USES), is_module=release(NEWEST))}
     loader = "vllm.model_executor.model_loader"
     assert seen == {

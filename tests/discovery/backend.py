@@ -1,6 +1,6 @@
-"""Discovery in the memory of one process, for tests only: it shows that the contracts can be kept.
+"""Discovery in the memory of one process, for tests only: an implementation of all three contracts.
 
-A lease ends when the test says so: nothing here has a clock.
+A lease ends when the test ends it: there is no clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from netloader.errors import DiscoveryError, LocalProtocolError
 
 
 class InMemoryBackend:
-    """What all instances of a group see."""
+    """The state that all instances of a group share."""
 
     def __init__(self) -> None:
         self.sources: dict[Address, Source] = {}

@@ -1,4 +1,4 @@
-"""What each contract promises. A provider that comes later passes the same checks, with a backend of its own."""
+"""The checks of each contract. Every other provider has to pass the same checks with its own backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE, TWO = Source(Address("10.0.0.1", 1), {"zone": "a"}), Source(Address("10.0.0
 
 
 async def heard(provider: SourceProvider, count: int) -> list[SourceChange]:
-    """The first changes of a stream, which is closed then."""
+    """The first `count` changes of a stream, which is closed afterwards."""
     changes: list[SourceChange] = []
     with anyio.fail_after(PATIENCE):
         async with aclosing(provider.watch()) as stream:
@@ -44,7 +44,7 @@ async def heard(provider: SourceProvider, count: int) -> list[SourceChange]:
 
 
 async def check_published_is_found(publisher: Publisher, provider: SourceProvider) -> None:
-    """What is published appears, changes, and vanishes when its context is left; each stream lists what is there."""
+    """A published source appears, changes, and vanishes when its context is left; each stream lists present sources."""
     async with aclosing(provider.watch()) as stream:
         with anyio.fail_after(PATIENCE):
             assert await anext(stream) == Listed()
@@ -61,7 +61,7 @@ async def check_published_is_found(publisher: Publisher, provider: SourceProvide
 
 
 async def check_withdrawn_by_a_cancellation(publisher: Publisher, provider: SourceProvider) -> None:
-    """A serving instance that is cancelled is not announced any more."""
+    """The source of a cancelled instance is withdrawn."""
     with anyio.CancelScope() as scope:
         async with publisher.publish(ONE):
             scope.cancel()
@@ -75,18 +75,18 @@ async def check_published_once(publisher: Publisher) -> None:
         with pytest.raises(LocalProtocolError):
             async with publisher.publish(ONE):
                 pass
-    async with publisher.publish(ONE):  # it is free again
+    async with publisher.publish(ONE):  # it can be published again
         pass
 
 
-async def test_what_is_published_is_found() -> None:
+async def test_a_published_source_is_found_until_it_is_withdrawn() -> None:
     backend = InMemoryBackend()
     await check_published_is_found(InMemoryPublisher(backend), InMemoryProvider(backend))
     await check_withdrawn_by_a_cancellation(InMemoryPublisher(backend), InMemoryProvider(backend))
     await check_published_once(InMemoryPublisher(backend))
 
 
-async def test_a_backend_that_is_down_is_told_on_entering() -> None:
+async def test_a_backend_that_is_down_raises_on_entering() -> None:
     backend = InMemoryBackend()
     backend.down = True
     with pytest.raises(DiscoveryError):
@@ -109,7 +109,7 @@ def is_held(claim: Claim) -> bool:
 
 
 async def check_one_at_a_time(ours: Claims, theirs: Claims) -> None:
-    """One instance has it, others get None after their wait, and one of them has it once it is released."""
+    """One instance has the claim, others get None after their wait, and one of them gets it once it is released."""
     with anyio.fail_after(PATIENCE):
         async with ours.claim("read", within=0) as first:
             assert first is not None
@@ -124,7 +124,7 @@ async def check_one_at_a_time(ours: Claims, theirs: Claims) -> None:
             assert second is not None
 
 
-async def check_whoever_waits_gets_it(ours: Claims, theirs: Claims) -> None:
+async def check_a_waiting_instance_gets_it(ours: Claims, theirs: Claims) -> None:
     got = anyio.Event()
 
     async def wait() -> None:
@@ -162,11 +162,11 @@ async def test_a_claim_is_held_by_one_instance_at_a_time() -> None:
     backend = InMemoryBackend()
     ours, theirs = InMemoryClaims(backend), InMemoryClaims(backend)
     await check_one_at_a_time(ours, theirs)
-    await check_whoever_waits_gets_it(ours, theirs)
+    await check_a_waiting_instance_gets_it(ours, theirs)
     await check_a_wait_that_is_cancelled_holds_nothing(ours, theirs)
 
 
-async def test_a_lease_that_lapsed_is_lost_before_another_instance_has_it() -> None:
+async def test_an_expired_lease_is_lost_before_another_instance_gets_it() -> None:
     backend = InMemoryBackend()
     async with InMemoryClaims(backend).claim("read", within=0) as first:
         assert first is not None
@@ -181,7 +181,7 @@ async def test_a_lease_that_lapsed_is_lost_before_another_instance_has_it() -> N
 # --- the fixed list ---------------------------------------------------------------------------------------------------
 
 
-async def test_the_fixed_list_is_told_in_its_order_and_is_all() -> None:
+async def test_the_fixed_list_yields_its_sources_in_order_and_ends() -> None:
     fixed = FixedSources(["10.0.0.7:80", Address("10.0.0.8", 80), TWO])
     assert isinstance(fixed, SourceProvider)
     expected = [Source(Address("10.0.0.7", 80)), Source(Address("10.0.0.8", 80)), TWO]
@@ -193,11 +193,11 @@ async def test_the_fixed_list_is_told_in_its_order_and_is_all() -> None:
 @pytest.mark.parametrize(
     ("sources", "field"), [(["10.0.0.7:80", "nowhere"], r"sources\[1\]"), ("10.0.0.7:80", "sources = ")]
 )
-def test_a_fixed_list_says_which_address_is_none(sources: list[str], field: str) -> None:
+def test_an_invalid_address_in_the_fixed_list_is_an_error_that_names_its_place(sources: list[str], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         FixedSources(sources)
 
 
-def test_the_contracts_can_be_told_apart_from_a_list() -> None:
+def test_a_list_is_not_taken_for_a_source_provider() -> None:
     assert not isinstance(["10.0.0.7:80"], SourceProvider)
     assert netloader.SourceProvider is SourceProvider

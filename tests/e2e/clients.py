@@ -1,4 +1,4 @@
-"""Library clients for stories about engines: pulls in threads, and a server of what was pulled."""
+"""Library clients for scenarios with engines: pulls in threads, and a server of pulled weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STALL_TIMEOUT = 120.0
 
 @dataclass(frozen=True)
 class Weights:
-    """What a library client pulled out of an engine."""
+    """The weights that a library client pulled from an engine."""
 
     tensors: Mapping[str, torch.Tensor]
     report: PullReport
@@ -88,7 +88,7 @@ def late_server(weights: Weights) -> Iterator[tuple[sync.SyncServer, threading.E
 
 
 def held_transport() -> FaultyTransport:
-    """The transport `held` of the test plugin, as a process without faults of its own has it."""
+    """The transport `held` of the test plugin, for a process without injected faults."""
     return FaultyTransport(GlooTransport(), Faults(), name="held")
 
 
@@ -117,7 +117,7 @@ class LibraryPull:
 
     @property
     def in_the_middle(self) -> bool:
-        """Whether some blocks are verified, and not all."""
+        """Whether some blocks are verified, but not all."""
         return self._thread.is_alive() and bool(self.progress) and self.progress[-1].verified < self.progress[-1].total
 
     @property
@@ -163,7 +163,7 @@ def source(*addresses: str, rank: int = 0) -> dict[str, Any]:
 
 
 def given(engine: Engine, address: str) -> int:
-    """Blocks that an engine says it has from a source."""
+    """Number of blocks that came from a source, by the log of an engine."""
     (line,) = engine.lines(f"target: source {address}: ")
     found = re.search(r": (\d+) blocks", line)
     assert found is not None

@@ -1,4 +1,4 @@
-"""What stories about whole engines share: models, and figures that are worth reading after a run."""
+"""Fixtures for scenarios with complete engines: models, and figures that are printed after a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BROKEN: pytest.StashKey[str] = pytest.StashKey()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Remember where a story that is told in order broke."""
+    """Remember the failed test of a scenario whose tests depend on each other."""
     report = yield
     if report.failed and item.get_closest_marker("in_order") is not None and item.parent is not None:
         item.parent.stash.setdefault(BROKEN, item.name)
@@ -24,7 +24,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tell no more of a story that broke: its engines are not where the next test expects them."""
+    """Skip the other tests of a failed scenario: its engines are not in the state that they expect."""
     if item.get_closest_marker("in_order") is not None and item.parent is not None:
         broken = item.parent.stash.get(BROKEN, None)
         if broken is not None:
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
 
 @pytest.fixture(scope="session")
 def figure(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Keeps a line for the end of the run."""
+    """Keep a line that is printed at the end of the run."""
     return pytestconfig.stash.setdefault(FIGURES, []).append
 
 

@@ -1,7 +1,7 @@
-"""Real `vllm serve` processes: start them as a user does, talk HTTP to them, break them, and leave none behind.
+"""Real `vllm serve` processes: start them as a user does, send HTTP requests, kill them, and clean up.
 
-Every engine writes its log to a file; nothing is waited for without a deadline. A process group of its own per
-engine, so that even after kill -9 of one member the rest can be found and ended.
+Every engine writes its log to a file; every wait has a deadline. Each engine has its own
+process group, so that after kill -9 of one member the others can be found and ended.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ARGUMENTS = ("--max-model-len", "512", "--gpu-memory-utilization", "0.2", "--max
 
 
 class EngineFailed(AssertionError):
-    """The engine ended, or did not get where it should in time; the message ends with its log."""
+    """The engine ended, or did not reach a state in time; the message ends with its log."""
 
 
 def wait_for(condition: Callable[[], T | None], timeout: float, what: str) -> T:
@@ -73,7 +73,7 @@ class Engine:
     Attributes:
         process: The process that was started; its children are the engine core and the workers.
         port: Where its HTTP API listens.
-        log: The file that it writes everything to.
+        log: The file of its output.
         name: The model name that requests use.
     """
 
@@ -83,7 +83,7 @@ class Engine:
     name: str
 
     def text(self) -> str:
-        """Everything logged so far."""
+        """The log so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def lines(self, part: str) -> list[str]:
@@ -172,7 +172,7 @@ class Engine:
         )
 
     def answers(self, prompts: Sequence[str], tokens: int = 16) -> dict[str, tuple[Token, ...]]:
-        """`complete` for each prompt: what two engines with equal weights agree on."""
+        """`complete` for each prompt; equal for two engines with equal weights."""
         return {prompt: self.complete(prompt, tokens) for prompt in prompts}
 
     def members(self) -> list[Member]:
@@ -192,7 +192,7 @@ class Engine:
         raise self.fail(f"no process of rank {rank} among {[member.title for member in members]}")
 
     def stand_back(self) -> None:
-        """Let others have the processors first, until it is told to stop.
+        """Lower the scheduling priority of its processes until the engine is stopped.
 
         vLLM's workers spin for a while after each request. Where the kernel schedules by session (autogroup), one that
         spins was seen to leave 2 % of its core to engines that start, and "nice" changes nothing between sessions.
@@ -254,7 +254,7 @@ class Engine:
             raise self.fail(str(error)) from None
 
 
-_OFFSET = 1 << 16  # keeps a status apart from "not yet", also the status 0
+_OFFSET = 1 << 16  # distinguishes a status, also 0, from "still running"
 
 
 def wait_all_ready(*started: Engine, timeout: float = READY_TIMEOUT) -> None:
@@ -277,7 +277,7 @@ def _status(process: subprocess.Popen[bytes]) -> int | None:
 
 @dataclass(frozen=True)
 class Member:
-    """One process, told apart from a later one with the same number by when it was born."""
+    """One process, identified by number and start time, because numbers are reused."""
 
     pid: int
     group: int
@@ -285,7 +285,7 @@ class Member:
     title: str = field(compare=False)  # vLLM changes it
 
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process still runs."""
         return _member(self.pid) == self
 
     def kill(self) -> None:
@@ -306,7 +306,7 @@ def _member(pid: int) -> Member | None:
         # The name in brackets may hold anything; the fields after it are state, parent, group and so on.
         fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         title = (folder / "cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").strip()
-        # A process whose first thread has ended keeps its sockets open until the last one has.
+        # A process whose first thread has ended keeps its sockets open until its last thread ends.
         ended = fields[0] == "X" or (fields[0] == "Z" and len(list((folder / "task").iterdir())) <= 1)
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -340,7 +340,7 @@ def engine(
         tensor_parallel: The value of `--tensor-parallel-size`.
         small: Whether to add ARGUMENTS; without them the command line is the guide's, and nothing more.
         folder: Where to start it; a relative `model` is found from there.
-        niceness: How far other engines go first where processors are scarce.
+        niceness: The nice value: higher means less processor time when processors are scarce.
     """
     port = _free_port()
     command = [
@@ -396,7 +396,7 @@ def _with_vllm_by_name(environment: dict[str, str], folder: Path) -> dict[str, s
 
 
 def _free_port() -> int:
-    # The HTTP port is vLLM's to bind; it offers no way to hand it a socket that is open already.
+    # vLLM binds the HTTP port itself; it cannot take over an open socket.
     import socket
 
     with socket.socket() as probe:
@@ -407,13 +407,13 @@ def _free_port() -> int:
 
 @dataclass
 class RequestLoop:
-    """Requests one after the other from a thread, as long as the block lasts; every pause between answers is kept.
+    """Sequential requests from a thread during the block; records the time of every answer.
 
     Attributes:
         think: Seconds between an answer and the next request: without any, an engine leaves no processor time to others
             that start on the same cores.
         pauses: Seconds from each request to its answer.
-        errors: What went wrong, in words.
+        errors: Messages of failed requests.
         answers: Distinct answers seen.
     """
 
@@ -436,7 +436,7 @@ class RequestLoop:
         self.end()
 
     def end(self) -> None:
-        """Wait for the answer that is on its way, and send no further request."""
+        """Wait for the pending answer, and send no further request."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""Folders that stand for hosts: on each of them a model goes by the same relative path, whatever lies there."""
+"""Folders that simulate hosts: each has the model at the same relative path, with or without weight files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ASLEEP = {"VLLM_SLEEP_WHEN_IDLE": "1"}
 
 
 def make_hosts(folder: Path, models: ModelStore, kind: str, *, draft: str | None = None) -> tuple[Path, Path]:
-    """A host with all files of a model, and one with everything but its weight files."""
+    """A host with all files of a model, and one with all files except its weight files."""
     full, bare = folder / "full", folder / "bare"
     for host, find in ((full, models.get), (bare, models.bare)):
         host.mkdir(parents=True)

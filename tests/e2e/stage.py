@@ -1,4 +1,4 @@
-"""What a story about several engines keeps: their folders, and engines whose servers stop in the middle."""
+"""A scenario with several engines: their folders, and engines whose servers hold in the middle of a transfer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.e2e.hosts import ASLEEP, MODEL
 from tests.support import with_plugins
 
 HELD_AFTER = 2
-"""Number of the block after whose sending a server of :meth:`Stage.held` waits."""
+"""Number of the block after which a server of :meth:`Scenario.held` holds."""
 
 HELD: dict[str, Any] = {"TRANSPORT": ["held", "tcp"], "STALL_TIMEOUT": clients.STALL_TIMEOUT}
-"""Settings of whoever may be held up: it does not take that for a stall."""
+"""Settings of an engine whose transfers may be held: a stall time that is longer than a hold."""
 
 
-def plugged(**more: str) -> dict[str, str]:
-    """The environment of an engine that finds the test transports."""
+def environment_with_plugins(**more: str) -> dict[str, str]:
+    """The environment for an engine that uses the test transports."""
     return with_plugins({**ASLEEP, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}, **more)
 
 
 @dataclass
-class Stage:
-    """The engines of a story; its tests add to it one after the other."""
+class Scenario:
+    """The engines of a scenario; its tests add to it one after the other."""
 
     stack: ExitStack
     folder: Path
@@ -38,13 +38,13 @@ class Stage:
     answers: Any = None
 
     def start(self, name: str, host: Path, *arguments: str, **settings: Any) -> Engine:
-        """Start an engine as on a host whose folder with the model is `host`; all have the same name for it."""
+        """Start an engine in the folder `host`; every engine has the same relative path to the model."""
         log = self.folder / f"{name}.log"
         return self.stack.enter_context(engines.engine(MODEL, log, *arguments, folder=host, **settings))
 
     def held(self, name: str, *sources: str, files: bool = False, **settings: Any) -> Engine:
-        """Start an engine whose server stops in the middle of each transfer over `held`."""
-        environment = plugged(
+        """Start an engine whose server holds in the middle of each transfer over `held`."""
+        environment = environment_with_plugins(
             NETLOADER_TEST_HOLD=str(HELD_AFTER),
             NETLOADER_TEST_FILE=str(self.folder / f"{name}-goes-on"),
             NETLOADER_TEST_MARKS=str(self.marks(name)),
@@ -58,13 +58,13 @@ class Stage:
         return self.start(name, self.full if files else self.bare, environment=environment, config=config, niceness=2)
 
     def marks(self, name: str) -> Path:
-        """Where the transfers that an engine's server holds up leave a file each."""
+        """The folder in which each held transfer of an engine's server creates a file."""
         folder = self.folder / f"{name}-marks"
         folder.mkdir(exist_ok=True)
         return folder
 
     def wait_held(self, name: str, count: int) -> None:
-        """Wait until `count` transfers are held up."""
+        """Wait until `count` transfers are held."""
         folder = self.marks(name)
         wait_for(
             lambda: len(list(folder.iterdir())) >= count, engines.READY_TIMEOUT, f"{count} transfers in the middle"

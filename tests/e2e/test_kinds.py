@@ -1,4 +1,4 @@
-"""Models whose weights vLLM rewrites after loading, and one with a draft model beside it: pulled, and equal."""
+"""Models whose weights vLLM rewrites after loading, and models with a draft model: pulled, and equal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MTP: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": 1}
         pytest.param("qwen3-moe", {"TRANSPORT": ["gloo", "tcp"]}, "gloo", id="qwen3-moe by gloo"),
     ],
 )
-def test_what_post_processing_rewrites_is_served_right(
+def test_weights_that_post_processing_rewrites_are_pulled_and_equal(
     kind: str, settings: dict[str, Any], carrier: str, models: ModelStore, tmp_path: Path
 ) -> None:
     full, bare = make_hosts(tmp_path, models, kind)
@@ -49,7 +49,7 @@ def test_what_post_processing_rewrites_is_served_right(
 def test_a_draft_is_pulled_beside_its_target(
     kind: str, draft: str | None, speculative: dict[str, Any], models: ModelStore, tmp_path: Path
 ) -> None:
-    """The server answered requests, so it shares what the two share, when the client comes."""
+    """The server has answered requests before the client starts, so target and draft share their tensors by then."""
     full, bare = make_hosts(tmp_path, models, kind, draft=draft)
     speculate = f"--speculative-config={json.dumps(speculative)}"
     assert_equal_answers(tmp_path, full, bare, {}, speculate, roles=("target", "draft"))
@@ -63,7 +63,7 @@ def assert_equal_answers(
     *arguments: str,
     roles: Sequence[Role] = ("target",),
 ) -> None:
-    """Start a server and a client; what they have under these roles is equal, and so are their answers."""
+    """Start a server and a client, and check that the weights of these roles and the answers are equal."""
     with engines.engine(MODEL, folder / "server.log", *arguments, folder=full, config=settings or None) as server:
         answers = server.wait_ready().answers(PROMPTS)
         assert max(len({token.text for token in tokens}) for tokens in answers.values()) >= 8
@@ -71,7 +71,7 @@ def assert_equal_answers(
         with engines.engine(MODEL, folder / "client.log", *arguments, folder=bare, config=config) as client:
             client.wait_ready()
             assert client.answers(PROMPTS) == answers
-            for role in roles:  # a draft that is wrong would cost time, and change no answer
+            for role in roles:  # a wrong draft would only be slower: it changes no answer
                 assert client.lines(f"rank 0: {role}: pulled ")
                 ours, theirs = (clients.pull_all(one.wait_addresses()[0], role=role) for one in (server, client))
                 assert ours.equal(theirs.tensors)

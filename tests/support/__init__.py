@@ -1,4 +1,4 @@
-"""Things that tests of several rooms share."""
+"""Helpers for tests of several rooms."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PLUGINS = Path(__file__).parent / "plugins"
 
 
 def with_plugins(environment: Mapping[str, str], **more: str) -> dict[str, str]:
-    """An environment for a process that shall find the test transports.
+    """An environment for a process that uses the test transports.
 
     Args:
-        environment: What to start from.
+        environment: The base environment.
         more: Variables to add (NETLOADER_TEST_HOLD and so on).
     """
     paths = [str(PLUGINS), environment.get("PYTHONPATH", "")]

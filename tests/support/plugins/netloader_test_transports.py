@@ -1,12 +1,12 @@
 # ruff: noqa: INP001 - on PYTHONPATH by itself, as an installed module would be
 """Transports for tests, found through the entry-point group when this folder is on PYTHONPATH.
 
-`held` is gloo that can be stopped in the middle. Both sides have to use it by name; what happens where is told by the
-environment of each process:
+`held` is gloo that can be held in the middle of a transfer. Both sides have to use it by name; the environment of each
+process configures it:
 
-NETLOADER_TEST_HOLD   number of the block after whose sending nothing goes on, in each channel, ...
+NETLOADER_TEST_HOLD   number of the block after which each channel stops sending ...
 NETLOADER_TEST_FILE   ... until this file exists
-NETLOADER_TEST_MARKS  folder in which each hold leaves a file when it begins
+NETLOADER_TEST_MARKS  folder in which each hold creates a file when it begins
 NETLOADER_TEST_FAULT  a fault in the form of the command line (`corrupt:3:17`), once in this process
 """
 
@@ -22,7 +22,7 @@ from netloader.transports.gloo import GlooTransport
 
 
 class HeldTransport(FaultyTransport):
-    """Gloo with the faults that the environment asks for."""
+    """Gloo with the faults that the environment configures."""
 
     def __init__(self) -> None:
         faults = []
@@ -37,7 +37,7 @@ class HeldTransport(FaultyTransport):
 
 
 class _Marking(Faults):
-    """Faults whose holds can be seen from other processes."""
+    """Faults whose holds are visible to other processes."""
 
     def __init__(self, faults: Sequence[Fault], folder: str | None) -> None:
         super().__init__(faults)
