@@ -1,5 +1,5 @@
 # mypy: disable-error-code="return-value"
-"""The example of docs/transports.md as release 0.1 had it, unchanged: a transport of the contract of then."""
+"""The example of docs/transports.md as release 0.1 had it, unchanged: a transport of the contract of 0.1."""
 
 from __future__ import annotations
 

@@ -58,20 +58,20 @@ async def pulled(there: object, here: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["tcp", "shm", "gloo"])
-async def test_by_name(name: str) -> None:
+async def test_a_transport_can_be_chosen_by_name(name: str) -> None:
     assert await pulled([name], [name]) == name
 
 
-async def test_within_a_host_memory_is_read() -> None:
+async def test_within_a_host_shm_is_chosen() -> None:
     assert await pulled("auto", "auto") == "shm"
 
 
-async def test_between_hosts_it_is_tcp() -> None:
+async def test_between_hosts_tcp_is_chosen() -> None:
     assert await pulled([ElsewhereTransport(), "tcp"], [ShmTransport(), "tcp"]) == "tcp"
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
-async def test_the_next_transport_is_used_when_one_does_not_work(side: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_next_transport_is_used_when_one_fails(side: str, caplog: pytest.LogCaptureFixture) -> None:
     broken = Broken(side)
     with caplog.at_level(logging.WARNING, logger="netloader"):
         assert await pulled([broken, "tcp"], [broken, "tcp"]) == "tcp"
@@ -86,5 +86,5 @@ async def test_without_a_usable_transport_the_error_has_the_reasons() -> None:
         await pulled([broken], [broken])
 
 
-async def test_through_staging_memory() -> None:
+async def test_a_pull_through_staging_memory_is_bit_exact() -> None:
     assert await pulled([TcpTransport(2, staged=100_000)], [TcpTransport(staged=70_001)]) == "tcp"

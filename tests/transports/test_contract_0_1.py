@@ -70,7 +70,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cached.cache_clear()
 
 
-async def test_one_that_is_found_by_its_name(registered: None) -> None:
+async def test_a_transport_of_0_1_is_found_by_its_name(registered: None) -> None:
     with written_for_0_1():
         (found,) = registry.available("cpu", "line").transports
     assert found.name == "line"
@@ -79,7 +79,7 @@ async def test_one_that_is_found_by_its_name(registered: None) -> None:
         assert (server.depth, client.depth, client.whole_blocks) == (1, 1, False)
 
 
-async def test_faults_around_it() -> None:
+async def test_faults_can_wrap_a_transport_of_0_1() -> None:
     with written_for_0_1():
         faulty = FaultyTransport(of_0_1(), Faults([Fault(FaultKind.CUT, 0, side=Side.RECV)]))
     async with opened(faulty) as (_, client):
@@ -87,7 +87,7 @@ async def test_faults_around_it() -> None:
             await client.recv([cast("BlockView", type("Block", (), {"number": 0, "nbytes": 1}))])
 
 
-async def test_what_its_channel_says_is_kept(monkeypatch: pytest.MonkeyPatch, line: Transport) -> None:
+async def test_attributes_of_a_channel_of_0_1_are_kept(monkeypatch: pytest.MonkeyPatch, line: Transport) -> None:
     monkeypatch.setattr(LineChannel, "depth", 3, raising=False)
     monkeypatch.setattr(LineChannel, "whole_blocks", True, raising=False)
     async with opened(line) as (server, client):
@@ -174,12 +174,14 @@ class Boundless(MemoryTransport):
         (Boundless, "both_ends_say_what_they_take: depth is 0"),
     ],
 )
-async def test_what_lacks_a_part_fails_the_checks(kind: type[MemoryTransport], why: str) -> None:
+async def test_a_transport_that_lacks_a_part_of_the_contract_fails_the_checks(
+    kind: type[MemoryTransport], why: str
+) -> None:
     with pytest.raises(Failed, match=why):
         await check_transport(pair_maker(kind()))
 
 
-async def test_channels_of_0_1_from_a_maker_of_pairs_of_ones_own() -> None:
+async def test_the_conformance_suite_takes_channels_of_0_1_from_a_custom_pair_factory() -> None:
     @asynccontextmanager
     async def make_pair(*, stall: float = 20.0) -> AsyncIterator[tuple[Channel, Channel]]:
         async with opened(MemoryTransport(), stall=stall) as (server, client):
@@ -189,7 +191,7 @@ async def test_channels_of_0_1_from_a_maker_of_pairs_of_ones_own() -> None:
         await check_transport(make_pair)
 
 
-async def test_depth_of_is_told_where_to_look_now() -> None:
+async def test_depth_of_warns_and_names_its_replacement() -> None:
     async with opened(MemoryTransport()) as (_, client):
         for channel in (client, cast("Channel", Bare(client))):
             with pytest.warns(DeprecationWarning, match="channel.depth now"):

@@ -124,7 +124,7 @@ async def test_stall_ends_when_the_channel_is_closed() -> None:
 
 @pytest.mark.parametrize("how", ["release", "event", "file"])
 @pytest.mark.parametrize("side", list(Side))
-async def test_hold_waits_after_the_block_until_told(how: str, side: Side, tmp_path: Path) -> None:
+async def test_hold_waits_after_the_block_until_released(how: str, side: Side, tmp_path: Path) -> None:
     event, file = threading.Event(), tmp_path / "go"
     until = {"release": None, "event": event, "file": file}[how]
     faults = Faults([Fault(FaultKind.HOLD, 1, side=side, until=until)])
@@ -157,7 +157,7 @@ async def test_hold_waits_after_the_block_until_told(how: str, side: Side, tmp_p
         assert [block.data for block in into] == [block.data for block in sent]
 
 
-async def test_delay_passes() -> None:
+async def test_delay_only_delays() -> None:
     sent = blocks(2)
     into = like(sent)
     faults = Faults([Fault(FaultKind.DELAY, 1, seconds=0.01), Fault(FaultKind.DELAY, 0, side=Side.RECV, seconds=0.01)])

@@ -90,7 +90,7 @@ def test_hosts_are_compared_in_canonical_form() -> None:
 
 
 @pytest.mark.skipif(not have_ipv6(), reason="no IPv6 here")
-async def test_ipv6() -> None:
+async def test_gloo_works_over_ipv6() -> None:
     async with opened(GlooTransport(), host="::1") as (server, client):
         await carry(server, client)
 
@@ -192,7 +192,7 @@ async def test_an_invalid_message_ends_the_set_up(note: bytes) -> None:
 # --- set-up that fails ------------------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_does_not_connect() -> None:
+async def test_a_client_that_does_not_connect_times_out() -> None:
     ours, theirs = local_signals()
     transport = GlooTransport()
     pending = await transport.offer(setup_for(ours, timeout=0.1))
@@ -538,7 +538,7 @@ async def receive_for_ever(channel: Channel, seen: anyio.Event) -> None:
         seen.set()
 
 
-async def test_another_process(no_leaked_descriptors: None) -> None:
+async def test_gloo_works_between_processes(no_leaked_descriptors: None) -> None:
     async with other_process() as (process, channel):
         for start in range(0, 60, 20):
             into = [numbered(number) for number in range(start, start + 20)]
@@ -581,6 +581,6 @@ async def test_conformance_of_the_ipv6_kind() -> None:
     await check_transport(pair_maker(GlooTransport(), host="::1"))
 
 
-def test_what_it_needs() -> None:
+def test_gloo_moves_host_memory_only() -> None:
     assert GlooTransport().missing("cpu") is None
     assert "npu:3" in str(GlooTransport().missing("npu:3"))

@@ -126,7 +126,7 @@ async def test_an_offer_can_be_taken_once_and_withdrawn() -> None:
     theirs.close()
 
 
-async def test_accept_waits_no_longer_than_told() -> None:
+async def test_accept_waits_no_longer_than_its_timeout() -> None:
     hub = MemoryHub()
     transport = MemoryTransport(hub)
     ours, theirs = signals()

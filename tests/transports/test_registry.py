@@ -93,7 +93,7 @@ def test_the_packages_own_transports_name_the_missing_extra(
         registry.load("gloo")
 
 
-def test_reasons_of_the_device_are_told(installed: list[EntryPoint]) -> None:
+def test_the_reason_why_a_device_is_excluded_is_named(installed: list[EntryPoint]) -> None:
     with pytest.raises(TransportUnavailable, match=r"for tensors on npu:3: memory: .*not on npu:3"):
         registry.available("npu:3", "memory")
 
