@@ -1,4 +1,4 @@
-"""Running the command line: as processes of its own, and inside the test's."""
+"""Running the command line: in separate processes, and inside the process of the test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(*arguments: object, cwd: Path | None = None, fresh: bool = False) -> sub
 
 
 class Serving:
-    """A ``netloader serve`` that has said where it listens."""
+    """A ``netloader serve`` that has printed its address."""
 
     def __init__(self, process: subprocess.Popen[str], lines: list[str], address: str) -> None:
         self.process = process
@@ -39,7 +39,7 @@ class Serving:
         self.address = address
 
     def read_to_end(self) -> str:
-        """Wait for its end; everything that it said."""
+        """Wait for its end; return all of its output."""
         rest, _ = self.process.communicate(timeout=PATIENCE)
         return "".join(self.lines) + rest
 
@@ -71,7 +71,7 @@ def serving(*arguments: object) -> Iterator[Serving]:
 
 @contextmanager
 def untouched_logging() -> Iterator[None]:
-    """The command line sets up the log of its process; a test that calls it in its own puts that back."""
+    """The command line configures the log of its process; restore it after a test that calls it in its own process."""
     log = logging.getLogger("netloader")
     before = log.handlers[:], log.level, log.propagate
     try:

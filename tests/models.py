@@ -1,7 +1,7 @@
 """Tiny real checkpoints, made in seconds, for tests that load them with a real engine.
 
 Every maker writes a complete Hugging Face folder (config, tokenizer, safetensors) and returns its path. Needs torch,
-transformers and tokenizers; needs no engine. The weights are random but scaled so that greedy decoding wanders: a
+transformers and tokenizers; needs no engine. The weights are random but scaled so that greedy decoding varies: a
 model that repeats one token would look right even with wrong weights.
 """
 
@@ -204,7 +204,7 @@ def make_eagle3(folder: Path, *, seed: int = 8) -> Path:
     make_llama(folder, seed=seed, layers=1)
     rewrite_weights(folder, change)
     changes = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": small}
-    # The layers of the target that it looks at: the usual choice takes one of four twice, and is one short.
+    # The layers of the target that it reads: the default would select one of four layers twice.
     _change_config(folder, {**changes, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]})
     return folder
 
@@ -429,7 +429,7 @@ def _save(folder: Path, model_class: Any, config: Any, *, dtype: str, seed: int)
         torch.manual_seed(seed)
         model = model_class(config)
         if config.tie_word_embeddings:
-            _let_layers_speak(model)
+            _let_layers_decide(model)
     model = model.to(getattr(torch, dtype))
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
@@ -437,7 +437,7 @@ def _save(folder: Path, model_class: Any, config: Any, *, dtype: str, seed: int)
     return folder
 
 
-def _let_layers_speak(model: Any) -> None:
+def _let_layers_decide(model: Any) -> None:
     # With tied embeddings and random layers the likeliest next token is the last one, again and again. Weak
     # embeddings under a strong final norm leave the choice to the layers.
     import torch

@@ -1,4 +1,4 @@
-"""Sets of tensors of every kind that may travel, for property tests."""
+"""Sets of tensors of every kind that can be transferred, for property tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulls into and out of an accelerator that is really there; left out where there is none."""
+"""Pulls to and from a real accelerator; skipped without one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights(device: str) -> dict[str, torch.Tensor]:
 
 
 def blank(tensors: Mapping[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
-    """Tensors like these, of other bytes, on `device`."""
+    """Tensors like these with other bytes, on `device`."""
     owners: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
         owners.setdefault(id(tensor), torch.empty_like(tensor, device=device).fill_(1))
@@ -63,7 +63,7 @@ async def test_conformance(check: Check) -> None:
 
 
 @pytest.mark.parametrize(("there", "here"), [(DEVICE, DEVICE), ("cpu", DEVICE), (DEVICE, "cpu")])
-async def test_every_bit_arrives(there: str, here: str) -> None:
+async def test_a_pull_is_bit_exact_on_the_accelerator(there: str, here: str) -> None:
     source = weights(there)
     into = blank(source, here)
     async with netloader.Server(source, IDENTITY, host="127.0.0.1") as server:
@@ -72,7 +72,7 @@ async def test_every_bit_arrives(there: str, here: str) -> None:
     assert [share.transport for share in report.sources.values()] == ["tcp"]
 
 
-async def test_a_flipped_byte_is_found_where_it_landed() -> None:
+async def test_a_flipped_byte_is_detected_in_device_memory() -> None:
     source = weights(DEVICE)
     into = blank(source, DEVICE)
     harm = FaultyTransport(TcpTransport(), Faults([Fault(FaultKind.CORRUPT, 2, byte=9, times=None)]))

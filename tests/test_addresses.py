@@ -79,7 +79,7 @@ def test_any_text_is_an_address_or_one_clean_error(text: str) -> None:
         ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
     ],
 )
-def test_addresses(text: str, host: str, port: int) -> None:
+def test_addresses_are_parsed(text: str, host: str, port: int) -> None:
     address = parse_address(text)
     assert (address.host, address.port) == (host, port)
 
@@ -139,7 +139,7 @@ def test_addresses_that_mean_the_same_are_equal() -> None:
         ("bücher.example:80", "xn--"),
     ],
 )
-def test_what_is_not_an_address(text: str, reason: str) -> None:
+def test_an_invalid_address_is_refused_with_the_reason(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         parse_address(text, field="SOURCE[1].sources[0]")
     message = str(caught.value)
@@ -160,12 +160,12 @@ def test_an_address_is_text(value: object) -> None:
     ("text", "host"),
     [("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::]", "::"), ("Node-1", "node-1"), ("fe80::1%eth0", "fe80::1%eth0")],
 )
-def test_hosts(text: str, host: str) -> None:
+def test_hosts_are_normalised(text: str, host: str) -> None:
     assert parse_host(text) == host
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[host]", "host:80", "10.0.0.256", "a b", "[::1", "::1]", "[10.0.0.7]"])
-def test_what_is_not_a_host(text: str) -> None:
+def test_an_invalid_host_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^LISTEN_HOST = ") as caught:
         parse_host(text, field="LISTEN_HOST")
     assert caught.value.field == "LISTEN_HOST"
@@ -183,7 +183,7 @@ def test_an_address_cannot_be_changed() -> None:
         address.port = 2  # type: ignore[misc]
 
 
-def test_wildcards() -> None:
+def test_wildcard_addresses_are_recognised() -> None:
     assert is_wildcard("0.0.0.0")
     assert is_wildcard("::")
     assert not is_wildcard("127.0.0.1")

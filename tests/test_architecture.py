@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: files and names are there, and rooms are in the order that their imports have."""
+"""docs/architecture.md is current: its files and names exist, and its rooms are in the order of their imports."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def place_of(name: str) -> Path:
-    """Where a file lies that the page names."""
+    """The path of a file that the page names."""
     at_the_top = name.startswith(TOP) or (ROOT / name).is_file()
     return ROOT / name if at_the_top else PACKAGE / name
 
@@ -72,7 +72,7 @@ def contract(name: str) -> list[str]:
 
 
 def packages_of(room: str) -> set[str]:
-    """Packages of others that a room's modules import, other than for types."""
+    """Third-party packages that a room's modules import, except for types only."""
     inside = [path for path in MODULES if name_of(path) == f"{room}.py" or name_of(path).startswith(f"{room}/")]
     assert inside, f"there is no room {room}"
     found = {one.package for path in inside for one in imports_of(path) if not one.for_types_only}
@@ -87,7 +87,7 @@ def test_there_is_something_to_check() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_named_is_there(name: str) -> None:
+def test_named_files_exist(name: str) -> None:
     assert place_of(name).is_dir() if name.endswith("/") else place_of(name).is_file()
 
 
@@ -110,7 +110,7 @@ def test_rooms_import_the_packages_that_are_named(room: str, packages: str) -> N
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
-def test_a_step_names_what_is_in_its_file(step: Step) -> None:
+def test_names_in_a_step_exist_in_its_file(step: Step) -> None:
     text = place_of(step.file).read_text(encoding="utf-8")
     names = [name for name in QUOTED.findall(step.text) if not A_FILE.fullmatch(name)]
     assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)] == []

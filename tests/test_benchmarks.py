@@ -1,4 +1,4 @@
-"""The benchmarks run, and their table says what was measured. How fast anything is is no matter of tests."""
+"""The benchmarks run, and their table says what was measured. Speed itself is not tested."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_memory_beyond_the_destination_is_measured() -> None:
     assert line["client_with_first_use_MiB"] >= line["client_MiB"]
 
 
-def test_replicas_on_hosts_of_their_own_pass_on_what_they_get() -> None:
+def test_replicas_on_simulated_hosts_relay_their_blocks() -> None:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -83,14 +83,14 @@ def test_the_table_compares_the_newest_figures_with_the_goals(tmp_path: Path) ->
     assert rows["fixed cost of a pull by tcp"][0] == "not measured"
 
 
-def test_the_best_raw_loop_is_the_one_that_counts(tmp_path: Path) -> None:
+def test_the_fastest_raw_loop_is_the_reference(tmp_path: Path) -> None:
     line = {"part": "llama", "workload": "llama", "summary": "tcp-unverified"}
     ratios = {"raw_tcp_1": 1.2, "raw_tcp_2": 0.8, "raw_tcp_bounded_2": 0.7, "read_memory_2": 0.3}
     path = write(tmp_path / "x", {**line, **{f"times_as_fast_as_{raw}": ratio for raw, ratio in ratios.items()}})
     assert read(path).of_best_raw_tcp("tcp-unverified") == 0.7
 
 
-def test_every_part_of_the_suite_is_a_module_that_is_there() -> None:
+def test_every_part_of_the_suite_is_an_existing_module() -> None:
     for arguments in PARTS.values():
         module = arguments[arguments.index("-m") + 1]
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()

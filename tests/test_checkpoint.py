@@ -77,9 +77,9 @@ def test_every_dtype_of_the_format_is_read_back_by_safetensors(dtype: str, tmp_p
 
 
 @given(sketch=sketches(), shard_bytes=st.sampled_from([1, 500, 1 << 20]))
-def test_what_is_written_is_what_is_opened(sketch: list[Sketch], shard_bytes: int) -> None:
+def test_written_tensors_are_read_back(sketch: list[Sketch], shard_bytes: int) -> None:
     fit = [s for s in sketch if s.alias_of is None and s.dtype in FORMAT_NAMES]
-    # An odd number of 4-bit pairs and all else is fine; scalars of pairs do not exist in the format.
+    # An odd number of 4-bit pairs is valid; the format has no scalars of pairs.
     tensors = build([s for s in fit if s.dtype != "float4_e2m1fn_x2" or s.shape], seed=4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,7 +143,7 @@ def test_tied_tensors_are_stored_once_and_found_again(tmp_path: Path) -> None:
     assert root_of(tmp_path) == first
 
 
-def test_what_lies_beside_the_weights_is_listed(tmp_path: Path) -> None:
+def test_other_files_beside_the_weights_are_listed(tmp_path: Path) -> None:
     sharded(tmp_path)
     for name in ("config.json", "tokenizer.json", "pytorch_model.bin", ".hidden", "pytorch_model.bin.index.json"):
         (tmp_path / name).write_text("{}")
@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(
     assert caught.value.hint or harm is escaping
 
 
-def test_a_consolidated_copy_beside_the_shards_is_no_problem(tmp_path: Path) -> None:
+def test_a_consolidated_copy_beside_the_shards_is_ignored(tmp_path: Path) -> None:
     tensors = sharded(tmp_path)
     save_file(tensors, tmp_path / "consolidated.safetensors")
     checkpoint = open_checkpoint(tmp_path)
@@ -254,7 +254,7 @@ def test_a_consolidated_copy_beside_the_shards_is_no_problem(tmp_path: Path) -> 
     assert differing(dict(checkpoint.tensors), tensors) == []
 
 
-def test_an_index_of_another_name_counts(tmp_path: Path) -> None:
+def test_an_index_of_another_name_is_used(tmp_path: Path) -> None:
     tensors = sharded(tmp_path)
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "weights.safetensors.index.json")
     assert differing(dict(open_checkpoint(tmp_path).tensors), tensors) == []
@@ -266,7 +266,7 @@ def test_several_files_without_an_index_are_one_checkpoint(tmp_path: Path) -> No
     assert list(open_checkpoint(tmp_path).tensors) == ["a", "b"]
 
 
-def test_nothing_to_open_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="has no safetensors file "):
@@ -276,7 +276,7 @@ def test_nothing_to_open_is_an_error(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_weights_that_are_there_are_not_replaced_by_mistake(tmp_path: Path) -> None:
+def test_existing_weights_are_not_replaced_without_permission(tmp_path: Path) -> None:
     old = sharded(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is there already"):
@@ -310,7 +310,7 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("shard_bytes", [9000, 5000, 1 << 20])
 @pytest.mark.parametrize("step", range(13))
-def test_a_reader_never_finds_a_mixture(
+def test_a_reader_never_reads_a_mixture_of_old_and_new_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, shard_bytes: int
 ) -> None:
     """Stopped before any rename or removal, the folder holds the old tensors, the new ones, or is refused."""
@@ -341,7 +341,7 @@ def test_a_reader_never_finds_a_mixture(
     assert differing(found, old) == [] or differing(found, new) == []
 
 
-def test_what_the_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
+def test_tensors_that_the_format_cannot_store_are_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         odd = {"a": torch.ones(3, dtype=torch.complex128), "b": torch.empty(3, dtype=torch.complex32)}

@@ -1,4 +1,4 @@
-"""The command line against real servers: processes where signals and exit statuses matter, else inside the test."""
+"""The command line against real servers: in processes where signals and exit statuses matter, else in the test."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def server(model: Path) -> Iterator[Serving]:
 
 @pytest.fixture
 def unused_address() -> Iterator[str]:
-    with socket.socket() as bound:  # bound and not listening: nobody else gets the port meanwhile
+    with socket.socket() as bound:  # bound and not listening: no other process can take the port meanwhile
         bound.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{bound.getsockname()[1]}"
 
@@ -119,12 +119,12 @@ def test_wrong_arguments_are_usage_errors(arguments: list[str], capsys: pytest.C
     ("text", "nbytes"),
     [("4096", 4096), ("64M", 64_000_000), ("1.5GB", 1_500_000_000), ("2GiB", 1 << 31), ("3 kB", 3000), ("0", 0)],
 )
-def test_sizes(text: str, nbytes: int) -> None:
+def test_sizes_are_parsed_with_their_units(text: str, nbytes: int) -> None:
     assert size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "B", "-1", "1e9", "1 parsec", "1.G"])
-def test_no_sizes(text: str) -> None:
+def test_texts_that_are_not_sizes_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="size"):
         size(text)
 
@@ -162,7 +162,7 @@ def test_exit_statuses(error: BaseException, status: int) -> None:
     assert exit_for(error) == status
 
 
-def test_whose_process_it_is_decides_what_becomes_of_its_garbage(
+def test_only_the_command_as_a_process_freezes_the_garbage_collector(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[str] = []
@@ -177,7 +177,7 @@ def test_whose_process_it_is_decides_what_becomes_of_its_garbage(
     capsys.readouterr()
 
 
-def test_transports_says_what_runs_and_what_auto_means(capsys: pytest.CaptureFixture[str]) -> None:
+def test_transports_lists_what_can_run_and_what_auto_selects(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["transports"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "tcp: runs here" in lines
@@ -217,7 +217,7 @@ def test_errors_are_one_line_and_a_hint(
         assert word.lower() in shown.err.lower()
 
 
-def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path), "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
@@ -225,7 +225,7 @@ def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 # --- pull -------------------------------------------------------------------------------------------------------------
 
 
-def test_pull_as_a_process(server: Serving, model: Path, tmp_path: Path) -> None:
+def test_pull_works_as_a_process(server: Serving, model: Path, tmp_path: Path) -> None:
     done = run("pull", server.address, "-o", tmp_path / "copy", *BY_GLOO, fresh=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -251,7 +251,7 @@ def test_pull_draws_a_bar_on_a_terminal(
     shown = terminal.getvalue()
     assert "\r\x1b[K 100% |#" in shown
     assert re.search("8[.]39 MB of 8[.]39 MB  .*/s  0:00 left\n", shown)
-    # A log line starts by clearing what stands in its way.
+    # A log line starts by clearing the bar.
     assert all(line.startswith("\r\x1b[K") for line in shown.split("\n") if " INFO " in line)
     assert "verified: all tensors bit-exact" in capsys.readouterr().out
 
@@ -272,7 +272,7 @@ def test_ctrl_c_ends_a_pull_and_leaves_nothing(model: Path, tmp_path: Path) -> N
     assert not (tmp_path / "copy").exists()
 
 
-def test_pull_overwrites_weights_only_when_told(
+def test_pull_overwrites_weights_only_with_the_option(
     server: Serving, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
@@ -285,7 +285,7 @@ def test_pull_overwrites_weights_only_when_told(
     capsys.readouterr()
 
 
-def test_pull_as_json(server: Serving, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pull_prints_json(server: Serving, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["ok"] is True
@@ -306,7 +306,7 @@ def test_pull_goes_on_to_the_next_source(
     assert same(model, tmp_path / "copy")
 
 
-def test_pull_without_a_source_that_is_up(
+def test_pull_without_a_reachable_source_fails(
     unused_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["pull", unused_address, "-o", str(tmp_path / "copy"), "--wait", "0.1"]) == 1
@@ -316,7 +316,7 @@ def test_pull_without_a_source_that_is_up(
     assert not (tmp_path / "copy").exists()
 
 
-def test_pull_of_other_weights_than_expected(
+def test_pull_refuses_a_root_other_than_the_expected_one(
     server: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--expect-root", ZERO_ROOT]) == 3
@@ -324,7 +324,7 @@ def test_pull_of_other_weights_than_expected(
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_token_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_with_a_token_requires_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     token = tmp_path / "token"
     token.write_text("correct horse battery staple")
     token.chmod(0o600)
@@ -335,14 +335,16 @@ def test_a_token_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert same(model, tmp_path / "copy")
 
 
-# --- pull when bytes are harmed ---------------------------------------------------------------------------------------
+# --- pull when bytes are corrupted ------------------------------------------------------------------------------------
 
 
-def harmed(*faults: Fault) -> FaultyTransport:
+def faulty(*faults: Fault) -> FaultyTransport:
     return FaultyTransport(registry.load("gloo"), Faults(faults))
 
 
-def test_ten_random_offsets_are_found(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flipped_bit_at_ten_random_offsets_is_detected(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     chance = random.Random(seed)
     tensors = open_checkpoint(model).tensors
@@ -352,7 +354,7 @@ def test_ten_random_offsets_are_found(model: Path, tmp_path: Path, capsys: pytes
         block = chance.choice(announced.plan.blocks)
         byte = chance.randrange(block.nbytes)
         where = f"seed {seed}, block {block.number}, byte {byte}"
-        transport = harmed(Fault(FaultKind.CORRUPT, block.number, byte=byte, times=None))
+        transport = faulty(Fault(FaultKind.CORRUPT, block.number, byte=byte, times=None))
         with sync.serve(tensors, identity, host="127.0.0.1", transport=transport) as server:
             status = main(["pull", server.address, "-o", str(tmp_path / str(number)), "--transport", "gloo"])
         shown = capsys.readouterr()
@@ -370,9 +372,9 @@ def test_ten_random_offsets_are_found(model: Path, tmp_path: Path, capsys: pytes
         assert not (tmp_path / str(number)).exists(), where
 
 
-def test_corruption_is_told_as_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corruption_is_reported_as_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = open_checkpoint(model).tensors
-    transport = harmed(Fault(FaultKind.CORRUPT, 1, byte=7, times=None))
+    transport = faulty(Fault(FaultKind.CORRUPT, 1, byte=7, times=None))
     with sync.serve(tensors, ModelIdentity(layout="checkpoint"), host="127.0.0.1", transport=transport) as server:
         assert main(["pull", server.address, "-o", str(tmp_path / "copy"), *BY_GLOO, "--json"]) == 3
     (attempt,) = json.loads(capsys.readouterr().out)["attempts"]
@@ -380,11 +382,11 @@ def test_corruption_is_told_as_json(model: Path, tmp_path: Path, capsys: pytest.
     assert attempt["announced"] != attempt["arrived"]
 
 
-def test_a_good_source_makes_up_for_a_bad_one(
+def test_a_good_source_replaces_a_corrupting_one(
     server: Serving, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = open_checkpoint(model).tensors
-    transport = harmed(Fault(FaultKind.CORRUPT, 1, times=None))
+    transport = faulty(Fault(FaultKind.CORRUPT, 1, times=None))
     with sync.serve(tensors, ModelIdentity(layout="checkpoint"), host="127.0.0.1", transport=transport) as bad:
         sources = [bad.address, server.address]
         assert main(["pull", *sources, "-o", str(tmp_path / "copy"), "--transport", "gloo"]) == 0
@@ -393,11 +395,11 @@ def test_a_good_source_makes_up_for_a_bad_one(
 
 
 @pytest.mark.parametrize("kind", [FaultKind.CUT, FaultKind.STALL])
-def test_a_source_that_breaks_off_or_stalls(
+def test_a_source_that_disconnects_or_stalls_is_reported(
     kind: FaultKind, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = open_checkpoint(model).tensors
-    transport = harmed(Fault(kind, 1, times=None))
+    transport = faulty(Fault(kind, 1, times=None))
     with sync.serve(tensors, ModelIdentity(layout="checkpoint"), host="127.0.0.1", transport=transport) as server:
         arguments = ["pull", server.address, "-o", str(tmp_path / "copy"), "--transport", "gloo"]
         assert main([*arguments, "--stall-timeout", "0.5"]) == 1
@@ -416,7 +418,7 @@ def probed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return status, capsys.readouterr().out
 
 
-def test_probe_tells_what_is_held(server: Serving, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_prints_what_is_held(server: Serving, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = probed(capsys, server.address)
     assert status == 0
     assert "transports gloo" in text
@@ -463,7 +465,7 @@ def _one_bit(model: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("make", [_other_weights, _other_shapes, _one_bit])
-def test_probe_says_why_a_folder_differs(
+def test_probe_names_the_difference_of_a_folder(
     make: Callable[[Path, Path], str],
     server: Serving,
     model: Path,
@@ -481,7 +483,7 @@ def test_probe_says_why_a_folder_differs(
     assert any(words in reason for reason in said["reasons"])
 
 
-def test_probe_says_that_a_folder_matches(server: Serving, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_reports_that_a_folder_matches(server: Serving, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = probed(capsys, server.address, "--against", model)
     assert status == 0
     assert "matches: yes" in text
@@ -539,7 +541,7 @@ def test_a_server_ends_with_its_parent(model: Path) -> None:
         assert server.process.returncode == 0
 
 
-def test_a_port_that_is_taken(model: Path) -> None:
+def test_a_port_in_use_is_an_error(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run("serve", model, "--host", "127.0.0.1", "--port", port)

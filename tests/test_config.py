@@ -62,7 +62,7 @@ BAD: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), GOOD, ids=label)
-def test_good_values(name: str, value: object, expected: object) -> None:
+def test_valid_values_are_accepted(name: str, value: object, expected: object) -> None:
     config = load_config({name: value})
     found = getattr(config, name.lower())
     assert found == expected
@@ -70,19 +70,19 @@ def test_good_values(name: str, value: object, expected: object) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=label)
-def test_bad_values(name: str, value: object) -> None:
+def test_invalid_values_are_refused_with_the_reason(name: str, value: object) -> None:
     error = error_of({name: value})
     assert error.field.startswith(name)
     assert str(error).startswith(f"{error.field} = ")
     assert f"allowed: {error.allowed}" in str(error)
 
 
-def test_every_field_has_good_and_bad_values() -> None:
+def test_every_field_has_valid_and_invalid_examples() -> None:
     assert {name for name, *_ in GOOD} == set(FIELDS)
     assert {name for name, _ in BAD} == set(FIELDS)
 
 
-def test_nothing_given_is_all_defaults() -> None:
+def test_an_empty_configuration_has_all_defaults() -> None:
     assert load_config() == load_config(None) == load_config({}) == Config()
     assert load_config().warnings == ()
 
@@ -93,7 +93,7 @@ def test_every_field_is_an_attribute() -> None:
 
 
 @pytest.mark.parametrize("extra", [[], "SOURCE", 0, False, [("MODEL", "a")]])
-def test_the_whole_is_an_object(extra: object) -> None:
+def test_a_configuration_has_to_be_an_object(extra: object) -> None:
     assert error_of(extra).allowed == "one object"
 
 
@@ -152,7 +152,7 @@ def test_a_repeated_device_id_names_both_places() -> None:
         ("zzz", ""),
     ],
 )
-def test_an_unknown_field_is_refused_with_the_nearest(key: str, hint: str) -> None:
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(key: str, hint: str) -> None:
     error = error_of({key: 17})
     assert f"{key} = 17 is not valid: unknown field" in str(error)
     assert hint in error.hint
@@ -162,7 +162,7 @@ def test_an_unknown_field_is_refused_with_the_nearest(key: str, hint: str) -> No
 
 
 @pytest.mark.parametrize("key", [0, None, ("a",), "\0", "a" * 10_000, "\ud800"])
-def test_an_odd_key_is_refused(key: object) -> None:
+def test_a_key_that_is_not_a_field_name_is_refused(key: object) -> None:
     error = error_of({key: 1})
     assert "unknown field" in str(error)
     assert len(str(error)) < 1000
@@ -215,7 +215,7 @@ def test_a_huge_value_gives_a_short_message() -> None:
     ],
     ids=label,
 )
-def test_a_rank_without_sources_is_told_why(source: object, reason: str) -> None:
+def test_a_rank_without_sources_gets_the_reason(source: object, reason: str) -> None:
     config = load_config({"SOURCE": source})
     assert config.sources_for(3) == ()
     assert reason in (config.why_no_source(3) or "")
@@ -260,7 +260,7 @@ def test_a_port_within_the_bounds(base: object, rank: int, port: int) -> None:
     ],
     ids=label,
 )
-def test_a_port_out_of_bounds_costs_the_listener_only(base: object, rank: int, total: str) -> None:
+def test_a_port_out_of_bounds_disables_the_listener_only(base: object, rank: int, total: str) -> None:
     decision = listen_port_for(load_config({"LISTEN_PORT": base}), rank)
     assert decision.port is None
     assert not decision.listens
@@ -283,7 +283,7 @@ def test_a_worker_that_does_not_serve_needs_no_port() -> None:
     assert decision.warning is None
 
 
-# --- fields that meet ------------------------------------------------------------------------------------------------
+# --- fields that depend on each other --------------------------------------------------------------------------------
 
 
 def test_waiting_fits_into_the_timeout() -> None:
@@ -293,7 +293,7 @@ def test_waiting_fits_into_the_timeout() -> None:
     assert load_config({"WAIT": 3600, "TIMEOUT": 4000}).wait == 3600
 
 
-def test_names_without_a_cache_are_warned_of() -> None:
+def test_names_without_a_cache_log_a_warning() -> None:
     assert "INT8_CACHE_NAME" in load_config({"INT8_CACHE_NAME": ["a"]}).warnings[0]
     assert load_config({"INT8_CACHE_NAME": ["a"], "INT8_CACHE": "dram"}).warnings == ()
 

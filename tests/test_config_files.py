@@ -34,7 +34,7 @@ def write(tmp_path: Path) -> Any:
 # --- CONFIG_FILE -----------------------------------------------------------------------------------------------------
 
 
-def test_every_field_of_the_file_wins(write: Any, tmp_path: Path) -> None:
+def test_every_field_of_the_file_takes_precedence(write: Any, tmp_path: Path) -> None:
     tokens = [tmp_path / "inline", tmp_path / "file"]
     for number, token in enumerate(tokens):
         token.write_text(f"{SECRET} {number}")
@@ -137,7 +137,7 @@ def test_a_fault_in_the_file_names_the_file(write: Any) -> None:
     assert "did you mean WAIT?" in str(error)
 
 
-def test_an_inline_value_that_loses_is_checked_too(write: Any) -> None:
+def test_an_inline_value_that_the_file_overrides_is_checked_too(write: Any) -> None:
     assert error_of({"WAIT": -1, "CONFIG_FILE": write({"WAIT": 1})}).field == "WAIT"
 
 
@@ -160,7 +160,9 @@ def test_an_inline_value_that_loses_is_checked_too(write: Any) -> None:
         (b"null", "the top level is of type NoneType"),
     ],
 )
-def test_a_file_that_is_no_json_object_is_refused_with_the_place(write: Any, contents: bytes, reason: str) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused_with_the_position(
+    write: Any, contents: bytes, reason: str
+) -> None:
     path = write(contents)
     error = error_of({"CONFIG_FILE": path})
     assert error.field == "CONFIG_FILE"
@@ -184,11 +186,11 @@ def test_a_repeated_key_is_refused_by_its_path(write: Any, contents: str, field:
     assert path in str(error)
 
 
-def test_a_byte_order_mark_is_no_fault(write: Any) -> None:
+def test_a_byte_order_mark_is_accepted(write: Any) -> None:
     assert load_config({"CONFIG_FILE": write('\ufeff{"WAIT": 1}')}).wait == 1
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, no_leaked_descriptors: None) -> None:
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, no_leaked_descriptors: None) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     large = tmp_path / "large"
@@ -243,7 +245,7 @@ def test_tokens_are_equal_by_content(token_file: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o602])
-def test_a_token_that_others_can_reach_is_warned_of(token_file: Path, mode: int) -> None:
+def test_a_token_file_that_other_users_can_read_logs_a_warning(token_file: Path, mode: int) -> None:
     token_file.chmod(mode)
     (warning,) = load_config({"TOKEN_FILE": str(token_file)}).warnings
     assert f"{mode:04o}" in warning

@@ -1,4 +1,4 @@
-"""The demonstration as a user starts it: two processes over gloo, with and without harm; and its own comparison."""
+"""The demonstration as a user starts it: two processes over gloo, with and without faults; and its own comparison."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def test_the_demo_verifies_what_it_pulled(tmp_path: Path) -> None:
     assert abs(found.nbytes - 16_000_000) < 100_000
 
 
-# --- harm on the wire -------------------------------------------------------------------------------------------------
+# --- faults on the wire -----------------------------------------------------------------------------------------------
 
 HARMED_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block as the documentation of the protocol says it is cut, made without the code that cuts them."""
+    """A block as the documentation of the protocol defines it, made without the package's own code."""
 
     tensors: tuple[str, ...]
     data: bytes
 
-    def digest(self, turned: int | None = None) -> str:
-        """Its digest; with the lowest bit of byte `turned` turned over."""
+    def digest(self, flipped: int | None = None) -> str:
+        """Its digest; with the lowest bit of byte `flipped` flipped."""
         data = bytearray(self.data)
-        if turned is not None:
-            data[turned] ^= 1
+        if flipped is not None:
+            data[flipped] ^= 1
         return xxhash.xxh3_128(data).hexdigest()
 
 
@@ -87,7 +87,7 @@ def pieces(folder: Path) -> list[Piece]:
 
 
 @pytest.fixture(scope="module")
-def harmed(tmp_path_factory: pytest.TempPathFactory) -> list[Piece]:
+def expected_blocks(tmp_path_factory: pytest.TempPathFactory) -> list[Piece]:
     """The blocks of what the demo serves: equal sizes give equal bytes."""
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
     make_demo_checkpoint(folder, HARMED_BYTES)
@@ -95,17 +95,20 @@ def harmed(tmp_path_factory: pytest.TempPathFactory) -> list[Piece]:
 
 
 @pytest.mark.timeout(400)  # thirty processes
-def test_the_demo_finds_harm_wherever_it_is_done(harmed: list[Piece]) -> None:
+def test_the_demo_detects_flipped_bytes_at_random_places(expected_blocks: list[Piece]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     chance = random.Random(seed)
-    places = [(block, chance.randrange(len(harmed[block].data))) for block in chance.choices(range(len(harmed)), k=10)]
+    places = [
+        (block, chance.randrange(len(expected_blocks[block].data)))
+        for block in chance.choices(range(len(expected_blocks)), k=10)
+    ]
 
     def demo(place: tuple[int, int]) -> subprocess.CompletedProcess[str]:
         return run("demo", "--bytes", str(HARMED_BYTES), "--fault", "corrupt:{}:{}".format(*place))
 
     with ThreadPoolExecutor(3) as pool:
         ended = list(pool.map(demo, places))
-    assert len(harmed) >= 3
+    assert len(expected_blocks) >= 3
     for (block, byte), done in zip(places, ended, strict=True):
         where = f"seed {seed}, block {block}, byte {byte}: {done.stdout}"
         assert done.returncode == 3, where
@@ -113,9 +116,9 @@ def test_the_demo_finds_harm_wherever_it_is_done(harmed: list[Piece]) -> None:
         said = [line for line in lines if line.startswith(f"corrupt: block {block} from 127.0.0.1:")]
         words = [tuple(line.split()) for line in lines if line.startswith("  ")]
         assert words == len(said) * [
-            *(("tensor", name) for name in harmed[block].tensors),
-            ("announced", harmed[block].digest()),
-            ("arrived", harmed[block].digest(byte)),
+            *(("tensor", name) for name in expected_blocks[block].tensors),
+            ("announced", expected_blocks[block].digest()),
+            ("arrived", expected_blocks[block].digest(byte)),
         ], where
         assert said, where
         assert "bit-exact" not in done.stdout, where
@@ -123,7 +126,7 @@ def test_the_demo_finds_harm_wherever_it_is_done(harmed: list[Piece]) -> None:
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("cut:1", "ended"), ("stall:1", "for 3 s")])
-def test_the_demo_tells_of_a_connection_that_breaks(fault: str, reason: str) -> None:
+def test_the_demo_reports_a_broken_connection(fault: str, reason: str) -> None:
     done = run("demo", "--bytes", "8MB", "--fault", fault)
     assert done.returncode == 1, done.stdout
     told = done.stdout.partition("client | netloader: error: no source could be pulled from")[2]
@@ -142,7 +145,7 @@ def test_the_demo_refuses_a_fault_that_cannot_happen() -> None:
 
 
 def write(folder: Path, tensors: Mapping[str, Stored], name: str = "model.safetensors") -> Path:
-    """A safetensors file, written here by hand: the comparison must not trust the code that it judges."""
+    """A safetensors file, written without the package's code: the test must not depend on the code that it checks."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for key, (dtype, shape, contents) in tensors.items():
@@ -159,7 +162,7 @@ B: Stored = ("F16", [2, 1], b"efgh")
 NOTHING: Stored = ("F32", [0], b"")
 
 
-def test_equal_checkpoints_are_equal_however_they_are_spread(tmp_path: Path) -> None:
+def test_equal_checkpoints_are_equal_whatever_their_files(tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a": A, "b": B, "nothing": NOTHING})
     other = write(tmp_path / "other", {"nothing": NOTHING, "b": B}, "model-00001-of-00002.safetensors")
     write(other, {"a": A}, "model-00002-of-00002.safetensors")
@@ -179,7 +182,7 @@ def test_equal_checkpoints_are_equal_however_they_are_spread(tmp_path: Path) -> 
         ({"a": B, "b": A}, "a is U8"),
     ],
 )
-def test_every_difference_is_found(copy: dict[str, Stored], problem: str, tmp_path: Path) -> None:
+def test_every_kind_of_difference_is_reported(copy: dict[str, Stored], problem: str, tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a": A, "b": B})
     found = compare_checkpoints(one, write(tmp_path / "copy", copy))
     assert any(text.startswith(problem) for text in found.problems)
@@ -193,7 +196,7 @@ def test_a_difference_in_the_last_byte_of_a_large_tensor_is_found(tmp_path: Path
     assert compare_checkpoints(one, one).problems == ()
 
 
-def test_a_file_that_is_cut_short_is_no_copy(tmp_path: Path) -> None:
+def test_a_truncated_file_is_not_a_copy(tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a": A})
     copy = write(tmp_path / "copy", {"a": A})
     path = copy / "model.safetensors"

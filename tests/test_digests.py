@@ -1,4 +1,4 @@
-"""Digests of blocks: what they find, how they are made."""
+"""Digests of blocks: what they detect, how they are computed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_algorithm_has_digests_of_the_announced_size() -> None:
         assert len(digest) == DIGEST_BYTES
 
 
-def test_a_digest_is_over_the_bytes_in_the_order_of_the_spans() -> None:
+def test_a_digest_covers_the_bytes_in_the_order_of_the_spans() -> None:
     tensors = {"a": torch.arange(10), "b": torch.ones(3, dtype=torch.bool), "c": torch.tensor(1.5)}
     (digest,) = digests_now(hold(tensors, IDENTITY))
     joined = b"".join(t.numpy().tobytes() for t in tensors.values())
@@ -66,7 +66,7 @@ def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
 
 
 @given(sketch=sketches(), threads=st.integers(0, 4), block_bytes=st.sampled_from([MIN_BLOCK_BYTES, 1 << 20]))
-def test_a_holding_announces_what_lies_in_its_memory(sketch: list[Sketch], threads: int, block_bytes: int) -> None:
+def test_a_holding_announces_the_digests_of_its_memory(sketch: list[Sketch], threads: int, block_bytes: int) -> None:
     holding = hold(build(sketch, seed=3), IDENTITY, block_bytes=block_bytes, threads=threads)
     said = holding.announcement
     assert announced(holding) == digests_now(holding)
@@ -77,7 +77,7 @@ def test_a_holding_announces_what_lies_in_its_memory(sketch: list[Sketch], threa
 
 
 @given(bit=st.integers(0, 7), data=st.data())
-def test_a_flipped_bit_is_found_in_its_block_and_nowhere_else(bit: int, data: st.DataObject) -> None:
+def test_a_flipped_bit_is_detected_in_its_block_only(bit: int, data: st.DataObject) -> None:
     holding = hold(large_set(), IDENTITY, block_bytes=16_384)
     blocks = holding.announcement.plan.blocks
     number = data.draw(st.integers(0, len(blocks) - 1))
@@ -90,7 +90,7 @@ def test_a_flipped_bit_is_found_in_its_block_and_nowhere_else(bit: int, data: st
     assert differing == [number]
 
 
-def test_a_swapped_block_is_found() -> None:
+def test_a_swapped_block_is_detected() -> None:
     holding = hold(large_set(), IDENTITY, block_bytes=16_384)
     first, second = holding.memory.views(holding.announcement.plan, [0, 1])
     kept = first.buffers()[0].tobytes()
@@ -101,7 +101,7 @@ def test_a_swapped_block_is_found() -> None:
     assert now[0] != then[0]
 
 
-def test_a_block_that_never_came_is_found() -> None:
+def test_a_missing_block_is_detected() -> None:
     holding = hold(large_set(), IDENTITY, block_bytes=16_384)
     zeroed = hold({k: torch.zeros_like(v) for k, v in large_set().items()}, IDENTITY, block_bytes=16_384)
     assert all(now != then for now, then in zip(digests_now(zeroed), announced(holding), strict=True))
@@ -116,7 +116,7 @@ def test_the_root_does_not_depend_on_the_number_of_threads() -> None:
     assert len(roots) == 1
 
 
-def test_progress_ends_with_everything_and_runs_in_the_calling_thread() -> None:
+def test_progress_ends_with_all_bytes_and_runs_in_the_calling_thread() -> None:
     seen: list[tuple[int, int]] = []
     threads = set()
 
@@ -132,7 +132,7 @@ def test_progress_ends_with_everything_and_runs_in_the_calling_thread() -> None:
     assert seen.count((total, total)) == 1
 
 
-def test_what_progress_raises_ends_the_work() -> None:
+def test_an_error_of_the_progress_callback_ends_the_work() -> None:
     def progress(hashed: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -142,7 +142,7 @@ def test_what_progress_raises_ends_the_work() -> None:
 
 
 def test_a_helper_thread_that_hangs_is_named_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a file on a server that does not answer: its memory is read only now."""
+    """Like a file on a server that does not answer: its memory is read only now."""
     go, hanging = threading.Event(), list[threading.Thread]()
 
     def hangs(view: BlockView, algorithm: str) -> bytes:

@@ -1,6 +1,6 @@
-"""What the documentation shows: examples run, JSON parses, shell is well-formed, links lead somewhere.
+"""The documentation: examples run, JSON parses, shell is well-formed, links have a target.
 
-Python blocks of a page run in order and share their names, like a session at the prompt. Shell blocks run when they
+Python blocks of a page run in order and share their names, like an interactive session. Shell blocks run when they
 begin with ``netloader``; the others need vLLM, or change the machine, and are only parsed.
 """
 
@@ -80,12 +80,12 @@ def test_there_is_documentation() -> None:
     assert len(of("python")) >= 6
 
 
-def test_blocks_say_what_they_are() -> None:
+def test_code_blocks_name_their_language() -> None:
     assert [str(block) for block in BLOCKS if block.language not in KNOWN] == []
 
 
 @pytest.mark.parametrize("page", sorted({b.page for b in of("python")} - set(RUN_ELSEWHERE)))
-def test_python_runs(page: str, tmp_path: Path) -> None:
+def test_python_examples_run(page: str, tmp_path: Path) -> None:
     blocks = [(block.line, block.text) for block in of("python") if block.page == page]
     done = subprocess.run(
         [PYTHON, "-c", RUNNER, page],
@@ -124,7 +124,7 @@ def test_shell_parses(block: Block) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 @pytest.mark.parametrize("block", [b for b in of("shell") if b.text.startswith("netloader ")], ids=str)
 def test_shell_runs(block: Block, tmp_path: Path) -> None:
-    # `netloader` is this checkout's; the port of the example may be somebody's here, so another one takes its place.
+    # `netloader` is this checkout's; the port of the example may be in use here, so it is replaced.
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = tmp_path / "bin" / "netloader"
@@ -145,7 +145,7 @@ def test_shell_runs(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     dead = []
     for found in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
         target, _, anchor = found["target"].partition("#")

@@ -1,4 +1,4 @@
-"""What a model reads from files while it is built, and whether it is found again: without vLLM."""
+"""What a model reads from files while it is built, and whether the weights contain it: without vLLM."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def late() -> Iterator[ModuleType]:
-    """A module that takes names from safetensors when it is told to."""
+    """A module that imports names from safetensors on demand."""
     module = ModuleType("tests_module_imported_late")
     sys.modules[module.__name__] = module
     yield module
@@ -42,14 +42,14 @@ def linear(read: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_became_a_weight_is_found_in_any_floating_type(path: Path, dtype: torch.dtype) -> None:
+def test_values_that_became_a_weight_are_found_in_any_floating_type(path: Path, dtype: torch.dtype) -> None:
     with FileReads() as reads:
         weights = linear(safetensors.torch.load_file(path), dtype)
     others = {"up.weight": torch.zeros(3, 4), "up.bias": torch.zeros(3)}
     assert reads.traced({**others, **weights}) == Traced(frozenset(weights))
 
 
-def test_what_became_none_is_named(path: Path) -> None:
+def test_values_that_became_no_weight_are_named(path: Path) -> None:
     with FileReads() as reads:
         weights = linear(safetensors.torch.load_file(path))
     del weights["projector.bias"]
@@ -58,7 +58,7 @@ def test_what_became_none_is_named(path: Path) -> None:
     assert set(reads.traced(weights).lost) == {f"{path}: weight", f"{path}: bias"}
 
 
-def test_what_is_a_weight_and_kept_besides_is_named(path: Path) -> None:
+def test_values_that_are_a_weight_and_kept_elsewhere_too_are_named(path: Path) -> None:
     with FileReads() as reads:
         read = safetensors.torch.load(path.read_bytes())
         weights = linear(read)
@@ -68,13 +68,13 @@ def test_what_is_a_weight_and_kept_besides_is_named(path: Path) -> None:
     assert reads.traced(weights).lost == ()
 
 
-def test_what_cannot_be_looked_into_is_named(path: Path) -> None:
+def test_values_that_cannot_be_inspected_are_named(path: Path) -> None:
     with FileReads() as reads, safetensors.safe_open(path, framework="numpy") as file:
         assert file.get_tensor("bias").tolist() == VALUES["bias"].tolist()
     assert reads.traced(VALUES).lost == (f"{path}: bias (ndarray)",)
 
 
-def test_what_says_only_how_weights_look_is_no_reading(path: Path) -> None:
+def test_reading_shapes_and_dtypes_only_does_not_count(path: Path) -> None:
     with FileReads() as reads, safetensors.safe_open(path, framework="pt") as file:
         assert sorted(file.keys()) == ["bias", "weight"]
         assert file.metadata() is None
@@ -89,7 +89,7 @@ def test_a_slice_is_found_where_a_weight_is_that_slice(path: Path) -> None:
     assert reads.traced({"weight": VALUES["weight"]}).lost == (f"{path}: weight",)
 
 
-def test_torch_load_is_looked_through(tmp_path: Path) -> None:
+def test_values_read_by_torch_load_are_seen(tmp_path: Path) -> None:
     path = tmp_path / "dense.pt"
     torch.save({"state": [VALUES], "epoch": 3}, path)
     with FileReads() as reads:
@@ -101,7 +101,7 @@ def test_torch_load_is_looked_through(tmp_path: Path) -> None:
     assert reads.traced(weights).lost == (f"{path}: state: 0: weight",)
 
 
-def test_every_module_gets_back_what_it_had(path: Path, late: Any) -> None:
+def test_every_patched_module_is_restored(path: Path, late: Any) -> None:
     originals = safetensors.safe_open, safetensors.torch.load, torch.load
     late.early = safetensors.safe_open
     with FileReads() as reads:

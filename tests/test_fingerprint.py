@@ -1,4 +1,4 @@
-"""Checkpoints whose files are equal by name, size and header are told apart; equal ones have an equal fingerprint."""
+"""Fingerprints: they differ for checkpoints whose files are equal by name, size and header only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_equal_files_have_equal_fingerprints_wherever_and_whenever(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", [NAMES[0], NAMES[17], NAMES[-1]])
-def test_one_other_tensor_is_another_fingerprint(name: str, tmp_path: Path) -> None:
+def test_one_changed_tensor_changes_the_fingerprint(name: str, tmp_path: Path) -> None:
     usual, other = write(tmp_path / "a"), write(tmp_path / "b", changed=name)
     sizes = [sorted((file.name, file.stat().st_size) for file in folder.iterdir()) for folder in (usual, other)]
     assert sizes[0] == sizes[1], "nothing but contents tells them apart"
@@ -79,7 +79,7 @@ def test_a_second_copy_under_other_names_does_not_count(tmp_path: Path) -> None:
     assert weight_files_of(folder)[0].name.startswith("model-00001")
 
 
-def test_where_files_are_missing_nothing_is_known(tmp_path: Path) -> None:
+def test_a_checkpoint_with_missing_files_has_no_fingerprint(tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert fingerprint_of(folder) == ""
@@ -108,7 +108,7 @@ def test_a_file_that_is_no_safetensors_file_has_a_fingerprint_all_the_same(data:
 
 
 def test_the_same_weights_in_other_files_have_the_same_fingerprint(tmp_path: Path) -> None:
-    """`netloader pull` cuts files in its own way; an engine that loads them must not be taken for another."""
+    """`netloader pull` divides tensors among files in its own way; an engine that loads them has to match the seed."""
     usual = write(tmp_path / "a")
     written = tmp_path / "b"
     write_checkpoint(open_checkpoint(usual).tensors, written, shard_bytes=100_000)
@@ -117,7 +117,7 @@ def test_the_same_weights_in_other_files_have_the_same_fingerprint(tmp_path: Pat
 
 
 @given(sizes=st.lists(st.integers(0, 1 << 40), max_size=60), most=st.integers(1, SAMPLES))
-def test_samples_are_as_many_as_promised_and_lie_in_their_tensors(sizes: list[int], most: int) -> None:
+def test_the_documented_number_of_samples_lies_in_each_tensor(sizes: list[int], most: int) -> None:
     pieces = [fingerprint._Piece(b"", 0, sum(sizes[:number]), size) for number, size in enumerate(sizes)]
     places = fingerprint._places(pieces, most)
     filled = [piece for piece in pieces if piece.size]
@@ -129,10 +129,10 @@ def test_samples_are_as_many_as_promised_and_lie_in_their_tensors(sizes: list[in
         assert any(at >= filled[-1].begin for _, at, _ in places), "the last tensor is among them"
 
 
-def test_the_price_has_a_limit_that_no_number_of_files_or_tensors_moves(
+def test_the_bytes_read_have_a_limit_for_any_number_of_files_and_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Time depends on the machine; what it is made of does not: the samples that are read."""
+    """Time depends on the machine; the number of samples read does not."""
     read: list[int] = []
     pread = os.pread
 

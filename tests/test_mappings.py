@@ -1,4 +1,4 @@
-"""What is mapped in this process, asked for in two ways."""
+"""The mappings of this process, from two interfaces of the kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = mmap.PAGESIZE
 
 
 def address_of(mapping: mmap.mmap) -> int:
-    """Where a mapping lies; it may be one that can't be written to."""
+    """The address of a mapping, which may be read-only."""
     libc = ctypes.pythonapi
     view = ctypes.py_object(mapping)
     buffer = (ctypes.c_void_p * 10)()  # a Py_buffer: its first word is the address
@@ -40,7 +40,7 @@ asking = pytest.mark.skipif(not _takes_questions(), reason="the kernel answers s
 
 @asking
 @given(writable=st.lists(st.booleans(), min_size=1, max_size=12), data=st.data())
-def test_both_ways_find_the_same(writable: list[bool], data: st.DataObject) -> None:
+def test_both_methods_find_the_same_mappings(writable: list[bool], data: st.DataObject) -> None:
     both = mmap.PROT_READ | mmap.PROT_WRITE
     made = [mmap.mmap(-1, 4 * PAGE, prot=both if one else mmap.PROT_READ) for one in writable]
     places = sorted(zip(map(address_of, made), writable, strict=True))
@@ -75,12 +75,12 @@ def test_a_range_over_several_mappings_is_seen_as_a_whole() -> None:
 
 
 @asking
-def test_nothing_is_found_where_nothing_is_mapped() -> None:
+def test_unmapped_addresses_have_no_mapping() -> None:
     assert not_writable([], []) == []
     assert not_writable([1 << 63], [(1 << 63) + 1]) == []
 
 
-def test_where_the_kernel_takes_no_questions_the_list_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_kernel_query_the_list_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mappings, "_QUERY_IOCTL", 0)
     start = address_of(mmap.mmap(-1, PAGE, prot=mmap.PROT_READ))
     with pytest.raises(OSError):
@@ -95,7 +95,7 @@ def test_with_too_many_mappings_the_list_is_read(monkeypatch: pytest.MonkeyPatch
     assert not_writable(starts, [start + 1 for start in starts]) == mapped(mappings._NOT_WRITABLE)
 
 
-def test_without_a_list_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_list_the_mappings_are_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mappings, "_MAPS", tmp_path / "none")
     assert not_writable([1], [2]) == []
     assert mapped(HEAP) == []

@@ -1,4 +1,4 @@
-"""The built wheel, installed where nothing is but what it asks for: no torch, no vLLM, no accelerator package."""
+"""The built wheel, installed with its declared dependencies only: no torch, no vLLM, no accelerator package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ENTRY_POINTS = {
 
 
 def core_requirements(of: str = "netloader") -> Iterator[str]:
-    """Names of the distributions that `of` needs without any extra, all the way down."""
+    """Names of all distributions that `of` needs without any extra, directly or indirectly."""
     for text in importlib.metadata.requires(of) or []:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -101,7 +101,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in information)
 
 
-def test_the_wheel_asks_for_little(wheel: Path) -> None:
+def test_the_wheel_has_few_dependencies(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
@@ -154,12 +154,12 @@ def test_every_public_name_resolves() -> None:
         ("netloader.vllm.plugin", ("register",)),
     ],
 )
-def test_import_paths_of_0_1_lead_where_they_did(path: str, names: tuple[str, ...]) -> None:
+def test_import_paths_of_0_1_still_work(path: str, names: tuple[str, ...]) -> None:
     module = importlib.import_module(path)
     assert [name for name in names if not hasattr(module, name)] == []
 
 
-def test_import_pulls_in_nothing_heavy_where_it_is_installed() -> None:
+def test_import_loads_no_heavy_package_even_if_installed() -> None:
     program = "import json, sys, netloader; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(run(Path(sys.executable), "-c", program))
     assert "netloader" in loaded
@@ -167,7 +167,7 @@ def test_import_pulls_in_nothing_heavy_where_it_is_installed() -> None:
 
 
 def test_import_is_quick(bare: Path) -> None:
-    # The whole process as a user starts it. The machine may be busy, so one quick run of five is proof enough.
+    # The whole process as a user starts it. The machine may be busy, so one quick run of five is sufficient.
     run(bare, "-c", "import netloader")  # writes the byte code
     seconds = []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Private names of torch, torch_npu and vLLM: each one that is used stands in the record of them, and no other."""
+"""Private names of torch, torch_npu and vLLM: the record lists exactly those that are used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _is_private(name: str) -> bool:
 
 
 def uses_in(text: str) -> tuple[set[str], Counter[str]]:
-    """Private names that a module makes itself, and those that it uses: attributes, imports and the texts above."""
+    """Private names that a module defines, and those that it uses: attributes, imports and the texts above."""
     own: set[str] = set()
     used: Counter[str] = Counter()
     for node in ast.walk(ast.parse(text)):
@@ -55,13 +55,13 @@ def private_names(package: Path) -> Counter[str]:
     )
 
 
-def test_every_private_name_stands_in_the_record() -> None:
+def test_every_private_name_is_in_the_record() -> None:
     rows = re.findall(r"^\| `(_\w+)` \|.*\| (\d+) \|$", RECORD.read_text(), re.MULTILINE)
     assert {name: int(count) for name, count in rows} == dict(private_names(ROOT / "netloader"))
 
 
-def test_a_private_name_is_found(tmp_path: Path) -> None:
-    """The control."""
+def test_a_use_of_a_private_name_is_detected(tmp_path: Path) -> None:
+    """Control for the test above."""
     (tmp_path / "some.py").write_text(
         "from torch._C import _secret\n\nclass A:\n    def f(self, tensor):\n        self._mine = tensor._version\n"
         "        return other._mine, getattr(tensor, '_expert_map', None), tensor.__dict__\n"

@@ -1,4 +1,4 @@
-"""How progress is shown: what it says, how often, and what a terminal gets. No test waits: progress brings its time."""
+"""How progress is shown: its text, how often, and on a terminal. No test waits: progress events carry their time."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def test_plain_lines_keep_their_distance(pauses: list[float], total: int) -> Non
         assert after - before >= 5
 
 
-def test_what_happens_can_be_named() -> None:
+def test_the_activity_can_be_named() -> None:
     lines: list[str] = []
     ProgressLog(lines.append, every=0, verb="hashed")(at(1, MB))
     assert lines == ["hashed 1.00 MB of 100 MB (1%), 1.00 MB/s, 1:39 left"]
 
 
-def test_an_unknown_total_is_no_division() -> None:
+def test_an_unknown_total_does_not_divide_by_zero() -> None:
     lines: list[str] = []
     ProgressLog(lines.append, every=0)(at(0, 0, total=0))
     assert lines == ["pulled 0 B of 0 B, 0 B/s"]
@@ -148,7 +148,7 @@ def test_a_bar_without_progress_leaves_no_trace() -> None:
     assert terminal.getvalue() == ""
 
 
-def test_a_display_is_an_observer_too() -> None:
+def test_a_display_is_an_observer() -> None:
     lines: list[str] = []
     log = ProgressLog(lines.append, every=0)
     for event in (

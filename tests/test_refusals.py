@@ -1,4 +1,4 @@
-"""docs/refusals.md is true: each test that it names is there and looks for its line, and the code says each line."""
+"""docs/refusals.md is current: each named test exists and checks its line, and the code contains each line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        """The quoted line; for a row of Identity the field, which is what its line differs in."""
+        """The quoted line; for a row of Identity the field, which is the variable part of its line."""
         found = re.fullmatch(r"`([^`]+)`", self.cells[1])
         assert found is not None, self
         return found[1]
@@ -59,8 +59,8 @@ OTHERS = [row for row in ROWS if row.section != "Identity"]
 
 
 def pieces(line: str) -> list[str]:
-    """What a quoted line says in every case."""
-    # A hint in brackets, or what is named after a semicolon, is put there by the code that joins both.
+    """The constant parts of a quoted line."""
+    # A hint in brackets, or a part after a semicolon, is added by other code.
     return [piece.strip() for piece in re.split(r"<[^>]*>|: |; | \(|\)$", line) if len(piece.strip(" :'")) > 2]
 
 
@@ -86,19 +86,19 @@ def unsaid(line: str) -> list[str]:
     return [piece for piece in pieces(line) if piece not in code]
 
 
-def test_there_are_rows() -> None:
+def test_the_page_has_rows() -> None:
     assert len(OF_IDENTITY) > 12
     assert len(OTHERS) > 60
     assert all(len(row.cells) == (3 if row in OF_IDENTITY else 4) for row in ROWS), "a cell too many or too few"
 
 
 @pytest.mark.parametrize("row", OTHERS, ids=lambda row: row.line[:60])
-def test_the_code_says_the_line(row: Row) -> None:
+def test_the_code_contains_the_line(row: Row) -> None:
     assert pieces(row.line), "the line says nothing of its own"
     assert unsaid(row.line) == []
 
 
-def test_a_line_that_nobody_says_is_found() -> None:
+def test_a_line_that_the_code_does_not_contain_is_detected() -> None:
     assert unsaid("the weights stay as they are: <reason> and this is what nobody says") == [
         "and this is what nobody says"
     ]

@@ -1,4 +1,4 @@
-"""Pieces of memory by address, and the system calls that take them."""
+"""Regions of memory by address, and the system calls that use them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_regions_of_a_block_are_its_bytes(cuts: list[int]) -> None:
 
 
 @given(sketch=sketches(), block_bytes=st.sampled_from([1024, 4096, 1 << 20]))
-def test_blocks_of_tensors_say_the_same_by_address_as_by_byte_views(sketch: list[Sketch], block_bytes: int) -> None:
+def test_regions_and_byte_views_of_tensor_blocks_are_the_same_bytes(sketch: list[Sketch], block_bytes: int) -> None:
     tensors = build(sketch, seed=1)
     manifest, memory = describe(tensors)
     plan = make_plan(manifest, block_bytes)
@@ -57,7 +57,7 @@ def test_blocks_of_tensors_say_the_same_by_address_as_by_byte_views(sketch: list
 
 
 @given(cuts=sizes, data=st.data())
-def test_a_part_that_is_done_leaves_the_rest(cuts: list[int], data: st.DataObject) -> None:
+def test_completed_bytes_are_removed_from_the_regions(cuts: list[int], data: st.DataObject) -> None:
     whole = block(os.urandom(sum(cuts)), cuts)
     done = data.draw(st.integers(0, whole.nbytes))
     regions = whole.regions()
@@ -70,9 +70,7 @@ def test_a_part_that_is_done_leaves_the_rest(cuts: list[int], data: st.DataObjec
 @given(
     cuts=st.lists(sizes, max_size=8), least=st.sampled_from([1, 30, 100]), longest=st.sampled_from([100, 130, 10_000])
 )
-def test_calls_have_every_byte_in_order_and_say_where_blocks_end(
-    cuts: list[list[int]], least: int, longest: int
-) -> None:
+def test_calls_cover_every_byte_in_order_and_mark_block_ends(cuts: list[list[int]], least: int, longest: int) -> None:
     blocks = [block(os.urandom(sum(one)), one) for one in cuts]
     moved, ended, ends = b"", list[int](), list[int]()
     for regions, places in calls(list(enumerate(blocks)), least, longest):
@@ -103,7 +101,7 @@ def test_what_is_sent_by_address_arrives(cuts: list[int], data: st.DataObject) -
 
 
 @given(cuts=st.lists(st.integers(1, 2000), min_size=1, max_size=40), data=st.data())
-def test_pages_come_out_of_a_pipe_by_address(cuts: list[int], data: st.DataObject) -> None:
+def test_pages_from_a_pipe_are_received_by_address(cuts: list[int], data: st.DataObject) -> None:
     written = block(os.urandom(sum(cuts)), cuts)
     split = data.draw(st.integers(1, written.nbytes))
     read = block(bytes(written.nbytes), [part for part in (split, written.nbytes - split) if part])
@@ -118,7 +116,7 @@ def test_pages_come_out_of_a_pipe_by_address(cuts: list[int], data: st.DataObjec
     assert read.data == written.data
 
 
-def test_as_many_regions_as_a_call_takes_and_no_more() -> None:
+def test_a_call_takes_at_most_the_systems_limit_of_regions() -> None:
     data = BytesView(0, *[b"x"] * (MOST_REGIONS + 1))
     left, right = socket.socketpair()
     with left, right:
@@ -129,7 +127,7 @@ def test_as_many_regions_as_a_call_takes_and_no_more() -> None:
     assert caught.value.errno == errno.EMSGSIZE
 
 
-def test_errors_of_the_system_are_raised_as_such() -> None:
+def test_system_errors_are_raised_as_os_errors() -> None:
     into = BytesView(0, bytes(10))
     left, right = socket.socketpair()
     with left, right:
@@ -145,7 +143,7 @@ def test_errors_of_the_system_are_raised_as_such() -> None:
     assert caught.value.errno == errno.EBADF
 
 
-def test_a_signal_in_between_ends_no_call() -> None:
+def test_a_signal_does_not_end_a_call() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     main = threading.get_ident()
@@ -170,7 +168,7 @@ def test_a_signal_in_between_ends_no_call() -> None:
     assert heard
 
 
-def test_objects_do_not_hold_on_to_the_memory() -> None:
+def test_region_objects_do_not_keep_memory_alive() -> None:
     data = bytearray(b"0123456789")
     (piece,) = objects(BytesView(0, data).regions())
     data += b"x" * 5  # a byte view of it would forbid that

@@ -1,8 +1,8 @@
-"""What a stranger can do to a process of the command line with its defaults, and no token: cost his own session.
+"""An attacker without a token can end its own session only, against the command line with its defaults.
 
-The stranger is this process; the server and the newcomer are `netloader serve` and `netloader pull` in processes of
-their own. What he would do over gloo is done wherever it is allowed, so that these are attacks: the last test shows
-that one of them ends a server which was told to use gloo.
+The attacker is this process; the server and the client are `netloader serve` and `netloader pull` in other processes.
+The attack over gloo runs wherever gloo is accepted. The last test is the control: the attack ends a server that was
+configured to use gloo.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BYTES = 2 << 20
 
 
 class _WireSignals:
-    """The signals of a transport, by hand."""
+    """The signals of a transport over a scripted control connection."""
 
     def __init__(self, wire: kit.Wire[Any]) -> None:
         self._wire = wire
@@ -68,21 +68,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(model: Path) -> Iterator[Serving]:
-    """As it stands: no token, any transport."""
+    """A server with defaults: no token, any transport."""
     with serving(model) as process:
         yield process
 
 
 @pytest.fixture
 def narrow(model: Path) -> Iterator[Serving]:
-    """One that serves one client at a time."""
+    """A server with one turn."""
     with serving(model, "--max-clients", 1) as process:
         yield process
 
 
 @pytest.fixture
 def named(model: Path) -> Iterator[Serving]:
-    """One that was told to use gloo."""
+    """A server that is configured to use gloo."""
     with serving(model, "--transport", "gloo") as process:
         yield process
 
@@ -95,16 +95,16 @@ async def connected(address: str) -> AsyncIterator[kit.Wire[m.ServerMessage]]:
 
 
 async def pulled(model: Path, folder: Path, *sources: str) -> None:
-    """Have a newcomer with its defaults pull from these sources: it ends well, and has every byte."""
+    """Have a client with defaults pull from these sources; check that it completes with every byte."""
     with anyio.fail_after(PATIENCE):
         done = await anyio.run_process(command("pull", *sources, "-o", folder), check=False, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, f"the newcomer ended with {done.returncode}: {done.stdout.decode()}"
+    assert done.returncode == 0, f"the client ended with {done.returncode}: {done.stdout.decode()}"
     found = await anyio.to_thread.run_sync(compare_checkpoints, model, folder)
     assert found.tensors > 0
     assert not found.problems
 
 
-# --- what is done over gloo -------------------------------------------------------------------------------------------
+# --- attacks over gloo ------------------------------------------------------------------------------------------------
 
 Attack = Callable[[Any, kit.Wire[m.ServerMessage], int], Awaitable[None]]
 
@@ -114,7 +114,7 @@ async def receipt(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> No
     sending = link._group.send([torch.zeros(16, dtype=torch.uint8)], 1, _tag(_RECEIPT, nbytes))
     await wire.say(m.Want(ranges=((0, 1),)))
     await wire.closed()
-    del sending  # gloo forgets what nobody waits for
+    del sending  # gloo drops messages without a receiver
 
 
 async def zeros(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> None:
@@ -125,7 +125,7 @@ async def zeros(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> None
 
 
 async def ask_for_gloo(address: str, attack: Attack) -> m.ServerMessage:
-    """Choose gloo, whatever the server listed, and attack if that is granted; what the server said to the choice."""
+    """Choose gloo, whatever the server listed, and attack if the server accepts; return the server's answer."""
     async with connected(address) as wire:
         await wire.say(kit.hello(GLOO), m.Identify(layouts=("checkpoint",)))
         known: m.Announce = await wire.hear_until(m.Announce)
@@ -145,7 +145,7 @@ async def ask_for_gloo(address: str, attack: Attack) -> m.ServerMessage:
 
 
 @pytest.mark.parametrize("attack", [receipt, zeros])
-async def test_a_client_that_picks_gloo_costs_its_own_session(
+async def test_a_client_that_chooses_gloo_ends_its_own_session_only(
     server: Serving, model: Path, tmp_path: Path, attack: Attack
 ) -> None:
     answer = await ask_for_gloo(server.address, attack)
@@ -162,7 +162,7 @@ async def test_by_default_gloo_is_not_offered(server: Serving) -> None:
     assert "gloo" not in [ability.name for ability in welcome.abilities]
 
 
-# --- against a newcomer -----------------------------------------------------------------------------------------------
+# --- against a client -------------------------------------------------------------------------------------------------
 
 
 class Rogue:
@@ -202,12 +202,14 @@ class Rogue:
                 await channel.aclose()
 
 
-async def test_a_server_that_has_gloo_only_is_left_for_the_next(narrow: Serving, model: Path, tmp_path: Path) -> None:
-    """The honest one is busy until the other one has had its chance."""
+async def test_a_server_that_offers_gloo_only_is_left_for_the_next_source(
+    narrow: Serving, model: Path, tmp_path: Path
+) -> None:
+    """The good source is busy until the attacking one has been tried."""
     rogue = await anyio.to_thread.run_sync(Rogue, model)
     async with (
         kit.fake_server(rogue.script) as fake,
-        anyio.create_task_group() as tasks,  # ends when the newcomer has
+        anyio.create_task_group() as tasks,  # ends when the client has ended
         connected(narrow.address) as busy,
     ):
         await busy.say(kit.hello(GLOO), m.Identify(layouts=("checkpoint",)))
@@ -219,10 +221,10 @@ async def test_a_server_that_has_gloo_only_is_left_for_the_next(narrow: Serving,
     assert rogue.answer.code == "transport"
 
 
-# --- where gloo was named ---------------------------------------------------------------------------------------------
+# --- where gloo is configured -----------------------------------------------------------------------------------------
 
 
-async def test_a_server_that_was_told_to_use_gloo_trusts_its_clients(named: Serving) -> None:
+async def test_a_server_configured_for_gloo_trusts_its_clients(named: Serving) -> None:
     answer = await ask_for_gloo(named.address, receipt)
     assert isinstance(answer, m.ChannelOffer)
     told = await anyio.to_thread.run_sync(named.read_to_end)

@@ -1,4 +1,4 @@
-"""The synchronous face: how a call that waits ends."""
+"""The synchronous API: how a waiting call ends."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_interrupt_ends_the_pull_and_its_thread() -> None:
 
 
 @pytest.mark.allow_blocking(reason="a loop that hangs is what is looked at")
-def test_an_interrupt_comes_through_where_the_loop_hangs(
+def test_an_interrupt_ends_the_call_even_if_the_loop_hangs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     go, hanging = threading.Event(), list[threading.Thread]()
@@ -92,7 +92,7 @@ def test_an_interrupt_while_the_thread_starts_ends_the_call(monkeypatch: pytest.
     assert threads() == []
 
 
-def test_an_error_is_the_callers() -> None:
+def test_an_error_is_raised_to_the_caller() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         source = f"127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(NetloaderError, match=source):
@@ -100,7 +100,7 @@ def test_an_error_is_the_callers() -> None:
     assert threads() == []
 
 
-def test_what_is_wrong_with_the_arguments_is_said_by_the_call() -> None:
+def test_invalid_arguments_are_errors_of_the_call() -> None:
     with pytest.raises(TypeError):
         sync.pull({"w": torch.zeros(4)}, surces=["127.0.0.1:1"])
     assert threads() == []

@@ -1,4 +1,4 @@
-"""Describing tensors, and the blocks that live in them."""
+"""Describing tensors, and blocks in their memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_blocks_cover_every_byte_exactly_once(sketch: list[Sketch], block_bytes:
 
 
 @given(sketch=sketches())
-def test_a_set_is_described_as_its_tensors_are_alone(sketch: list[Sketch]) -> None:
+def test_a_set_is_described_like_its_tensors_one_by_one(sketch: list[Sketch]) -> None:
     tensors = build(sketch, seed=1)
     manifest, memory = describe(tensors)
     assert manifest.sizes == tuple(spec.wire_bytes for spec in manifest.tensors)
@@ -83,7 +83,7 @@ def test_a_set_is_described_as_its_tensors_are_alone(sketch: list[Sketch]) -> No
 
 
 @given(sketch=sketches(), odd=st.integers(0, 6))
-def test_one_odd_tensor_hides_no_other(sketch: list[Sketch], odd: int) -> None:
+def test_one_unusual_tensor_does_not_change_the_description_of_others(sketch: list[Sketch], odd: int) -> None:
     tensors: dict[str, Any] = dict(build(sketch, seed=1))
     whole = torch.zeros(8)
     strange: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_one_odd_tensor_hides_no_other(sketch: list[Sketch], odd: int) -> None:
 
 
 @given(sketch=sketches(), block_bytes=BLOCK_SIZES, together=st.integers(1, 4), data=st.data())
-def test_how_many_are_looked_at_together_makes_no_difference(
+def test_the_batch_size_of_checks_makes_no_difference(
     sketch: list[Sketch], block_bytes: int, together: int, data: st.DataObject
 ) -> None:
     tensors = build(sketch, seed=1)
@@ -113,7 +113,7 @@ def test_how_many_are_looked_at_together_makes_no_difference(
             patch.setattr(sys.modules[f"netloader.tensors.{module}"], "BATCH_TENSORS", together)
         again, looked = describe(tensors)
         assert again == manifest
-        for _ in range(2):  # the second time by what the first one kept
+        for _ in range(2):  # the second time with results of the first
             views = looked.views(plan, numbers)
             assert [view.number for view in views] == list(numbers)
             assert [view.regions() for view in views] == [view.regions() for view in memory.views(plan, numbers)]
@@ -178,7 +178,7 @@ def test_strides_of_single_dimensions_are_no_difference() -> None:
     assert describe({"w": left})[0] == describe({"w": right})[0]
 
 
-def test_tied_tensors_travel_once() -> None:
+def test_tied_tensors_are_transferred_once() -> None:
     weight = torch.nn.Parameter(torch.randn(10, 20))
     manifest, _ = describe({"embed": weight, "norm": torch.ones(3), "head": weight, "copy": weight.detach()})
     assert [spec.alias_of for spec in manifest.tensors] == ["", "", "embed", "embed"]
@@ -198,7 +198,7 @@ def test_empty_tensors_are_no_aliases_of_each_other() -> None:
 
 
 class Hidden(torch.Tensor):
-    """A class that takes over every operation, as quantisation libraries make them."""
+    """A class that handles every operation itself, as in quantisation libraries."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -206,7 +206,7 @@ class Hidden(torch.Tensor):
 
 
 class Hooked(torch.nn.Parameter):
-    """A parameter that looks at every operation, as engines make them."""
+    """A parameter that intercepts every operation, as in engines."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,15 +214,15 @@ class Hooked(torch.nn.Parameter):
 
 
 class Labelled(torch.nn.Parameter):
-    """A parameter with attributes, as engines make them."""
+    """A parameter with attributes, as in engines."""
 
 
-def test_a_plain_subclass_is_a_tensor_like_any_other() -> None:
+def test_a_plain_subclass_is_described_like_a_tensor() -> None:
     manifest, _ = describe({"w": Labelled(torch.ones(3)), "b": torch.nn.Buffer(torch.ones(2))})
     assert [spec.shape for spec in manifest.tensors] == [(3,), (2,)]
 
 
-def test_hooks_of_tensor_classes_are_not_asked() -> None:
+def test_hooks_of_tensor_classes_are_not_called() -> None:
     turned = Hooked(torch.ones(4, 5).t())
     manifest, memory = describe({"w": Hooked(torch.ones(3)), "t": turned, "tied": turned})
     assert [(spec.stride, spec.alias_of) for spec in manifest.tensors] == [((), ""), ((1, 5), ""), ((1, 5), "t")]
@@ -232,7 +232,7 @@ def test_hooks_of_tensor_classes_are_not_asked() -> None:
     assert memory.views(plan, [0])[0].buffers()[0].tobytes() == torch.ones(3).numpy().tobytes()
 
 
-def test_what_cannot_travel_is_refused_with_its_reason() -> None:
+def test_tensors_that_cannot_be_transferred_are_refused_with_the_reason() -> None:
     hidden = torch.Tensor._make_wrapper_subclass(Hidden, (3,))
     assert "stride (0, 1)" in only_problem(torch.ones(3).expand(4, 3))
     assert "stride (4, 1)" in only_problem(torch.ones(4, 4)[:, :2])
@@ -272,7 +272,7 @@ def test_a_tensor_inside_a_transformation_is_refused() -> None:
     assert "cannot be addressed" in found[0]
 
 
-def test_odd_names_are_refused() -> None:
+def test_invalid_names_are_refused() -> None:
     found = problems_of({"": torch.ones(1), "n" * (MAX_NAME + 1): torch.ones(1), "\ud800": torch.ones(1), 3: 3})  # type: ignore[dict-item]
     assert len(found) == 4
     assert found[0].startswith("'': ")
@@ -298,20 +298,20 @@ def test_all_problems_are_named_at_once() -> None:
     assert "overlaps that of weight" in found[3]
 
 
-def test_a_tensor_inside_a_larger_one_is_found_behind_smaller_ones() -> None:
+def test_a_tensor_inside_a_larger_one_is_detected_behind_smaller_ones() -> None:
     memory = torch.zeros(100)
     found = problems_of({"all": memory, "first": memory[10:20], "second": memory[30:40]})
     assert [line.split(":")[0] for line in found] == ["first", "second"]
 
 
-def test_neighbours_in_one_storage_are_fine() -> None:
+def test_adjacent_tensors_in_one_storage_are_accepted() -> None:
     memory = torch.zeros(100)
     manifest, _ = describe({"right": memory[50:], "left": memory[:50]})
     assert manifest.nbytes == 400
 
 
-def test_one_device_per_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No second device here: the properties of a tensor class stand in for one.
+def test_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is no second device here, so properties of a tensor class simulate one.
     class Elsewhere(torch.nn.Parameter):
         device = torch.device("cuda:1")
         is_cpu = False
@@ -337,7 +337,7 @@ def test_read_only_memory_is_served_but_never_filled() -> None:
     assert holding.device == "cpu"
 
 
-def test_what_is_adopted_must_be_possible_here() -> None:
+def test_a_manifest_that_cannot_be_allocated_here_is_refused() -> None:
     manifest = Manifest((TensorSpec("w", "float32", (3,), format="nz"), TensorSpec("v", "float32", (3,))))
     target = destination(None)
     with pytest.raises(ManifestError, match="w: memory format nz"):
@@ -352,7 +352,7 @@ def test_what_is_adopted_must_be_possible_here() -> None:
         target.adopt(Manifest(()))
 
 
-def test_writing_to_a_parameter_is_no_operation_for_autograd() -> None:
+def test_writing_to_a_parameter_is_not_recorded_by_autograd() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1000))
     loss = (parameter * parameter).sum()
     manifest, memory = describe({"w": parameter})
@@ -401,8 +401,8 @@ def test_replaced_memory_is_never_used_by_its_old_address() -> None:
     assert parameter.sum().item() == 1000
 
 
-def test_a_second_look_sees_what_changed_since_the_first() -> None:
-    """A server keeps what it found out about a block's memory; none of that is trusted blindly."""
+def test_a_repeated_check_detects_changes_since_the_first() -> None:
+    """A server caches the results of checks of a block's memory; every use checks that they still hold."""
     tensor = torch.zeros(1000)
     parameter = torch.nn.Parameter(torch.zeros(1000))
     manifest, memory = describe({"w": tensor, "p": parameter})
@@ -426,7 +426,7 @@ def test_a_second_look_sees_what_changed_since_the_first() -> None:
     assert [*memory.missing(other, [0])] == [0]
 
 
-def test_a_second_look_at_many_blocks_names_the_one_that_changed() -> None:
+def test_a_repeated_check_of_many_blocks_names_the_changed_one() -> None:
     parameters = {f"p{n}": torch.nn.Parameter(torch.zeros(1024)) for n in range(5)}
     manifest, memory = describe(parameters)
     plan = make_plan(manifest, 4096)
@@ -440,7 +440,7 @@ def test_a_second_look_at_many_blocks_names_the_one_that_changed() -> None:
     assert len(memory.views(plan, [0, 1, 2, 4])) == 4
 
 
-def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it_did() -> None:
+def test_a_storage_that_shrank_is_detected_although_its_address_is_the_same() -> None:
     tensor = torch.zeros(1000)
     manifest, memory = describe({"w": tensor})
     plan = make_plan(manifest, 4096)
@@ -454,7 +454,7 @@ def test_a_storage_that_became_smaller_is_seen_though_its_tensor_begins_where_it
     assert memory.missing(plan, [0]) == {0: "w has less memory than it had"}
 
 
-def test_what_was_replaced_since_the_look_before_is_found_however_short_ago_that_was() -> None:
+def test_replaced_memory_is_detected_directly_after_the_previous_check() -> None:
     parameter = torch.nn.Parameter(torch.arange(2048.0))
     manifest, memory = describe({"w": parameter})
     plan = make_plan(manifest, 4096)
@@ -465,7 +465,7 @@ def test_what_was_replaced_since_the_look_before_is_found_however_short_ago_that
         memory.views(plan, [0])
 
 
-def test_memory_that_was_given_back_is_seen_at_once() -> None:
+def test_freed_memory_is_detected_at_once() -> None:
     tensor = torch.zeros(1000)
     manifest, memory = describe({"w": tensor})
     plan = make_plan(manifest, 4096)
@@ -503,7 +503,7 @@ def test_a_plan_for_other_tensors_is_refused() -> None:
     assert manifest == equal
 
 
-def test_no_byte_views_of_a_device() -> None:
+def test_device_memory_has_no_byte_views() -> None:
     manifest, _ = describe({"w": torch.ones(10)})
     memory = Memory(manifest, [torch.empty(10, device="meta")], torch.device("meta"))
     (view,) = memory.views(make_plan(manifest, 4096), [0])

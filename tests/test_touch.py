@@ -1,4 +1,4 @@
-"""Pages that are taken early: asked for, left as they are, and never those of others."""
+"""Pages that are allocated early: contents stay, and pages of other tensors are not touched."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can 
 
 
 def mapped(nbytes: int) -> torch.Tensor:
-    """Memory that nobody has touched."""
+    """A new mapping without resident pages."""
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 
 def resident(tensor: torch.Tensor) -> int:
-    """Pages of it that are there."""
+    """Number of its resident pages."""
     pages = tensor.nbytes // mmap.PAGESIZE
     found = ctypes.create_string_buffer(pages)
     libc = ctypes.CDLL(None)
@@ -41,7 +41,7 @@ def touch(*tensors: torch.Tensor) -> None:
     toucher.stop()
 
 
-def test_fresh_pages_are_taken_and_hold_what_they_held() -> None:
+def test_unused_pages_are_allocated_and_keep_their_contents() -> None:
     tensor = mapped(8 * MIB)
     tensor[3] = 7
     assert resident(tensor) < 100
@@ -59,7 +59,7 @@ def test_only_whole_pages_of_the_tensor_itself_are_asked_for() -> None:
     assert resident(memory[4 * MIB :]) == 0
 
 
-def test_memory_in_use_small_tensors_and_other_devices_are_left_alone() -> None:
+def test_memory_in_use_small_tensors_and_other_devices_are_not_touched() -> None:
     used = mapped(4 * MIB)
     used[2 * MIB] = 1
     before = resident(used)
@@ -69,7 +69,7 @@ def test_memory_in_use_small_tensors_and_other_devices_are_left_alone() -> None:
     assert resident(small) == 0
 
 
-def test_it_can_be_stopped_before_and_while_it_runs() -> None:
+def test_touching_can_be_stopped_before_and_while_it_runs() -> None:
     toucher = Prefaulter([mapped(256 * MIB)])
     toucher.stop()
     toucher.start()

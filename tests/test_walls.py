@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: who may import what, what no module may contain, how long it may be."""
+"""Code rules that no linter checks: which module may import what, what no module may contain, how long it may be."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALLOWED = {
     "torch_npu": ("transports/hccl", "codecs/"),
     "torch": ("tensors", "codecs/", "transports/", "vllm/", "checkpoint"),
 }
-# These may not be there at all when a module is imported, so they come in inside functions.
+# These may not be installed, so they are imported inside functions.
 ONLY_IN_FUNCTIONS = ("vllm", "torch_npu")
 # The one process-wide object: the server that target and draft model share.
 GLOBALS = ("vllm/serve/serving.py",)
@@ -75,7 +75,7 @@ def package_of(module: str) -> str:
 
 
 def handler_problem(handler: ast.ExceptHandler) -> str | None:
-    """Why this handler swallows errors that it cannot know, or None."""
+    """Why this handler swallows unknown errors, or None."""
     names = {"BaseException"} if handler.type is None else {ast.unparse(part) for part in _types_of(handler.type)}
     broad = names & {"Exception", "BaseException"}
     if broad and all(_does_nothing(statement) for statement in handler.body):
@@ -157,7 +157,7 @@ def test_contracts_of_the_import_linter() -> None:
 
 
 @each_module
-def test_imports_stay_in_their_rooms(path: Path) -> None:
+def test_third_party_imports_stay_in_their_rooms(path: Path) -> None:
     where = name_of(path)
     for found in imports_of(path):
         assert found.package not in NEVER, f"line {found.line}: {found.package} runs what it reads"
@@ -181,7 +181,7 @@ def test_modules_are_short(path: Path) -> None:
 
 
 @each_module
-def test_modules_say_what_they_are_for(path: Path) -> None:
+def test_modules_have_a_docstring(path: Path) -> None:
     assert ast.get_docstring(tree_of(path)), "no docstring"
 
 
@@ -202,7 +202,7 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
         "def f():\n    global x",
     ],
 )
-def test_the_rules_find_what_they_forbid(source: str) -> None:
+def test_the_rules_detect_what_they_forbid(source: str) -> None:
     assert len(problems_in(ast.parse(source))) == 1
 
 
@@ -219,5 +219,5 @@ def test_the_rules_find_what_they_forbid(source: str) -> None:
         "re.compile('x')",
     ],
 )
-def test_the_rules_leave_the_rest_alone(source: str) -> None:
+def test_the_rules_accept_everything_else(source: str) -> None:
     assert problems_in(ast.parse(source)) == []

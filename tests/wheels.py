@@ -1,4 +1,4 @@
-"""Released wheels that tests read and never install: fetched once, into `NETLOADER_WHEELS` or the user's cache."""
+"""Released wheels that tests read and never install: downloaded once, into `NETLOADER_WHEELS` or the user's cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNREACHABLE = ("connection", "temporary failure", "timed out", "max retries", "n
 
 
 def cache() -> Path:
-    """Where they are kept."""
+    """The folder of the wheels."""
     named = os.environ.get("NETLOADER_WHEELS")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "netloader-wheels"
 
@@ -28,7 +28,7 @@ def wheel_of(package: str, release: str, *options: str) -> Path:
         where = [*options, f"--dest={folder}", f"{package}=={release}"]
         done = subprocess.run([*fetch, *where], check=False, capture_output=True, text=True, timeout=100)
         if done.returncode != 0:
-            # Only a registry that can't be reached is no verdict; a release that is gone is one.
+            # An unreachable index skips the test; a missing release fails it.
             said = done.stderr.lower()
             if any(word in said for word in UNREACHABLE) and "no matching distribution" not in said:
                 pytest.skip(f"NOT CHECKED: the package index cannot be reached for {package} {release}")
