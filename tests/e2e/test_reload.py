@@ -18,7 +18,7 @@ from netloader import sync
 from tests.e2e import clients, engines
 from tests.e2e.engines import Engine, EngineFailed, RequestLoop
 from tests.e2e.hosts import listens, make_hosts
-from tests.e2e.stage import HELD, Scenario, environment_with_plugins
+from tests.e2e.scenario import HELD, Scenario, environment_with_plugins
 from tests.models import PROMPTS, ModelStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.in_order]
