@@ -2,7 +2,7 @@
 
 The first one reads the weight files; the others start from folders without any, so all that they compute comes from
 what they pulled. That such a comparison turns red when one weight differs is shown in
-tests/vllm/test_pull.py::test_one_other_weight_at_the_seed_is_one_other_weight_at_the_client.
+tests/vllm/test_pull.py::test_one_changed_weight_at_the_seed_is_one_changed_weight_at_the_client.
 """
 
 from __future__ import annotations
