@@ -22,9 +22,8 @@ class Name:
     Attributes:
         module: Where it is imported from.
         symbol: The name, or "Class.attribute".
-        parameters: Those of its parameters that are passed, by name or by place.
-        optional: The adapter looks whether it is there and does without it; it need not be in the oldest release, and
-            has to be in the newest.
+        parameters: The parameters that the adapter passes, by name or by place.
+        optional: Whether the adapter works without it. It may be missing in the oldest release, not in the newest.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""The oldest and the newest vLLM that we support have every name that the adapter uses; and it uses no other one."""
+"""The oldest and the newest supported vLLM have every name that the adapter uses, and it uses no other name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def release(number: str) -> Sources:
 
 
 def problems(sources: Sources, names: Sequence[Name], *, newest: bool) -> list[str]:
-    """What is used and not there."""
+    """The names that are used and missing."""
     found = []
     for name in names:
         if sources.find(name.module, name.symbol) is None:
@@ -63,8 +63,8 @@ def test_something_missing_is_found() -> None:
 
 
 def test_what_is_optional_really_is_missing_somewhere() -> None:
-    """Else the guard in the adapter is dead code; say it as required then."""
-    kept = {"get_pcp_group"}  # older than the oldest release; vendors' builds trail behind
+    """Otherwise the guard in the adapter is dead code, and the name should be listed as required."""
+    kept = {"get_pcp_group"}  # the oldest release has it; builds of vendors may be older
     unneeded = [
         name.symbol
         for name in NAMES
@@ -86,11 +86,11 @@ def uses(tree: ast.Module, *, is_module: Sources | None = None) -> Iterator[tupl
 
 
 RUN_TIME = "?"
-"""Stands before what is no name but a variable that holds one."""
+"""Prefix of a variable that holds the name."""
 
 
 def _loops(tree: ast.Module) -> dict[str, list[str]]:
-    """Variables of loops over texts, written there or in a constant of the file -> the texts."""
+    """Loop variables over strings -> the strings, which are in the loop or in a constant of the file."""
     constants = {
         ast.unparse(target): texts
         for node in ast.walk(tree)
@@ -114,7 +114,7 @@ def _texts(node: ast.expr | None) -> list[str]:
 
 
 def _in_scope(scope: ast.AST, outer: dict[str, str], sources: Sources | None) -> Iterator[tuple[int, str, str]]:
-    """`outer` says which local names are modules of vLLM, and which classes ("module:Class")."""
+    """`outer` maps local names to modules of vLLM, or to their classes ("module:Class")."""
     known = dict(outer)
     inner: list[ast.AST] = []
     nodes: list[ast.AST] = []
@@ -203,7 +203,7 @@ def test_nothing_is_used_that_is_not_listed() -> None:
 
 
 def test_nothing_is_listed_that_is_not_used() -> None:
-    """Text is enough: what an attribute is looked up on cannot always be told."""
+    """The text is searched, because the owner of an attribute cannot always be determined."""
     text = "\n".join(path.read_text("utf-8") for path in ADAPTER)
     unused = [name.symbol for name in NAMES if name.symbol.rpartition(".")[2] not in text]
     assert unused == []
