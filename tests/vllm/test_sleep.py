@@ -1,7 +1,7 @@
 """Sleep, wake-up and resets by the methods of vLLM's own worker class, over a model that is served.
 
-No CPU has vLLM's sleep mode: the allocator below it is a stand-in, and so is what the worker asks the accelerator. What
-runs is vLLM's `Worker`, whose methods are wrapped as in an engine.
+vLLM has no sleep mode for CPUs. So its allocator is simulated, and so are the calls of the worker to the accelerator.
+The worker is vLLM's own `Worker`, and its methods are wrapped as in an engine.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Allocator:
     """A simulated sleep backend of vLLM: level 1 saves the weights, level 2 discards them.
 
     Attributes:
-        model: Whose weights it has.
-        ask: Asks the server for them, as a client does.
-        said: What the server said while the weights were being taken away.
+        model: The model whose weights it saves or discards.
+        ask: Tries to pull from the server, as a client does.
+        said: The answers of the server while the weights are saved or discarded.
     """
 
     model: torch.nn.Module
