@@ -1,4 +1,4 @@
-"""Ranks that tell each other how their load went, over real gloo groups in threads."""
+"""Ranks exchange reports on their load, over real gloo groups in threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rank_of_grid(store: Any, rank: int) -> tuple[Report, ...]:
     return exchange(Report("failed" if rank == 3 else "pulled", rank, root=f"{rank}" * 64), groups, 30)
 
 
-def test_every_rank_of_a_grid_hears_every_rank_in_the_same_order() -> None:
+def test_every_rank_of_a_grid_gets_all_reports_in_the_same_order() -> None:
     store = HashStore()
     with ThreadPoolExecutor(4, thread_name_prefix="rank") as pool:
         heard = list(pool.map(lambda rank: rank_of_grid(store, rank), range(4)))
@@ -46,12 +46,12 @@ def test_every_rank_of_a_grid_hears_every_rank_in_the_same_order() -> None:
     assert [report.outcome for report in heard[0]] == ["pulled"] * 3 + ["failed"]
 
 
-def test_a_rank_alone_hears_itself() -> None:
+def test_a_single_rank_gets_its_own_report() -> None:
     mine = Report("pulled", 0, root="a")
     assert exchange(mine, [(None, 1, 0), (None, 1, 0)], 1) == (mine,)
 
 
-def test_a_rank_that_does_not_come_is_an_error_and_not_a_hang() -> None:
+def test_a_rank_that_does_not_report_is_an_error_and_not_a_hang() -> None:
     store = HashStore()
     with ThreadPoolExecutor(2, thread_name_prefix="rank") as pool:
         (present, *_), (absent, *_) = pool.map(lambda place: group(store, "tp", place, 2), range(2))
@@ -66,7 +66,7 @@ texts = st.text(max_size=600) | st.sampled_from(["f" * 5000, "\udcff" * 700, "\U
 
 
 @given(root=texts, load=texts, fingerprint=texts, reason=texts, rank=st.integers(0, 1 << 32), serves=st.booleans())
-def test_a_report_fits_whatever_it_says(
+def test_a_report_fits_with_texts_of_any_length(
     root: str, load: str, fingerprint: str, reason: str, rank: int, serves: bool
 ) -> None:
     mine = Report("failed", rank, root=root, load=load, fingerprint=fingerprint, reason=reason, serves=serves)
@@ -80,7 +80,7 @@ def test_a_report_fits_whatever_it_says(
         assert getattr(read, name) or not said
 
 
-def test_digests_come_through_whole() -> None:
+def test_digests_are_not_cut() -> None:
     mine = Report("pulled", 3, root="a" * 64, load="b" * 64, fingerprint="c" * 64, reason="d" * 5000)
     read = Report.unpacked(mine.packed())
     assert (read.root, read.load, read.fingerprint) == (mine.root, mine.load, mine.fingerprint)
@@ -121,7 +121,7 @@ def test_one_source_that_names_its_load_is_enough_if_that_is_what_was_pulled(loa
     assert "did not pull what their sources hold together" in disagreement(mixed)
 
 
-def test_sources_of_two_engines_are_no_model_even_with_equal_samples() -> None:
+def test_weights_of_two_engines_are_refused_even_with_equal_fingerprints() -> None:
     reports = [pulled(0, "e" * 32, F), pulled(1, "d" * 32, F)]
     assert "different loads (load: rank 0 has eeee" in disagreement(reports)
 
@@ -138,24 +138,24 @@ def test_what_is_loaded_by_default_beside_a_pull_must_be_the_same_checkpoint() -
     assert disagreement([pulled(0), default(1)]) == "", "seen when it is loaded"
 
 
-def test_what_was_loaded_by_default_is_compared_with_what_the_source_holds() -> None:
+def test_weights_loaded_by_default_are_compared_with_those_of_the_source() -> None:
     assert mixture([pulled(0), default(1, root=ROOTS[1])]) == ""
     assert "rank 1 loaded other weights" in mixture([pulled(0), default(1, root="3c" * 16)])
-    # No fingerprint outweighs that: it is made of samples.
+    # Equal fingerprints do not prove the contrary, because a fingerprint covers samples only.
     assert "rank 1 loaded other weights" in mixture([pulled(0, LOAD, F), default(1, F, root="3c" * 16)])
-    # A rank without a root: the fingerprints have to do.
+    # A rank has no root, so the fingerprints decide.
     assert mixture([pulled(0, LOAD, F), default(1, F)]) == ""
     assert "nothing shows" in mixture([pulled(0), default(1)])
     assert mixture([default(0), default(1)]) == mixture([pulled(0), pulled(1)]) == ""
 
 
-def test_roots_are_taken_where_somebody_needs_them() -> None:
+def test_roots_are_recorded_if_a_rank_needs_them() -> None:
     assert not roots_wanted([default(0), default(1)])
     assert not roots_wanted([pulled(0), pulled(1)])
     assert roots_wanted([pulled(0), default(1)])
     assert roots_wanted([default(0), Report("default", 1, serves=True)])
 
 
-def test_the_digest_of_a_load_knows_places_and_needs_every_root() -> None:
+def test_the_digest_of_a_load_depends_on_places_and_needs_every_root() -> None:
     assert load_digest(ROOTS) != load_digest(ROOTS[::-1])
     assert load_digest(["a", ""]) == load_digest([]) == ""

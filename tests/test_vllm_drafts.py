@@ -1,4 +1,4 @@
-"""What is left out of a draft model: exactly what vLLM's proposer replaces and loading did not fill."""
+"""Which tensors of a draft are left out: those that loading does not fill and vLLM's proposer replaces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLAG = st.sampled_from([True, False, None])
     head=FLAG,
     pp=st.sampled_from([1, 2]),
 )
-def test_only_what_was_said_to_be_missing_is_left_out(
+def test_only_tensors_that_loading_does_not_fill_are_left_out(
     names: set[str], embeddings: bool | None, head: bool | None, pp: int
 ) -> None:
     said = {"has_own_embed_tokens": embeddings, "has_own_lm_head": head}
@@ -45,7 +45,7 @@ def test_only_what_was_said_to_be_missing_is_left_out(
 
 
 def speculative(method: str) -> Any:
-    """As much of vLLM's configuration as is looked at."""
+    """The part of vLLM's configuration that is read."""
     target = SimpleNamespace(model="/models/a")
     return SimpleNamespace(
         speculative_config=SimpleNamespace(use_eagle=lambda: method != "draft_model", target_model_config=target)
@@ -74,5 +74,5 @@ def test_which_models_share(config: Any, role: Any, shares: bool) -> None:
         ("/models/b", "draft", False),
     ],
 )
-def test_which_models_go_by_model(model: str, role: Any, named: bool) -> None:
+def test_which_models_are_named_by_model(model: str, role: Any, named: bool) -> None:
     assert named_like_target(speculative("mtp"), SimpleNamespace(model=model), role) is named

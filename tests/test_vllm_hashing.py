@@ -1,4 +1,4 @@
-"""How often the bytes of a model are hashed from the pull until it is served again."""
+"""How often the bytes of a model are hashed between the pull and the time when it is served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from netloader.tensors import digests
 from netloader.vllm.model.copies import Keep
 from netloader.vllm.model.snapshot import RawWeights, named_raw_tensors
 from netloader.vllm.serve import recording
-from netloader.vllm.serve.raw_holding import Offered, offered
+from netloader.vllm.serve.raw_holding import RawHolding, raw_holding
 from netloader.vllm.serve.recording import Before, Record, record
 from netloader.vllm.serve.retention import keep_policy
 
@@ -27,13 +27,13 @@ ORIGINAL = xxhash.xxh3_128
 
 @dataclass
 class Counter:
-    """Bytes that were hashed, by the step that is under way."""
+    """Counts the bytes that are hashed, by step."""
 
     nbytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     step: str = ""
 
     def made(self, data: Any = b"") -> Counting:
-        """Stands in for the hash."""
+        """Replaces the hash function."""
         return Counting(self, data)
 
 
@@ -82,7 +82,7 @@ def nbytes_of(model: torch.nn.Module) -> int:
 
 
 def pulled_into(model: torch.nn.Module, counter: Counter) -> PullReport:
-    """A pull of the weights of another one."""
+    """Pull the weights of another model."""
     identity = ModelIdentity(model="m")
     with sync.serve(named_raw_tensors(Model(1)), identity, host="127.0.0.1", transport="memory") as seed:
         counter.step = "pull"
@@ -97,12 +97,12 @@ def recorded_of(model: torch.nn.Module, counter: Counter, report: PullReport | N
     return record(model, before, lambda: identity, lambda _: (), config, "rank 0", pulled=pulled, serves=True)
 
 
-def offered_of(model: torch.nn.Module, counter: Counter, found: Record) -> Offered:
-    counter.step = "settle"
+def offered_of(model: torch.nn.Module, counter: Counter, found: Record) -> RawHolding:
+    counter.step = "locate"
     assert found.recorded is not None
-    settled = found.recorded.raw.settle(model)
-    assert settled.lost == {}
-    return offered(found.recorded.announcement, found.recorded.device, settled, "cd" * 16)
+    located = found.recorded.raw.locate(model)
+    assert located.lost == {}
+    return raw_holding(found.recorded.announcement, found.recorded.device, located, "cd" * 16)
 
 
 FEW = 4096
@@ -112,51 +112,51 @@ FEW = 4096
 @pytest.mark.parametrize(
     "keep", [{}, {"keep_raw": False}, {"int8_cache": "dram", "int8_cache_name": ("embed.weight",)}]
 )
-def test_what_was_pulled_and_is_served_is_hashed_twice(keep: dict[str, Any], counter: Counter) -> None:
+def test_weights_that_are_pulled_and_served_are_hashed_twice(keep: dict[str, Any], counter: Counter) -> None:
     model = Model(2)
     nbytes = nbytes_of(model)
     found = recorded_of(model, counter, pulled_into(model, counter), **keep)
     made = offered_of(model, counter, found)
     assert nbytes <= counter.nbytes["pull"] < nbytes + FEW
-    assert counter.nbytes["record"] < FEW, "it was verified as it came"
-    assert nbytes <= counter.nbytes["settle"] < nbytes + FEW
+    assert counter.nbytes["record"] < FEW, "the pull has verified it"
+    assert nbytes <= counter.nbytes["locate"] < nbytes + FEW
     assert made.announcement.root == found.root
-    assert made.announcement.identity.fingerprint == "ab" * 16, "it is announced as what it is here"
+    assert made.announcement.identity.fingerprint == "ab" * 16, "the announcement has the identity of this load"
     from_scratch = recorded_of(Model(1), counter).announcement
     assert from_scratch is not None
     assert made.announcement.digests == from_scratch.digests
 
 
-def test_what_was_loaded_and_is_served_is_hashed_twice(counter: Counter) -> None:
+def test_weights_that_are_loaded_and_served_are_hashed_twice(counter: Counter) -> None:
     model = Model(2)
     nbytes = nbytes_of(model)
     offered_of(model, counter, recorded_of(model, counter))
     assert nbytes <= counter.nbytes["record"] < nbytes + FEW
-    assert nbytes <= counter.nbytes["settle"] < nbytes + FEW
+    assert nbytes <= counter.nbytes["locate"] < nbytes + FEW
 
 
-def test_what_was_replaced_is_hashed_once_too(counter: Counter) -> None:
+def test_a_replaced_tensor_is_hashed_once_too(counter: Counter) -> None:
     model = Model(2)
     nbytes = nbytes_of(model)
     found = recorded_of(model, counter, pulled_into(model, counter))
     for layer in model.linears:
         layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous())
     made = offered_of(model, counter, found)
-    assert sorted(made.settled.kept) == [f"layers.{place}.weight" for place in range(8)]
-    assert set(made.settled.reasons.values()) == {Keep.REFERENCE}
-    assert nbytes <= counter.nbytes["settle"] < nbytes + FEW
+    assert sorted(made.located.kept) == [f"layers.{place}.weight" for place in range(8)]
+    assert set(made.located.reasons.values()) == {Keep.REFERENCE}
+    assert nbytes <= counter.nbytes["locate"] < nbytes + FEW
 
 
-def test_what_was_pulled_and_changed_since_is_not_served_as_what_was_pulled(counter: Counter) -> None:
+def test_a_pulled_tensor_that_changed_is_not_served(counter: Counter) -> None:
     model = Model(2)
     found = recorded_of(model, counter, pulled_into(model, counter))
     assert found.recorded is not None
     with torch.no_grad():
         model.linears[3].weight[7, 11] += 1
-    assert "layers.3.weight" in found.recorded.raw.settle(model).lost
+    assert "layers.3.weight" in found.recorded.raw.locate(model).lost
 
 
-def test_another_set_of_tensors_than_was_pulled_is_hashed_anew(counter: Counter) -> None:
+def test_tensors_that_differ_from_the_pulled_ones_are_hashed_again(counter: Counter) -> None:
     model = Model(2)
     report = pulled_into(model, counter)
     model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
@@ -172,7 +172,7 @@ def test_a_block_that_differs_names_what_may_have_changed(counter: Counter) -> N
     raw = RawWeights(model, found.announcement, keep_policy(frozenset(), Config()))
     with torch.no_grad():
         model.linears[0].weight[0, 0] += 1
-    lost = raw.settle(model).lost
+    lost = raw.locate(model).lost
     assert set(lost.values()) == {"vLLM rewrote it in place, or a tensor of the same block"}
     assert "layers.0.weight" in lost
-    assert not [name for name in lost if name.endswith("bias")], "of those there are copies"
+    assert not [name for name in lost if name.endswith("bias")], "these have copies"

@@ -1,4 +1,4 @@
-"""What happens before vLLM changes weights in place; with stand-ins for its worker classes."""
+"""What happens before vLLM changes weights in place; with simulated worker classes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[serving.WorkerServer]:
 
 
 def worker(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> Any:
-    """An object of a worker class that this process has, with these methods, watched."""
+    """An object of a wrapped worker class with these methods."""
     config = types.SimpleNamespace(load_config=types.SimpleNamespace(load_format="auto"))
     stand_in = type("Worker", (), {**methods, "vllm_config": config, "device": "npu:7"})
     module = types.ModuleType(MODULE)
     vars(module)["Worker"] = stand_in
     monkeypatch.setitem(sys.modules, MODULE, module)
-    assert hooks.watch_worker(f"{MODULE}.Worker")
+    assert hooks.wrap_worker(f"{MODULE}.Worker")
     return stand_in()
 
 
@@ -71,18 +71,18 @@ def test_what_is_about_to_change_is_retracted_first(
     assert seen == ["target", "draft"]
 
 
-def test_a_class_is_watched_once_and_other_classes_not_at_all(
+def test_a_class_is_wrapped_once_and_an_unknown_class_is_not(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     one = worker(monkeypatch, sleep=lambda self: calls.append(1))
     first = type(one).sleep
-    assert hooks.watch_worker(f"{MODULE}.Worker")
+    assert hooks.wrap_worker(f"{MODULE}.Worker")
     assert type(one).sleep is first
     one.sleep()
     assert calls == [1]
-    assert not hooks.watch_worker("tests_no_such_module.Worker")
-    assert not hooks.watch_worker(f"{MODULE}.NoSuchClass")
+    assert not hooks.wrap_worker("tests_no_such_module.Worker")
+    assert not hooks.wrap_worker(f"{MODULE}.NoSuchClass")
 
 
 def test_weights_that_wake_up_unchanged_are_served_again_and_others_not(
@@ -113,10 +113,10 @@ SLEEPS: dict[str, Any] = {"sleep": lambda self, level=1: "slept", "wake_up": lam
 
 
 @pytest.mark.allow_blocking(reason="a loop that stands still is what is looked at")
-def test_a_server_whose_loop_stands_still_keeps_no_engine_from_sleeping(
+def test_a_blocked_server_loop_does_not_keep_the_engine_from_sleeping(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server_loop, "ANSWER_WITHIN", 0.05)
+    monkeypatch.setattr(server_loop, "ANSWER_TIMEOUT", 0.05)
     monkeypatch.setattr(serving, "_RETRACT_WITHIN", 0.05)
     one = worker(monkeypatch, **SLEEPS)
     goes_on = threading.Event()
@@ -125,22 +125,22 @@ def test_a_server_whose_loop_stands_still_keeps_no_engine_from_sleeping(
         assert one.sleep() == "slept"
         assert "retracting what is served before sleep failed" in caplog.text
         assert "gives no answer: its event loop stood still" in caplog.text
-        assert serving.running_server() is None, "it is given up, and costs no second wait"
+        assert serving.running_server() is None, "it was ended, so there is no second wait"
         assert one.wake_up() == "woke"
         with pytest.raises(server_loop.ServerLost):
             server.retract(serving.ROLES, "asked once more")
     finally:
         goes_on.set()
     server._loop._thread.join(30)
-    assert not server._loop.alive, "it ends when it goes on, and serves nothing that may have changed"
+    assert not server._loop.alive, "it ends as soon as it goes on, and serves nothing that may have changed"
 
 
-def test_a_server_whose_loop_has_ended_keeps_no_engine_from_sleeping(
+def test_an_ended_server_loop_does_not_keep_the_engine_from_sleeping(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = worker(monkeypatch, **SLEEPS)
     server._loop.end(30)
-    monkeypatch.setattr(server_loop.ServerLoop, "alive", True)  # as seen the very moment before it ended
+    monkeypatch.setattr(server_loop.ServerLoop, "alive", True)  # as in the moment before it ended
     assert serving.running_server() is server
     assert one.sleep() == "slept"
     assert "retracting what is served before sleep failed" in caplog.text
@@ -149,7 +149,7 @@ def test_a_server_whose_loop_has_ended_keeps_no_engine_from_sleeping(
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), RecursionError("too deep"), RuntimeError("device lost")])
-def test_whatever_fails_beside_a_wake_up_is_logged_and_refused(
+def test_an_error_of_serving_during_wake_up_is_logged_and_refused(
     error: Exception,
     server: serving.WorkerServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -182,7 +182,7 @@ def test_a_server_that_cannot_even_refuse_is_ended(
     assert not server.running
 
 
-def test_weights_that_are_not_what_they_were_are_refused_by_name(
+def test_weights_that_changed_during_sleep_are_refused_by_name(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = worker(monkeypatch, **SLEEPS)
@@ -192,10 +192,10 @@ def test_weights_that_are_not_what_they_were_are_refused_by_name(
     one.wake_up()
     with pytest.raises(NoSourceLeft, match="weight is not what it was when it was announced"):
         pulled(server, "target")
-    assert torch.equal(pulled(server, "draft"), WEIGHT), "one that changed costs the other nothing"
+    assert torch.equal(pulled(server, "draft"), WEIGHT), "the other model is still served"
 
 
-def test_an_error_of_the_method_comes_out_as_it_is(
+def test_an_error_of_the_wrapped_method_is_raised(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Any) -> None:
@@ -219,7 +219,7 @@ def test_no_communicator_is_opened_until_memory_was_measured(monkeypatch: pytest
         return 42
 
     one = worker(monkeypatch, determine_available_memory=measure)
-    hooks.hold_still_until_profiled("cpu")
-    hooks.hold_still_until_profiled(name)
+    hooks.pause_transfers_until_profiled("cpu")
+    hooks.pause_transfers_until_profiled(name)
     assert one.determine_available_memory() == 42
     devices.device_of("npu:7").check_may_open()

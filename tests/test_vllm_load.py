@@ -1,10 +1,11 @@
-"""A load as a sequence of steps: their order, what each makes of the values before it, and what is told to clients."""
+"""A load as a sequence of steps: their order, the value that each step returns, and what clients are told."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,17 +22,18 @@ from netloader.vllm.load.agree_ranks import Decision, agree, agree_on_roots
 from netloader.vllm.load.examine_model import Built
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.fill_model import Filled, fill
-from netloader.vllm.load.inspect_engine import Asked, Context, Engine, NothingPulled
+from netloader.vllm.load.inspect_engine import Context, Engine, NothingPulled, Probed
 from netloader.vllm.load.loading import Loaded, load_weights, serve_loaded
 from netloader.vllm.load.processed_pull import Adopted, NotAdopted
 from netloader.vllm.load.pull_weights import Pulled, pull
 from netloader.vllm.model.agreement import Report, load_digest
 from netloader.vllm.model.copies import Keep
+from netloader.vllm.model.initial_values import InitialValues
 from netloader.vllm.model.snapshot import RawWeights, named_raw_tensors
 from netloader.vllm.model.topology import Topology
 from netloader.vllm.serve import choose_layout as choosing
 from netloader.vllm.serve.choose_layout import Choice, choose_layout
-from netloader.vllm.serve.guard import failure_told
+from netloader.vllm.serve.guard import refuse_on_failure
 from netloader.vllm.serve.offer import serve
 from netloader.vllm.serve.recording import Record, Recorded, Snapshot
 
@@ -43,7 +45,7 @@ IN_USE = MemoryStillInUse("a thread", writes=True, seconds=1.0)
 
 
 class Server:
-    """Notes what a worker's server is asked for."""
+    """Records the calls to a worker's server."""
 
     running = True
 
@@ -75,7 +77,7 @@ def adopted_report(**shares: int) -> Any:
     return SimpleNamespace(sources=sources)
 
 
-VALUES = (Engine, Asked, Context, Built, Pulled, Decision, Filled, Record, Recorded, Snapshot, Loaded, Choice, Adopted)
+VALUES = (Engine, Probed, Context, Built, Pulled, Decision, Filled, Record, Recorded, Snapshot, Loaded, Choice, Adopted)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value.__name__)
@@ -96,7 +98,7 @@ def decided(outcome: Any = "pulled", why_not: str = "", *, root: str = "", other
 
 @dataclasses.dataclass
 class Steps:
-    """Stand-ins for the steps, which note that they were taken."""
+    """Simulated steps, which record that they were called."""
 
     taken: list[str] = dataclasses.field(default_factory=list)
     returns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
@@ -125,7 +127,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
         "fill": [Filled(IDENTITY, "")],
         "record": [recorded],
         "agree_on_roots": [decided(root=ROOT)],
-        "leave_alone": [None],
+        "skip_transformations": [None],
     }
     for name in found.returns:
         monkeypatch.setattr(loading, name, found.take(name))
@@ -148,7 +150,7 @@ def test_a_mixture_is_loaded_by_default_recorded_and_compared_again(steps: Steps
     assert loaded.snapshot.load == load_digest([ROOT])
 
 
-def test_a_rank_that_loaded_by_default_only_compares_again_when_others_hold_a_mixture(steps: Steps) -> None:
+def test_a_rank_that_loaded_by_default_only_compares_again_after_a_mixture(steps: Steps) -> None:
     steps.returns["agree_on_roots"] = [decided("default", "a mixture"), decided("default", root=ROOT)]
     load_weights(context_of(), MODEL)
     assert steps.taken[-3:] == ["record", "agree_on_roots", "agree_on_roots"]
@@ -156,7 +158,7 @@ def test_a_rank_that_loaded_by_default_only_compares_again_when_others_hold_a_mi
 
 
 @pytest.mark.parametrize("step", ["agree", "fill", "agree_on_roots"])
-def test_a_load_that_fails_ends_what_is_passed_on_at_once(step: str, steps: Steps) -> None:
+def test_a_load_that_fails_stops_passing_on_at_once(step: str, steps: Steps) -> None:
     server, error = Server(), IN_USE
     steps.returns[step] = [error]
     with pytest.raises(MemoryStillInUse):
@@ -165,10 +167,10 @@ def test_a_load_that_fails_ends_what_is_passed_on_at_once(step: str, steps: Step
     assert server.asked == [("withdraw", "target", 0.0, ("a",))]
 
 
-def test_post_processing_leaves_weights_alone_that_were_pulled_processed(steps: Steps) -> None:
+def test_post_processing_does_not_transform_pulled_processed_weights(steps: Steps) -> None:
     steps.returns["fill"] = [Filled(IDENTITY, "", adopted=ADOPTED)]
     assert load_weights(context_of(), MODEL).adopted is ADOPTED
-    assert steps.taken[-1] == "leave_alone"
+    assert steps.taken[-1] == "skip_transformations"
 
 
 # --- the ranks ------------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_post_processing_leaves_weights_alone_that_were_pulled_processed(steps: 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
-    """What this rank tells; the other one says that it pulled, and serves."""
+    """The reports of this rank. The other rank reports that it pulled, and that it serves."""
     found: list[Report] = []
 
     def exchange(mine: Report, *_: Any) -> tuple[Report, ...]:
@@ -188,7 +190,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
     return found
 
 
-def test_the_other_ranks_hear_of_memory_in_use_before_the_load_ends(told: list[Report]) -> None:
+def test_the_other_ranks_are_told_of_memory_in_use_before_the_load_ends(told: list[Report]) -> None:
     mine = Report("failed", 0, reason="a thread writes")
     with pytest.raises(MemoryStillInUse):
         agree(context_of(), Pulled(mine, memory_in_use=IN_USE))
@@ -200,12 +202,12 @@ def test_one_rank_that_failed_means_that_no_rank_keeps_what_it_pulled(told: list
     assert (decision.why_not, decision.keeps) == ("rank 0 could not pull: no route", False)
     assert decision.why_default == "could not pull: no route"
     assert decision.wants_roots
-    # What a rank holds now was loaded by default, whatever it told before.
+    # The weights of a rank were loaded by default now, whatever it reported before.
     agree_on_roots(context_of(), decision, ROOT, "ef")
     assert (told[-1].outcome, told[-1].root, told[-1].fingerprint, told[-1].reason) == ("default", ROOT, "ef", "")
 
 
-def test_what_is_kept_is_said_to_be_pulled_in_both_exchanges(told: list[Report]) -> None:
+def test_kept_weights_are_reported_as_pulled_in_both_exchanges(told: list[Report]) -> None:
     mine = Report("pulled", 0, root=ROOT, load=load_digest([ROOT, ROOT]))
     decision = Decision(mine, (mine, msgspec.structs.replace(mine, rank=1, serves=True)), "")
     assert decision.keeps
@@ -243,11 +245,11 @@ def test_a_model_that_cannot_be_examined_is_not_supported_and_ends_nothing(
     assert "rank 0: looking at the model failed: nothing is pulled or served" in caplog.text
 
 
-def test_what_a_source_said_before_the_build_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_of_the_probe_is_not_determined_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine_model, "fingerprint_of_model", lambda _: ROOT)
     monkeypatch.setattr(examine_model, "why_not", lambda *_: "")
     untied = msgspec.structs.replace(IDENTITY, tied=False)
-    built = examine_model.examine(dataclasses.replace(context_of(), asked=Asked(untied)), MODEL)
+    built = examine_model.examine(dataclasses.replace(context_of(), probed=Probed(untied)), MODEL)
     assert built.identity == msgspec.structs.replace(untied, fingerprint=ROOT)
 
 
@@ -266,7 +268,7 @@ def test_what_is_not_supported_is_not_pulled(fallback: bool, outcome: str) -> No
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What pulling raw weights ends with, which sources hold processed ones, and what taking those over ends with."""
+    """The results of pulling raw weights, of finding sources with processed ones, and of pulling those."""
     found: dict[str, list[Any]] = {"pull_raw": [], "only_processed": [], "adopt_processed": []}
 
     def answer(name: str) -> Callable[..., Any]:
@@ -280,7 +282,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     for name in found:
         monkeypatch.setattr(pull_weights, name, answer(name))
-    monkeypatch.setattr(pull_weights, "check_possible", lambda: None)
+    monkeypatch.setattr(pull_weights, "check_supported", lambda: None)
     return found
 
 
@@ -320,11 +322,11 @@ def test_how_a_pull_ended_is_a_value(
     for name, value in given.items():
         sources[name] = [] if value is None else [value]
     pulled = pulled_of(torch.nn.Linear(4, 4))
-    assert (pulled.told.outcome, pulled.told.reason) == told
+    assert (pulled.own_report.outcome, pulled.own_report.reason) == told
     assert (pulled.rebuild, pulled.memory_in_use is IN_USE) == (rebuild, in_use)
-    assert pulled.told.root == "", "those of raw weights are compared"
+    assert pulled.own_report.root == "", "those of raw weights are compared"
     assert (pulled.adopted is not None) == (told[0] == "pulled")
-    assert pulled.told.serves
+    assert pulled.own_report.serves
     assert pulled.initial is not None
     assert not any(sources.values()), "nothing else is tried"
 
@@ -459,7 +461,7 @@ def test_an_error_of_serving_is_told_to_clients_and_ends_nothing(step: str, monk
     assert (what, role, reason) == ("refuse", "target", "offering the weights failed: MemoryError: none left")
 
 
-def test_processed_weights_that_are_other_ones_now_end_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processed_weights_that_changed_end_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def differs(*_: Any) -> None:
         raise inspect_engine.NothingPulled("not what was pulled")
 
@@ -471,10 +473,57 @@ def test_processed_weights_that_are_other_ones_now_end_the_load(monkeypatch: pyt
     assert server.asked == []
 
 
-def test_clients_that_wait_hear_of_a_load_that_failed() -> None:
+def test_waiting_clients_are_told_of_a_failed_load() -> None:
     server: Any = Server()
-    with pytest.raises(KeyboardInterrupt), failure_told(server, "target"):
+    with pytest.raises(KeyboardInterrupt), refuse_on_failure(server, "target"):
         raise KeyboardInterrupt
     ((what, role, reason, *_),) = server.asked
     assert (what, role) == ("refuse", "target")
     assert reason.startswith("the model could not be loaded: ")
+
+
+# --- errors that must not end a load ----------------------------------------------------------------------------------
+
+
+def test_a_file_with_a_tensor_that_cannot_be_hashed_is_read_and_the_model_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "sparse.pt"
+    torch.save({"table": torch.eye(3).to_sparse()}, path)
+    with FileReads() as reads:
+        found = torch.load(path, weights_only=True)
+    assert torch.equal(found["table"].to_dense(), torch.eye(3))
+    assert reads.traced({}).lost == (str(path),)
+    assert f"what the model reads from {path} cannot be compared" in caplog.text
+
+
+def test_a_probe_that_fails_unexpectedly_does_not_end_the_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("no such field")
+
+    for name, value in {
+        "topology_of": lambda *_: Topology(0, 1, 0, 1, 0, 1, 0, ""),
+        "fallback_loader": lambda *_: "the default loader",
+        "_open_server": lambda *_: None,
+        "model_identity": fails,
+    }.items():
+        monkeypatch.setattr(inspect_engine, name, value)
+    config = load_config({"SOURCE": [{"device_id": 0, "sources": ["127.0.0.1:1024"]}]})
+    context = inspect_engine.inspect(context_of().engine, config)
+    assert (context.probed, context.default_loader) == (None, "the default loader")
+    assert "rank 0: unexpected error while the sources were probed" in caplog.text
+
+
+def test_weights_that_are_passed_on_are_withdrawn_before_their_memory_is_restored(
+    sources: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pull of raw weights succeeded, and the digests that the source announced are refused."""
+    sources["pull_raw"] = [SimpleNamespace(identity=msgspec.structs.replace(IDENTITY, load="no digest"))]
+    sources["only_processed"], sources["adopt_processed"] = [["a"]], [NotAdopted("other")]
+    asked: list[str] = []
+    monkeypatch.setattr(Server, "withdraw", lambda *_, **__: asked.append("withdraw"))
+    monkeypatch.setattr(InitialValues, "restore", lambda _: asked.append("restore"))
+    assert pulled_of(torch.nn.Linear(4, 4)).own_report.outcome == "failed"
+    assert asked == ["withdraw", "restore"]

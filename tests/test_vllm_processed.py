@@ -1,4 +1,4 @@
-"""What counts as a handle in a post-processed layer; with layers of torch and no vLLM."""
+"""Which values of a post-processed layer count as handles; with layers of torch, without vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from netloader.tensors import mappings
 from netloader.vllm.model.processed import survey
 
 SIZES = (1 << 32, (1 << 32) + 4096, 5_000_000_000, 300 << 30, (1 << 40) - 1)
-"""Sizes in bytes that a layer may note: 4 GiB to 1 TiB."""
+"""Sizes in bytes that a layer may have as attributes: 4 GiB to 1 TiB."""
 
 
 def problems_of(**values: Any) -> list[str]:
@@ -31,7 +31,7 @@ def handle(name: str, value: int) -> str:
 
 @contextmanager
 def maps(monkeypatch: pytest.MonkeyPatch, path: Path, *lines: str) -> Iterator[None]:
-    """What the system says about the memory of this process."""
+    """Replace the system's list of this process's memory mappings."""
     path.write_text("".join(f"{line}\n" for line in lines))
     with monkeypatch.context() as patch:
         patch.setattr(mappings, "_MAPS", path)
@@ -51,7 +51,7 @@ def test_a_number_that_points_into_mapped_memory_is_an_address(monkeypatch: pyte
     assert found == [handle("first", 0x200000000), handle("last", 0x3001FFFFF)]
 
 
-def test_whatever_this_process_has_mapped_is_an_address() -> None:
+def test_an_address_in_mapped_memory_is_a_handle() -> None:
     buffer = ctypes.create_string_buffer(1 << 20)
     with mmap.mmap(-1, mmap.PAGESIZE) as page:
         view = (ctypes.c_char * mmap.PAGESIZE).from_buffer(page)
@@ -60,7 +60,7 @@ def test_whatever_this_process_has_mapped_is_an_address() -> None:
         del view
 
 
-def test_addresses_of_devices_are_mapped_nowhere_and_count_all_the_same(
+def test_a_device_address_is_a_handle_although_it_is_not_mapped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     far = {"device": 0x12C0C0000000, "first": 1 << 40, "last": (1 << 48) - 1}
@@ -68,7 +68,9 @@ def test_addresses_of_devices_are_mapped_nowhere_and_count_all_the_same(
         assert problems_of(**far, seed=1 << 48) == [handle(name, value) for name, value in far.items()]
 
 
-def test_memory_of_a_tensor_counts_wherever_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_address_in_a_tensor_is_a_handle_although_it_is_not_mapped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class Storage:
         def data_ptr(self) -> int:
             return 6 << 30
@@ -76,15 +78,15 @@ def test_memory_of_a_tensor_counts_wherever_it_lies(monkeypatch: pytest.MonkeyPa
         def nbytes(self) -> int:
             return 4096
 
-    monkeypatch.setattr("netloader.vllm.model.processed._place", lambda walk: walk.found.tensors.update(walk.named))
+    monkeypatch.setattr(
+        "netloader.vllm.model.processed._separate_views", lambda walk: walk.found.tensors.update(walk.named)
+    )
     monkeypatch.setattr(torch.nn.Parameter, "untyped_storage", lambda self: Storage())
     with maps(monkeypatch, tmp_path / "maps", "7fa185fe7000-7fa185fe8000 r--p 00000000 fe:00 2    /usr/lib/some.so"):
         found = problems_of(before=(6 << 30) - 1, inside=(6 << 30) + 64, past=(6 << 30) + 4096)
     assert found == [handle("inside", (6 << 30) + 64)]
 
 
-def test_where_the_system_cannot_say_every_large_number_may_be_an_address(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_known_mappings_every_large_number_is_a_handle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mappings, "_MAPS", tmp_path / "none")
     assert problems_of(size=SIZES[0], count=4096) == [handle("size", SIZES[0])]

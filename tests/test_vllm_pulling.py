@@ -1,4 +1,4 @@
-"""Asking sources before the model is built: who is waited for, and for how long."""
+"""Probing sources before the model is built: which sources are probed again, and for how long."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from netloader.errors import (
     TransferTimeout,
 )
 from netloader.vllm.load import pulling
-from netloader.vllm.load.pulling import ask_sources, pull_raw
+from netloader.vllm.load.pulling import probe_sources, pull_raw
 
 A, B = Address("a", 1024), Address("b", 1024)
 FOUND = ModelIdentity(model="m")
 
 
 class World:
-    """Sources that answer as they are told, and a clock that only they and pauses move."""
+    """Simulated sources, and a clock that advances only when they or a pause take time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: Callable[[str, int, float], NetloaderError | None]):
         self.now = 0.0
@@ -60,9 +60,11 @@ def config(**settings: Any) -> Config:
     [PeerLost("down"), *(RefusedError(code, "not now") for code in ("not-ready", "busy", "gone"))],
     ids=["down", "not-ready", "busy", "gone"],
 )
-def test_a_source_that_may_come_is_waited_for(error: NetloaderError, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_may_be_ready_soon_is_probed_again(
+    error: NetloaderError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = World(monkeypatch, lambda _, times, __: error if times < 4 else None)
-    assert ask_sources([A], "target", config(WAIT=30)) is FOUND
+    assert probe_sources([A], "target", config(WAIT=30)) is FOUND
     assert world.asked == ["a"] * 4
     assert world.now < 30
 
@@ -72,42 +74,40 @@ def test_a_source_that_may_come_is_waited_for(error: NetloaderError, monkeypatch
     [RefusedError("auth", "who are you"), RefusedError("not-held", "no draft"), RemoteProtocolError("garbage")],
     ids=["auth", "not-held", "garbage"],
 )
-def test_a_source_that_will_say_the_same_again_is_asked_once(
-    error: NetloaderError, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_with_a_lasting_refusal_is_probed_once(error: NetloaderError, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, lambda *_: error)
-    assert ask_sources([A], "target", config(WAIT=600, TIMEOUT=700)) is None
+    assert probe_sources([A], "target", config(WAIT=600, TIMEOUT=700)) is None
     assert world.asked == ["a"]
     assert world.now < 1
 
 
-def test_it_is_left_out_while_another_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_such_a_source_is_left_out_while_another_one_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(host: str, times: int, _: float) -> NetloaderError | None:
         if host == "a":
             return RefusedError("not-held", "no draft")
         return PeerLost("down") if times < 3 else None
 
     world = World(monkeypatch, answer)
-    assert ask_sources([A, B], "target", config(WAIT=60)) is FOUND
+    assert probe_sources([A, B], "target", config(WAIT=60)) is FOUND
     assert world.asked == ["a", "b", "b", "b"]
 
 
-def test_without_wait_each_source_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_wait_each_source_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, lambda *_: PeerLost("down"))
-    assert ask_sources([A, B], "target", config()) is None
+    assert probe_sources([A, B], "target", config()) is None
     assert world.asked == ["a", "b"]
 
 
 @pytest.mark.parametrize("wait", [0, 20])
-def test_many_silent_sources_cost_no_more_than_one(wait: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks are waiting: for WAIT and a few seconds, not for each source by itself."""
+def test_many_silent_sources_take_no_longer_than_one(wait: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks wait for WAIT plus a few seconds, not for each source in turn."""
     world = World(monkeypatch, lambda *_: TransferTimeout("silent"))
-    assert ask_sources([A, B] * 20, "target", config(WAIT=wait)) is None
+    assert probe_sources([A, B] * 20, "target", config(WAIT=wait)) is None
     assert world.now <= wait + 10
 
 
-def test_asking_counts_against_the_time_of_the_pull(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks reckon with one TIMEOUT, WAIT included."""
+def test_the_time_of_the_probe_counts_against_timeout_and_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks wait for one TIMEOUT, which includes WAIT."""
     seen: list[tuple[float, float]] = []
 
     def pull(*_: Any, timeout: float, wait: float, **__: Any) -> None:

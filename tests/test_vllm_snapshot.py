@@ -24,7 +24,7 @@ from netloader.vllm.model.initial_values import InitialValues, NotRestored
 from netloader.vllm.model.load_state import PlainState, apply_load_state, load_state_of
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError
-from netloader.vllm.serve.retention import copied_lines, hint_for, keep_policy, kept_text
+from netloader.vllm.serve.retention import copy_log_lines, hint_for, keep_policy, kept_text
 
 
 class Tiny(torch.nn.Module):
@@ -40,12 +40,12 @@ class Tiny(torch.nn.Module):
 
 
 def recorded(model: torch.nn.Module, keep: Callable[[str], Keep]) -> RawWeights:
-    """What a load records of a model: small blocks, so that each larger tensor has its own."""
+    """What a load records of a model. The blocks are small, so that each larger tensor has blocks of its own."""
     holding = tensors.hold(named_raw_tensors(model), ModelIdentity(), block_bytes=8192)
     return RawWeights(model, holding.announcement, keep)
 
 
-def test_raw_tensors_come_under_every_name_and_computed_caches_do_not() -> None:
+def test_raw_tensors_have_all_their_names_and_computed_caches_are_left_out() -> None:
     names = list(named_raw_tensors(Tiny()))
     assert names == ["scale", "embed.weight", "head.weight", "up.weight", "up.bias"]
 
@@ -54,7 +54,7 @@ def test_modules_in_plain_containers_have_names_by_their_path() -> None:
     model: Any = Tiny()
     shared = torch.nn.Linear(2, 2, bias=False)
     model.up.by_task = {"embed": torch.nn.Sequential(torch.nn.Linear(2, 3)), "classify": [shared]}
-    model.up.sideways = [model.embed]  # named where it belongs, and only there
+    model.up.sideways = [model.embed]  # has its registered name only
     model.holder = SimpleNamespace(head=shared)
     model.holder.later = torch.nn.UninitializedBuffer()
     names = list(named_raw_tensors(model))
@@ -74,7 +74,7 @@ def test_loading_that_fills_or_adds_a_tensor_without_a_name_is_noticed() -> None
     model.up.later = [torch.nn.UninitializedBuffer()]
     before = UnnamedTensors(model)
     with torch.no_grad():
-        model.up.weight.fill_(3)  # a weight with a name is no business of this
+        model.up.weight.fill_(3)  # a weight with a name is not compared here
     assert before.changed_by_loading(model) == []
     model.up.tables["b"].data.copy_(torch.ones(3))
     hidden.mul_(2)
@@ -83,88 +83,88 @@ def test_loading_that_fills_or_adds_a_tensor_without_a_name_is_noticed() -> None
     assert before.changed_by_loading(model) == ["cache", "up.added", "up.rescale<closure>.hidden", "up.tables[b]"]
 
 
-def test_what_post_processing_leaves_alone_is_live_and_what_it_replaces_is_kept() -> None:
+def test_an_unchanged_tensor_is_live_and_a_replaced_one_is_kept() -> None:
     model = Tiny()
     before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
     raw = recorded(model, lambda _: Keep.REFERENCE)
     model.up.weight = torch.nn.Parameter(model.up.weight.detach().t().contiguous())
-    settled = raw.settle(model)
-    assert settled.lost == {}
-    assert set(settled.kept) == {"up.weight"}
-    assert torch.equal(settled.kept["up.weight"], before["up.weight"])
-    assert settled.kept_bytes == before["up.weight"].nbytes
-    assert set(settled.live) == set(before) - {"up.weight"}
+    located = raw.locate(model)
+    assert located.lost == {}
+    assert set(located.kept) == {"up.weight"}
+    assert torch.equal(located.kept["up.weight"], before["up.weight"])
+    assert located.kept_bytes == before["up.weight"].nbytes
+    assert set(located.live) == set(before) - {"up.weight"}
 
 
-def test_an_original_that_nobody_holds_is_lost() -> None:
+def test_an_original_that_was_not_kept_is_lost() -> None:
     model = Tiny()
     raw = recorded(model, lambda _: Keep.NO)
     del model.up.weight
-    settled = raw.settle(model)
-    assert settled.lost == {"up.weight": "vLLM dropped it"}
-    assert "up.bias" in settled.live, "tensors of a few bytes are always held"
+    located = raw.locate(model)
+    assert located.lost == {"up.weight": "vLLM dropped it"}
+    assert "up.bias" in located.live, "small tensors are always copied"
 
 
 def test_a_rewrite_in_place_is_seen() -> None:
     model = Tiny()
     raw = recorded(model, lambda _: Keep.REFERENCE)
     model.embed.weight.data[3, 5] += 1
-    settled = raw.settle(model)
-    assert settled.lost == {
+    located = raw.locate(model)
+    assert located.lost == {
         "embed.weight": "vLLM rewrote it in place",
         "head.weight": "vLLM rewrote it in place",
     }
 
 
 @pytest.mark.parametrize("keep", [Keep.DRAM, Keep.HBM])
-def test_a_copy_outlives_a_rewrite_in_place_and_goes_when_nothing_was_rewritten(keep: Keep) -> None:
+def test_a_copy_keeps_the_values_after_a_rewrite_and_is_freed_without_one(keep: Keep) -> None:
     model = Tiny()
     before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
     raw = recorded(model, lambda _: keep)
     assert raw.copies[keep].nbytes == before["embed.weight"].nbytes + before["up.weight"].nbytes + 4 + 128 * 4
     model.embed.weight.data[3, 5] += 1
-    settled = raw.settle(model)
-    assert settled.lost == {}
-    assert set(settled.kept) == {"embed.weight", "head.weight"}
-    assert settled.kept["head.weight"] is settled.kept["embed.weight"], "tied weights are copied once"
-    assert torch.equal(settled.kept["embed.weight"], before["embed.weight"])
-    assert settled.costs() == {(keep, "cpu"): before["embed.weight"].nbytes}
-    assert kept_text(settled) == f"originals kept: INT8_CACHE={keep.name.lower()}: {64 * 64 * 4} bytes on cpu"
-    assert raw.held() == {}
+    located = raw.locate(model)
+    assert located.lost == {}
+    assert set(located.kept) == {"embed.weight", "head.weight"}
+    assert located.kept["head.weight"] is located.kept["embed.weight"], "tied weights are copied once"
+    assert torch.equal(located.kept["embed.weight"], before["embed.weight"])
+    assert located.costs() == {(keep, "cpu"): before["embed.weight"].nbytes}
+    assert kept_text(located) == f"originals kept: INT8_CACHE={keep.name.lower()}: {64 * 64 * 4} bytes on cpu"
+    assert raw.originals() == {}
 
 
-def test_small_tensors_outlive_a_rewrite_in_place_whatever_the_settings_say() -> None:
+def test_small_tensors_are_copied_whatever_the_settings() -> None:
     model = Tiny()
     raw = recorded(model, lambda _: Keep.NO)
     model.get_buffer("scale").fill_(7)
-    settled = raw.settle(model)
-    assert settled.lost == {}
-    assert settled.kept["scale"].item() == 1
+    located = raw.locate(model)
+    assert located.lost == {}
+    assert located.kept["scale"].item() == 1
 
 
 def test_a_transposed_weight_is_copied_in_its_order() -> None:
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.arange(5000.0).view(50, 100).t())
     raw = recorded(model, lambda _: Keep.DRAM)
-    assert raw.held()["weight"].stride() == (1, 100)
-    assert raw.held()["weight"].data_ptr() != model.weight.data_ptr()
+    assert raw.originals()["weight"].stride() == (1, 100)
+    assert raw.originals()["weight"].data_ptr() != model.weight.data_ptr()
 
 
-def test_a_host_without_memory_costs_the_copy_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_without_memory_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensor: torch.Tensor, *, host: bool) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
     monkeypatch.setattr(copies, "_copy", full)
     model = Tiny()
     raw = recorded(model, lambda name: Keep.DRAM if name == "up.weight" else Keep.NO)
-    assert ("no memory for copies of up.weight") in "".join(text for _, text in copied_lines(raw.copies))
+    assert ("no memory for copies of up.weight") in "".join(text for _, text in copy_log_lines(raw.copies))
     model.up.weight = torch.nn.Parameter(torch.zeros(128, 64))
-    lost = raw.settle(model).lost
+    lost = raw.locate(model).lost
     assert "no memory for a copy" in lost["up.weight"]
     assert "more memory" in hint_for(lost, frozenset(), Config())
 
 
-def test_errors_that_are_not_about_memory_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_about_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_full(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_full(RuntimeError("device-side assert"))
 
@@ -210,11 +210,11 @@ def test_a_refusal_names_the_setting_that_would_help(lost: dict[str, str], field
 
 def test_live_tensors_are_not_kept_alive() -> None:
     model = Tiny()
-    settled = recorded(model, lambda _: Keep.REFERENCE).settle(model)
-    assert settled.live["up.weight"]() is model.up.weight
+    located = recorded(model, lambda _: Keep.REFERENCE).locate(model)
+    assert located.live["up.weight"]() is model.up.weight
     del model.up
     gc.collect()
-    assert settled.live["up.weight"]() is None
+    assert located.live["up.weight"]() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn])
@@ -229,7 +229,7 @@ def test_equal_bits_have_equal_digests_whatever_the_strides(dtype: torch.dtype) 
     "dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex128]
 )
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (4, 0)])
-def test_fresh_values_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_initial_values_are_restored_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     uniform, mixed = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
     if mixed.numel() > 1:
         mixed.view(torch.uint8).view(-1)[0] = 1
@@ -252,7 +252,7 @@ def test_a_nan_keeps_its_bits() -> None:
     assert tensor.view(torch.int16).tolist() == [0x7FA5] * 3
 
 
-def test_a_large_unknown_tensor_that_stays_empty_is_reported() -> None:
+def test_a_large_tensor_of_unknown_value_that_is_not_filled_is_reported() -> None:
     large = torch.arange(2 << 20, dtype=torch.float32)
     covered = large.clone()
     fresh = InitialValues({"large": large, "covered": covered})
@@ -280,7 +280,7 @@ def test_a_large_tensor_that_is_zero_in_the_checkpoint_counts_as_filled(dtype: t
     assert not large.any()
 
 
-def test_what_was_filled_when_the_model_was_built_comes_back_whatever_its_size() -> None:
+def test_a_tensor_filled_by_the_constructor_is_restored_whatever_its_size() -> None:
     large = torch.arange(2 << 20, dtype=torch.float32)
     before = digest_of(large)
     fresh = InitialValues({"large": large}, {"large"})
@@ -290,7 +290,7 @@ def test_what_was_filled_when_the_model_was_built_comes_back_whatever_its_size()
     assert digest_of(large) == before
 
 
-def test_only_listed_facts_travel_and_others_are_named() -> None:
+def test_only_listed_attributes_are_taken_over_and_others_are_named() -> None:
     model = Tiny()
     state = PlainState(model)
     assert state.changed_by_loading(model) == []
@@ -305,7 +305,7 @@ def test_only_listed_facts_travel_and_others_are_named() -> None:
     assert not hasattr(client, "has_own_embed_tokens")
 
 
-def test_an_address_file_is_whole_and_goes_away(tmp_path: Path) -> None:
+def test_an_address_file_is_written_atomically_and_removed(tmp_path: Path) -> None:
     file = AddressFile(f"{tmp_path}/addr-", 3)
     file.write("10.0.0.1:1024")
     assert (tmp_path / "addr-3.txt").read_text() == "10.0.0.1:1024"

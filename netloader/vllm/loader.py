@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from netloader.config import Config, load_config
-from netloader.vllm.live.hooks import hold_still_until_profiled, watch_worker
-from netloader.vllm.live.reloading import ReloadRefused, remember, was_processed, weights_for_reload
-from netloader.vllm.serve.guard import failure_told, serving_only
+from netloader.vllm.live.hooks import pause_transfers_until_profiled, wrap_worker
+from netloader.vllm.live.reloading import ReloadRefused, record_loaded, was_loaded, weights_for_reload
+from netloader.vllm.serve.guard import refuse_on_failure, serving_only
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +25,17 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def loader_class() -> type[Any]:
-    """The loader class; always the same one. Made on demand, since its base class is vLLM's."""
+    """The loader class; always the same one. It is defined on the first call, because its base class is vLLM's."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class NetloaderModelLoader(BaseModelLoader):
-        """Fills a model from a source that holds its weights, or as the default loader does, and serves it."""
+        """Fills a model from a source or with the default loader, and serves it."""
 
         def __init__(self, load_config_of_vllm: Any) -> None:
-            # vLLM builds loaders more often than it loads: reading the configuration is all that happens here.
+            # Only the configuration is read here, because vLLM constructs loaders also when it loads nothing.
             super().__init__(load_config_of_vllm)
             self._config = load_config(load_config_of_vllm.model_loader_extra_config)
-            # What the load under way has come to. The value changes in `load_weights`, which vLLM calls in between.
+            # The state of the running load. `load_weights`, which vLLM calls during `load_model`, replaces it.
             self._phase: Context | Loaded | None = None
 
         def download_model(self, model_config: Any) -> None:
@@ -67,11 +67,13 @@ def loader_class() -> type[Any]:
 
             self._phase = context = inspect(Engine(vllm_config, model_config, self.load_config), self._config, prefix)
             try:
-                with failure_told(context.server, context.role):
-                    watched = watch_worker(str(vllm_config.parallel_config.worker_cls))
+                with refuse_on_failure(context.server, context.role):
+                    wrapped = False
+                    with serving_only("wrapping the worker's methods", None):
+                        wrapped = wrap_worker(str(vllm_config.parallel_config.worker_cls))
                     with context.reads, context.post_processing:
                         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-                    _finish(self._phase, model, watched=watched)
+                    _finish(self._phase, model, wrapped=wrapped)
             finally:
                 self._phase = None
             return model
@@ -79,13 +81,13 @@ def loader_class() -> type[Any]:
     return NetloaderModelLoader
 
 
-def _finish(phase: Context | Loaded, model: torch.nn.Module, *, watched: bool) -> None:
-    """What is left of a load once vLLM has post-processed the weights.
+def _finish(phase: Context | Loaded, model: torch.nn.Module, *, wrapped: bool) -> None:
+    """The end of a load, after vLLM has post-processed the weights.
 
     Args:
-        phase: What the load has come to.
+        phase: The state of the load.
         model: The model.
-        watched: Whether vLLM measures the memory of this worker once all models are loaded.
+        wrapped: Whether the methods of the worker are wrapped, so that its memory measurement is noticed.
     """
     from netloader.vllm.load.inspect_engine import NothingPulled
     from netloader.vllm.load.loading import Loaded, serve_loaded
@@ -94,14 +96,14 @@ def _finish(phase: Context | Loaded, model: torch.nn.Module, *, watched: bool) -
         raise NothingPulled("vLLM has built a model and not asked for its weights", hint="report vLLM's version to us")
     serve_loaded(phase, model)
     engine = phase.context.engine
-    if watched and not engine.loads_draft_next:
-        with serving_only("holding transfers still until vLLM has measured its memory", None):
-            hold_still_until_profiled(engine.device)
-    remember(model, phase.snapshot.record.announcement, str(engine.model_config.model))
+    if wrapped and not engine.loads_draft_next:
+        with serving_only("pausing transfers until vLLM has measured its memory", None):
+            pause_transfers_until_profiled(engine.device)
+    record_loaded(model, phase.snapshot.record.announcement, str(engine.model_config.model))
 
 
 def _fill_existing(model: torch.nn.Module, model_config: Any, load_config_of_vllm: Any, config: Config) -> None:
-    """Fill a model that exists already. It is not served, because vLLM does not say when it is post-processed.
+    """Fill a model that exists already. It is not served, because vLLM does not say when it post-processes it.
 
     Raises:
         ReloadRefused: This loader has loaded the model before.
@@ -111,7 +113,7 @@ def _fill_existing(model: torch.nn.Module, model_config: Any, load_config_of_vll
     from netloader.vllm.load.inspect_engine import Engine, inspect_built
     from netloader.vllm.load.loading import load_weights
 
-    if was_processed(model):
+    if was_loaded(model):
         refused = ReloadRefused(
             "load_weights was called for a model that is loaded: vLLM has rewritten its weights since, and raw "
             "ones would be taken for processed ones",

@@ -1,4 +1,4 @@
-"""netloader's log lines among vLLM's."""
+"""Write netloader's log lines into vLLM's log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ THEIRS = "vllm"
 
 
 class _Forward(logging.Handler):
-    """Hands each record to vLLM's logger: its level, its handlers, its format, its prefix naming the process."""
+    """Passes each record to vLLM's logger, with its level, handlers, format and process prefix."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger(THEIRS)
@@ -20,10 +20,10 @@ class _Forward(logging.Handler):
 
 
 def join_vllm_log() -> None:
-    """Let this library's log lines appear in vLLM's log, at vLLM's level; calling it again changes nothing.
+    """Write this library's log lines into vLLM's log, at vLLM's level. A second call changes nothing.
 
-    vLLM configures its own logger only, so that the lines of a plugin below WARNING would go nowhere. A program that
-    has configured the ``netloader`` logger itself is left alone.
+    vLLM configures only its own logger, so lines of a plugin below WARNING would be lost. If the program has configured
+    the ``netloader`` logger itself, nothing changes.
     """
     ours = logging.getLogger(OURS)
     if ours.handlers:
@@ -31,5 +31,5 @@ def join_vllm_log() -> None:
     ours.addHandler(_Forward())
     ours.propagate = False
     if ours.level == logging.NOTSET:
-        # vLLM sets its level later than it loads plugins, and once more in each worker; so it is looked up each time.
+        # vLLM sets its level after it loads plugins, and again in each worker. So the handler checks it per record.
         ours.setLevel(logging.DEBUG)

@@ -21,7 +21,7 @@ ASCEND_LOADER = "vllm_ascend.model_loader.netloader.netloader"
 def register() -> None:
     """Register the loader under each name of :data:`netloader.config.FORMAT_NAMES`.
 
-    vLLM calls this in every process that it starts, maybe more than once; only the first call does something.
+    vLLM calls this in every process that it starts, possibly more than once. Only the first call has an effect.
     """
     join_vllm_log()
     _let_ascend_register_first()
@@ -32,7 +32,7 @@ def register() -> None:
 
         loader = loader_class()
     except ImportError as error:
-        # Whoever uses another load format must not lose the engine over a plugin that does not fit this vLLM.
+        # An engine with another load format must still start, also if this plugin does not fit its vLLM.
         log.error("netloader does not fit this vLLM, and its load formats are not registered: %s", error)  # noqa: TRY400
         return
     for name in FORMAT_NAMES:
@@ -47,21 +47,21 @@ def register() -> None:
 
 
 def _let_ascend_register_first() -> None:
-    # vllm-ascend registers a loader under the same name when a module of its own is first imported, and the last
-    # registration wins. vLLM calls plugins in no defined order; having the module imported by now makes ours the last.
-    # Only that module: the package's other registrations patch vLLM and stay where the package puts them.
+    # vllm-ascend registers a loader under the same name when one of its modules is first imported, and the last
+    # registration wins. vLLM calls plugins in no defined order. So the module is imported now, before ours registers.
+    # No other module is imported, because the other registrations of the package patch vLLM.
     if importlib.util.find_spec(ASCEND_PACKAGE) is None:
         return
     try:
         importlib.import_module(ASCEND_LOADER)
-    except Exception as error:  # noqa: BLE001 - another package's import may fail in any way, and costs us nothing
+    except Exception as error:  # noqa: BLE001 - another package's import may fail in any way, without effect here
         log.info("vllm-ascend's own netloader could not be imported, which does no harm here: %s", error)
 
 
 def _registered(name: str) -> type[Any] | None:
-    """The loader class that vLLM has under `name`, if it says."""
+    """The loader class that vLLM has registered under `name`; None when there is none."""
     from vllm.model_executor import model_loader
 
-    # Building a loader to ask for its class is no way to find out: vllm-ascend's connects to its sources when built.
+    # The table is read, because vllm-ascend's loader connects to its sources when it is constructed.
     known: dict[str, type[Any]] = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
     return known.get(name)

@@ -86,11 +86,11 @@ def uses(tree: ast.Module, *, is_module: Sources | None = None) -> Iterator[tupl
 
 
 RUN_TIME = "?"
-"""Stands before what is no name but a variable that holds one."""
+"""Prefix of a variable that holds the name."""
 
 
 def _loops(tree: ast.Module) -> dict[str, list[str]]:
-    """Variables of loops over texts, written there or in a constant of the file -> the texts."""
+    """Loop variables over strings -> the strings, which are in the loop or in a constant of the file."""
     constants = {
         ast.unparse(target): texts
         for node in ast.walk(tree)
@@ -114,7 +114,7 @@ def _texts(node: ast.expr | None) -> list[str]:
 
 
 def _in_scope(scope: ast.AST, outer: dict[str, str], sources: Sources | None) -> Iterator[tuple[int, str, str]]:
-    """`outer` says which local names are modules of vLLM, and which classes ("module:Class")."""
+    """`outer` maps local names to modules of vLLM, or to their classes ("module:Class")."""
     known = dict(outer)
     inner: list[ast.AST] = []
     nodes: list[ast.AST] = []

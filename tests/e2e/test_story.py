@@ -2,7 +2,7 @@
 
 The first one reads the weight files; the others start from folders without any, so they compute with
 pulled weights only. The control, that the comparison fails when one weight differs, is
-tests/vllm/test_pull.py::test_one_other_weight_at_the_seed_is_one_other_weight_at_the_client.
+tests/vllm/test_pull.py::test_one_changed_weight_at_the_seed_is_one_changed_weight_at_the_client.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Targets loaded with a draft model beside them, and vLLM's own sharing between the two."""
+"""Targets that are loaded with a draft model, and the sharing of tensors between the two by vLLM."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Kind:
     """A kind of draft.
 
     Attributes:
-        target, draft: Kinds of models; no draft where it lies in the target's own files.
-        method: How vLLM is told.
-        unfilled: Names that its loading leaves as they are built.
-        state: What its loading notes.
+        target, draft: Kinds of models; no draft if it is in the target's own files.
+        method: vLLM's name of the speculative method.
+        unfilled: Names of tensors that its loading does not fill.
+        state: Attributes that its loading sets.
     """
 
     target: str
@@ -59,12 +59,12 @@ class Pair:
     draft: harness.Loaded
 
     def share(self) -> None:
-        """Let vLLM's proposer replace what it replaces, and drop what that leaves."""
+        """Have vLLM's proposer share the target's tensors, and free the draft's own ones."""
         harness.share_with_target(self.config, self.draft.model, self.target.model)
         gc.collect()
 
     def filled(self, kind: Kind) -> dict[str, str]:
-        """Digests of the draft's tensors as loading left them, but for those that it leaves alone."""
+        """Digests of the draft's tensors after loading, without those that it does not fill."""
         return {name: digest for name, digest in self.draft.raw.items() if name not in kind.unfilled}
 
 

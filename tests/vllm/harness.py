@@ -1,8 +1,8 @@
 """vLLM's own loading path in this process, without an engine.
 
-Importing vLLM takes about half a minute once per process; after that a tiny model loads in a second or two. Each
-load gets a configuration of its own (layers register their names in it), the distributed state is made once. Digests
-are taken with hashlib over the plain bytes, so that they share no code with what they judge.
+Importing vLLM takes about half a minute, once per process. After that, a tiny model loads in one or two seconds. Each
+load gets a configuration of its own, because layers register their names in it. The distributed state is set up once.
+Digests are computed with hashlib over the plain bytes, so that they share no code with the code under test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RESULT = "RESULT "
 
 @dataclass
 class Loaded:
-    """What one load left behind: the model, and the digest of every raw tensor as `load_weights` left it."""
+    """The result of a load: the model, and the digest of every raw tensor after `load_weights`."""
 
     model: torch.nn.Module
     raw: dict[str, str] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def load(config: VllmConfig, *, role: str = "target") -> Loaded:
     if role == "draft":
         speculative = config.speculative_config
         if speculative is not None and speculative.use_eagle():
-            # Such a proposer hands on the engine's own configuration.
+            # Such a proposer passes the engine's own configuration to the loader.
             arguments = {"model_config": speculative.draft_model_config}
         else:
             config = draft_config(config)
@@ -103,14 +103,14 @@ def share_with_target(config: VllmConfig, draft: torch.nn.Module, target: torch.
     """What vLLM's proposer does with a draft model and its target once both are loaded."""
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-    # Its methods, on no more of a proposer than they look at: a whole one wants a model runner.
+    # The methods are called on an object with the attributes that they read. A real proposer needs a model runner.
     proposer: Any = SimpleNamespace(model=draft, vllm_config=config, use_local_argmax_reduction=False)
     SpecDecodeBaseProposer._maybe_share_embeddings(proposer, target)
     SpecDecodeBaseProposer._maybe_share_lm_head(proposer, target)
 
 
 def draft_config(config: VllmConfig) -> VllmConfig:
-    """The configuration vLLM hands to the loader of a draft model (speculative method `draft_model`)."""
+    """The configuration that vLLM passes to the loader of a draft model (speculative method `draft_model`)."""
     from vllm.config.utils import replace
 
     speculative = config.speculative_config
@@ -125,7 +125,7 @@ def draft_config(config: VllmConfig) -> VllmConfig:
 
 
 def raw_digests(model: torch.nn.Module) -> dict[str, str]:
-    """SHA-256 of dtype, shape and bytes of every parameter and persistent buffer, by every name that it has."""
+    """SHA-256 of dtype, shape and bytes of every parameter and persistent buffer, under every name."""
     return {name: tensor_digest(tensor) for name, tensor in named_tensors(model)}
 
 
@@ -154,7 +154,7 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def _digests_after_load_weights(into: dict[str, str]) -> Iterator[None]:
-    # The first thing vLLM does with a model after load_weights is this call, whatever the loader.
+    # With every loader, this is the first call that vLLM makes for a model after load_weights.
     from vllm.model_executor.model_loader import base_loader
 
     original = base_loader.process_weights_after_loading
@@ -237,7 +237,7 @@ def _rank_result(returncode: int, output: str) -> RankResult:
 
 
 def run_rank_task(task: Mapping[str, Any], resolve: Callable[[str], Callable[..., Any]]) -> str:
-    """Carry out one rank's share of `run_ranks`; the returned line is what its parent looks for."""
+    """Run the function of one rank for `run_ranks`. The returned line has the result, for the parent process."""
     with distributed(
         Path(task["folder"]),
         rank=task["rank"],

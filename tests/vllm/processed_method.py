@@ -1,7 +1,7 @@
-"""A quantisation method that the tests register: it does to weights what real ones do, on any CPU.
+"""A quantisation method that the tests register. It changes weights as real methods do, on any CPU.
 
-It transposes and replaces a weight, derives tensors on plain attributes, in a helper object and as a number, and leaves
-an empty placeholder. Variants break one rule each, which a server has to notice.
+It transposes and replaces a weight. It derives tensors as plain attributes and in a helper object, and a number. It
+leaves an empty placeholder. Each variant breaks one rule, which a server or a client has to notice.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 from tests.models import PROCESSED_METHOD as NAME
 
 VARIANT = types.SimpleNamespace(now="good")
-"""What the method does wrong: ``good``, or one of the names below.
+"""The variant: ``good``, or one of the following names.
 
 At a server: ``no flag``, ``handle``, ``emptied``, ``closure``, ``elsewhere``, ``opaque``. At either: ``number``. At a
-client: ``apart`` (names that share memory at the server have their own), ``wide`` (a derived tensor of another type),
-``again`` (it changes a tensor also when told that all are processed), ``more`` (it notes something then).
+client: ``apart`` (names that share memory at the server have memory of their own), ``wide`` (a derived tensor has
+another dtype), ``again`` (it changes a tensor also when the weights are processed already), ``more`` (it sets an
+attribute then).
 """
 
 
@@ -52,7 +53,7 @@ class Method(LinearMethodBase):
         set_weight_attrs(weight, attributes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """What real methods do, in one."""
+        """The changes of several real methods in one."""
         if not is_weights_pre_processed():
             self._transform(layer)
         elif VARIANT.now == "again":
@@ -98,7 +99,7 @@ class Method(LinearMethodBase):
         return embed_tokens
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The product that the weight stood for."""
+        """The product with the dequantised weight."""
         product: torch.Tensor = (x @ layer.weight) * layer.scale.to(x.dtype)
         return product if bias is None else product + bias
 
@@ -138,5 +139,5 @@ class Config(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        """The method, for everything that vLLM would else keep in a closure on some CPUs."""
+        """The method, for all layers whose weights vLLM would otherwise keep in a closure on some CPUs."""
         return Method() if isinstance(layer, LinearBase | VocabParallelEmbedding) else None

@@ -1,7 +1,7 @@
-"""Seeds and clients in one process: models loaded once and served again and again, and pulls into fresh models.
+"""Seeds and clients in one process: models that are loaded once and served by many tests, and pulls into new models.
 
-A seed is a model that this library's loader filled and offered, taken out of the process's server so that each test can
-serve it as it likes: with faults, under another identity. Bytes go over the in-process transport.
+A seed is a model that this library's loader has filled and offered. Its holding is taken out of the process's server,
+so that a test can serve it with faults or under another identity. Blocks go over the in-process transport.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DRAFT = {"method": "draft_model", "num_speculative_tokens": 3}
 
 @dataclass
 class Seed:
-    """A model that can be served, and what a disk load of the same files gives."""
+    """A model that can be served, and the raw digests of a disk load of the same files."""
 
     loaded: harness.Loaded
     holding: Holding
@@ -39,7 +39,7 @@ class Seed:
 
 @dataclass
 class Seeds:
-    """Makes each seed once."""
+    """Loads each seed once."""
 
     models: ModelStore
     folder: Path
@@ -53,7 +53,7 @@ class Seeds:
         return self._disk[kind]
 
     def get(self, kind: str, **extra: Any) -> Seed:
-        """The seed of a kind of model, loaded with these settings beside the usual ones."""
+        """The seed of a kind of model, loaded with these settings in addition to the usual ones."""
         key = (kind, *sorted(extra.items()))
         if key not in self._made:
             loaded, holding = offered(self.models.get(kind), extra)
@@ -61,7 +61,7 @@ class Seeds:
         return self._made[key]
 
     def changed(self, kind: str, name: str, **extra: Any) -> Seed:
-        """A seed whose weight `name` differs from that of `kind`; what a disk load of `kind` gives beside it."""
+        """A seed whose weight `name` differs from that of `kind`, with the raw digests of a disk load of `kind`."""
         folder = self.folder / f"{kind}-{name}"
         if not folder.exists():
             change_weight(self.models.get(kind), folder, name)
@@ -72,7 +72,7 @@ class Seeds:
 def offered(
     model: Path, settings: Mapping[str, Any], arguments: Mapping[str, Any] | None = None
 ) -> tuple[harness.Loaded, Holding]:
-    """Load `model` as a server does, and take what it offers out of its server, which ends."""
+    """Load `model` as a server does, take its holding out of the server, and end the server."""
     loaded = load(model, arguments=arguments, **settings)
     server = serving.running_server()
     if server is None:
@@ -99,13 +99,13 @@ def load(model: Path, *sources: str, arguments: Mapping[str, Any] | None = None,
 
 
 def pull(model: Path, *sources: str, **settings: Any) -> harness.Loaded:
-    """Load `model` with this library's loader, from `sources`; it serves nobody."""
+    """Load `model` with this library's loader from `sources`, without serving it."""
     return load(model, *sources, **{"SERVE": False, **settings})
 
 
 @contextmanager
 def source_of(holding: Holding, *faults: Fault, token: bytes | None = None, **identity: Any) -> Iterator[str]:
-    """Serve a holding, under an identity with these changes, over a transport with these faults; its address."""
+    """Serve a holding, with these changes of its identity and these faults of the transport. Yields the address."""
     transport = registry.load(TRANSPORT)
     announcement = holding.announcement
     changed = replace(announcement, identity=msgspec.structs.replace(announcement.identity, **identity))

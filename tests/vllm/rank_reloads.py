@@ -17,10 +17,10 @@ from tests.vllm.reloads import damage, outputs, reload, same
 
 
 def reloads(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reloads of two ranks: what rank 1 finds differs from story to story."""
+    """Reloads of two ranks. The source of rank 1 differs from case to case."""
     rank = Rank(models, arguments)
     seed, other = rank.seed("full"), rank.seed("other")
-    cut = Fault(FaultKind.CUT, 1, byte=100, times=None)  # a session that brought something is tried again
+    cut = Fault(FaultKind.CUT, 1, byte=100, times=None)  # a session that delivered blocks is retried
     with ExitStack() as stack:
         good = stack.enter_context(source_of(seed))
         broken = stack.enter_context(source_of(seed, cut))
@@ -65,6 +65,6 @@ def reloads(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]
 
 
 def _state(model: torch.nn.Module) -> dict[str, str]:
-    """Digests of what the model has, and of what its layers make of it."""
+    """Digests of the model's tensors, and of the outputs of its layers."""
     made = {f"from {name}": harness.tensor_digest(tensor) for name, tensor in outputs(model).items()}
     return {**harness.raw_digests(model), **made}

@@ -1,4 +1,4 @@
-"""What the processes of `harness.run_ranks` do; each function runs in every rank and returns JSON."""
+"""The functions that `harness.run_ranks` runs. Each runs in every rank and returns JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_from_disk(model: str, arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def register_test_method() -> None:
-    """Let vLLM know the quantisation method of the tests, where this vLLM has processed weights at all."""
+    """Register the quantisation method of the tests, if this vLLM supports processed weights."""
     from tests.vllm.releases import KNOWS_PROCESSED
 
     if KNOWS_PROCESSED:
@@ -84,7 +84,7 @@ class Rank:
 
 
 def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Pulls by all ranks of an engine, with every way in which one rank may differ from the other."""
+    """Pulls by all ranks of an engine, in every case in which one rank differs from the other."""
     rank = Rank(models, arguments)
     other_rank = rank.number == 1
     seen: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
         good = stack.enter_context(source_of(seed))
         strange = stack.enter_context(source_of(other))
         wrong = stack.enter_context(source_of(seed, model="another"))
-        # Sources that say less about themselves than they could.
+        # Sources that announce no fingerprint, or neither fingerprint nor load.
         vague = stack.enter_context(source_of(other, fingerprint=""))
         silent = [stack.enter_context(source_of(each, fingerprint="", load="")) for each in (seed, other)]
 
@@ -108,10 +108,10 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
         seen["other weights"] = raw == rank.disk, rank.reason()
         raw = rank.pull("full", silent[other_rank])
         seen["no proof"] = raw == rank.disk, rank.reason()
-        # Rank 1 loads by default, and not what the source of rank 0 holds. Nobody can tell before it has.
+        # Rank 1 loads other weights by default than the source of rank 0 holds. That shows only after the load.
         raw = rank.pull("full", *([] if other_rank else [vague]))
         seen["a mixture"] = raw == rank.disk, rank.reason()
-        # One rank fails to record what it has: it says so in each exchange, and serves nothing.
+        # One rank fails to record its weights. It still takes part in each exchange, and serves nothing.
         with unittest.mock.patch(
             "netloader.tensors.hold", side_effect=MemoryError("none left") if other_rank else hold
         ):
@@ -126,7 +126,7 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
         except NothingPulled as error:
             seen["no fallback"] = True, str(error)
 
-        # What a client pulled it serves, and its ranks still hang together.
+        # A client serves what it pulled, under the same load digest.
         rank.load("bare", good, OUTPUT_PREFIX=prefix)
         server = serving.running_server()
         if server is None:
@@ -145,7 +145,7 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
 
 
 def _draft_of_the_last_stage(rank: Rank) -> str:
-    """A draft model is loaded by the last pipeline stage only; the others must not be waited for."""
+    """Only the last pipeline stage loads a draft model, and it must not wait for the others."""
     if rank.number == 0:
         return ""
     speculative = {"model": str(rank.models["draft"]), **DRAFT}
@@ -192,7 +192,7 @@ def drafts(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def processed(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Processed weights, pulled by all ranks; then by ranks of which one makes other weights than its source."""
+    """Processed weights, pulled by all ranks; then the structure of one rank differs from its source."""
     from netloader.vllm.model.processed import survey
     from tests.vllm.processed_method import VARIANT
 
@@ -221,7 +221,7 @@ def processed(models: dict[str, str], arguments: dict[str, Any]) -> dict[str, An
         for broken in ("wide", "number"):
             VARIANT.now = broken if other_rank else "good"
             raw = rank.pull("full", source)
-            # What is broken at the other rank stays so, whoever loads its weights.
+            # At the other rank, the structure differs also after a default load.
             seen[broken] = raw == rank.disk and (other_rank or made() == disk), rank.reason()
             VARIANT.now = "good"
     return seen

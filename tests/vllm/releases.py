@@ -1,4 +1,4 @@
-"""What the vLLM at hand can do: the tests of tests/vllm run with the oldest release that we support and the newest."""
+"""Features of the installed vLLM. tests/vllm runs with the oldest and the newest supported release."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _looks_for_head() -> bool:
 
 
 KNOWS_PROCESSED = possible()
-"""Whether weights that are processed already can be taken over at all."""
+"""Whether this vLLM supports weights that are processed already."""
 
 LOOKS_FOR_HEAD = _looks_for_head()
-"""Whether weight files have a say in whether embeddings are tied; an older release takes the word of config.json."""
+"""Whether this vLLM looks into weight files to decide whether embeddings are tied. Older ones use config.json."""
 
 needs_head_search = pytest.mark.skipif(not LOOKS_FOR_HEAD, reason="this vLLM takes the word of config.json on tying")
 
@@ -45,7 +45,7 @@ def _reload() -> Iterator[Any]:
     try:
         from vllm.model_executor.model_loader.reload.inplace import reload_weights
     except ImportError:
-        # An older release has it as a method of its model runner, which looks at no more than this.
+        # In an older release it is a method of the model runner, which reads only these attributes.
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         def reload_weights(config: Any, model: torch.nn.Module, *arguments: Any) -> None:

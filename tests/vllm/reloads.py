@@ -1,4 +1,4 @@
-"""Reloads of live models in this process, and what shows whether a model changed."""
+"""Reloads of live models in this process, and comparisons of a model before and after."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def reload(model: torch.nn.Module, config: Any, *, finish: bool = True, is_check
 
     Args:
         model: The live model.
-        config: With what it is told to.
-        finish: Whether to add what our wrapper around the worker's method does.
-        is_checkpoint_format: As vLLM's worker takes it.
+        config: vLLM's configuration.
+        finish: Whether to run the part of our wrapper that follows the worker's method.
+        is_checkpoint_format: The argument of vLLM's worker.
     """
     with torch.inference_mode():
         reload_in_place(config, model, is_checkpoint_format=is_checkpoint_format)
@@ -34,7 +34,7 @@ def reload(model: torch.nn.Module, config: Any, *, finish: bool = True, is_check
 
 
 def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What every linear layer makes of one input: also where its weight is in an opaque handle."""
+    """The output of every linear layer for one input. This also covers weights in an opaque handle."""
     found = {}
     for name, module in model.named_modules():
         size = getattr(module, "input_size_per_partition", getattr(module, "input_size", None))
@@ -50,7 +50,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 
 def damage(model: torch.nn.Module) -> None:
-    """Other weights in every live parameter that has bytes."""
+    """Overwrite every live parameter that is not empty."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel():

@@ -1,7 +1,7 @@
-"""A quantisation method that the tests register in the way of vllm-ascend's ModelSlim.
+"""A quantisation method that the tests register, similar to ModelSlim of vllm-ascend.
 
-It names no file and reads `quant_model_description.json` itself. Whatever that says, its weights have the names, types
-and shapes of the plain model's; what they mean differs.
+It names no file, and reads `quant_model_description.json` itself. Its weights always have the names, dtypes and shapes
+of the plain model. Their meaning depends on the description.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DESCRIPTION = "quant_model_description.json"
 
 
 class SlimMethod(UnquantizedLinearMethod):
-    """A plain weight with a meaning."""
+    """A plain weight whose meaning depends on `kind`."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -30,16 +30,16 @@ class SlimMethod(UnquantizedLinearMethod):
 
 @register_quantization_config(NAME)
 class Config(QuantizationConfig):
-    """As AscendModelSlimConfig: the description, read where vLLM lets a class look into the folder."""
+    """Like AscendModelSlimConfig: reads the description when vLLM lets a class read the model's folder."""
 
-    untold: Any = None
-    """What the object shall have beside its description."""
+    opaque: Any = None
+    """An attribute that the object gets in addition to its description."""
 
     def __init__(self, description: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.description = dict(description or {})
-        if Config.untold is not None:
-            self.untold = Config.untold
+        if Config.opaque is not None:
+            self.opaque = Config.opaque
 
     @classmethod
     def get_name(cls) -> Any:
@@ -62,7 +62,7 @@ class Config(QuantizationConfig):
         return cls(config)
 
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
-        """What vllm-ascend does here; its keys change again when the model maps its names."""
+        """As in vllm-ascend. The keys change again when the model maps its names."""
         if not self.description:
             self.description = json.loads((Path(model_name) / DESCRIPTION).read_text(encoding="utf-8"))
 
@@ -74,7 +74,7 @@ class Config(QuantizationConfig):
 
 
 def described(plain: Path, folder: Path, kind: str) -> Path:
-    """The model in `plain` as this method's, quantised by `kind` as its description says."""
+    """A copy of the model in `plain`, with a description that says `kind`."""
     shutil.copytree(plain, folder)
     (folder / DESCRIPTION).write_text(json.dumps({"model.layers.0.mlp.down_proj.weight": kind}), encoding="utf-8")
     return folder

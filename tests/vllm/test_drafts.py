@@ -27,21 +27,21 @@ def seed_of(case: str, models: ModelStore) -> tuple[Pair, str]:
 
 
 def address() -> str:
-    """Where this process serves."""
+    """The address of this process's server."""
     server = serving.running_server()
     assert server is not None
     return server.address
 
 
 def held(role: str) -> list[Holding]:
-    """What this process serves under a role."""
+    """The holdings of this process under a role."""
     server = serving.running_server()
     assert server is not None
     return [holding for holding in server._server.holdings.held() if holding.announcement.identity.role == role]
 
 
 def from_source(source: str, **settings: object) -> dict[str, object]:
-    """Settings of a client that serves nobody."""
+    """Settings of a client without a server."""
     return extra([source], SERVE=False, **settings)
 
 
@@ -74,7 +74,7 @@ def test_a_draft_is_pulled_as_a_disk_load_makes_it(case: str, models: ModelStore
 
 
 def test_a_client_serves_the_draft_that_it_pulled(models: ModelStore, log_lines: LogLines) -> None:
-    """Flags and left-out tensors are right at the second generation too, and the same root names the weights."""
+    """At the second client too, the attributes and the left-out tensors are right, and the root is the same."""
     kind = KINDS["EAGLE"]
     seed, _ = seed_of("EAGLE", models)
     (holding,) = held("draft")
@@ -89,8 +89,8 @@ def test_a_client_serves_the_draft_that_it_pulled(models: ModelStore, log_lines:
     assert second.filled(kind) == seed.filled(kind)
 
 
-def test_dropped_tensors_are_gone_where_nothing_stands_in_for_them(models: ModelStore, log_lines: LogLines) -> None:
-    """The target is not served: vLLM puts its embeddings in the place of the draft's, which live on nowhere else."""
+def test_dropped_tensors_are_gone_without_a_substitute(models: ModelStore, log_lines: LogLines) -> None:
+    """The target is not served. vLLM replaces the draft's embeddings by the target's, and nothing keeps the draft's."""
     speculative = EQUAL.speculative(models.get)
     disk = load_pair(models.get(EQUAL.target), speculative)
     seed = load_pair(models.get(EQUAL.target), speculative, extra(SERVE=False), draft=extra())
@@ -105,8 +105,8 @@ def test_dropped_tensors_are_gone_where_nothing_stands_in_for_them(models: Model
     )
 
 
-def test_a_stand_in_that_was_changed_is_refused(models: ModelStore, log_lines: LogLines) -> None:
-    """What stands in for a dropped tensor is judged by the digest of load time, like every other tensor."""
+def test_a_substitute_that_was_changed_is_refused(models: ModelStore, log_lines: LogLines) -> None:
+    """The client compares a substitute with the announced digest, as every other tensor."""
     speculative = EQUAL.speculative(models.get)
     seed, source = seed_of("EAGLE with the target's embeddings", models)
     seed.share()
@@ -144,7 +144,7 @@ def test_a_target_that_falls_back_leaves_its_draft_pulled(models: ModelStore, lo
 def test_facts_of_a_pull_that_is_not_kept_are_forgotten(
     models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source's draft has embeddings of its own, the one that the default loader reads afterwards has none."""
+    """The source's draft has embeddings of its own. The draft that the default loader reads afterwards has none."""
     kind = KINDS["EAGLE"]
     seed, _ = seed_of("EAGLE with other embeddings", models)
     (holding,) = held("draft")
@@ -159,7 +159,7 @@ def test_facts_of_a_pull_that_is_not_kept_are_forgotten(
     assert load_state_of(client.draft.model) == kind.state
 
 
-def test_a_draft_in_the_files_of_its_target_goes_by_model(models: ModelStore) -> None:
+def test_a_draft_in_the_files_of_its_target_is_named_by_model(models: ModelStore) -> None:
     _, source = seed_of("MTP", models)
     assert sync.probe(source, role="draft").announcement.identity.model == NAME
     serving.stop_server()
@@ -170,11 +170,11 @@ def test_a_draft_in_the_files_of_its_target_goes_by_model(models: ModelStore) ->
 def test_facts_that_do_not_fit_the_tensors_are_refused(
     models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A source that says one thing when it is asked and another when it is pulled from."""
+    """The source announces other attributes to the pull than to the probe."""
     kind = KINDS["EAGLE"]
     seed, _ = seed_of("EAGLE", models)
     (holding,) = held("draft")
-    monkeypatch.setattr(inspect_engine, "ask_sources", lambda *_: holding.announcement.identity)
+    monkeypatch.setattr(inspect_engine, "probe_sources", lambda *_: holding.announcement.identity)
     lie = {"has_own_embed_tokens": True, "has_own_lm_head": False}
     log_lines.lines.clear()
     with source_of(holding, load_state=lie) as source:

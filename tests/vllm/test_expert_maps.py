@@ -1,4 +1,4 @@
-"""Maps of experts: what decides where each expert lies is compared before a byte moves."""
+"""Expert maps: the placement of experts is compared before the first byte."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_is_configured_is_told_by_content(tmp_path: Path) -> None:
 def test_maps_are_found_by_name_wherever_a_layer_has_them() -> None:
     def text(change: Callable[[Any], object]) -> str:
         model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
-        # Whole numbers that are no maps: what memory held, and what a checkpoint fills.
+        # Integer tensors that are not maps: uninitialised memory, and a table from the checkpoint.
         model[0].qweight = torch.nn.Parameter(torch.randint(99, (64,), dtype=torch.int32), requires_grad=False)
         model[0].indices = torch.randint(99, (64,), dtype=torch.int32)
         model[0].register_buffer("token_ordering", torch.randint(99, (64,)))
@@ -78,7 +78,7 @@ Placed = Callable[[list[int]], None]
 
 @pytest.fixture
 def placed(needs_vllm: None, monkeypatch: pytest.MonkeyPatch) -> Placed:
-    """Has each model that vLLM builds hold maps as vllm-ascend's layers do: one as a buffer, one as an attribute."""
+    """Adds expert maps to each model that vLLM builds, like vllm-ascend: one as a buffer, one as an attribute."""
     from vllm.model_executor.model_loader import base_loader
 
     build, now = base_loader.initialize_model, [0, 1]

@@ -1,4 +1,4 @@
-"""What works together with which feature of vLLM: one test for each line of the table in docs/vllm.md."""
+"""Which features of vLLM work: one test for each line of the table in docs/vllm.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "vllm.md"
 
 
 def config() -> SimpleNamespace:
-    """A configuration with nothing special."""
+    """A configuration without special features."""
     return SimpleNamespace(
         # That of the target: a draft's own is another one.
         model_config=SimpleNamespace(quantization="bitsandbytes"),
@@ -46,7 +46,7 @@ def test_a_plain_model_has_nothing_that_speaks_against_it() -> None:
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The port of each connection that any server of this process took."""
+    """The port of each connection that a server of this process accepted."""
     ports: list[int] = []
     serve = HoldingServer._serve
 
@@ -109,7 +109,7 @@ def test_cpu_offload_falls_back(
 def test_online_quantisation_falls_back(
     seeds: Seeds, models: ModelStore, log_lines: LogLines, connections: list[int]
 ) -> None:
-    """vLLM has no fp8 kernel for this machine's CPU, so it fails after our part is over."""
+    """vLLM has no fp8 kernel for this machine's CPU, so it fails after the part that is tested."""
     seed = seeds.get("llama-bf16")
     log_lines.lines.clear()
     with source_of(seed.holding) as source, pytest.raises(Exception, match=r"fp8|FP8|kernel|scaled|quant"):
@@ -129,7 +129,7 @@ class Wrapped(torch.Tensor):
 
 @dataclass
 class FallingBack:
-    """A load with a source at hand, whose configuration or model has something that speaks against pulling."""
+    """A load with a source, whose configuration or model has a feature with which nothing can be pulled."""
 
     seeds: Seeds
     models: ModelStore
@@ -144,7 +144,7 @@ class FallingBack:
         configure: Callable[[Any], object] = lambda config: None,
         rebuild: Callable[[Any], object] = lambda model: None,
     ) -> None:
-        """The default loader gives what it gives without us; the reason is named, and nobody was asked for anything.
+        """The default loader gives its usual result, the reason is logged, and no source was contacted.
 
         Args:
             reason: Part of the line that names it.
@@ -205,7 +205,7 @@ def test_a_quantisation_that_fills_weights_in_its_own_way_falls_back(
     by_default = fill_model.load_by_default
 
     def plain(context: Context, *arguments: Any) -> fill_model.Filled:
-        # The files are plain: neither method could read them, whoever loads.
+        # The files are not quantised, so the default loader has to load them without the method.
         context.engine.model_config.quantization = None
         filled = by_default(context, *arguments)
         context.engine.model_config.quantization = method

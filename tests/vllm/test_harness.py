@@ -1,4 +1,4 @@
-"""The ground the adapter's tests stand on: equal loads look equal, and one changed weight turns them red."""
+"""Checks of the harness: equal loads have equal digests, and one changed weight changes them."""
 
 from __future__ import annotations
 

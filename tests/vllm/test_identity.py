@@ -1,4 +1,4 @@
-"""What names a model and a rank's place: read from vLLM's configuration, for every shape of an engine."""
+"""The identity of a model and the place of a rank, from vLLM's configuration, for all parallel sizes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def place(
         "enable_expert_parallel": False,
         "expert_placement_strategy": "linear",
     }
-    # The target's configuration, where the model in question may be a draft: nobody may look at that.
+    # This is the target's configuration. The model may be a draft, so nothing may read it.
     other = MOE if model is DENSE else DENSE
     config = SimpleNamespace(parallel_config=SimpleNamespace(**{**usual, **parallel}), model_config=other)
     return topology_of(config, model)
@@ -70,7 +70,7 @@ def test_ranks_of_one_engine_are_those_of_torch(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("replica", [0, 1, 2])
 def test_replicas_of_a_dense_model_count_on(replica: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM makes them engines of their own: size 1, and ranks from 0; the index alone tells them apart."""
+    """In vLLM each is an engine of its own, with size 1 and ranks from 0. Only the index differs."""
     ranks = [
         place(monkeypatch, DENSE, distributed=rank, tensor=(2, rank), data_parallel_index=replica).rank
         for rank in (0, 1)
@@ -126,7 +126,7 @@ def test_prefill_context_ranks_lie_between_replicas_and_tensor_ranks(monkeypatch
     assert [experts(found) for found in seen] == [(8, rank, "linear") for rank in range(8)]
 
 
-def test_experts_that_are_cut_over_tensor_ranks_alone_need_no_more_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_are_cut_over_tensor_ranks_alone_need_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert experts(place(monkeypatch, MOE, distributed=1, tensor=(2, 1))) == (1, 0, "")
 
 
@@ -144,7 +144,7 @@ def model(
 CONFIG = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"]}}, "ignore": ["a"]}
 
 
-def test_a_plain_model_has_nothing_to_say() -> None:
+def test_a_model_without_quantisation_has_an_empty_text() -> None:
     assert quantisation_text(model(method=None), None) == ""
     assert quantisation_text(model(method=None), SimpleNamespace(cache_dtype="auto")) == ""
 
@@ -177,7 +177,7 @@ class _Arguments:
     kind: _Kind = _Kind.INT8
     names: set[str] = field(default_factory=lambda: {"b", "a", "c"})
     dtype: torch.dtype = torch.int8
-    function: Any = test_a_plain_model_has_nothing_to_say
+    function: Any = test_a_model_without_quantisation_has_an_empty_text
 
 
 def test_what_the_user_put_over_it_counts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's own loading on a simulated NPU, in a process of its own: the simulator changes what torch is."""
+"""vLLM's own loading on a simulated NPU, in a process of its own, because the simulator patches torch."""
 
 from __future__ import annotations
 

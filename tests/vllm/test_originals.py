@@ -1,4 +1,4 @@
-"""What is kept of weights that vLLM rewrites, where, at what cost, and what is said about it."""
+"""Originals of weights that vLLM rewrites: which are kept, where, how much memory they take, and what is logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from netloader import sync
 from netloader.errors import NoSourceLeft
 from netloader.vllm.model import copies
 from netloader.vllm.serve import serving
-from netloader.vllm.serve.raw_holding import Offered
+from netloader.vllm.serve.raw_holding import RawHolding
 from tests.models import ModelStore
 from tests.vllm.pulls import LogLines, Seeds, load, pull
 
@@ -23,7 +23,7 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 @pytest.fixture
 def rewritten(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Post-processing that also turns the embeddings upside down, where they lie; the tensor's name."""
+    """Post-processing that also reverses the rows of the embeddings in place. Yields the tensor's name."""
     from vllm.model_executor.model_loader import base_loader
 
     process = base_loader.process_weights_after_loading
@@ -39,11 +39,11 @@ def rewritten(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield EMBEDDINGS
 
 
-def _served() -> Offered:
+def _served() -> RawHolding:
     server = serving.running_server()
     assert server is not None
     (holding,) = server._server.holdings.held()
-    assert isinstance(holding, Offered)
+    assert isinstance(holding, RawHolding)
     return holding
 
 
@@ -54,14 +54,14 @@ def test_what_copies_cost_is_logged_in_bytes(setting: str, models: ModelStore, l
     kept = re.search(rf"INT8_CACHE={setting}: (\d+) bytes on cpu", log_lines.one("serves target", "originals kept"))
     assert made is not None
     assert kept is not None
-    settled = _served().settled
-    mine = {id(t): t.nbytes for n, t in settled.kept.items() if settled.reasons[n].name.lower() == setting}
+    located = _served().located
+    mine = {id(t): t.nbytes for n, t in located.kept.items() if located.reasons[n].name.lower() == setting}
     assert int(kept[1]) == sum(mine.values()) > 1_000_000
     assert int(made[2]) >= int(kept[1]), "copies of what vLLM left alone were freed"
     assert not log_lines.with_part("the device is full")
 
 
-def test_a_full_device_costs_a_warning(
+def test_copies_for_a_full_device_go_to_the_host_with_a_warning(
     seeds: Seeds, models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = copies._copy
@@ -72,7 +72,9 @@ def test_a_full_device_costs_a_warning(
         return copy(tensor, host=host)
 
     monkeypatch.setattr(copies, "_copy", full)
-    loaded = load(models.get("llama-w8a8"), INT8_CACHE="hbm")  # alive: what vLLM left alone is served from it
+    loaded = load(
+        models.get("llama-w8a8"), INT8_CACHE="hbm"
+    )  # kept alive, because unchanged tensors are served from it
     assert log_lines.one("INT8_CACHE=hbm: the device is full, the copies go to the host's memory (out of memory.")
     server = serving.running_server()
     assert server is not None
@@ -82,7 +84,7 @@ def test_a_full_device_costs_a_warning(
 def test_a_rewrite_in_place_is_refused_by_name(
     rewritten: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
 ) -> None:
-    loaded = load(models.get("llama-bf16"))  # alive: there may be processed weights to serve
+    loaded = load(models.get("llama-bf16"))  # kept alive, because processed weights may be served from it
     # Small tensors share a block, and a digest tells no more than which block it is.
     reason = f"raw tensors behind: {rewritten} (vLLM rewrote it in place, or a tensor of the same block)"
     line = log_lines.one(reason)
@@ -96,7 +98,7 @@ def test_a_rewrite_in_place_is_refused_by_name(
     del loaded
 
 
-def test_a_copy_outlives_a_rewrite_in_place(
+def test_a_copy_keeps_the_values_after_a_rewrite_in_place(
     rewritten: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
 ) -> None:
     loaded = load(models.get("llama-bf16"), INT8_CACHE="dram", INT8_CACHE_NAME=[rewritten])

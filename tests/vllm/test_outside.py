@@ -1,7 +1,7 @@
-"""Weights that `named_modules` does not reach: served and pulled like all others, or the model is refused by name.
+"""Weights that `named_modules` does not reach are served and pulled like all others, or the model is refused by name.
 
 A sentence-transformers model has a Dense projector with a weight file of its own. vLLM reads it while it builds the
-model, and keeps it in a plain mapping. Compared here are the very tensors of the projector, one by one.
+model, and keeps it in a plain mapping. These tests compare each tensor of the projector.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ NOT_NAMED = "the model reads tensors from files while it is built, and not all o
 
 
 def projector(model: Any) -> dict[str, str]:
-    """Digests of the projector that answers requests for embeddings; empty where the model has none."""
+    """Digests of the projector for embeddings; empty when the model has none."""
     found = model.pooler.poolers_by_task["embed"].head.projector
     return {} if found is None else {name: harness.tensor_digest(t) for name, t in found.state_dict().items()}
 
 
 def by_default(folder: Path) -> harness.Loaded:
-    """What vLLM's own loader makes of a folder."""
+    """A model that vLLM's own loader has loaded from a folder."""
     return harness.load(harness.engine_config(folder, **EMBED))
 
 
@@ -87,7 +87,7 @@ def test_a_client_without_the_projector_s_file_is_refused(
     line = log_lines.one("the default loader (auto) loads the target")
     assert "tensors differ from what the server holds" in line
     assert "head.projector.0.weight: it is not expected here" in line
-    # The same with the other weight files: what is left is vLLM's own reading of that folder, and nothing was pulled.
+    # With all other weight files: vLLM loads the folder itself, without a projector, and nothing was pulled.
     folder = shutil.copytree(models.get("embedder"), tmp_path / "no-dense")
     (folder / DENSE).unlink()
     with source_of(seed.holding) as source:
@@ -113,7 +113,7 @@ def test_a_pull_that_breaks_leaves_the_client_with_its_own_projector(
     seed: Seed, models: ModelStore, log_lines: LogLines
 ) -> None:
     other = models.get("embedder-other-dense")
-    # Broken after it was written: the projector's bytes are in the same block as all others.
+    # The block is corrupted after it was written. It holds the projector's bytes too.
     with source_of(seed.holding, Fault(FaultKind.CORRUPT, 0, times=None)) as source:
         loaded = pull(other, source, arguments=EMBED)
     assert log_lines.one("the default loader (auto) loads the target: could not pull")
@@ -141,7 +141,7 @@ def test_a_reload_that_would_leave_the_projector_alone_is_refused(seed: Seed, mo
     assert projector(model) == projector(seed.loaded.model)
 
 
-# --- what a constructor reads and hides -----------------------------------------------------------------------------
+# --- tensors that a constructor reads and hides -----------------------------------------------------------------------
 
 
 def _by_safe_open(path: Path) -> torch.Tensor:
@@ -177,7 +177,7 @@ _SECRET = torch.arange(12.0).reshape(3, 4)
 
 @pytest.fixture
 def hides(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], torch.Tensor]], None]:
-    """Has Llama's constructor read a tensor and keep it where only a function has it."""
+    """Makes Llama's constructor read a tensor and keep it in a closure only."""
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
     def install(read: Callable[[], torch.Tensor]) -> None:
@@ -252,8 +252,8 @@ def test_a_server_that_hides_something_refuses_a_client_that_does_not(
     assert log_lines.one("could not pull", NOT_NAMED)
 
 
-def test_models_of_every_kind_have_nothing_of_that(seeds: Seeds) -> None:
-    """The walk beyond `named_modules` gives ordinary models no other weights."""
+def test_ordinary_models_have_no_unregistered_weights(seeds: Seeds) -> None:
+    """The search beyond `named_modules` finds no further weights in ordinary models."""
     for kind in ("llama-bf16", "llama-tied", "llama-w8a8", "qwen3-moe"):
         settings = {"INT8_CACHE": "dram"} if kind == "llama-w8a8" else {}
         seed = seeds.get(kind, **settings)

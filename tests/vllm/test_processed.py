@@ -1,4 +1,4 @@
-"""The processed layout: what a quantisation method made of the weights travels as it is, or is refused by name."""
+"""The processed layout: post-processed weights are pulled exactly as they are, or are refused by name."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_model_pulled_processed_is_the_one_that_a_disk_load_makes(
 def test_an_empty_placeholder_on_another_device_costs_nothing(
     folder: Path, bare: Path, variant: Any, log_lines: LogLines
 ) -> None:
-    """Those of an accelerator's methods may be on the host."""
+    """A method for an accelerator may have its placeholders on the host."""
     variant.now = "empty elsewhere"
     _loaded, holding = offered(folder, {})
     assert log_lines.one("serves target at", "processed layout")
@@ -85,8 +85,8 @@ def test_an_empty_placeholder_on_another_device_costs_nothing(
     assert pulled.get_submodule("model.layers.0.mlp.down_proj").elsewhere.device.type == "meta"
 
 
-def test_one_other_weight_at_the_seed_turns_the_comparison_red(folder: Path, bare: Path, tmp_path: Path) -> None:
-    """The comparison above can turn red: also in tensors that have no place among parameters."""
+def test_one_changed_weight_at_the_seed_makes_the_comparison_fail(folder: Path, bare: Path, tmp_path: Path) -> None:
+    """The comparison above can fail, also for tensors that are not parameters."""
     expected = digests(harness.load(harness.engine_config(folder)).model)
     changed = change_weight(folder, tmp_path / "changed", "model.layers.1.mlp.down_proj.weight")
     loaded, holding = offered(changed, {})
@@ -163,7 +163,7 @@ def test_what_is_no_tensor_with_a_name_is_refused(
 
 
 def test_a_low_number_is_an_address_where_the_heap_is_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in an interpreter that was linked to a fixed address. The tests around this one have the heap of theirs."""
+    """As in an interpreter that was linked to a fixed address."""
     (tmp_path / "maps").write_bytes(
         b"00400000-0041f000 r--p 00000000 fe:00 26723        /usr/bin/python3.11\n"
         b"05086000-0a486000 rw-p 00000000 00:00 0            [heap]\n"
@@ -195,7 +195,7 @@ def test_a_number_that_post_processing_does_not_compute_again_is_refused(
     }
 
 
-# --- a client whose weights turn out otherwise ----------------------------------------------------------------------
+# --- a client whose structure differs ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_number_that_post_processing_does_not_compute_again_is_refused(
         ("more", "post-processing left other plain values than before: lm_head.times_processed"),
     ],
 )
-def test_a_client_that_makes_other_weights_takes_none(
+def test_a_client_with_a_different_structure_pulls_no_processed_weights(
     broken: str, reason: str, folder: Path, variant: Any, log_lines: LogLines
 ) -> None:
     _seed, holding = offered(folder, {})
@@ -226,7 +226,7 @@ def test_a_client_that_makes_other_weights_takes_none(
     assert ours == theirs
 
 
-def test_an_engine_that_does_not_know_processed_weights_takes_none(
+def test_an_engine_without_support_pulls_no_processed_weights(
     folder: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = harness.load(harness.engine_config(folder))
@@ -241,7 +241,7 @@ def test_an_engine_that_does_not_know_processed_weights_takes_none(
 def test_weights_that_change_after_they_were_taken_over_end_the_load(
     folder: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the kind is known of vLLM; a model that was pulled and is not what was pulled must not run."""
+    """vLLM is not known to do this. A model that differs from what was pulled must not run."""
     from vllm.model_executor.model_loader import base_loader
 
     _seed, holding = offered(folder, {})

@@ -1,4 +1,4 @@
-"""A model that was pulled is the model that a disk load makes, bit for bit, without a weight file at the client."""
+"""A pulled model equals that of a disk load, bit for bit, without a weight file at the client."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def test_a_pulled_model_equals_one_loaded_from_disk(
         ("qwen3-moe", "model.layers.0.mlp.experts.5.down_proj.weight"),
     ],
 )
-def test_one_other_weight_at_the_seed_is_one_other_weight_at_the_client(
+def test_one_changed_weight_at_the_seed_is_one_changed_weight_at_the_client(
     kind: str, name: str, seeds: Seeds, models: ModelStore
 ) -> None:
-    """The comparison above can turn red, for every kind of layer."""
+    """The comparison above can fail, for every kind of layer."""
     settings = {"INT8_CACHE": "dram"} if kind == "llama-w8a8" else {}
     seed = seeds.changed(kind, name, **settings)
     with source_of(seed.holding) as source:
@@ -124,7 +124,7 @@ def test_a_draft_model_is_served_at_the_port_of_its_target_and_pulled_from_it(
     assert harness.load(config).raw == target.raw
     assert harness.load(config, role="draft").raw == draft.raw
     assert log_lines.one("rank 0: draft: pulled")
-    # MODEL names the target only; a draft goes by its own name.
+    # MODEL is the name of the target only; a draft has its own name.
     assert sync.probe(server.address, role="target").announcement.identity.model == NAME
     assert sync.probe(server.address, role="draft").announcement.identity.model == str(models.get("draft"))
 
@@ -146,7 +146,7 @@ def test_a_draft_model_that_the_source_does_not_have_is_loaded_by_default(
 
 
 def test_a_server_keeps_no_model_alive(models: ModelStore, seeds: Seeds, log_lines: LogLines) -> None:
-    """vLLM may drop weights later (a draft's embeddings, which it shares with the target): they are gone then."""
+    """vLLM may drop weights later (embeddings of a draft). Then the server answers "gone"."""
     import gc
 
     load(models.get("llama-fp16"))  # nothing refers to the model any more
@@ -157,7 +157,7 @@ def test_a_server_keeps_no_model_alive(models: ModelStore, seeds: Seeds, log_lin
     assert "was dropped by its owner" in log_lines.one("default loader", "could not pull")
 
 
-def test_weights_that_are_not_to_be_kept_do_not_outlive_post_processing(
+def test_weights_that_are_not_kept_are_freed_by_post_processing(
     models: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import weakref

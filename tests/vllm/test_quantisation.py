@@ -1,4 +1,4 @@
-"""Quantised models that differ in nothing but how they were quantised are not pulled from each other."""
+"""Models that differ only in their quantisation are not pulled from each other."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_a_file_that_only_the_method_knows_counts(folders: dict[str, Path]) -> N
     assert quantisation_text(config.model_config, config.cache_config, config.load_config) == other, "built or not"
 
 
-def test_it_counts_beside_a_configuration_that_says_little(folders: dict[str, Path]) -> None:
-    """The folder's files are compared also where config.json has a word on it, which this method takes for all."""
+def test_such_a_file_counts_beside_a_short_configuration(folders: dict[str, Path]) -> None:
+    """The folder's files are compared also if config.json has a quantisation config."""
     stub = {"quantization_config": {"quant_method": slim_method.NAME}}
     one, other = (text_of(folder, hf_overrides=stub) for folder in folders.values())
     assert "" not in {one, other}
@@ -105,12 +105,12 @@ def test_a_seed_that_was_quantised_in_another_way_is_refused_by_name(
     assert not log_lines.with_part("TRANSFER"), "before the first byte"
 
 
-def test_what_nobody_can_tell_is_neither_pulled_nor_served(
+def test_an_unknown_quantisation_is_neither_pulled_nor_served(
     folders: dict[str, Path], log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folders["W8A16"]
     seed, holding = offered(folder, KEPT, slim_method.ARGUMENTS)
-    monkeypatch.setattr(slim_method.Config, "untold", object())
+    monkeypatch.setattr(slim_method.Config, "opaque", object())
     log_lines.lines.clear()
     with source_of(holding, quantization_config="") as source:
         assert load(folder, source, arguments=slim_method.ARGUMENTS).raw == seed.raw
@@ -121,8 +121,10 @@ def test_what_nobody_can_tell_is_neither_pulled_nor_served(
     assert not log_lines.with_part("TRANSFER")
 
 
-def test_a_source_that_does_not_say_how_is_no_source(folders: dict[str, Path], log_lines: LogLines) -> None:
-    """As a release before this one does for such methods."""
+def test_a_source_that_does_not_announce_its_quantisation_is_refused(
+    folders: dict[str, Path], log_lines: LogLines
+) -> None:
+    """An earlier release does so for such methods."""
     seed, holding = offered(folders["W8A16"], KEPT, slim_method.ARGUMENTS)
     log_lines.lines.clear()
     with source_of(holding, quantization_config="") as source:

@@ -1,4 +1,4 @@
-"""Several ranks of one engine: each pulls its own shard, and all of them end up with one model or with none."""
+"""Several ranks of one engine: each pulls its own shard, and all keep the pulled weights, or none does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_two_ranks_pull_their_shards_and_agree(
     assert [result.returncode for result in results] == [0, 0], "\n".join(result.output for result in results)
     first, second = (result.value for result in results)
 
-    # Whatever happened, both ranks have what a disk load gives.
+    # In each case, both ranks have the weights of a disk load.
     for seen, result in ((first, results[0]), (second, results[1])):
         assert [what for what, (right, _) in seen.items() if not right] == [], result.output
 
@@ -112,7 +112,7 @@ def test_ranks_agree_about_target_and_draft_separately(models: ModelStore) -> No
 
 @pytest.mark.skipif(not KNOWS_PROCESSED, reason="this vLLM does not know processed weights")
 def test_processed_weights_of_two_ranks_are_taken_by_both_or_by_none(models: ModelStore) -> None:
-    """With tied weights and aliases. One rank that makes other weights than its source has both fall back."""
+    """With tied weights and aliases. If the structure of one rank differs from its source, both ranks fall back."""
     kind = "processed-tied"
     task = {"models": {"full": str(models.get(kind)), "bare": str(models.bare(kind))}}
     results = run("processed", "tensor", task)
@@ -163,4 +163,4 @@ def test_a_rank_that_dies_ends_the_load_of_the_others(where: str, models: ModelS
     assert second.returncode == -9, second.output
     assert first.value is not None, first.output
     assert "did not report how their load went" in first.value["error"]
-    assert first.value["seconds"] < 30, "the death of a rank is noticed, not waited for"
+    assert first.value["seconds"] < 30, "the other ranks notice the death at once"

@@ -1,6 +1,6 @@
-"""Refusals of a load, a pull or a reload that no other test provokes: what is broken on purpose, and the client's line.
+"""Refusals of a load, a pull or a reload that no other test causes: the cause, and the client's log line.
 
-docs/refusals.md lists all of them; `tests/test_refusals.py` keeps that list true.
+docs/refusals.md lists all of them, and `tests/test_refusals.py` checks that list.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("needs_vllm")
 
 
 def test_embeddings_that_are_tied_on_one_side_only(seeds: Seeds, models: ModelStore, log_lines: LogLines) -> None:
-    """Both sides know it from their weight files, so nobody adopts anything."""
+    """Both sides know it from their weight files, so the client does not take it over from the source."""
     seed = seeds.get("llama-tied")
     assert seed.holding.announcement.identity.tied is True
     with source_of(seed.holding, tied=False) as source:
@@ -111,7 +111,7 @@ def test_a_transport_that_cannot_run_here(seeds: Seeds, models: ModelStore, log_
 
 @pytest.fixture
 def after_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]], None]:
-    """Has something done to the model at the end of its own loading, as some models do while they load."""
+    """Changes the model at the end of its own loading, as some models do while they load."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     def install(change: Callable[[Any], object]) -> None:
@@ -152,7 +152,7 @@ def _grows_a_parameter(model: Any) -> None:
     ],
     ids=["a fact", "a tensor without a name", "a computed tensor", "a tensor"],
 )
-def test_what_raw_tensors_alone_do_not_make_is_not_served(
+def test_a_model_that_is_more_than_its_raw_tensors_is_not_served(
     change: Callable[[Any], object],
     reason: str,
     after_weights: Callable[[Callable[[Any], object]], None],
@@ -166,7 +166,7 @@ def test_what_raw_tensors_alone_do_not_make_is_not_served(
     assert server is not None
     log_lines.lines.clear()
     pull(models.get("draft"), server.address)
-    assert reason in log_lines.one("default loader", "could not pull"), "the client hears the same"
+    assert reason in log_lines.one("default loader", "could not pull"), "the client is told the same"
 
 
 def test_a_draft_that_shares_tensors_is_served_raw_or_not_at_all(
@@ -186,7 +186,7 @@ def test_a_draft_that_shares_tensors_is_served_raw_or_not_at_all(
     kind = KINDS["EAGLE"]
     with monkeypatch.context() as patch:
         patch.setattr(base_loader, "process_weights_after_loading", and_rewrite)
-        # Without copies: vLLM packs the weight where it has kernels for the processor, else it is rewritten in place.
+        # Without copies. vLLM packs the weight if it has kernels for the processor; else it is rewritten in place.
         load_pair(models.get(kind.target), kind.speculative(models.get), extra(KEEP_RAW=False))
     line = log_lines.one("does not serve its draft")
     assert "raw tensors behind: " in line
@@ -200,7 +200,7 @@ HEX = "ab" * 16
 
 
 def _beside(monkeypatch: pytest.MonkeyPatch, *others: Report) -> None:
-    """Give this process a second rank that only reports: one report per exchange of the load, the last one again."""
+    """Simulate a second rank that sends one of these reports per exchange, and then the last one again."""
     told = list(others)
 
     def exchange(mine: Report, *_: Any) -> tuple[Report, ...]:
@@ -259,7 +259,7 @@ RANKS: dict[str, tuple[tuple[Report, ...], dict[str, Any], str]] = {
 def test_a_rank_whose_neighbour_reports_something_else_keeps_nothing(
     case: str, seeds: Seeds, models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second rank is made up; `test_ranks.py` has real ones."""
+    """The second rank is simulated; `test_ranks.py` has real ones."""
     reports, identity, reason = RANKS[case]
     seed = seeds.get("draft")
     with source_of(seed.holding, **identity) as source:
@@ -295,7 +295,7 @@ def live(seeds: Seeds, models: ModelStore) -> Callable[[str], torch.nn.Module]:
 
 
 def _refused(model: torch.nn.Module, config: Any, log_lines: LogLines) -> str:
-    """Reload in vain; the line that says why, with the model as it was."""
+    """Reload, and check that it is refused and that the model is unchanged. Returns the log line with the reason."""
     before = harness.raw_digests(model)
     log_lines.lines.clear()
     with pytest.raises(ReloadRefused) as caught:
@@ -385,7 +385,7 @@ def test_a_reload_for_which_there_is_no_memory(
 def test_a_reload_whose_new_memory_a_thread_may_still_write(
     models: ModelStore, live: Callable[[str], torch.nn.Module], log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is kept: what would lie there next might be written over."""
+    """The memory is kept, because the thread might overwrite what is put there next."""
     lent: list[dict[str, torch.Tensor]] = []
 
     def pull(staging: dict[str, torch.Tensor], *_: Any) -> Any:
@@ -406,7 +406,7 @@ def test_a_reload_where_only_some_ranks_have_a_source(
     log_lines: LogLines,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second rank is made up."""
+    """The second rank is simulated."""
     known = "ab" * 16
     monkeypatch.setattr(
         reloading, "exchange", lambda mine, *_: (msgspec.structs.replace(mine, fingerprint=known), _second("default"))

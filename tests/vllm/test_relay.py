@@ -1,4 +1,4 @@
-"""A replica that is loading serves the next one; when it stops, or dies, the next one goes on at the seed."""
+"""A replica that is loading serves the next one. When it stops or dies, the next one continues at the seed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wait_for(condition: Callable[[], object], child: subprocess.Popen[str] | Non
 
 @contextmanager
 def held_seed(seed: Seed) -> Iterator[tuple[sync.SyncServer, Faults]]:
-    """The seed on a port, over TCP; in each pull nothing follows its first block until it is released."""
+    """Serve the seed over TCP. Each pull stops after its first block until the fault is released."""
     faults = Faults([Fault(FaultKind.HOLD, 0, side=Side.SEND, times=None)])
     transport = FaultyTransport(registry.load("tcp"), faults)
     with sync.serve(None, host="127.0.0.1", transport=transport) as server:
@@ -95,7 +95,7 @@ def test_a_replica_that_is_loading_serves_the_next_one(
         wait_for(transfers, child)
         assert len(transfers()) == 1
         loaded: list[harness.Loaded] = []
-        # The log tells when this process, which the seed sent on, has joined the replica.
+        # The log shows when this process, which the seed has redirected, pulls from the replica.
         watcher = threading.Thread(target=_then, args=(log_lines, child, faults, dies), name="watcher", daemon=True)
         watcher.start()
         loaded.append(pull(models.bare(KIND), server.address, TRANSPORT="tcp"))
@@ -113,11 +113,11 @@ def test_a_replica_that_is_loading_serves_the_next_one(
         said = json.loads(line.removeprefix("RESULT "))
         assert said["raw"] == seed.disk
         assert said["fallback"] == []
-        assert said["serves"], "it offers itself again after post-processing"
+        assert said["serves"], "it serves the model again after post-processing"
 
 
 def _then(log: LogLines, child: subprocess.Popen[str], faults: Faults, dies: bool) -> None:
-    """Once the second replica has joined the first one: let the seed go on, with the first one alive or dead."""
+    """When the second replica pulls from the first one: release the seed; kill the first one before if `dies`."""
     wait_for(lambda: log.with_part("transport tcp"))
     if dies:
         child.kill()

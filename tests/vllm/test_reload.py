@@ -1,4 +1,4 @@
-"""A live model takes new weights from a neighbour, by vLLM's own `reload_weights`: all of them, or none."""
+"""A live model gets new weights from a source, through vLLM's own `reload_weights`: all of them, or none."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_source_that_dies_half_way_changes_nothing(
 ) -> None:
     model = live("llama-bf16")
     before = outputs(model)
-    cut = Fault(FaultKind.CUT, 1, byte=100, times=None)  # a session that brought something is tried again
+    cut = Fault(FaultKind.CUT, 1, byte=100, times=None)  # a session that delivered blocks is retried
     with source_of(seeds.get("llama-bf16").holding, cut) as source, pytest.raises(ReloadRefused):
         reload(model, config_of(models, "llama-bf16", source))
     assert same(outputs(model), before)
@@ -147,7 +147,7 @@ def test_load_weights_refuses_a_model_that_is_live(
 
 
 def test_the_digests_tell_a_reload_that_changed_one_weight(seeds: Seeds, models: ModelStore) -> None:
-    """The control: what is compared above can differ."""
+    """A check of the tests above: what they compare can differ."""
     changed = change_weight(
         models.get("llama-bf16"), seeds.folder / "control", "model.layers.0.self_attn.q_proj.weight"
     )

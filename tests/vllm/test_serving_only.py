@@ -1,4 +1,4 @@
-"""What is for serving only may fail in any way: the model is loaded all the same, and clients hear the reason."""
+"""Code that is for serving only may fail in any way: the model is loaded, and clients are told the reason."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from netloader import tensors
 from netloader.errors import NetloaderError
+from netloader.vllm import loader
 from netloader.vllm.load import examine_model, inspect_engine, loading
 from netloader.vllm.model import snapshot
 from netloader.vllm.serve import recording, serving
@@ -21,7 +22,7 @@ KIND = "llama-bf16"
 ERRORS = [MemoryError("none left"), RecursionError("too deep"), RuntimeError("CUDA out of memory")]
 FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
-    "offering the weights": [(snapshot.RawWeights, "settle"), (loading, "choose_layout"), (loading, "serve")],
+    "offering the weights": [(snapshot.RawWeights, "locate"), (loading, "choose_layout"), (loading, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
     "looking at the model": [(examine_model, "named_raw_tensors"), (examine_model, "model_identity")],
 }
@@ -39,7 +40,7 @@ def failing(error: Exception) -> Any:
     ("what", "owner", "name"),
     [pytest.param(what, owner, name, id=name) for what, places in FAULTS.items() for owner, name in places],
 )
-def test_a_load_goes_through_and_the_reason_is_told(
+def test_a_load_succeeds_and_clients_are_told_the_reason(
     what: str,
     owner: Any,
     name: str,
@@ -108,3 +109,10 @@ def test_an_error_of_the_load_itself_is_told_and_comes_out(
     monkeypatch.setattr(loading, "pull", failing(MemoryError("none left")))
     with pytest.raises(MemoryError):
         load(models.get(KIND))
+
+
+def test_a_load_succeeds_although_the_worker_cannot_be_wrapped(
+    seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "wrap_worker", failing(RuntimeError("no such attribute")))
+    assert load(models.get(KIND)).raw == seeds.disk(KIND)

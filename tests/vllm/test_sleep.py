@@ -1,7 +1,7 @@
 """Sleep, wake-up and resets by the methods of vLLM's own worker class, over a model that is served.
 
-No CPU has vLLM's sleep mode: the allocator below it is a stand-in, and so is what the worker asks the accelerator. What
-runs is vLLM's `Worker`, whose methods are wrapped as in an engine.
+vLLM has no sleep mode for CPUs. So its allocator is simulated, and so are the calls of the worker to the accelerator.
+The worker is vLLM's own `Worker`, and its methods are wrapped as in an engine.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ GARBAGE = 0.5
 
 @dataclass
 class Allocator:
-    """Stands in for vLLM's backends of sleep: level 1 keeps the weights elsewhere, level 2 nowhere.
+    """A simulated sleep backend of vLLM: level 1 saves the weights, level 2 discards them.
 
     Attributes:
-        model: Whose weights it has.
-        ask: Asks the server for them, as a client does.
-        said: What the server said while the weights were being taken away.
+        model: The model whose weights it saves or discards.
+        ask: Tries to pull from the server, as a client does.
+        said: The answers of the server while the weights are saved or discarded.
     """
 
     model: torch.nn.Module
@@ -64,13 +64,13 @@ class Allocator:
 
 @pytest.fixture
 def worker_class() -> Iterator[Any]:
-    """vLLM's worker for accelerators, watched for the time of the test."""
+    """vLLM's worker for accelerators, wrapped during the test."""
     from vllm.v1.worker.gpu_worker import Worker
 
     if not hasattr(Worker, "sleep_mode_backend"):
         pytest.skip("this vLLM's sleep has no place for a stand-in")
     before = dict(vars(Worker))
-    assert hooks.watch_worker(f"{Worker.__module__}.{Worker.__qualname__}")
+    assert hooks.wrap_worker(f"{Worker.__module__}.{Worker.__qualname__}")
     yield Worker
     for name, value in dict(vars(Worker)).items():
         if name not in before:
@@ -91,7 +91,7 @@ class Cast:
         self.allocator = Allocator(self.model, self.refusal)
 
     def refusal(self) -> str:
-        """Why nothing can be pulled from the worker; empty when something can."""
+        """Why a pull from the worker is refused; empty when it succeeds."""
         server = serving.running_server()
         assert server is not None
         try:
@@ -101,7 +101,7 @@ class Cast:
         return ""
 
     def config(self, source: str) -> Any:
-        """What the worker was started with, or told since: to pull from `source`."""
+        """The configuration of a worker that pulls from `source`."""
         return harness.engine_config(self.models.bare(KIND), load_format="netloader", extra=extra([source]))
 
 
@@ -142,7 +142,7 @@ def test_weights_that_sleep_are_not_served_and_are_when_they_wake_up(cast: Cast)
     assert cast.refusal() == ""
 
 
-def test_weights_that_were_thrown_away_are_not_served_until_they_are_reloaded(
+def test_discarded_weights_are_not_served_until_they_are_reloaded(
     cast: Cast, seeds: Seeds, log_lines: LogLines
 ) -> None:
     before, digests = outputs(cast.model), harness.raw_digests(cast.model)
@@ -161,7 +161,7 @@ def test_weights_that_were_thrown_away_are_not_served_until_they_are_reloaded(
 
 
 def nothing_is_left_of(model: torch.nn.Module) -> bool:
-    """Whether neither staging memory nor a loader of our own hangs on a model."""
+    """Whether neither staging memory nor our `load_weights` is attached to a model."""
     gc.collect()
     return not [
         name
@@ -194,7 +194,7 @@ def test_raw_weights_are_not_taken_for_processed_ones(cast: Cast, seeds: Seeds) 
 
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("step", ["initialize_layerwise_reload", "finalize_layerwise_reload"])
-def test_a_reload_that_breaks_lets_go_of_what_it_pulled(
+def test_a_reload_that_fails_frees_what_it_pulled(
     step: str, changed: bool, cast: Cast, seeds: Seeds, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
 ) -> None:
     from vllm.model_executor.model_loader.reload import inplace
@@ -241,12 +241,12 @@ def test_weights_that_are_reset_are_not_served(cast: Cast) -> None:
     assert "about to change (reset_weights)" in cast.refusal()
 
 
-def test_the_worker_for_cpus_sleeps_without_any_of_this(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sleep_of_the_cpu_worker_is_not_wrapped(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     before = dict(vars(CPUWorker))
     try:
-        assert hooks.watch_worker(f"{CPUWorker.__module__}.{CPUWorker.__qualname__}")
+        assert hooks.wrap_worker(f"{CPUWorker.__module__}.{CPUWorker.__qualname__}")
         assert vars(CPUWorker)["sleep"] is before["sleep"]
         worker = CPUWorker.__new__(CPUWorker)
         worker.sleep(1)

@@ -1,8 +1,9 @@
-"""Clients are told before the weights they pull are slept, reloaded or updated in place.
+"""Retract what is served before vLLM changes the weights: by sleep, reload, or an update in place.
 
-vLLM has no notice for that. So the methods of the worker's class that change weights are wrapped, once: what is served
-is retracted first (clients get "gone" and go on elsewhere), then the method runs. Names that are not there in a version
-of vLLM are left out; what slips through fails at the client all the same: announced digests are those of load time.
+vLLM has no callback for that. So the methods of the worker's class that change weights are wrapped, once. A wrapper
+first retracts what is served (clients get "gone" and continue at another source), and then calls the method. Methods
+that a release of vLLM does not have are left out. A change that no wrapper sees can't give a client wrong weights,
+because the client verifies the digests that were announced after the load.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from netloader.errors import ManifestError, NetloaderError
 from netloader.vllm.serve.guard import serving_only
 from netloader.vllm.serve.serving import ROLES, running_server
 
-__all__ = ["CHANGES", "PROFILES", "WAKES", "hold_still_until_profiled", "watch_worker"]
+__all__ = ["CHANGES", "PROFILES", "WAKES", "pause_transfers_until_profiled", "wrap_worker"]
 
 log = logging.getLogger(__name__)
 
@@ -37,25 +38,25 @@ WAKES = "wake_up"
 PROFILES = "determine_available_memory"
 
 _NO_SLEEP = ("vllm.v1.worker.cpu_worker",)
-"""Where `sleep` and `wake_up` only say that they are not supported."""
+"""Workers whose `sleep` and `wake_up` only log that they are not supported."""
 
-_ASK_AGAIN = 5.0
+_RETRY_AFTER = 5.0
 _LONGEST_PROFILE = 600.0
 
-_MARK = "_netloader_watches"
+_MARK = "_netloader_wrapped"
 
 
-def watch_worker(worker_class: str) -> bool:
-    """Wrap the methods of the worker's class, where this process has such a worker; calling it again changes nothing.
+def wrap_worker(worker_class: str) -> bool:
+    """Wrap the methods of the worker's class, if this process has such a worker. A second call changes nothing.
 
     Args:
-        worker_class: Its full name, as vLLM's `ParallelConfig.worker_cls` has it.
+        worker_class: Full name of the class, as in vLLM's `ParallelConfig.worker_cls`.
 
     Returns:
-        Whether the class is watched.
+        Whether the class is wrapped.
     """
     module_name, _, name = worker_class.rpartition(".")
-    module = sys.modules.get(module_name)  # a worker of this process has been imported
+    module = sys.modules.get(module_name)  # imported already, if the worker is in this process
     found = getattr(module, name, None)
     if not isinstance(found, type):
         log.debug("netloader: no worker class %s in this process: nothing changes its weights in place", worker_class)
@@ -65,17 +66,17 @@ def watch_worker(worker_class: str) -> bool:
     setattr(found, _MARK, True)
     for method in CHANGES:
         if method != "sleep" or module_name not in _NO_SLEEP:
-            _wrap(found, method, functools.partial(_changing, method))
+            _wrap(found, method, functools.partial(_around_change, method))
     if module_name not in _NO_SLEEP:
-        _wrap(found, WAKES, _waking)
-    _wrap(found, PROFILES, _profiling)
+        _wrap(found, WAKES, _around_wake_up)
+    _wrap(found, PROFILES, _around_profiling)
     return True
 
 
-def hold_still_until_profiled(device: str) -> None:
-    """Open and close no communicator on an NPU until vLLM has measured its memory; clients are told when to ask again.
+def pause_transfers_until_profiled(device: str) -> None:
+    """Open and close no communicator on an NPU until vLLM has measured its memory. Clients are told when to retry.
 
-    Ends by itself after ten minutes, for an engine that never measures.
+    Transfers resume after ten minutes at the latest, for an engine that does not measure.
     """
     from netloader.transports.hccl.devices import hold_still
 
@@ -83,7 +84,7 @@ def hold_still_until_profiled(device: str) -> None:
         return
     try:
         hold_still(
-            _numbered(device), "the engine is measuring its memory", retry_after=_ASK_AGAIN, longest=_LONGEST_PROFILE
+            _numbered(device), "the engine is measuring its memory", retry_after=_RETRY_AFTER, longest=_LONGEST_PROFILE
         )
     except NetloaderError as error:
         log.warning("netloader: a transfer goes on while vLLM measures its memory: %s", error)
@@ -101,24 +102,24 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _changing(method: str, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+def _around_change(method: str, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
     from netloader.vllm.live.reloading import abandon_reload, finish_reload
 
-    # Where our loader is asked for the weights it retracts later: when all that is to come is there and verified.
-    given = args[0] if args else kwargs.get("weights_iterator")
-    ours = method == "reload_weights" and given is None and _pulls(worker)
+    # If our loader provides the weights, it retracts later: when all new weights are pulled and verified.
+    iterator = args[0] if args else kwargs.get("weights_iterator")
+    ours = method == "reload_weights" and iterator is None and _uses_netloader(worker)
     server = running_server()
     if server is not None and not ours:
-        # After sleep the same bytes may come back; after the others they don't, and copies are not worth their memory.
-        give_up = server.pause if method == "sleep" else server.retract
+        # Only after sleep may the same bytes come back. After another change, originals would only take memory.
+        stop_serving = server.pause if method == "sleep" else server.retract
         with serving_only(f"retracting what is served before {method}", server):
-            give_up(ROLES, f"the weights are about to change ({method})")
+            stop_serving(ROLES, f"the weights are about to change ({method})")
     if not ours:
         return original(worker, *args, **kwargs)
     try:
         result = original(worker, *args, **kwargs)
     except BaseException:
-        with serving_only("letting go of a reload that broke", server):
+        with serving_only("cleaning up after a reload that failed", server):
             abandon_reload(worker.model_runner.get_model())
         raise
     with serving_only("serving after a reload", server):
@@ -126,11 +127,11 @@ def _changing(method: str, original: Callable[..., Any], worker: Any, *args: Any
     return result
 
 
-def _pulls(worker: Any) -> bool:
+def _uses_netloader(worker: Any) -> bool:
     return getattr(worker.vllm_config.load_config, "load_format", "") in FORMAT_NAMES
 
 
-def _waking(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+def _around_wake_up(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(worker, *args, **kwargs)
     tags = args[0] if args else kwargs.get("tags")
     server = running_server()
@@ -143,7 +144,7 @@ def _waking(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any
     return result
 
 
-def _profiling(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+def _around_profiling(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
     from netloader.transports.hccl.devices import move_again
 
     try:
@@ -154,7 +155,7 @@ def _profiling(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: 
 
 
 def _numbered(device: str) -> str:
-    """The NPU by its number: vLLM names it by its kind alone, once its worker has chosen which one that is here."""
+    """The name of the NPU with its number. vLLM names only the device type once its worker has chosen a device."""
     if device != "npu":
         return device
     import torch

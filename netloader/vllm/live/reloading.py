@@ -1,9 +1,9 @@
-"""Reloading a live engine from a neighbour: everything is pulled and verified beside the live weights first.
+"""Reload a live engine from a source. All weights are pulled and verified in staging memory first.
 
-vLLM's `reload_weights` asks the loader for weights (`get_all_weights`), restores the model to how it was before
-post-processing, layer by layer, hands over the weights, and post-processes again into the same memory. It expects names
-and shapes as in a checkpoint; ours are those of the model's own tensors, this rank's share of them. So for this one
-call the model takes them as they are.
+vLLM's `reload_weights` asks the loader for weights (`get_all_weights`). Then it restores the model to its state before
+post-processing, layer by layer, loads the weights into it, and post-processes them again into the same memory. It
+expects the names and shapes of a checkpoint. netloader has the model's own raw tensors, which are this rank's shards.
+So for this one call, `load_weights` of the model is replaced by a function that copies raw tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,15 +19,15 @@ import msgspec
 from netloader.config import Config
 from netloader.core.identity import Role
 from netloader.errors import ManifestError, MemoryStillInUse, NetloaderError
-from netloader.vllm.load.pulling import pull_raw
+from netloader.vllm.load.pulling import check_digests, pull_raw
 from netloader.vllm.model.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
-from netloader.vllm.model.copies import Keep
+from netloader.vllm.model.copies import Keep, is_full
 from netloader.vllm.model.fallback import fallback_loader
 from netloader.vllm.model.registered import buffers_of, computed_names
-from netloader.vllm.model.snapshot import Settled, named_raw_tensors, same_bits
+from netloader.vllm.model.snapshot import Located, named_raw_tensors, same_bits
 from netloader.vllm.model.topology import topology_of
 from netloader.vllm.serve.guard import serving_only
-from netloader.vllm.serve.raw_holding import offered
+from netloader.vllm.serve.raw_holding import raw_holding
 from netloader.vllm.serve.retention import keep_policy, named, quantised_modules
 from netloader.vllm.serve.serving import ROLES, WorkerServer, running_server
 
@@ -36,38 +36,53 @@ if TYPE_CHECKING:
 
     from netloader.core.protocol.events import Announcement
 
-__all__ = ["ReloadRefused", "abandon_reload", "finish_reload", "remember", "was_processed", "weights_for_reload"]
+__all__ = ["ReloadRefused", "abandon_reload", "finish_reload", "record_loaded", "was_loaded", "weights_for_reload"]
 
 log = logging.getLogger(__name__)
 
 _NOTE = "_netloader_loaded"
-_PENDING = "_netloader_reload"
+_RELOAD = "_netloader_reload"
 _PAUSED = "_netloader_paused"
 _COMPUTED = "_netloader_computed"
 _IN_USE = "_netloader_in_use"
 
 _EXACT = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "Attention")
-"""Methods and modules whose weights vLLM's own reload puts back as a first load does; each was compared byte by byte.
-Others end with other bytes (W8A8 and MoE on CPUs, seen with vLLM 0.32), or were not compared."""
+"""Methods and modules for which vLLM's reload gives the same bytes as a first load; each was compared byte by byte.
+Others give different bytes (W8A8 and MoE on CPUs, with vLLM 0.32), or were not compared."""
 
 _SLACK = 60.0
 
 
 class ReloadRefused(NetloaderError):
-    """The weights of a live engine were not touched, since they could not be replaced exactly."""
+    """The weights of a live engine were not changed, because they could not be replaced exactly."""
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a model was loaded with; lives as long as the model."""
+    """The raw tensors with which a model was loaded; kept with the model."""
 
     announcement: Announcement
     path: str
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Pulled:
+    """How the pull of this rank went.
+
+    Attributes:
+        own_report: What this rank reports to the other ranks.
+        staging: The new raw tensors, by name; empty when nothing was pulled.
+        announcement: Their announcement; None when nothing was pulled.
+    """
+
+    own_report: Report
+    staging: dict[str, torch.Tensor] = field(default_factory=dict)
+    announcement: Announcement | None = None
+
+
+@dataclass(frozen=True)
 class _Pending:
-    """A reload between the pull and the end of vLLM's post-processing; `taken` once vLLM has the weights."""
+    """A reload whose weights vLLM has not loaded yet."""
 
     staging: dict[str, torch.Tensor]
     announcement: Announcement
@@ -75,69 +90,110 @@ class _Pending:
     path: str
     config: Config
     rank: int
-    taken: bool = False
 
 
-def remember(model: torch.nn.Module, announcement: Announcement | None, path: str) -> None:
-    """Note with a model what its raw tensors were; None when they are not known."""
+@dataclass(frozen=True)
+class _Taken:
+    """A reload whose weights vLLM has loaded, before the end of its post-processing."""
+
+    pending: _Pending
+
+
+def record_loaded(model: torch.nn.Module, announcement: Announcement | None, path: str) -> None:
+    """Keep with a model what its raw tensors were; None when they are not known."""
     vars(model)[_NOTE] = None if announcement is None else _Loaded(announcement, path)
 
 
-def was_processed(model: torch.nn.Module) -> bool:
-    """Whether this loader has loaded the model already, so that vLLM has rewritten its weights since."""
+def was_loaded(model: torch.nn.Module) -> bool:
+    """Whether this loader has loaded the model already, so that vLLM may have rewritten its weights."""
     return _NOTE in vars(model)
 
 
 def weights_for_reload(
     vllm_config: Any, model_config: Any, load_config: Any, config: Config, model: torch.nn.Module
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """What vLLM's `reload_weights` is to load: pulled and verified, or read by the default loader without a SOURCE.
+    """The weights that vLLM's `reload_weights` is to load: pulled, or read by the default loader without a SOURCE.
 
-    Nothing of the live model is touched before all ranks have everything.
+    The live model is not changed before all ranks have all of their weights.
 
     Args:
         vllm_config: vLLM's configuration.
-        model_config: The part that describes the model.
+        model_config: The part of it that describes the model.
         load_config: How vLLM was told to load.
-        config: Ours.
+        config: netloader's configuration.
         model: The live model.
 
     Raises:
-        ReloadRefused: The model stays as it is; the message says why.
+        ReloadRefused: The weights stay as they are; the message says why.
+        AgreementError: Another rank ended, or did not report in time.
     """
     rank = topology_of(vllm_config, model_config).rank
+    path = str(model_config.model)
+    pulled = _pull(model, path, config, rank)
+    reports = _agree(pulled.own_report, config)
+    _save_computed(model)
+    if not config.sources_for(rank):
+        return _by_default(model_config, load_config, config, model, rank)
+    if pulled.announcement is None:
+        raise ReloadRefused("nothing was pulled, and no rank said so", hint="this is a bug of netloader")
+    _pause(model, "the weights are being reloaded")
+    load = load_digest(report.root for report in reports)
+    return _handed_over(model, _Pending(pulled.staging, pulled.announcement, load, path, config, rank))
+
+
+def _pull(model: torch.nn.Module, path: str, config: Config, rank: int) -> _Pulled:
+    """Pull new weights into staging memory, if there is a source.
+
+    Errors are part of the result, because the other ranks wait for the report of this one.
+    """
     sources = config.sources_for(rank)
+    if not sources:
+        return _Pulled(Report("default", rank, reason=config.why_no_source(rank) or ""))
     loaded: _Loaded | None = vars(model).get(_NOTE)
-    reason = _why_not(model, loaded, str(model_config.model)) if sources else ""
-    mine = Report("failed" if sources else "default", rank, reason=reason or config.why_no_source(rank) or "")
     staging: dict[str, torch.Tensor] = {}
-    pulled: Announcement | None = None
-    if sources and loaded is not None and not reason:
-        identity = loaded.announcement.identity
-        wanted = config.expect_root or loaded.announcement.root
-        if wanted != loaded.announcement.root:
-            identity = msgspec.structs.replace(identity, fingerprint="")  # other weights are what is asked for
-        try:
-            staging = _staging(loaded.announcement)
-            log.info(
-                "netloader: rank %d: reload: %.1f MB of staging memory, until the weights are in place",
-                rank,
-                sum(tensor.nbytes for tensor in set(staging.values())) / 1e6,
-            )
-            report = pull_raw(staging, identity, sources, msgspec.structs.replace(config, expect_root=wanted))
-        except NetloaderError as error:
-            mine = Report("failed", rank, reason=str(error))
-            if isinstance(error, MemoryStillInUse):  # not to become the memory of something else, as long as this lives
-                vars(model).setdefault(_IN_USE, []).append(staging)
-        except (RuntimeError, MemoryError) as error:
-            mine = Report("failed", rank, reason=f"no memory for the new weights beside the old ones: {error}")
-        else:
-            identity = msgspec.structs.replace(identity, fingerprint=report.identity.fingerprint)
-            pulled = None if report.announcement is None else replace(report.announcement, identity=identity)
-            mine = Report("pulled", rank, root=report.root, load=report.identity.load)
-    reports = exchange(mine, groups_of_this_engine(pipeline=True), config.timeout + _SLACK)
-    # What goes round is cut to fit; of this rank the whole reason is known, with the hint at its end.
-    reports = tuple(mine if report.rank == rank else report for report in reports)
+    try:
+        reason = _why_not(model, loaded, path)
+        if reason or loaded is None:
+            return _Pulled(Report("failed", rank, reason=reason))
+        root = loaded.announcement.root
+        identity, wanted = loaded.announcement.identity, config.expect_root or root
+        if wanted != root:
+            identity = msgspec.structs.replace(identity, fingerprint="")  # other weights are wanted
+        staging = _staging(loaded.announcement)
+        log.info(
+            "netloader: rank %d: reload: %.1f MB of staging memory, until the weights are in place",
+            rank,
+            sum(tensor.nbytes for tensor in set(staging.values())) / 1e6,
+        )
+        report = pull_raw(staging, identity, sources, msgspec.structs.replace(config, expect_root=wanted))
+        check_digests(report.identity)
+    except MemoryStillInUse as error:
+        # The model keeps the staging memory, because nothing else may be put there while a thread may still write.
+        vars(model).setdefault(_IN_USE, []).append(staging)
+        return _Pulled(Report("failed", rank, reason=str(error)))
+    except NetloaderError as error:
+        return _Pulled(Report("failed", rank, reason=str(error)))
+    except Exception as error:
+        if is_full(error):
+            return _Pulled(Report("failed", rank, reason=f"no memory for the new weights beside the old ones: {error}"))
+        log.exception("netloader: rank %d: unexpected error while pulling", rank)
+        return _Pulled(Report("failed", rank, reason=f"unexpected {type(error).__name__}: {error}"))
+    identity = msgspec.structs.replace(identity, fingerprint=report.identity.fingerprint)
+    announcement = None if report.announcement is None else replace(report.announcement, identity=identity)
+    return _Pulled(Report("pulled", rank, root=report.root, load=report.identity.load), staging, announcement)
+
+
+def _agree(own_report: Report, config: Config) -> tuple[Report, ...]:
+    """Exchange the reports of all ranks about their pulls.
+
+    Raises:
+        ReloadRefused: No rank may change its weights.
+        AgreementError: Another rank ended, or did not report in time.
+    """
+    rank = own_report.rank
+    reports = exchange(own_report, groups_of_this_engine(pipeline=True), config.timeout + _SLACK)
+    # Exchanged reports are cut to a fixed size. This rank's own report has the whole reason, with the hint at its end.
+    reports = tuple(own_report if report.rank == rank else report for report in reports)
     outcomes = {report.outcome for report in reports}
     why = disagreement(reports) or ("some ranks have a SOURCE and some have none" if len(outcomes) > 1 else "")
     if why:
@@ -146,31 +202,24 @@ def weights_for_reload(
             f"rank {rank}: the weights stay as they are: {why}",
             hint="reload from a source that has the weights which were loaded, or name others by EXPECT_ROOT",
         )
-    _note_computed(model)
-    if not sources:
-        return _by_default(model_config, load_config, config, model, rank)
-    if pulled is None:
-        raise ReloadRefused("nothing was pulled, and no rank said so", hint="this is a bug of netloader")
-    _pause(model, "the weights are being reloaded")
-    load = load_digest(report.root for report in reports)
-    return _handed_over(model, _Pending(staging, pulled, load, str(model_config.model), config, rank))
+    return reports
 
 
 def finish_reload(model: torch.nn.Module) -> None:
-    """The reload is over, post-processing included: serve the new weights, where they can be served exactly.
+    """After a reload and its post-processing: serve the new weights if they can be served exactly.
 
-    What failed here costs what is served; the reload itself went well.
+    The reload has succeeded. An error here ends the serving only.
     """
     _restore_computed(model)
-    pending: _Pending | None = vars(model).pop(_PENDING, None)
+    reload = _end(model)
     paused: Sequence[Role] = vars(model).pop(_PAUSED, ())
     server = running_server()
-    if pending is None or not pending.taken:
+    if not isinstance(reload, _Taken):
         if server is not None:
             server.forget_paused(ROLES)
         return
-    announcement = pending.announcement
-    remember(model, announcement, pending.path)
+    pending, announcement = reload.pending, reload.pending.announcement
+    record_loaded(model, announcement, pending.path)
     log.info("netloader: rank %d: reloaded, root %s", pending.rank, announcement.root)
     if server is None:
         return
@@ -181,33 +230,41 @@ def finish_reload(model: torch.nn.Module) -> None:
     _resume(server, [other for other in paused if other != role], "the reload of the other model is over")
 
 
+def _end(model: torch.nn.Module) -> _Pending | _Taken | None:
+    """Remove everything that a reload has attached to the model; returns how far it came, None for none of ours."""
+    reload: _Pending | _Taken | None = vars(model).pop(_RELOAD, None)
+    if isinstance(reload, _Pending):
+        vars(model).pop("load_weights", None)  # it would take the weights of a later reload for raw tensors
+    return reload
+
+
 def _serve(model: torch.nn.Module, pending: _Pending, server: WorkerServer) -> None:
     announcement = pending.announcement
-    device = str(next(iter(named_raw_tensors(model).values())).device)  # not that of the staging memory
-    settled = _settled(model, pending)
-    if settled.lost:
+    device = str(next(iter(named_raw_tensors(model).values())).device)  # the staging memory is on the host
+    located = _located(model, pending)
+    if located.lost:
         server.refuse(
             announcement.identity.role,
-            f"reloaded weights were rewritten and not kept: {named(settled.lost)}",
+            f"reloaded weights were rewritten and not kept: {named(located.lost)}",
             "set KEEP_RAW to true on the server",
         )
         return
     server.offer(
-        offered(announcement, device, settled, pending.load),
-        f"reloaded, {settled.kept_bytes / 1e6:.1f} MB of originals kept, root {announcement.root}",
+        raw_holding(announcement, device, located, pending.load),
+        f"reloaded, {located.kept_bytes / 1e6:.1f} MB of originals kept, root {announcement.root}",
     )
 
 
 def abandon_reload(model: torch.nn.Module) -> None:
-    """The reload broke: what was pulled for it is let go, and what was served is served again if it is what it was.
+    """After a reload that failed: free the staging memory, and serve again what was served if it is unchanged.
 
-    Some of the weights may be new ones, and some may be gone: then clients hear which.
+    If weights have changed or were dropped, clients are refused with the name of such a tensor.
     """
     _restore_computed(model)
-    pending: _Pending | None = vars(model).pop(_PENDING, None)
-    if pending is not None:
-        pending.staging.clear()  # whoever keeps the error keeps what refers to it
-        vars(model).pop("load_weights", None)
+    reload = _end(model)
+    if reload is not None:
+        pending = reload.pending if isinstance(reload, _Taken) else reload
+        pending.staging.clear()  # the traceback of the error refers to it, and may be kept
     paused: Sequence[Role] = vars(model).pop(_PAUSED, ())
     server = running_server()
     if server is not None:
@@ -222,8 +279,8 @@ def _resume(server: WorkerServer, roles: Sequence[Role], reason: str) -> None:
             log.warning("netloader: what was served before the reload is not served any more: %s", error)
 
 
-def _note_computed(model: torch.nn.Module) -> None:
-    """Remember which buffers are computed and in no checkpoint: vLLM 0.23 forgets it of all that it restores."""
+def _save_computed(model: torch.nn.Module) -> None:
+    """Save which buffers are computed and in no checkpoint, because vLLM 0.23 loses that for each layer it restores."""
     vars(model)[_COMPUTED] = [(module, frozenset(computed_names(module))) for module in model.modules()]
 
 
@@ -233,7 +290,7 @@ def _restore_computed(model: torch.nn.Module) -> None:
 
 
 def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:
-    """Why a reload would not be exact; empty when it would."""
+    """Why a reload would not be exact; empty when it would be."""
     if loaded is None:
         return "it is not known what this model's raw tensors were"
     if path != loaded.path:
@@ -253,7 +310,7 @@ def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:
             if type(method).__name__ not in _EXACT:
                 other[name] = type(method).__name__
         elif hasattr(module, "process_weights_after_loading") and type(module).__name__ not in _EXACT:
-            other[name] = type(module).__name__  # it derives tensors in a way of its own
+            other[name] = type(module).__name__  # the module itself derives tensors
     if other:
         some = named(f"{name} ({method})" for name, method in other.items())
         return f"vLLM's own reload does not put back exactly what a first load does for {some}"
@@ -261,7 +318,7 @@ def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:
 
 
 def _staging(announcement: Announcement) -> dict[str, torch.Tensor]:
-    """Memory for all raw tensors, in the host's: a device has no room for its weights twice."""
+    """Host memory for all raw tensors, because a device has no room for its weights twice."""
     from netloader.tensors import destination
 
     made = destination(None, device="cpu")
@@ -281,7 +338,7 @@ def _by_default(
         )
     log.info("netloader: rank %d: reload: %s", rank, config.why_no_source(rank))
     _pause(model, "the weights are being reloaded from storage")
-    vars(model)[_NOTE] = None  # what it was loaded with is over
+    vars(model)[_NOTE] = None  # the raw tensors are not known after this
     found: Iterable[tuple[str, torch.Tensor]] = weights(model_config, model)
     return found
 
@@ -294,20 +351,21 @@ def _pause(model: torch.nn.Module, reason: str) -> None:
 
 
 def _handed_over(model: torch.nn.Module, pending: _Pending) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is returned to vLLM, after `model` was made to take it as it is, once."""
+    """The weights for vLLM. `load_weights` of the model is replaced for one call, so that it takes raw tensors."""
     reference = weakref.ref(model)
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         found = reference()
         if found is None:
             raise ReloadRefused("the model is gone", hint="this is a bug of netloader")
-        pending.taken = True
+        vars(found)[_RELOAD] = _Taken(pending)
         del found.load_weights
         return _fill_restored(found, weights)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        if not pending.taken:
-            # vLLM would copy them over live tensors by name, which are what its post-processing made of such.
+        found = reference()
+        if found is None or not isinstance(vars(found).get(_RELOAD), _Taken):
+            # vLLM did not call `load_weights`. It would copy raw tensors over live ones, which are processed.
             raise ReloadRefused(
                 f"rank {pending.rank}: the weights stay as they are: raw weights were pulled, and reload_weights was "
                 "called for weights that are processed already",
@@ -316,17 +374,17 @@ def _handed_over(model: torch.nn.Module, pending: _Pending) -> Iterator[tuple[st
         yield from pending.staging.items()
 
     vars(model)["load_weights"] = load_weights
-    vars(model)[_PENDING] = pending
+    vars(model)[_RELOAD] = pending
     return weights()
 
 
 def _fill_restored(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Give raw tensors to a model that vLLM has restored to how it was before post-processing."""
+    """Copy raw tensors into a model that vLLM has restored to its state before post-processing."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
     from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-    # The loaders that layers bring take whole tensors of a checkpoint and cut this rank's share out of them.
+    # The weight loaders of the layers expect whole tensors of a checkpoint, and cut this rank's shard out of them.
     for module in model.modules():
         for tensor in get_layer_tensors(module).values():
             tensor.weight_loader = default_weight_loader
@@ -340,18 +398,18 @@ def _fill_restored(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Te
     return names
 
 
-def _settled(model: torch.nn.Module, pending: _Pending) -> Settled:
-    """Where each of the new raw tensors is now."""
+def _located(model: torch.nn.Module, pending: _Pending) -> Located:
+    """Where each of the new raw tensors is after post-processing."""
     keep = keep_policy(quantised_modules(model), pending.config)
     now = named_raw_tensors(model)
-    settled = Settled()
+    located = Located()
     for name, tensor in pending.staging.items():
         current = now.get(name)
         if current is not None and current.stride() == tensor.stride() and same_bits(current, tensor):
-            settled.live[name] = weakref.ref(current)
+            located.live[name] = weakref.ref(current)
         elif keep(name) is not Keep.NO:
-            settled.kept[name] = tensor
-            settled.reasons[name] = Keep.REFERENCE
+            located.kept[name] = tensor
+            located.reasons[name] = Keep.REFERENCE
         else:
-            settled.lost[name] = "vLLM rewrote it"
-    return settled
+            located.lost[name] = "vLLM rewrote it"
+    return located

@@ -1,8 +1,9 @@
 """Draft models of speculative decoding, and what they share with their target.
 
-vLLM's proposer replaces the embeddings and the output head of most drafts by those of the target, after both were
-loaded. What the draft's own loading did not fill is replaced in any case: it is memory that nobody wrote, so it is
-neither served nor pulled. What was filled and equals the target's is dropped as well: the target's stands in for it.
+After both models are loaded, vLLM's proposer replaces the embeddings and the output head of most drafts by those of the
+target. It always replaces tensors that the draft's own loading did not fill. These hold uninitialised memory, so they
+are neither served nor pulled. It also drops a filled tensor that equals the target's. The server then serves the
+target's tensor in its place.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ _HEAD_OF_LAYER = "shared_head.head."
 
 
 def shares_with_target(vllm_config: Any, role: Role) -> bool:
-    """Whether this is a draft whose proposer shares the target's tensors with it: all but `draft_model`'s do."""
+    """Whether this is a draft that shares tensors with its target. All methods but `draft_model` do so."""
     speculative = getattr(vllm_config, "speculative_config", None)
     return role == "draft" and speculative is not None and bool(speculative.use_eagle())
 
 
 def left_out(names: Iterable[str], state: Mapping[str, bool], *, pp_size: int) -> frozenset[str]:
-    """Names of a sharing draft's tensors that its loading does not fill, and the proposer replaces by the target's.
+    """Names of the tensors of a draft that its loading does not fill, because the proposer uses the target's.
 
     Args:
-        names: All raw tensors of the draft.
-        state: What loading noted: only an explicit "no" leaves something out. Drafts that note nothing (MTP) are filled
-            from the target's checkpoint.
-        pp_size: Pipeline stages: with several, each model keeps its own embeddings.
+        names: All raw tensors of a draft that shares tensors with its target.
+        state: Facts that loading set on the model. A tensor is left out only if a fact is False. Drafts without such
+            facts (MTP) are filled from the target's checkpoint.
+        pp_size: Number of pipeline stages. With more than one, each model keeps its own embeddings.
     """
     embeddings = state.get("has_own_embed_tokens") is False and pp_size == 1
     head = state.get("has_own_lm_head") is False
@@ -50,7 +51,7 @@ def _is_of_head(name: str) -> bool:
 
 
 def named_like_target(vllm_config: Any, model_config: Any, role: Role) -> bool:
-    """Whether MODEL names this model: the target, and a draft that lies in the target's own checkpoint (MTP)."""
+    """Whether MODEL is the name of this model: of the target, and of a draft in the target's checkpoint (MTP)."""
     if role == "target":
         return True
     target = getattr(getattr(vllm_config, "speculative_config", None), "target_model_config", None)

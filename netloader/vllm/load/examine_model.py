@@ -1,4 +1,4 @@
-"""Second step of a load: what the model is once vLLM has built it and before it has weights."""
+"""Second step of a load: examine the model that vLLM has built, before it has weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from netloader.vllm.model.load_state import load_state_of
 from netloader.vllm.model.quantisation import why_unknown
 from netloader.vllm.model.snapshot import named_raw_tensors
 from netloader.vllm.model.support import why_not
-from netloader.vllm.serve.guard import described, serving_only
+from netloader.vllm.serve.guard import error_text, serving_only
 from netloader.vllm.serve.recording import Before
 from netloader.vllm.serve.retention import named
 
@@ -35,14 +35,14 @@ class Built:
     """A model that has no weights yet.
 
     Attributes:
-        tensors: The raw tensors that are to be filled, by name.
+        tensors: The raw tensors to fill, by name.
         load_state: Facts that loading may change (see :mod:`netloader.vllm.model.load_state`).
-        before: All else that loading may change; None where it could not be noted.
-        unsupported: Why the model can neither be pulled nor served; empty when it can.
-        identity: What has to be equal at a source and here; None for a model that is not supported.
-        fingerprint: Digest of the checkpoint's files on this host; empty where there are none.
-        maps: Digest of the expert maps of its layers; empty where it has none.
-        traced: What became of the tensors that its constructor read from files.
+        before: Everything else that loading may change; None if it could not be recorded.
+        unsupported: Why the model can be neither pulled nor served; empty when it can.
+        identity: What must match at a source; None for a model that is not supported.
+        fingerprint: Fingerprint of the checkpoint's files on this host; empty when there are none.
+        maps: Digest of the expert maps of the layers; empty when there are none.
+        traced: Which weights hold the tensors that the constructor read from files.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -56,10 +56,10 @@ class Built:
 
 
 def examine(context: Context, model: torch.nn.Module) -> Built:
-    """Look at a model that vLLM has just built.
+    """Examine a model that vLLM has just built.
 
-    A model that could not be examined is loaded by default: nothing of it is known to be equal to a source's. No error
-    of that is raised, because the other ranks wait for this one.
+    If the examination fails, the model counts as not supported and is loaded by default, because nothing shows that it
+    equals the model of a source. The error is logged and not raised, because the other ranks wait for this one.
     """
     before: Before | None = None
     with serving_only("noting what the model has beside its weights", None):
@@ -72,8 +72,10 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
         unsupported = _why_not(context, built)
         if unsupported:
             return replace(built, unsupported=unsupported)
-        asked = context.asked
-        identity = model_identity(context.engine, context.config, context.topology) if asked is None else asked.identity
+        probed = context.probed
+        identity = (
+            model_identity(context.engine, context.config, context.topology) if probed is None else probed.identity
+        )
         unknown = why_unknown(identity)
         if unknown:
             return replace(built, unsupported=unknown)
@@ -83,11 +85,11 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
         return replace(built, identity=identity, maps=maps)
     except Exception as error:
         log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", context.rank)
-        return replace(built, unsupported=f"looking at the model failed: {described(error)}")
+        return replace(built, unsupported=f"looking at the model failed: {error_text(error)}")
 
 
 def _why_not(context: Context, built: Built) -> str:
-    """Why these raw tensors can neither be pulled nor served, or would not be all of the model; empty if they can."""
+    """Why these raw tensors can be neither pulled nor served, or are not the whole model; empty when they can."""
     if built.traced.lost:
         return (
             "the model reads tensors from files while it is built, and not all of them are weights that have a name: "

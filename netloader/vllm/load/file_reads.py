@@ -1,14 +1,15 @@
 """Which tensors a model reads from files while it is built, and whether all of them became weights that have a name.
 
-Some models do not wait for `load_weights`: a constructor reads a file of its own (the Dense projector of an embedding
-model). What it does with that is its own affair, so nothing is assumed: whatever was read has to be found again among
-the named tensors, or the model is refused by the name of what was read.
+Some constructors read a file themselves, before vLLM calls `load_weights` (the Dense projector of an embedding model).
+A constructor may do anything with such a tensor. So each tensor that it read must be found among the named tensors. If
+one is not found, the model is refused, and the refusal names the tensor.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FileReads", "Traced"]
 
+log = logging.getLogger(__name__)
+
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 
 
@@ -31,17 +34,19 @@ class _Read:
     name: str
     shape: tuple[int, ...] = ()
     digests: frozenset[str] = frozenset()
-    """Of the tensor as it was read and in the floating-point types that a model may keep it in; empty for no tensor."""
+    """Digests of the tensor in its dtype, and in each floating-point dtype to which a model may convert it. Empty if it
+    is not a tensor."""
     tensor: Callable[[], torch.Tensor | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What became of all that was read.
+    """Where the tensors are that a constructor read.
 
     Attributes:
-        filled: Names of the weights that hold some of it.
-        lost: Names of what was read and is not, or not only, in a weight; in the order of reading.
+        filled: Names of the weights that hold tensors that were read.
+        lost: Names of tensors that were read and that no weight holds, or that are also kept elsewhere; in the order
+            of reading.
     """
 
     filled: frozenset[str] = frozenset()
@@ -49,26 +54,26 @@ class Traced:
 
 
 class FileReads:
-    """Watches what is read by safetensors and by `torch.load`, from entering until `stop` or leaving.
+    """Records what safetensors and `torch.load` read, from entering the context until `stop` or its end.
 
-    Both are reached under many names, since modules import them one by one; each is replaced wherever a module has it,
-    and put back in the same way, also in modules that were imported meanwhile.
+    Modules import these functions under names of their own. So a recording wrapper replaces each function in every
+    module that has it. `stop` restores the originals in every module, also in modules that were imported meanwhile.
     """
 
     def __init__(self) -> None:
         self._reads: list[_Read] = []
-        self._watching: list[tuple[object, object]] = []  # the original, and what stands for it
+        self._wrapped: list[tuple[object, object]] = []  # each original function, and its wrapper
 
     def __enter__(self) -> Self:
         import safetensors.torch
         import torch
 
-        self._watching = [
-            (safetensors.safe_open, functools.partial(_Opened, safetensors.safe_open, self._saw)),
-            (safetensors.torch.load, self._watched(safetensors.torch.load)),
-            (torch.load, self._watched(torch.load)),
+        self._wrapped = [
+            (safetensors.safe_open, functools.partial(_Opened, safetensors.safe_open, self._record)),
+            (safetensors.torch.load, self._recording(safetensors.torch.load)),
+            (torch.load, self._recording(torch.load)),
         ]
-        _replace(self._watching)
+        _replace(self._wrapped)
         return self
 
     def __exit__(
@@ -77,29 +82,34 @@ class FileReads:
         self.stop()
 
     def stop(self) -> None:
-        """The model is built: what is read from now on is no business of its constructor."""
-        watching, self._watching = self._watching, []
-        if watching:
-            _replace([(ours, original) for original, ours in watching])
+        """End the recording: the model is built, and its constructor reads nothing more."""
+        wrapped, self._wrapped = self._wrapped, []
+        if wrapped:
+            _replace([(wrapper, original) for original, wrapper in wrapped])
 
-    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def load(*arguments: Any, **options: Any) -> Any:
             found = original(*arguments, **options)
-            self._saw(_named_source(arguments[0] if arguments else next(iter(options.values()), "")), found)
+            self._record(_named_source(arguments[0] if arguments else next(iter(options.values()), "")), found)
             return found
 
         return load
 
-    def _saw(self, source: str, found: Any) -> None:
-        if self._watching:
-            self._reads += _reads(source, found, set())
+    def _record(self, source: str, found: Any) -> None:
+        if not self._wrapped:
+            return
+        try:
+            self._reads += list(_reads(source, found, set()))
+        except Exception as error:  # noqa: BLE001 - any tensor may be read; the model is then refused, and still loads
+            log.warning("netloader: what the model reads from %s cannot be compared: %s", source or "a file", error)
+            self._reads.append(_Read(source or "a file"))
 
     def traced(self, tensors: Mapping[str, torch.Tensor]) -> Traced:
-        """Look for all that was read among the weights of the model that was built.
+        """Search the weights of the built model for each tensor that was read.
 
-        Equal contents in the same shape count as found, in any floating-point type. What a constructor has cut,
-        transposed or computed with is not found, nor what it read for nothing.
+        A tensor is found if a weight has the same shape and contents, in any floating-point dtype. A tensor that the
+        constructor sliced, transposed, computed with or did not use is not found.
 
         Args:
             tensors: The weights, before anything else fills them.
@@ -108,7 +118,7 @@ class FileReads:
             return Traced()
         from torch.nn.parameter import is_lazy
 
-        gc.collect()  # what nothing refers to any more is not kept anywhere
+        gc.collect()  # so that only tensors that the model still refers to are alive
         shapes = {read.shape for read in self._reads if read.digests}
         ours = {n: t for n, t in tensors.items() if not (t.is_meta or is_lazy(t)) and tuple(t.shape) in shapes}
         held = {name: digest_of(tensor) for name, tensor in ours.items()}
@@ -127,20 +137,20 @@ class FileReads:
 
 
 class _Opened:
-    """A file opened by `safe_open`, whose tensors are noted as they are read."""
+    """A file opened by `safe_open`. It records each tensor that is read from it."""
 
-    def __init__(self, original: Any, saw: Callable[[str, Any], None], *arguments: Any, **options: Any) -> None:
+    def __init__(self, original: Any, record: Callable[[str, Any], None], *arguments: Any, **options: Any) -> None:
         self._file = original(*arguments, **options)
         self._source = _named_source(arguments[0] if arguments else options.get("filename", ""))
-        self._saw = saw
+        self._record = record
 
     def __getattr__(self, name: str) -> Any:
-        # Every method, since releases of safetensors differ in which there are.
+        # All methods are wrapped, because releases of safetensors have different ones.
         method = getattr(self._file, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             found = method(*arguments, **options)
-            self._saw(self._source, {arguments[0]: found} if arguments else found)
+            self._record(self._source, {arguments[0]: found} if arguments else found)
             return found
 
         return call if callable(method) else method
@@ -153,20 +163,20 @@ class _Opened:
         self._file.__exit__(*error)
 
     def get_slice(self, name: str) -> _Slice:
-        return _Slice(self._file.get_slice(name), lambda found: self._saw(self._source, {name: found}))
+        return _Slice(self._file.get_slice(name), lambda found: self._record(self._source, {name: found}))
 
 
 class _Slice:
-    def __init__(self, original: Any, saw: Callable[[Any], None]) -> None:
+    def __init__(self, original: Any, record: Callable[[Any], None]) -> None:
         self._slice = original
-        self._saw = saw
+        self._record = record
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._slice, name)
 
     def __getitem__(self, key: Any) -> Any:
         found = self._slice[key]
-        self._saw(found)
+        self._record(found)
         return found
 
 
@@ -175,7 +185,7 @@ def _named_source(source: object) -> str:
 
 
 def _reads(name: str, found: Any, seen: set[int]) -> Iterator[_Read]:
-    """Every tensor in what a read gave; what can't be looked into counts as one read that is never found again."""
+    """Every tensor in the result of a read. An object of any other type counts as one read that no weight can hold."""
     import torch
 
     if isinstance(found, torch.Tensor):
@@ -202,7 +212,7 @@ def _digests(tensor: torch.Tensor) -> Iterator[str]:
 
 
 def _replace(pairs: list[tuple[Any, Any]]) -> None:
-    """Put the second of each pair wherever a module has the first."""
+    """Replace the first of each pair by the second in the namespace of every module."""
     by_id = {id(old): new for old, new in pairs}
     for module in list(sys.modules.values()):
         namespace = getattr(module, "__dict__", None)

@@ -1,4 +1,4 @@
-"""Fifth step of a load: the model keeps what was pulled, or the default loader fills it."""
+"""Fifth step of a load: keep the pulled weights, or have the default loader fill the model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Filled:
-    """A model that has its weights, which are still raw unless they were pulled processed.
+    """A model that has its weights. They are raw, unless processed weights were pulled.
 
     Attributes:
-        identity: What the model is, with the fingerprint of the checkpoint; None for a model that is not supported.
-        fingerprint: Digest of the checkpoint that the weights come from; empty when it is not known.
-        report: The account of the pull; None where the default loader filled the model.
-        adopted: What to compare the finished model with; None unless its weights were pulled processed.
+        identity: The identity of the model, with the fingerprint; None for a model that is not supported.
+        fingerprint: Fingerprint of the checkpoint that the weights come from; empty when it is not known.
+        report: The report of the pull; None if the default loader filled the model.
+        adopted: What to compare the finished model with; None unless processed weights were pulled.
     """
 
     identity: ModelIdentity | None
@@ -46,7 +46,7 @@ class Filled:
 
 
 def fill(context: Context, built: Built, pulled: Pulled, decision: Decision, model: torch.nn.Module) -> Filled:
-    """Keep what was pulled if the ranks decided so; else let the default loader fill the model.
+    """Keep what was pulled if the ranks decided so. Otherwise have the default loader fill the model.
 
     Raises:
         NothingPulled: Nothing is kept, and FALLBACK forbids the default loader.
@@ -64,7 +64,7 @@ def _keep(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module
     theirs, rank, role = report.identity, context.rank, context.role
     apply_load_state(model, theirs.load_state)
     tied = theirs.tied if built.identity.tied is None else built.identity.tied
-    # The fingerprint is the source's: what is known of the checkpoint now is what the files here did not contradict.
+    # The fingerprint is the source's. The pull has compared it with that of the files here, if there are any.
     identity = msgspec.structs.replace(built.identity, tied=tied, fingerprint=theirs.fingerprint)
     if theirs.fingerprint:
         log.info("netloader: rank %d: %s: checkpoint fingerprint %s", rank, role, theirs.fingerprint)
@@ -76,11 +76,11 @@ def _keep(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module
 def load_by_default(
     context: Context, built: Built, pulled: Pulled, decision: Decision, model: torch.nn.Module
 ) -> Filled:
-    """Undo what the pull has done to the model, and let vLLM's default loader fill it.
+    """Undo the changes that the pull made to the model, and have vLLM's default loader fill it.
 
     Raises:
         NothingPulled: FALLBACK forbids the default loader.
-        NotRestored: The default loader left out tensors whose value before the pull is not known.
+        NotRestored: The default loader did not fill tensors whose value before the pull is not known.
         Exception: What the default loader raises.
     """
     config, rank, role, reason = context.config, context.rank, context.role, decision.why_default
@@ -89,7 +89,7 @@ def load_by_default(
             f"rank {rank} has no weights for its {role}, and FALLBACK is false: {reason}",
             hint="leave FALLBACK out to let the default loader take over",
         )
-    level = logging.INFO if decision.told.outcome == "default" and not context.sources else logging.WARNING
+    level = logging.INFO if decision.own_report.outcome == "default" and not context.sources else logging.WARNING
     log.log(
         level,
         "netloader: rank %d: the default loader (%s) loads the %s: %s",
@@ -98,7 +98,7 @@ def load_by_default(
         role,
         reason,
     )
-    withdraw(context, pulled, "the default loader fills these weights instead")
+    withdraw(context, pulled.parents, "the default loader fills these weights instead")
     restored = _undo(context, built, pulled, model)
     try:
         context.default_loader.load_weights(model, context.engine.model_config)
@@ -110,7 +110,7 @@ def load_by_default(
     if restored and pulled.initial is not None:
         pulled.initial.check_filled()
     filled = Filled(built.identity, "")
-    # Taken again: the default loader may have fetched the files. Nothing that a source said of itself is used.
+    # Taken again, because the default loader may have downloaded the files. No statement of a source is used.
     with serving_only("taking the checkpoint's fingerprint", None):
         filled = replace(filled, fingerprint=fingerprint_of_model(context.engine.model_config))
     if filled.identity is None:
@@ -119,12 +119,16 @@ def load_by_default(
 
 
 def _undo(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module) -> bool:
-    """Make the model what vLLM built; whether its tensors are still those that the pull was given."""
+    """Restore the model that vLLM built.
+
+    Returns:
+        Whether its tensors are still the ones that the pull filled. A model that was built again has other ones.
+    """
     rebuild = pulled.rebuild and context.registrations is not None
     if rebuild and context.registrations is not None:
         context.registrations.rebuild(model)
     elif pulled.initial is not None:
         pulled.initial.restore()
     if load_state_of(model) != built.load_state:
-        apply_load_state(model, built.load_state)  # a source's facts: a loader sets facts, and takes none back
+        apply_load_state(model, built.load_state)  # facts from the source, which no loader resets
     return not rebuild

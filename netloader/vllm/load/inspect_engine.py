@@ -1,4 +1,4 @@
-"""First step of a load: what is known of engine, model and sources before vLLM builds the model."""
+"""First step of a load: inspect the engine's configuration and probe the sources, before vLLM builds the model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from netloader.errors import NetloaderError
 from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.processed_pull import Registrations
-from netloader.vllm.load.pulling import ask_sources, check_transports
+from netloader.vllm.load.pulling import check_transports, probe_sources
 from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
 from netloader.vllm.model.fallback import fallback_loader
 from netloader.vllm.model.identity import identity_of, role_of
 from netloader.vllm.model.topology import Topology, topology_of
-from netloader.vllm.serve.guard import failure_told, serving_only
+from netloader.vllm.serve.guard import refuse_on_failure, serving_only
 from netloader.vllm.serve.serving import WorkerServer, worker_server
 
-__all__ = ["Asked", "Context", "Engine", "NothingPulled", "inspect", "inspect_built", "model_identity"]
+__all__ = ["Context", "Engine", "NothingPulled", "Probed", "inspect", "inspect_built", "model_identity"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class NothingPulled(NetloaderError):
 
 @dataclass(frozen=True)
 class Engine:
-    """What vLLM hands to a loader.
+    """What vLLM passes to a loader.
 
     Attributes:
         vllm_config: vLLM's configuration for this model.
@@ -56,7 +56,7 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """Where the model is built, as torch names it."""
+        """The device on which the model is built, as torch names it."""
         wanted = self.load_config.device
         return str(self.vllm_config.device_config.device if wanted is None else wanted)
 
@@ -69,13 +69,13 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What asking the sources before the build has shown.
+class Probed:
+    """What the probe of the sources has shown, before the model is built.
 
     Attributes:
-        identity: Of the model; untied where the source's weight files made vLLM untie it.
-        load_state: Facts that the source's loading noted (see :mod:`netloader.vllm.model.load_state`).
-        seconds: Time that asking took.
+        identity: The identity of the model; with untied embeddings if the source's weight files untie them.
+        load_state: Facts that loading set at the source (see :mod:`netloader.vllm.model.load_state`).
+        seconds: Duration of the probe.
     """
 
     identity: ModelIdentity
@@ -88,16 +88,16 @@ class Context:
     """What is known before vLLM builds the model.
 
     Attributes:
-        engine: What vLLM handed over.
+        engine: What vLLM passed to the loader.
         config: netloader's configuration.
         topology: This worker's place in its engine.
         sources: Addresses to pull from, in order.
-        default_loader: vLLM's loader to fall back to; None where FALLBACK forbids it.
+        default_loader: vLLM's loader to fall back to; None if FALLBACK forbids it.
         reads: Records which tensors the model's constructor reads from files.
-        registrations: Builds the model a second time; None where vLLM did not leave the building to this load.
-        server: This worker's server; None where it serves nobody.
-        asked: What the sources answered; None where there are none.
-        post_processing: What vLLM's post-processing of the model has to run in.
+        registrations: Builds the model a second time; None if the model existed before this load.
+        server: This worker's server; None if it serves nobody.
+        probed: What the sources answered; None if there are none, or if the probe failed.
+        post_processing: Holds the contexts in which vLLM's post-processing has to run.
     """
 
     engine: Engine
@@ -108,7 +108,7 @@ class Context:
     reads: FileReads
     registrations: Registrations | None = None
     server: WorkerServer | None = None
-    asked: Asked | None = None
+    probed: Probed | None = None
     post_processing: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -127,15 +127,17 @@ class Context:
         return shares_with_target(self.engine.vllm_config, self.role)
 
     def left_out(self, names: Iterable[str], state: Mapping[str, bool]) -> frozenset[str]:
-        """Names of tensors that are neither pulled nor served, because the target's take their place."""
+        """Names of tensors that are neither pulled nor served, because the draft uses the target's."""
         return left_out(names, state, pp_size=self.topology.pp_size) if self.shares else frozenset()
 
 
 def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
-    """Check the configuration, open the server, and ask the sources for what decides how the model is built.
+    """Check the configuration, open the server, and probe the sources for facts that decide how the model is built.
+
+    A probe that fails unexpectedly is logged and not raised, because the default loader may still run.
 
     Args:
-        engine: What vLLM handed over. Its model configuration is changed where a source holds untied embeddings.
+        engine: What vLLM passed to the loader. Its model configuration is changed if a source has untied embeddings.
         config: netloader's configuration.
         prefix: The name under which vLLM builds the model.
 
@@ -151,7 +153,7 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
     for warning in config.warnings:
         log.warning("netloader: %s", warning)
     check_transports(config)
-    # Made whether or not it will be needed: an invalid FALLBACK_FORMAT is reported before anything is loaded.
+    # Always made, so that an invalid FALLBACK_FORMAT is reported before anything is loaded.
     default_loader = _default_loader(engine, config)
     if default_loader is None and not sources:
         raise NothingPulled(
@@ -160,13 +162,13 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
         )
     registrations = Registrations(engine.vllm_config, engine.model_config, prefix, engine.device)
     server = _open_server(engine, config, rank)
-    with failure_told(server, engine.role):
-        asked = _ask(engine, config, topology, sources) if sources else None
-    return Context(engine, config, topology, sources, default_loader, FileReads(), registrations, server, asked)
+    with refuse_on_failure(server, engine.role):
+        probed = _probe(engine, config, topology, sources) if sources else None
+    return Context(engine, config, topology, sources, default_loader, FileReads(), registrations, server, probed)
 
 
 def inspect_built(engine: Engine, config: Config) -> Context:
-    """The same for a model that exists already: it is only filled, and neither served nor built again.
+    """The context for a model that exists already. It is only filled; it is neither served nor built again.
 
     Raises:
         ConfigError: vLLM has no loader for FALLBACK_FORMAT.
@@ -177,7 +179,7 @@ def inspect_built(engine: Engine, config: Config) -> Context:
 
 
 def model_identity(engine: Engine, config: Config, topology: Topology) -> ModelIdentity:
-    """What has to be equal at a source and here; without the fingerprint of the checkpoint."""
+    """The identity that a source must match, without the fingerprint of the checkpoint."""
     named = named_like_target(engine.vllm_config, engine.model_config, engine.role)
     return identity_of(
         engine.model_config,
@@ -207,16 +209,24 @@ def _open_server(engine: Engine, config: Config, rank: int) -> WorkerServer | No
     return server
 
 
-def _ask(engine: Engine, config: Config, topology: Topology, sources: Sequence[Address]) -> Asked:
+def _probe(engine: Engine, config: Config, topology: Topology, sources: Sequence[Address]) -> Probed | None:
+    try:
+        return _probed(engine, config, topology, sources)
+    except Exception:
+        log.exception("netloader: rank %d: unexpected error while the sources were probed", topology.rank)
+        return None
+
+
+def _probed(engine: Engine, config: Config, topology: Topology, sources: Sequence[Address]) -> Probed:
     identity = model_identity(engine, config, topology)
     may_untie = identity.tied is None and could_adopt(engine.model_config)
     if not may_untie and not shares_with_target(engine.vllm_config, engine.role):
-        return Asked(identity)
+        return Probed(identity)
     began = time.monotonic()
-    source = ask_sources(sources, engine.role, config)
+    source = probe_sources(sources, engine.role, config)
     seconds = time.monotonic() - began
     if source is None:
-        return Asked(identity, seconds=seconds)
+        return Probed(identity, seconds=seconds)
     if may_untie and adopt_untied(engine.model_config, source):
         identity = msgspec.structs.replace(identity, tied=False)
         log.info(
@@ -225,5 +235,5 @@ def _ask(engine: Engine, config: Config, topology: Topology, sources: Sequence[A
             topology.rank,
             engine.role,
         )
-    # The load state tells which tensors of a draft its checkpoint fills. Only loading from files finds that out.
-    return Asked(identity, source.load_state, seconds)
+    # The load state says which tensors of a draft the checkpoint fills. Only a load from files finds that out.
+    return Probed(identity, source.load_state, seconds)

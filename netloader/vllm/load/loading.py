@@ -1,17 +1,18 @@
-"""The load of one model in one worker, as a sequence of steps. Each takes values and returns one.
+"""The load of one model in one worker, as a sequence of steps. Each step takes values and returns one.
 
     context  = inspect(engine, config)          what is known before vLLM builds the model
                (vLLM builds the model and calls `load_weights`)
-    built    = examine(context, model)          what the model is without weights
+    built    = examine(context, model)          the model without weights
     pulled   = pull(context, built, model)      weights of a source, or why there are none
     decision = agree(context, pulled)           whether the ranks keep what they pulled
-    filled   = fill(context, ..., model)        it is kept, or the default loader fills the model
+    filled   = fill(context, ..., model)        the pulled weights, or those of the default loader
     snapshot = record(context, ..., model)      digests of the raw tensors, compared by all ranks
                (vLLM post-processes the weights)
     choice   = choose_layout(snapshot, model)   what can be served exactly
                serve(server, choice)
 
-vLLM calls three times: before the build, for the weights, and at the end. In between, the loader keeps one value.
+vLLM calls the loader three times: before the build, for the weights, and at the end. Between the calls, the loader
+keeps one value.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from netloader.vllm.load.agree_ranks import agree, agree_on_roots
 from netloader.vllm.load.examine_model import examine
 from netloader.vllm.load.fill_model import fill
 from netloader.vllm.load.inspect_engine import Context
-from netloader.vllm.load.processed_pull import Adopted, check_adopted, leave_alone
+from netloader.vllm.load.processed_pull import Adopted, check_adopted, skip_transformations
 from netloader.vllm.load.pull_weights import pull
 from netloader.vllm.load.record_weights import record
-from netloader.vllm.load.relaying import passed_on
+from netloader.vllm.load.relaying import relayed
 from netloader.vllm.serve.choose_layout import choose_layout
 from netloader.vllm.serve.guard import serving_only
 from netloader.vllm.serve.offer import serve
@@ -44,8 +45,8 @@ class Loaded:
 
     Attributes:
         context: What was known before the model was built.
-        snapshot: What is known of the model since it has its weights.
-        adopted: What to compare the finished model with; None unless its weights were pulled processed.
+        snapshot: What is known of the model when its loading ended.
+        adopted: What to compare the finished model with; None unless processed weights were pulled.
     """
 
     context: Context
@@ -54,37 +55,37 @@ class Loaded:
 
 
 def load_weights(context: Context, model: torch.nn.Module) -> Loaded:
-    """Give the model its weights: what vLLM's `load_weights` has to do.
+    """Fill the model with weights, as vLLM's `load_weights` has to.
 
     Raises:
         NothingPulled: Nothing could be pulled, and FALLBACK forbids the default loader.
-        AgreementError: Another rank ended meanwhile.
+        AgreementError: Another rank ended, or did not report in time.
         MemoryStillInUse: A thread may still write into the weights, so that nothing else may fill them.
         Exception: What the default loader raises.
     """
     context.reads.stop()
     built = examine(context, model)
     pulled = pull(context, built, model)
-    with passed_on(context, pulled):
+    with relayed(context, pulled.parents):
         decision = agree(context, pulled)
         filled = fill(context, built, pulled, decision, model)
         snapshot = record(context, built, filled, decision, model)
         agreed = agree_on_roots(context, decision, snapshot.root, filled.fingerprint)
-        if agreed.why_not:  # the ranks hold a mixture; all of them see it, so all of them come here
-            if agreed.told.outcome == "pulled":
+        if agreed.why_not:  # the ranks hold weights of different checkpoints; every rank sees that, and comes here
+            if agreed.own_report.outcome == "pulled":
                 filled = fill(context, built, pulled, agreed, model)
                 snapshot = record(context, built, filled, agreed, model)
             agreed = agree_on_roots(context, agreed, snapshot.root, filled.fingerprint)
     if filled.adopted is not None:
-        leave_alone(context.post_processing)
+        skip_transformations(context.post_processing)
     return Loaded(context, replace(snapshot, load=agreed.load), filled.adopted)
 
 
 def serve_loaded(loaded: Loaded, model: torch.nn.Module) -> None:
-    """Serve what can be served exactly, now that vLLM has post-processed the model.
+    """Serve what can be served exactly, after vLLM has post-processed the model.
 
     Raises:
-        NotAdopted: The weights were pulled processed, and the model is not what was pulled any more.
+        NotAdopted: Processed weights were pulled, and the model differs from them now.
     """
     if loaded.adopted is not None:
         check_adopted(model, loaded.adopted)

@@ -1,8 +1,8 @@
-"""Taking over processed weights: build the same structure, compare it, pull into it, let vLLM make the rest.
+"""Pulling processed weights: create the same tensors, compare their manifest, fill them, let vLLM derive the rest.
 
 vLLM defines the order for weights that are processed already. Its post-processing runs once on the freshly built model
-and creates the tensors. They are filled. It runs again under `weights_already_processed` and creates everything else.
-Digests then show whatever differs from the source.
+and creates the tensors. The pull fills them. Post-processing runs again under `weights_already_processed` and creates
+everything else. Digests then show every difference from the source.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = [
     "Registrations",
     "adopt_processed",
     "check_adopted",
-    "check_possible",
-    "leave_alone",
+    "check_supported",
+    "skip_transformations",
 ]
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class Adopted:
     """What was pulled, for comparing the finished model with it.
 
     Attributes:
-        report: The account of the pull.
-        pulled: Digest of every tensor as it came.
-        facts: The source's plain values.
-        names: The names of plain values before post-processing ran again.
+        report: The report of the pull.
+        pulled: Digest of every tensor as it was pulled.
+        facts: Digests of the source's plain values.
+        names: The names of the plain values before post-processing ran again.
     """
 
     report: PullReport
@@ -61,7 +61,7 @@ class Adopted:
     names: frozenset[str]
 
 
-def check_possible() -> None:
+def check_supported() -> None:
     """Check whether this vLLM can take over processed weights.
 
     Raises:
@@ -77,15 +77,15 @@ def adopt_processed(
     device: str,
     pull: Callable[[Mapping[str, torch.Tensor]], PullReport],
 ) -> Adopted:
-    """Turn a freshly built model into one that is post-processed and filled from a source.
+    """Post-process a freshly built model and fill it with processed weights from a source.
 
-    vLLM's own post-processing comes later, and has to run under `weights_already_processed` too.
+    vLLM post-processes the model once more after the load. That has to run under `weights_already_processed` too.
 
     Args:
-        model: The model. When this raises, it can only be built anew.
-        model_config: vLLM's configuration of it.
-        device: Where it lives.
-        pull: Fills tensors, and checks names, dtypes, shapes, strides and aliases of all before the first byte.
+        model: The model. If this function raises, the model has to be built again.
+        model_config: vLLM's configuration of the model.
+        device: The device of the model, as torch names it.
+        pull: Fills tensors. It checks names, dtypes, shapes, strides and aliases of all tensors before the first byte.
 
     Raises:
         NetloaderError: The structure differs, the pull failed, or post-processing changed what was pulled.
@@ -111,8 +111,8 @@ def adopt_processed(
     return adopted
 
 
-def leave_alone(post_processing: ExitStack) -> None:
-    """Have the post-processing that runs in `post_processing` leave the weights as they are."""
+def skip_transformations(post_processing: ExitStack) -> None:
+    """Tell vLLM's post-processing, which runs in `post_processing`, that the weights are processed already."""
     from vllm.model_executor.utils import weights_already_processed
 
     post_processing.enter_context(weights_already_processed())
@@ -122,11 +122,11 @@ def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
     """Compare a model with what was pulled into it.
 
     Args:
-        model: The model after post-processing ran in pre-processed mode.
+        model: The model after post-processing under `weights_already_processed`.
         adopted: What was pulled.
 
     Raises:
-        NotAdopted: A tensor or a plain value is not the source's.
+        NotAdopted: A tensor or a plain value differs from the source's.
     """
     pulled, facts = adopted.pulled, adopted.facts
     now = survey(model, {})
@@ -135,9 +135,9 @@ def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
     wrong = sorted(n for n in digests.keys() | pulled.keys() if n != FACTS and digests.get(n) != pulled.get(n))
     if wrong:
         raise NotAdopted(f"post-processing changed tensors that were pulled: {wrong[0]}", hint="use a raw source")
-    odd = sorted(now.facts.keys() ^ adopted.names)
-    if odd:
-        raise NotAdopted(f"post-processing left other plain values than before: {odd[0]}", hint="use a raw source")
+    other = sorted(now.facts.keys() ^ adopted.names)
+    if other:
+        raise NotAdopted(f"post-processing left other plain values than before: {other[0]}", hint="use a raw source")
     wrong = fact_names(now.facts, ours, facts)
     if wrong:
         some = ", ".join(f"{name} (here: {now.facts[name]})" for name in wrong[:3])
@@ -147,7 +147,7 @@ def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
 
 
 def _zero_values(model: torch.nn.Module) -> None:
-    """Zero what will be pulled. Single values stay, because post-processing may check what they mean."""
+    """Zero the parameters that will be pulled, except single values, because post-processing may check those."""
     import torch
 
     with torch.no_grad():
@@ -157,9 +157,9 @@ def _zero_values(model: torch.nn.Module) -> None:
 
 
 class Registrations:
-    """vLLM's tables of layers as they were before the build, so that a second build can begin with the same.
+    """vLLM's tables of layers as they were before the build, so that the model can be built a second time.
 
-    Layers enter themselves in these tables, which are part of vLLM's configuration, when they are built.
+    The constructor of a layer adds the layer to these tables, which are part of vLLM's configuration.
 
     Args:
         vllm_config: vLLM's configuration, before the model is built.
@@ -177,7 +177,7 @@ class Registrations:
         self._before = [(table, table.copy()) for table in tables if table is not None]
 
     def rebuild(self, model: torch.nn.Module) -> None:
-        """Build the model anew in the same object. What it holds now is freed first."""
+        """Build the model again in the same object. Its present contents are freed first."""
         vars(model).clear()
         for table, before in self._before:
             table.clear()

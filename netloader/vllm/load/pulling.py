@@ -1,4 +1,4 @@
-"""Asking sources from a worker's main thread: what they hold, and all of it."""
+"""Probing sources and pulling from them, in a worker's main thread."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any
 from netloader import sync
 from netloader.config import Config
 from netloader.core.addresses import Address
-from netloader.core.identity import ModelIdentity, Role
+from netloader.core.identity import ModelIdentity, Role, is_digest
 from netloader.core.report import PullReport
-from netloader.errors import TRANSIENT_CODES, ConfigError, MemoryStillInUse, NetloaderError, PeerLost, RefusedError
+from netloader.errors import (
+    TRANSIENT_CODES,
+    ConfigError,
+    MemoryStillInUse,
+    NetloaderError,
+    PeerLost,
+    RefusedError,
+    RemoteProtocolError,
+    shown,
+)
 from netloader.observe.progress import ProgressLog
 from netloader.transports import registry
 from netloader.vllm.serve.server_loop import ServerLost
@@ -22,19 +31,19 @@ if TYPE_CHECKING:
 
     from netloader.vllm.serve.serving import WorkerServer
 
-__all__ = ["ask_sources", "check_transports", "only_processed", "pull_raw"]
+__all__ = ["check_digests", "check_transports", "only_processed", "probe_sources", "pull_raw"]
 
 log = logging.getLogger(__name__)
 
-_ASK_TIMEOUT = 10.0
-_ASK_PAUSE = 0.5
+_PROBE_TIMEOUT = 10.0
+_PROBE_PAUSE = 0.5
 
 
 def check_transports(config: Config) -> None:
-    """Find names that no transport has.
+    """Check the names in TRANSPORT.
 
     Raises:
-        ConfigError: TRANSPORT names one.
+        ConfigError: A name is not that of a transport.
     """
     known = registry.known()
     for name in config.transport or ():
@@ -42,14 +51,17 @@ def check_transports(config: Config) -> None:
             raise ConfigError(field="TRANSPORT", value=name, allowed=f"auto, {', '.join(known)}")
 
 
-def ask_sources(sources: Sequence[Address], role: Role, config: Config) -> ModelIdentity | None:
-    """Identity of what the first source that answers holds; None when none of them does.
+def probe_sources(sources: Sequence[Address], role: Role, config: Config) -> ModelIdentity | None:
+    """Probe the sources in order, until one announces its weights.
 
-    Sources that are not up, or that will be ready soon, are asked again until WAIT is over; others only once. All of it
-    takes at most WAIT and a few seconds, however many sources are silent.
+    A source that is not up, or that may be ready soon, is probed again until WAIT is over. Any other source is probed
+    once. The function takes at most WAIT plus a few seconds, whatever the number of sources that do not answer.
+
+    Returns:
+        The identity that the first source announced; None when no source did.
     """
     until = time.monotonic() + config.wait
-    last = min(until + _ASK_TIMEOUT, time.monotonic() + config.timeout)
+    last = min(until + _PROBE_TIMEOUT, time.monotonic() + config.timeout)
     waiting = list(sources)
     while waiting:
         for source in tuple(waiting):
@@ -61,32 +73,32 @@ def ask_sources(sources: Sequence[Address], role: Role, config: Config) -> Model
                     source,
                     role=role,
                     layouts=("raw", "processed"),
-                    timeout=min(_ASK_TIMEOUT, left),
-                    token=_secret(config),
+                    timeout=min(_PROBE_TIMEOUT, left),
+                    token=_token(config),
                 )
             except NetloaderError as error:
                 log.info("netloader: source %s did not say what it holds: %s", source, error)
-                if not _soon_over(error):
+                if not _is_temporary(error):
                     waiting.remove(source)
             else:
                 return found.announcement.identity
         now = time.monotonic()
         if now >= until:
             return None
-        time.sleep(min(_ASK_PAUSE, until - now))
+        time.sleep(min(_PROBE_PAUSE, until - now))
     return None
 
 
 def only_processed(sources: Sequence[Address], role: Role, config: Config, spent: float) -> list[Address]:
-    """Those of `sources` that hold processed weights and no raw ones; each is asked once."""
-    last = time.monotonic() + min(_ASK_TIMEOUT, config.timeout - spent)
+    """Those of `sources` that hold processed weights and no raw ones. Each source is probed once."""
+    last = time.monotonic() + min(_PROBE_TIMEOUT, config.timeout - spent)
     found = []
     for source in sources:
         left = last - time.monotonic()
         if left <= 0:
             break
         try:
-            held = sync.probe(source, role=role, layouts=("raw", "processed"), timeout=left, token=_secret(config))
+            held = sync.probe(source, role=role, layouts=("raw", "processed"), timeout=left, token=_token(config))
         except NetloaderError as error:
             log.debug("netloader: source %s holds no processed weights: %s", source, error)
         else:
@@ -95,7 +107,7 @@ def only_processed(sources: Sequence[Address], role: Role, config: Config, spent
     return found
 
 
-def _soon_over(error: NetloaderError) -> bool:
+def _is_temporary(error: NetloaderError) -> bool:
     if isinstance(error, RefusedError):
         return error.code in TRANSIENT_CODES
     return isinstance(error, PeerLost)
@@ -109,21 +121,21 @@ def pull_raw(
     spent: float = 0.0,
     server: WorkerServer | None = None,
 ) -> PullReport:
-    """Fill `tensors` from the sources, every byte verified.
+    """Fill `tensors` from the sources and verify every block.
 
     Args:
-        tensors: What is filled.
-        identity: What has to match.
-        sources: Where it comes from.
-        config: Ours.
-        spent: Seconds of TIMEOUT, and of WAIT within it, that asking the sources has taken already: the other ranks
-            reckon with one TIMEOUT.
-        server: This worker's server, which passes on what is there while the rest is being pulled (RELAY). It goes on
-            until :meth:`~netloader.vllm.serve.serving.WorkerServer.withdraw`.
+        tensors: The tensors to fill, by name.
+        identity: The identity that a source must match.
+        sources: Addresses to pull from, in order.
+        config: netloader's configuration.
+        spent: Seconds of TIMEOUT and WAIT that the probe of the sources has taken already. The other ranks wait for one
+            TIMEOUT only.
+        server: This worker's server. With RELAY it passes on the verified blocks while the rest is pulled, and until
+            :meth:`~netloader.vllm.serve.serving.WorkerServer.withdraw`.
 
     Raises:
-        MemoryStillInUse: Nothing else may fill the tensors any more.
-        NetloaderError: Nothing was pulled, or not all; any of the tensors may have been written then.
+        MemoryStillInUse: A thread may still write into the tensors. Nothing else may fill them.
+        NetloaderError: The pull failed. Any of the tensors may have been written.
     """
     try:
         if server is not None and server.running and config.relay:
@@ -139,6 +151,23 @@ def pull_raw(
         raise
 
 
+def check_digests(theirs: ModelIdentity) -> None:
+    """Check that `load` and `fingerprint` are digests, because they are sent to other ranks and to clients.
+
+    Args:
+        theirs: The identity that a source announced.
+
+    Raises:
+        RemoteProtocolError: One of them is not a digest.
+    """
+    for field in ("load", "fingerprint"):
+        if not is_digest(getattr(theirs, field)):
+            raise RemoteProtocolError(
+                f"the source's {field} is no digest: {shown(getattr(theirs, field))}",
+                hint="use a source that runs a release of netloader",
+            )
+
+
 def _options(sources: Sequence[Address], config: Config, spent: float) -> dict[str, Any]:
     return {
         "sources": sources,
@@ -147,11 +176,11 @@ def _options(sources: Sequence[Address], config: Config, spent: float) -> dict[s
         "wait": max(0.0, config.wait - spent),
         "stall_timeout": config.stall_timeout,
         "stripe": config.stripe,
-        "token": _secret(config),
+        "token": _token(config),
         "expect_root": config.expect_root,
         "progress": ProgressLog(lambda line: log.info("netloader: %s", line)),
     }
 
 
-def _secret(config: Config) -> bytes | None:
+def _token(config: Config) -> bytes | None:
     return None if config.token is None else config.token.reveal()

@@ -1,4 +1,4 @@
-"""Sixth step of a load: what is known of the model while its tensors are still raw."""
+"""Sixth step of a load: record digests of the model's tensors while they are still raw."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["record"]
 
 
 def record(context: Context, built: Built, filled: Filled, decision: Decision, model: torch.nn.Module) -> Snapshot:
-    """Take root and digests of the raw tensors where some rank needs them; raises nothing.
+    """Record root and digests of the raw tensors if a rank needs them. Raises nothing.
 
     Blocks that the pull has verified are not hashed again.
     """

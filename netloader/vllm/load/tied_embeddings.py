@@ -1,4 +1,4 @@
-"""Whether input and output embeddings are one tensor: decided by weight files, which a client may not have."""
+"""Whether input and output embeddings are one tensor. Weight files decide that, and a client may have none."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 
 
 def tied_by_files(model_config: Any) -> bool | None:
-    """Whether this model is built with tied embeddings; None when its config says so and no weight file confirms it."""
+    """Whether this model is built with tied embeddings; None if only its config says so and no weight file is here."""
     if not getattr(model_config.hf_config, "tie_word_embeddings", False):
         return False
     from vllm.transformers_utils import config
 
-    # Older releases take the word of config.json, and never look.
+    # Older releases use config.json alone, and do not look into the weight files.
     has_lm_head = getattr(config, "checkpoint_has_lm_head", None)
     if has_lm_head is None:
         return True
@@ -27,24 +27,25 @@ def tied_by_files(model_config: Any) -> bool | None:
 
 
 def could_adopt(model_config: Any) -> bool:
-    """Whether this vLLM takes back a config's claim of tied embeddings at all."""
+    """Whether this vLLM unties embeddings that config.json calls tied, if the weight files have an output embedding."""
     return hasattr(model_config, "word_embeddings_untied_by_checkpoint")
 
 
 def adopt_untied(model_config: Any, source: ModelIdentity) -> bool:
-    """Build the model with untied embeddings where the source's weight files made vLLM do so.
+    """Have the model built with untied embeddings if the source's embeddings are untied.
 
     Args:
-        model_config: vLLM's configuration of a model that is not built yet, changed as vLLM itself changes it when it
-            finds an output embedding in a weight file.
-        source: What the source said.
+        model_config: vLLM's configuration of a model that is not built yet. It is changed in the way in which vLLM
+            changes it when a weight file has an output embedding.
+        source: The identity that the source announced.
 
     Returns:
         Whether anything was changed.
     """
     if source.tied is not False:
         return False
+    text_config = model_config.hf_config.get_text_config()  # first, because an error must leave the configuration as is
     model_config.hf_config.tie_word_embeddings = False
-    model_config.hf_config.get_text_config().tie_word_embeddings = False
+    text_config.tie_word_embeddings = False
     model_config.word_embeddings_untied_by_checkpoint = True
     return True

@@ -1,4 +1,4 @@
-"""All ranks of one engine agree on how the load went, before any of them marks its model ready."""
+"""All ranks of an engine exchange reports on their load, and agree on whether they keep what they pulled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DIGEST_BYTES = 64
 
 
 class AgreementError(NetloaderError):
-    """The ranks could not be asked: one of them ended, or did not come in time."""
+    """The reports could not be exchanged: a rank ended, or did not report in time."""
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -38,9 +38,9 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
         outcome: ``pulled``; ``default``: this rank is configured for the default loader; ``failed``: its pull failed.
         rank: The rank, for messages.
         root: Root of what it pulled.
-        load: What its source said about the weights of its whole engine; empty when it said nothing.
-        fingerprint: Digest that names the checkpoint, as this rank or its source knows it; empty when neither does.
-        reason: Why it failed, in words.
+        load: Digest over the roots of all ranks of its source's engine, as the source announced it; may be empty.
+        fingerprint: Fingerprint of the checkpoint, from this rank's files or its source; empty when it is not known.
+        reason: Why it failed.
         serves: Whether this rank has a server.
     """
 
@@ -53,7 +53,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     serves: bool = False
 
     def packed(self) -> bytes:
-        """The report in exactly REPORT_BYTES bytes, whatever its texts are."""
+        """The report in exactly REPORT_BYTES bytes. Texts that are too long are cut."""
         body = msgspec.msgpack.encode(
             msgspec.structs.replace(
                 self,
@@ -67,27 +67,28 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def unpacked(cls, data: bytes) -> Report:
-        """Read what `packed` wrote."""
+        """Decode a report that `packed` encoded."""
         length = int.from_bytes(data[:2], "big")
         return msgspec.msgpack.decode(data[2 : 2 + length], type=cls)
 
 
 def exchange(mine: Report, groups: Sequence[tuple[Any, int, int]], timeout: float) -> tuple[Report, ...]:
-    """Tell all ranks of the engine how it went here, and hear how it went there.
+    """Exchange the reports of all ranks of the engine.
 
-    Every rank must call this exactly once per model, whatever happened before. The first group's members swap their
-    reports, then each further group swaps all that its members know; so the product of all groups is covered.
+    Every rank must call this the same number of times per model, also after an error. The members of the first group
+    exchange their reports. The members of each further group exchange all reports that they have. So every rank gets
+    the reports of all ranks.
 
     Args:
         mine: This rank's report.
-        groups: For each dimension, a CPU process group, its size and this rank's place in it.
-        timeout: Seconds to wait for the others, per group.
+        groups: For each dimension: a CPU process group, its size, and this rank's place in it.
+        timeout: Seconds to wait for the other ranks, per group.
 
     Returns:
-        One report per rank, in the same order everywhere.
+        One report per rank, in the same order at every rank.
 
     Raises:
-        AgreementError: A rank ended or did not come in time. The groups cannot be used any more.
+        AgreementError: A rank ended, or did not report in time. The groups cannot be used any more.
     """
     known = mine.packed()
     for group, size, place in groups:
@@ -119,9 +120,9 @@ def _gather(data: bytes, group: Any, size: int, place: int, timeout: float) -> b
 
     table = torch.zeros((size, len(data)), dtype=torch.uint8, device="cpu")
     table[place] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    # A sum over rows that are zero everywhere but at their owner is a gather, and unlike torch's gather its options,
-    # which carry the time limit, are public. Without a limit of its own the operation would live on in the group after
-    # a wait gave up, and keep the process from ending.
+    # Each rank fills its own row, and the rows are summed. That gathers them, and unlike those of torch's gather, the
+    # options of this operation are public. They carry the time limit. Without it, the operation would go on in the
+    # group after a wait has timed out, and keep the process from ending.
     options = AllreduceOptions()
     options.timeout = timedelta(seconds=timeout)
     try:
@@ -135,26 +136,26 @@ def _gather(data: bytes, group: Any, size: int, place: int, timeout: float) -> b
 
 
 def _cut(text: str, most: int) -> str:
-    """`text` in at most so many bytes; what UTF-8 cannot say is replaced."""
+    """`text` in at most `most` bytes of UTF-8. Characters that UTF-8 cannot encode are replaced."""
     return text.encode(errors="replace")[:most].decode(errors="ignore")
 
 
 def load_digest(roots: Iterable[str]) -> str:
-    """One digest over the roots of all ranks, in the order of `exchange`; empty when one of them has no root."""
+    """One digest over the roots of all ranks, in the order of `exchange`; empty when a rank has no root."""
     every = list(roots)
     if not every or not all(every):
         return ""
-    # Places in the engine, not ranks: those count on from one data-parallel replica to the next.
+    # Places in the engine, not ranks, because ranks continue from one data-parallel replica to the next.
     text = ",".join(f"{place}:{root}" for place, root in enumerate(every))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def disagreement(reports: Sequence[Report]) -> str:
-    """Why no rank may keep what it pulled; empty when all may, as far as can be told before the rest is loaded.
+    """Why no rank may keep what it pulled; empty when all ranks may, as far as is known before the default loader runs.
 
-    Ranks that load by default are no failure. But all ranks must have weights of one model, and something has to prove
-    it: the fingerprint of one checkpoint in every report, or one `load` in the reports of all that pulled (what ranks
-    beside them load by default is then compared afterwards, see :func:`mixture`).
+    A rank that loads by default is not a failure. But it must be proven that all ranks have weights of one model.
+    Either every report has the same fingerprint, or all ranks that pulled report the same `load`. In the latter case,
+    the weights that other ranks load by default are compared afterwards, see :func:`mixture`.
     """
     failed = [report for report in reports if report.outcome == "failed"]
     if failed:
@@ -171,7 +172,7 @@ def disagreement(reports: Sequence[Report]) -> str:
             return f"the ranks have weights of different loads ({what}: {parts})"
     known = next((report.load for report in pulled if report.load), "")
     if known and len(pulled) == len(reports):
-        # What was pulled is all of what one source's engine holds, or it is not: that settles it.
+        # All ranks pulled. The digest over their roots proves whether they have the weights of one engine.
         together = known == load_digest(report.root for report in reports)
         return "" if together else f"the ranks did not pull what their sources hold together (load {known[:16]})"
     silent = [report.rank for report in pulled if not report.load]
@@ -184,16 +185,16 @@ def disagreement(reports: Sequence[Report]) -> str:
 
 
 def roots_wanted(reports: Sequence[Report]) -> bool:
-    """Whether the ranks have to take the root of what they loaded: to announce it, or to find a mixture."""
+    """Whether the ranks need the roots of their weights: to announce them, or to detect different checkpoints."""
     outcomes = {report.outcome for report in reports}
     return len(outcomes) > 1 or any(report.serves for report in reports)
 
 
 def mixture(reports: Sequence[Report]) -> str:
-    """Why no rank may keep what it pulled, seen after all have loaded; empty when all may.
+    """Why no rank may keep what it pulled, after all ranks have loaded; empty when all may.
 
     Args:
-        reports: As in :func:`disagreement`, but with the root of what each rank holds now, pulled or not.
+        reports: As in :func:`disagreement`, but with the root of the weights that each rank holds now, pulled or not.
     """
     pulled = [report for report in reports if report.outcome == "pulled"]
     if not pulled or len(pulled) == len(reports):
@@ -203,7 +204,7 @@ def mixture(reports: Sequence[Report]) -> str:
         others = ", ".join(str(report.rank) for report in reports if report.outcome != "pulled")
         return "" if said == found else f"rank {others} loaded other weights by default than the source's engine holds"
     if all(report.fingerprint for report in reports):
-        return ""  # one checkpoint, as `disagreement` saw
+        return ""  # `disagreement` has compared the fingerprints
     return "nothing shows that what some ranks loaded by default is what the source's engine holds"
 
 

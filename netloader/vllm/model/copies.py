@@ -1,7 +1,7 @@
-"""Real copies of raw tensors: on their device until that is full, then in the host's memory.
+"""Copies of raw tensors: on their device, or in host memory if the device is full.
 
-A second reference costs nothing and survives that vLLM puts another tensor in the place of the first; only a copy
-survives a rewrite in place.
+A second reference to a tensor takes no memory, and keeps the original if vLLM replaces the tensor. If vLLM rewrites the
+tensor in place, only a copy keeps the original values.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Copies:
     """Copies of some tensors.
 
     Attributes:
-        made: By name; names of one tensor share one copy.
-        moved: Why they are in the host's memory though the device's was asked for; empty when they are not.
-        failed: Names of tensors for which the host had no memory either.
+        made: The copies, by name. Several names of one tensor share one copy.
+        moved: Why copies for the device are in host memory; empty when they are on the device.
+        failed: Names of tensors for which host memory was not sufficient either.
     """
 
     made: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Copies:
 def make_copies(tensors: Mapping[str, torch.Tensor], *, on_device: bool) -> Copies:
     """Copy tensors.
 
-    When the device has no room for all copies, none stays there: vLLM goes on to need room for its post-processing.
+    If the device has no room for all copies, all of them go to host memory, because post-processing needs room too.
 
     Args:
-        tensors: By name; what two names share is copied once.
-        on_device: Whether copies go where the tensor is, or to the host's memory.
+        tensors: The tensors, by name. A tensor with two names is copied once.
+        on_device: Whether to copy to the device of the tensor, or to host memory.
     """
     moved = ""
     if on_device:
@@ -79,7 +79,7 @@ def make_copies(tensors: Mapping[str, torch.Tensor], *, on_device: bool) -> Copi
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an allocation failed for want of memory, on whatever device: torch has no one type for it."""
+    """Whether an allocation failed because memory was not sufficient. torch has several error types for that."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
@@ -93,7 +93,7 @@ def _copy_all(tensors: Mapping[str, torch.Tensor], into: Copies, *, host: bool) 
 
 
 def _copy(tensor: torch.Tensor, *, host: bool) -> torch.Tensor:
-    """A copy with the same order in memory, in plain format."""
+    """A copy with the same strides, in plain format."""
     from netloader.codecs.npu_formats import is_private, to_plain
 
     source = tensor.detach()

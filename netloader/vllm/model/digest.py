@@ -1,4 +1,4 @@
-"""The digest of one tensor: what a rank compares its own tensors by."""
+"""The digest of one tensor, with which a rank compares its own tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def digest_of(tensor: torch.Tensor) -> str:
     from netloader.codecs.npu_formats import is_private, to_plain
 
     found = tensor.detach()
-    # Tiles count as the rows that they stand for: those travel.
+    # A tensor in tiles is hashed in row-major order, the order in which it is transferred.
     plain = (to_plain(found) if is_private(found) else found).cpu().contiguous()
     digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
     if plain.numel():

@@ -1,20 +1,19 @@
-"""Maps from the experts of a model to the places where they are held, as text that two instances can compare.
+"""Maps from the experts of a model to their places, as text that two engines can compare.
 
-Two engines of equal sizes may place experts differently: then row 0 of a layer's weights is another expert's, and a
-pull would succeed and make a wrong model. What decides is either configuration (of vLLM Ascend, in `additional_config`)
-or a tensor that the construction of a layer fills from it. Both are compared before a byte moves.
+Two engines of equal sizes may place experts differently. Then row 0 of a layer's weights belongs to different experts,
+and a pull would succeed and give a wrong model. The placement follows from configuration (of vLLM Ascend, in
+`additional_config`), or from a tensor that the constructor of a layer fills. Both are compared before the first byte.
 
-Which tensors those are is a list of names (EXPERT_MAPS), because nothing else tells them from weights:
+The tensors are found by a list of names (EXPERT_MAPS), because no other property distinguishes them from weights:
 
-- Not their type: weights of quantised models are whole numbers, too, and are memory that nobody has written when the
-  model is built.
-- Not that they are buffers: vLLM keeps some maps as buffers, and its Gemma-4 draft keeps a table of the checkpoint as
-  one. vLLM Ascend keeps maps as plain attributes, and vLLM's sparse attention keeps room for indices there, of a size
-  that differs from engine to engine.
-- Not the class of the layer: vLLM and vLLM Ascend have several, and move the maps between them from release to release.
+- The dtype does not: weights of quantised models have integer dtypes too, and are uninitialised after the build.
+- Being a buffer does not: vLLM has maps that are buffers, but its Gemma-4 draft has a table from the checkpoint as a
+  buffer. vLLM Ascend has maps that are plain attributes, but vLLM's sparse attention has a workspace for indices as a
+  plain attribute, whose size differs between engines.
+- The class of the layer does not: vLLM and vLLM Ascend have several, and releases move the maps between them.
 
-A map of another name is not compared by itself. It is still compared by what it was made from: the parallel sizes, the
-placement strategy, and what `configured_experts` tells.
+A map with another name is not compared directly. Its inputs are compared: the parallel sizes, the placement strategy,
+and the settings in `configured_experts`.
 """
 
 from __future__ import annotations
@@ -45,30 +44,30 @@ EXPERT_MAPS = (
     "global_expert_map",
     "log2phy",
 )
-"""Attributes of a layer, tensors or None, that say which expert is where; the construction of the layer fills them."""
+"""Attributes of a layer, tensors or None, with the places of experts. The constructor of the layer fills them."""
 
 
 def configured_experts(vllm_config: Any) -> str:
-    """What the user told vLLM Ascend about the placement of experts, by content; empty when nothing."""
+    """A digest of the settings of vLLM Ascend that place experts, and of the file they name; empty when none is set."""
     additional, balancing = _additional(vllm_config)
-    told = {
+    settings = {
         "map": contents_of(Path(path)) if (path := _map_path(balancing)) else None,
         "redundant": balancing.get("num_redundant_experts"),
         "shared": additional.get("mix_placement"),
     }
-    told = {name: value for name, value in told.items() if value}
-    return f"configured {_digest(json.dumps(told, sort_keys=True, default=str))}" if told else ""
+    settings = {name: value for name, value in settings.items() if value}
+    return f"configured {_digest(json.dumps(settings, sort_keys=True, default=str))}" if settings else ""
 
 
 def unreadable_map(vllm_config: Any) -> str:
-    """The path of an expert map that is configured and can't be read, so that it can't be compared; else empty."""
+    """The path of a configured expert map that can't be read, and therefore not be compared; else empty."""
     path = _map_path(_additional(vllm_config)[1])
     return path if path and contents_of(Path(path)) is None else ""
 
 
 def moving_experts(vllm_config: Any) -> bool:
     """Whether vLLM Ascend moves experts between ranks at run time."""
-    # It moves them also where it is only told to record the maps; earlier releases have these settings at the top.
+    # It also moves them when it is configured to record the maps. Earlier releases have these settings at top level.
     return any(
         settings.get(name)
         for settings in _additional(vllm_config)
@@ -77,9 +76,9 @@ def moving_experts(vllm_config: Any) -> bool:
 
 
 def expert_maps(model: torch.nn.Module) -> str:
-    """A digest over all maps that the layers of a model hold, by name; empty when they hold none.
+    """A digest over all expert maps in the layers of a model, by name; empty when there are none.
 
-    To be taken when the model is built: what a map says then follows from the configuration alone.
+    Call it right after the model is built, when the contents of a map follow from the configuration alone.
     """
     found = {name: digest_of(tensor) for name, tensor in _maps(model)}
     return f"maps {_digest(json.dumps(found, sort_keys=True))}" if found else ""
@@ -89,7 +88,7 @@ def _maps(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     for prefix, module in model.named_modules():
-        held = {**vars(module), **dict(buffers_of(module))}  # not properties of these names
+        held = {**vars(module), **dict(buffers_of(module))}  # not `getattr`, which would call properties
         for name in EXPERT_MAPS:
             value = held.get(name)
             if isinstance(value, torch.Tensor):

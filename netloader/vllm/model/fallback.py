@@ -1,4 +1,4 @@
-"""vLLM's own loaders, for filling a model that vLLM has built already."""
+"""vLLM's own loaders, which can fill a model that is built already."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from netloader.errors import ConfigError
 
 __all__ = ["fallback_loader"]
 
-# Formats whose loader cannot fill a model in place: this one maps processed tensors of another process.
+# Formats whose loader cannot fill a model in place. `ipc_cache` maps processed tensors of another process.
 _NOT_IN_PLACE = ("ipc_cache",)
 
 
 def fallback_loader(load_config: Any, load_format: str, extra: Mapping[str, Any]) -> Any:
-    """The loader for `load_format`, with everything else as vLLM was told.
+    """The loader for `load_format`, with vLLM's other load settings unchanged.
 
     Args:
-        load_config: The configuration that our loader was built with.
+        load_config: vLLM's load configuration.
         load_format: FALLBACK_FORMAT.
-        extra: FALLBACK_CONFIG, handed to that loader.
+        extra: FALLBACK_CONFIG, passed to that loader.
 
     Raises:
         ConfigError: vLLM has no such format, its loader can't fill a model in place, or rejects `extra`.

@@ -14,24 +14,24 @@ __all__ = ["fingerprint_of_model", "identity_of", "role_of"]
 
 
 def role_of(model_config: Any) -> Role:
-    """Whether this is the draft model of speculative decoding, or the target."""
+    """Whether the model is the target or the draft of speculative decoding."""
     return "draft" if getattr(model_config, "runner_type", "") == "draft" else "target"
 
 
 def fingerprint_of_model(model_config: Any) -> str:
-    """Fingerprint of the files that this model is loaded from; empty where there are none on this host (yet)."""
+    """Fingerprint of the model's files; empty when there are none on this host (yet)."""
     path = _folder(model_config)
     return "" if path is None else fingerprint_of(path)
 
 
 def _folder(model_config: Any) -> Path | None:
-    """Where the model's files are; None where there are none on this host (yet)."""
+    """The folder of the model's files; None when there is none on this host (yet)."""
     path = Path(str(model_config.model))
     return path if path.exists() else _downloaded(str(model_config.model), model_config.revision)
 
 
 def _downloaded(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that was fetched from a hub by its name; None when it was not. Asks nobody."""
+    """The folder of a model that was downloaded from a hub; None when it was not. Uses no network."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -40,7 +40,7 @@ def _downloaded(name: str, revision: str | None) -> Path | None:
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
     except (HFValidationError, ValueError):
-        return None  # no name of a hub: an address of some object store
+        return None  # not the name of a model on a hub, but for example the URL of an object store
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -53,14 +53,14 @@ def identity_of(
     cache_config: Any = None,
     load_config: Any = None,
 ) -> ModelIdentity:
-    """Everything that has to match before raw tensors are sent.
+    """The identity of a model: everything that must match before raw tensors are sent.
 
     Args:
         model_config: vLLM's configuration of the model.
-        topology: This worker's place.
-        name: MODEL of the configuration, where it names this model; None to go by vLLM's ``model``.
-        tied: Whether the embeddings are tied, where weight files said so.
-        cache_config: vLLM's configuration of its KV cache, whose type may decide which scales a model has.
+        topology: This worker's place in its engine.
+        name: MODEL of the configuration, if it is the name of this model; None to use vLLM's ``model``.
+        tied: Whether the embeddings are tied; None when it is not known.
+        cache_config: vLLM's configuration of its KV cache. Its dtype may decide which scales a model has.
         load_config: How vLLM was told to load.
     """
     import vllm

@@ -1,7 +1,7 @@
-"""Values that tensors had when the model was built, for putting them back after a pull that broke.
+"""Initial values of tensors, which are restored after a failed pull.
 
-The default loader writes what the checkpoint has. Some tensors are in no checkpoint (key and value scales, zero
-points) and must keep the value that they were built with, which a broken pull may have overwritten.
+The default loader writes only tensors that the checkpoint has. Some tensors are in no checkpoint (key and value scales,
+zero points). They must keep the values that the constructor gave them, and a failed pull may have overwritten those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MARK = 1
 
 
 class NotRestored(NetloaderError):
-    """The default loader left tensors alone whose built value is not known any more.
+    """The default loader did not fill tensors whose initial values are not known.
 
     Attributes:
         names: The tensors.
@@ -40,70 +40,70 @@ class NotRestored(NetloaderError):
 
 
 @dataclass
-class _Fresh:
+class _Initial:
     tensor: torch.Tensor
-    copy: torch.Tensor | None = None  # the whole value, or a single element when all are equal
+    copy: torch.Tensor | None = None  # all elements, or a single one when all are equal
     unknown: bool = False
 
 
 class InitialValues:
-    """What the tensors hold before a pull begins.
+    """The values of tensors before a pull begins.
 
-    A tensor whose elements are all equal is remembered by one of them, other small ones are copied. A large tensor
-    with mixed contents is memory that nobody has written yet; it is remembered as unknown, since copying all of those
-    would double the memory a load takes. A large tensor is judged by samples.
+    Of a tensor whose elements are all equal, one element is saved. Other small tensors are copied. A large tensor with
+    different elements usually is uninitialised memory. Its value counts as unknown, because copies of all such tensors
+    would double the memory of a load. In a large tensor, only samples of the elements are compared.
 
     Args:
-        tensors: What the pull may touch, by name.
-        filled: Names of those that were filled when the model was built, which no loader does again: copied whatever
-            their size.
+        tensors: The tensors that the pull may write, by name.
+        filled: Names of tensors that the constructor filled from files. No loader does that again, so these are copied
+            whatever their size.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], filled: Collection[str] = frozenset()) -> None:
-        self._fresh: dict[str, _Fresh] = {}
+        self._initial: dict[str, _Initial] = {}
         self._budget = COPY_BUDGET_BYTES
         seen: set[int] = set()
         for name, tensor in tensors.items():
             if id(tensor) not in seen and tensor.numel():
                 seen.add(id(tensor))
-                self._fresh[name] = self._remember(tensor.detach(), whole=name in filled)
+                self._initial[name] = self._remember(tensor.detach(), whole=name in filled)
 
-    def _remember(self, tensor: torch.Tensor, *, whole: bool) -> _Fresh:
+    def _remember(self, tensor: torch.Tensor, *, whole: bool) -> _Initial:
         if whole:
-            return _Fresh(tensor, copy=tensor.clone())
+            return _Initial(tensor, copy=tensor.clone())
         if _is_uniform(tensor):
-            return _Fresh(tensor, copy=_first(tensor).clone())
+            return _Initial(tensor, copy=_first(tensor).clone())
         if tensor.nbytes <= min(READ_WHOLE_BYTES, self._budget):
             self._budget -= tensor.nbytes
-            return _Fresh(tensor, copy=tensor.clone())
-        return _Fresh(tensor, unknown=True)
+            return _Initial(tensor, copy=tensor.clone())
+        return _Initial(tensor, unknown=True)
 
     def restore(self) -> None:
-        """Put every value back; those that are unknown become zero, but for a mark in their first element.
+        """Restore all values. A tensor of unknown value becomes zero, except a mark in its first element.
 
-        The mark is the smallest pattern of bits: as a number it is as good as zero, should a loader leave out the first
-        element alone. A checkpoint that is zero all over takes the mark away, and nothing else tells it from a tensor
-        that was left alone.
+        The mark is the bit pattern 1, which is next to zero in every floating-point dtype. A loader that fills the
+        tensor overwrites the mark, also if all values in the checkpoint are zero. So `check_filled` can distinguish
+        such a tensor from one that no loader has filled.
         """
         import torch
 
         with torch.no_grad():
-            for fresh in self._fresh.values():
+            for fresh in self._initial.values():
                 if fresh.copy is None:
                     bits = bits_of(fresh.tensor)
                     bits.zero_()
                     _first(bits).fill_(_MARK)
                 else:
-                    # Bit for bit: a copy through floating point may change the bits of a NaN.
+                    # The bits are copied, because a floating-point copy may change the bits of a NaN.
                     bits_of(fresh.tensor).copy_(bits_of(fresh.copy).expand_as(bits_of(fresh.tensor)))
 
     def check_filled(self) -> None:
-        """Check, after the default loader ran, that no tensor of unknown value was left out.
+        """Check, after the default loader ran, that it has filled every tensor of unknown value.
 
         Raises:
-            NotRestored: At least one is still as `restore` left it.
+            NotRestored: A tensor still is as `restore` left it.
         """
-        left = [name for name, fresh in self._fresh.items() if fresh.unknown and _is_marked(fresh.tensor)]
+        left = [name for name, fresh in self._initial.items() if fresh.unknown and _is_marked(fresh.tensor)]
         if left:
             raise NotRestored(left)
 
@@ -119,7 +119,7 @@ def _is_uniform(tensor: torch.Tensor) -> bool:
 
 
 def _is_marked(tensor: torch.Tensor) -> bool:
-    """Whether it is as :meth:`InitialValues.restore` leaves what is unknown: zero after the mark."""
+    """Whether the tensor still is as :meth:`InitialValues.restore` leaves one of unknown value."""
     bits = bits_of(tensor)
     return int(_first(bits)) == _MARK and int(bits.count_nonzero()) == 1
 
@@ -129,10 +129,10 @@ def _first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers of the same size: equality and copies by bits, for every dtype."""
+    """A view of the memory as integers of the same size, to compare and copy bits of any dtype."""
     import torch
 
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     size = tensor.element_size()
-    # A complex number of 16 bytes has no integer of its size; its two halves do.
+    # There is no integer of 16 bytes for the larger complex dtype, so its two halves are viewed.
     return tensor.view(integers[size]) if size in integers else torch.view_as_real(tensor).view(torch.int64)

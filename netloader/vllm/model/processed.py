@@ -1,8 +1,9 @@
-"""A model as vLLM's post-processing left it: every tensor by name, every plain fact, and what can't be named.
+"""A post-processed model: all tensors by name, all plain values, and the objects that can't be compared.
 
-vLLM's flag `supports_pre_processed_weights` is a promise about code, not about what a layer holds: on CPU a method may
-keep its weights in a handle or in a closure although the flag says yes. So everything that the modules hold is looked
-at. What is neither a tensor that has a name here nor a plain value is reported, and the layout is not offered then.
+vLLM's flag `supports_pre_processed_weights` is a statement about a method's code. It does not say what a layer holds:
+on a CPU, a method may keep its weights in a handle or in a closure although the flag is set. So this module examines
+every object that the modules hold. An object that is neither a tensor with a name nor a plain value is reported as a
+problem, and then the processed layout is not offered.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import msgspec
 
 from netloader.errors import NetloaderError
 from netloader.tensors.mappings import ANY, HEAP, mapped
-from netloader.vllm.model.load_state import TRAVELS
+from netloader.vllm.model.load_state import TRANSFERRED_FACTS
 from netloader.vllm.model.registered import buffers_of, parameters_of, unset_names, weights_of
 
 if TYPE_CHECKING:
@@ -45,15 +46,15 @@ __all__ = [
 ]
 
 FACTS = "netloader.plain_state"
-"""Name of the tensor that stands for all plain values: one digest per value, in the order of their names."""
+"""Name of the tensor with the digests of all plain values: one digest per value, in the order of their names."""
 
 _DIGEST_BYTES = 16
-_LOW = 1 << 32
-"""Below this, only the heap of an interpreter that was linked to a fixed address is looked at: counts get there."""
+_LOW_END = 1 << 32
+"""Smaller numbers are often counts. They are taken for addresses only if they lie in this interpreter's heap."""
 
-_FAR = range(1 << 40, 1 << 48)
-"""Whole numbers that are taken for addresses whatever is mapped here, of a device for one; no size of one layer in
-bytes gets there."""
+_DEVICE_ADDRESSES = range(1 << 40, 1 << 48)
+"""Integers that are always taken for addresses, because a device's addresses may be mapped nowhere in this process. The
+size of a layer in bytes is smaller."""
 
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 _HARMLESS = (type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, re.Pattern, range, slice)
@@ -71,9 +72,9 @@ class Survey:
     """What a post-processed model holds.
 
     Attributes:
-        tensors: Everything that travels, by name, on the model's device; the last one is FACTS.
-        facts: Plain values as text, by name; also how views lie in other tensors.
-        problems: What has no name or can't be told, with the reason.
+        tensors: All tensors to transfer, by name, on the model's device; the last one is FACTS.
+        facts: Plain values as text, by name; also the position of views in other tensors.
+        problems: Objects that have no name or can't be compared, with the reason.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -83,12 +84,12 @@ class Survey:
 
 @dataclass(frozen=True)
 class ProcessedHolding:
-    """Processed tensors that can be served; only the plain state is kept alive here.
+    """Processed tensors that can be served. Of these, only the tensor of plain values is kept alive here.
 
     Attributes:
-        announcement: What is said about it, with the digests of the moment when post-processing was over.
-        memory: Its blocks, over tensors that are held weakly.
-        facts: The tensor that stands for the plain values.
+        announcement: Its announcement, with the digests after post-processing.
+        memory: Its blocks. It has weak references to the tensors.
+        facts: The tensor with the digests of the plain values.
     """
 
     announcement: Announcement
@@ -97,18 +98,18 @@ class ProcessedHolding:
 
     @property
     def device(self) -> str:
-        """Where it lives, as torch names it."""
+        """The device of its tensors, as torch names it."""
         return self.memory.device
 
 
 @dataclass(frozen=True)
 class Outside:
-    """What a model holds beyond its registered modules, by the path on which it was found.
+    """The modules and tensors of a model that are not registered with their owner, by the path to them.
 
     Attributes:
-        modules: Modules that hang in a plain mapping, list or object: `named_modules` does not reach them.
+        modules: Modules in a plain mapping, list or object, which `named_modules` does not reach.
         tensors: Tensors that are no parameter and no persistent buffer of any module: plain attributes, parts of
-            objects, what functions keep, computed buffers.
+            objects, tensors in closures, computed buffers.
     """
 
     modules: Mapping[str, torch.nn.Module]
@@ -116,14 +117,14 @@ class Outside:
 
 
 def outside(model: torch.nn.Module) -> Outside:
-    """Look for what `named_modules` of `model` does not reach."""
+    """Find the modules and tensors that `named_modules` of `model` does not reach."""
     walk = _walked(model)
     weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for _, t in weights_of(m)}
     return Outside(walk.modules, {n: t for n, t in [*walk.named.items(), *walk.hidden] if id(t) not in weights})
 
 
 def possible() -> bool:
-    """Whether this vLLM knows weights that are processed already (0.23 does not)."""
+    """Whether this vLLM supports weights that are processed already (0.23 does not)."""
     from vllm.model_executor import utils
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
@@ -131,7 +132,7 @@ def possible() -> bool:
 
 
 def flag_problems(model: torch.nn.Module) -> list[str]:
-    """The quantisation methods of `model` that do not declare that they can take over processed weights."""
+    """The quantisation methods of `model` that do not declare that they support processed weights."""
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     without: dict[str, str] = {}
@@ -143,30 +144,31 @@ def flag_problems(model: torch.nn.Module) -> list[str]:
 
 
 def survey(model: torch.nn.Module, raw_bytes: Mapping[str, int]) -> Survey:
-    """Look at everything that the modules of a post-processed model hold.
+    """Examine everything that the modules of a post-processed model hold.
 
     Args:
         model: The model.
-        raw_bytes: Size of each parameter and buffer before post-processing: one that is empty now has gone somewhere.
+        raw_bytes: Size of each parameter and buffer before post-processing. One that is empty now is a problem, because
+            its contents are kept elsewhere.
     """
     walk = _walked(model)
     found = walk.found
     found.problems += _emptied(walk, raw_bytes)
     found.problems += _in_tensors(walk)
-    _place(walk)
+    _separate_views(walk)
     found.tensors[FACTS] = _facts_tensor(found.facts, next(iter(found.tensors.values())).device)
     return found
 
 
 def fact_names(facts: Mapping[str, str], ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
-    """Names of the plain values whose digests differ between two tensors made of as many values."""
+    """Names of the plain values whose digests differ between two tensors of equal shape."""
     rows = (ours.cpu() != theirs.cpu()).any(dim=1).tolist()
     return [name for name, differs in zip(sorted(facts), rows, strict=True) if differs]
 
 
 def _walked(model: torch.nn.Module) -> _Walk:
     walk = _Walk()
-    # All modules first: something that a module refers to sideways is named where it belongs.
+    # All registered modules are marked first, so that each is named by its own path, also if another refers to it.
     modules = list(model.named_modules(remove_duplicate=False))
     walk.seen.update(id(module) for _, module in modules)
     for name, module in modules:
@@ -182,9 +184,9 @@ class _Walk:
         self.empty: set[str] = set()
         self.hidden: list[tuple[str, torch.Tensor]] = []  # in closures
         self.seen: set[int] = set()
-        self.alive: list[object] = []  # an id means something only while its object lives
+        self.alive: list[object] = []  # an id is unique only while its object is alive
         self.addresses = _Addresses()
-        self.numbers: dict[str, int] = {}  # too large for a count, and nothing is mapped there
+        self.numbers: dict[str, int] = {}  # too large for a count, and not in mapped memory
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         start = f"{name}." if name else ""
@@ -194,20 +196,20 @@ class _Walk:
         for leaf, tensor in [*parameters_of(module), *buffers_of(module)]:
             self.tensor(start + leaf, tensor)
         for leaf, value in vars(module).items():
-            if not _OF_MODULES.fullmatch(leaf) and (name or leaf not in TRAVELS):  # those are in the identity
+            if not _OF_MODULES.fullmatch(leaf) and (name or leaf not in TRANSFERRED_FACTS):  # those are in the identity
                 self.value(start + leaf, value, closure=False)
 
     def tensor(self, name: str, tensor: torch.Tensor) -> None:
         from torch.nn.parameter import is_lazy
 
         self.named[name] = tensor
-        if not is_lazy(tensor) and not tensor.numel():  # one that gets its shape later refuses to say
+        if not is_lazy(tensor) and not tensor.numel():  # an uninitialised parameter has no `numel`
             self.empty.add(name)
 
     def value(self, name: str, value: Any, *, closure: bool) -> None:
         import torch
 
-        if type(value) in _PLAIN:  # most values, and the quickest to tell
+        if type(value) in _PLAIN:  # the most frequent case, and the fastest check
             self.plain(name, value)
         elif isinstance(value, torch.Tensor):
             if closure:
@@ -224,7 +226,7 @@ class _Walk:
                 self.alive.append(value)
                 self._inside(name, value, closure=closure)
         elif isinstance(value, torch.nn.Module) and id(value) not in self.seen:
-            # Not registered with its parent (it hides in a list, say): vLLM does not see it, but it holds tensors.
+            # The module is not registered with its parent (it is in a list, for example), but it holds tensors.
             inside = list(value.named_modules())
             self.seen.update(id(module) for _, module in inside)
             for inner, module in inside:
@@ -235,8 +237,8 @@ class _Walk:
     def plain(self, name: str, value: Any) -> None:
         if type(value) is int and value >= self.addresses.lowest:
             if value in self.addresses:
-                self.found.problems.append(_a_handle(name, value))
-            elif value in range(_LOW, _FAR.start):
+                self.found.problems.append(_handle_problem(name, value))
+            elif value in range(_LOW_END, _DEVICE_ADDRESSES.start):
                 self.numbers[name] = value
         self.found.facts[name] = f"{type(value).__name__} {value!r}"
 
@@ -287,38 +289,40 @@ class _Walk:
 
 
 class _Addresses:
-    """Whole numbers that may be addresses in this process.
+    """Integers that may be addresses in this process.
 
     Attributes:
-        lowest: The lowest of them.
+        lowest: The lowest such integer.
     """
 
     def __init__(self) -> None:
         self._heap = [range(start, end) for start, end in mapped(HEAP)]
         self._mapped: list[range] | None = None
-        self.lowest = min([_LOW, *(heap.start for heap in self._heap)])
+        self.lowest = min([_LOW_END, *(heap.start for heap in self._heap)])
 
     def __contains__(self, value: int) -> bool:
-        if value < _LOW:
+        if value < _LOW_END:
             return any(value in heap for heap in self._heap)
-        if value >= _FAR.start:
-            return value < _FAR.stop
-        if self._mapped is None:  # few models have a number that asks for it
+        if value >= _DEVICE_ADDRESSES.start:
+            return value < _DEVICE_ADDRESSES.stop
+        if self._mapped is None:  # read on demand, because few models have such numbers
             self._mapped = [range(start, end) for start, end in mapped(ANY)]
-        return not self._mapped or any(value in mapping for mapping in self._mapped)  # a system that can't say: maybe
+        return not self._mapped or any(value in mapping for mapping in self._mapped)  # no mappings known: it may be one
 
 
 def _in_tensors(walk: _Walk) -> list[str]:
-    """Numbers that lie in the memory of some tensor: a device's may be mapped nowhere in this process."""
+    """Problems with numbers that are addresses in a tensor. A device's memory may be mapped nowhere in this process."""
     if not walk.numbers:
         return []
     tensors = [tensor for tensor in [*walk.named.values(), *(t for _, t in walk.hidden)] if tensor.numel()]
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
     spans = {range(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages}
-    return [_a_handle(name, value) for name, value in walk.numbers.items() if any(value in span for span in spans)]
+    return [
+        _handle_problem(name, value) for name, value in walk.numbers.items() if any(value in span for span in spans)
+    ]
 
 
-def _a_handle(name: str, value: int) -> str:
+def _handle_problem(name: str, value: int) -> str:
     return f"{name}: the number {value} may be the address of something (a handle)"
 
 
@@ -339,8 +343,8 @@ def _emptied(walk: _Walk, raw_bytes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _place(walk: _Walk) -> None:
-    """Sort the named tensors: those that travel, and views of others, which are facts; check what closures hold."""
+def _separate_views(walk: _Walk) -> None:
+    """Separate the named tensors into tensors to transfer and views of those, which are facts. Check closures too."""
     found = walk.found
     owners: dict[int, tuple[str, torch.Tensor]] = {}  # by storage: its largest tensor
     home = next((t.device for t in walk.named.values() if t.numel()), None)
@@ -370,7 +374,7 @@ def _place(walk: _Walk) -> None:
 def _elsewhere(found: Survey, name: str, tensor: torch.Tensor) -> None:
     from netloader.vllm.model.digest import digest_of
 
-    if not tensor.numel():  # a placeholder: nothing to send, and the client's is as good
+    if not tensor.numel():  # a placeholder without contents to transfer
         found.facts[name] = f"{tensor.device.type} empty {tensor.dtype} {tuple(tensor.shape)}"
     elif tensor.is_meta or tensor.nbytes > _SMALL:
         found.problems.append(f"{name}: it is on {tensor.device}, apart from the other tensors")
@@ -400,11 +404,11 @@ def _facts_tensor(facts: Mapping[str, str], device: torch.device) -> torch.Tenso
 def hold_processed(
     model: torch.nn.Module, identity: ModelIdentity, raw_bytes: Mapping[str, int]
 ) -> tuple[ProcessedHolding | None, str]:
-    """What can be served of a post-processed model, or why nothing can.
+    """The holding of a post-processed model, or the reason why it can't be served exactly.
 
     Args:
         model: The model.
-        identity: Of its raw weights.
+        identity: The identity of its raw weights.
         raw_bytes: See :func:`survey`.
     """
     from netloader.tensors import hold

@@ -1,22 +1,21 @@
-"""Everything that decides how a model is quantised, as one text that two instances can compare.
+"""Everything that decides how a model is quantised, as one text that two engines can compare.
 
-vLLM's own object (`QuantizationConfig`) is no help: it changes while the model is built, and its attributes are other
-ones in the next release. What it is made *from* stays the same: the configuration of the model, what the user put over
-it, and a few files.
+vLLM's own object (`QuantizationConfig`) can't be compared, because it changes while the model is built, and its
+attributes differ between releases. Its inputs stay the same: the configuration of the model, the user's overrides, and
+a few files.
 
-No method is known by its name here. What counts follows from how vLLM makes the object:
+No quantisation method is listed here by name. The inputs follow from the way in which vLLM constructs the object:
 
-1. vLLM hands the class what it found: the model's configuration, arguments, overrides, or a file that the class names.
-   All of that counts.
-2. It then calls `maybe_update_config`, in which a class may read whatever it likes. A class of another package that
-   does so (ModelSlim of vllm-ascend names no file, and reads one) is not believed to need the above only: every JSON
-   file of the folder with "quant" in its name counts too, and the content of an object that is made for this purpose
-   and thrown away, so that no model has changed it. vLLM's own classes look at the headers of the weight files there,
-   which shows in the list of tensors.
-3. Where none of this exists, the method was asked for by arguments alone: the same fresh object is all there is to
-   compare, and the text says so.
-4. An object with content that can't be told leaves the text empty. For a quantised model that means "not known", which
-   never counts as equal (:func:`netloader.core.identity.differences`).
+1. vLLM passes its findings to the class: the model's configuration, arguments, overrides, or a file that the class
+   names. All of them are compared.
+2. vLLM then calls `maybe_update_config`, in which a class may read other files. ModelSlim of vllm-ascend, for example,
+   reads a file that it does not name. For such a class of another package, more is compared: every JSON file in the
+   folder with "quant" in its name, and the contents of an object that is constructed for the comparison only, so that
+   no model has changed it. vLLM's own classes read the headers of the weight files there. These show in the manifest.
+3. If none of these inputs exists, the method was selected by arguments alone. Then only the contents of such an object
+   are compared, and the text says "arguments only".
+4. If the contents of the object can't be compared, the text is empty. For a quantised model that means "not known",
+   which never counts as equal (:func:`netloader.core.identity.differences`).
 """
 
 from __future__ import annotations
@@ -38,30 +37,30 @@ __all__ = ["contents_of", "quantisation_text", "why_unknown"]
 log = logging.getLogger(__name__)
 
 _DERIVED = frozenset({"total_num_heads", "total_num_kv_heads"})
-"""vLLM writes these into the model's own configuration at some time during start-up."""
+"""Keys that vLLM adds to the model's configuration during start-up."""
 
 _OVERRIDES = ("quantization_config_file", "quantization_config_dict_json")
 _ENVIRONMENT = ("VLLM_", "_QUANT_CONFIG")
-"""How the variables begin and end by which vLLM is given a whole configuration, as JSON or as the path of a file."""
+"""Beginning and end of the names of variables that hold a whole configuration, as JSON or as the path of a file."""
 
 _DEPTH = 16
 
 
-class _Untold(Exception):
-    """A value whose content can't be told."""
+class _NotComparable(Exception):
+    """A value whose contents can't be compared."""
 
 
 def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = None, folder: Path | None = None) -> str:
-    """A digest over the configuration of the quantisation, and the type of the KV cache where it is not the usual one.
+    """A digest over the configuration of the quantisation, and the dtype of the KV cache if it is not the default.
 
     Args:
         model_config: vLLM's configuration of the model.
         cache_config: vLLM's configuration of its KV cache, or None.
         load_config: How vLLM was told to load.
-        folder: Where the model's files are; None where its name is a path, or where there are none.
+        folder: The folder of the model's files; None if the model's name is its path, or if there are none.
 
     Returns:
-        The text. Empty for a model that is not quantised, and for one of which nothing says how it is.
+        The text. Empty for a model that is not quantised, and for one whose quantisation is not known.
     """
     method = model_config.quantization
     parts = dict(_inputs(model_config, Path(str(model_config.model)) if folder is None else folder))
@@ -83,21 +82,21 @@ def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = N
 
 
 def why_unknown(identity: ModelIdentity) -> str:
-    """Why this model can be neither pulled nor served: nothing says how it is quantised; empty when something does."""
+    """Why a model whose quantisation is not known can be neither pulled nor served; empty when it is known."""
     if not quantised_unknown_how(identity):
         return ""
     return f"nothing says how {identity.quantization} quantises this model (quantization_config is not known)"
 
 
 def _is_foreign(method: str) -> bool:
-    """Whether the class of this method is another package's."""
+    """Whether the class of this method belongs to another package than vLLM."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     return not get_quantization_config(method).__module__.startswith("vllm.")
 
 
 def _reads_by_itself(method: str) -> bool:
-    """Whether that is so, and it reads something that nobody hands it."""
+    """Whether the class of this method belongs to another package and may read files in `maybe_update_config`."""
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -106,15 +105,15 @@ def _reads_by_itself(method: str) -> bool:
 
 
 def _built(model_config: Any, load_config: Any) -> Any:
-    """The content of the object that vLLM makes for this model, made once more; None where it can't be told."""
+    """The contents of the object that vLLM makes for this model, made once more; None if they can't be compared."""
     from vllm.config import VllmConfig
 
     try:
-        # On a copy of the configuration: making the object writes into it.
+        # vLLM makes the object from a copy of the configuration, and changes that copy.
         built = VllmConfig.get_quantization_config(model_config, load_config)
         return _plain(vars(built), strict=True)
-    except _Untold as untold:
-        reason = f"its {untold} has no content that can be compared"
+    except _NotComparable as error:
+        reason = f"its {error} has no content that can be compared"
     except Exception as error:  # noqa: BLE001 - another package's code; its model is refused, the load goes on
         reason = f"{type(error).__name__}: {error}"
     log.warning(
@@ -124,7 +123,7 @@ def _built(model_config: Any, load_config: Any) -> Any:
 
 
 def _inputs(model_config: Any, folder: Path) -> Iterator[tuple[str, Any]]:
-    """What vLLM's `get_quant_config` reads, in its order of preference; then what a class may read by itself."""
+    """The inputs of vLLM's `get_quant_config`, in its order of preference; then the files that a class may read."""
     hf_config = model_config.hf_config
     given = next((value for value in _of_config(hf_config) if value), None)
     if given is not None:
@@ -172,13 +171,13 @@ def _files(method: str, folder: Path) -> Iterator[tuple[str, Any]]:
 
     named, foreign = tuple(get_quantization_config(method).get_config_filenames()), _is_foreign(method)
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        # vLLM takes every file whose name ends so.
+        # vLLM uses every file whose name ends with one of these.
         if file.name.endswith(named) or (foreign and "quant" in file.name.lower()):
             yield file.name, contents_of(file)
 
 
 def contents_of(file: Path) -> Any:
-    """What a JSON file says; its bytes' digest where it is none, and nothing where it can't be read: vLLM will say."""
+    """The contents of a JSON file. A digest if the file is not JSON; None if it can't be read, which vLLM reports."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -190,17 +189,17 @@ def contents_of(file: Path) -> Any:
 
 
 def _plain(value: Any, depth: int = 0, *, strict: bool = False) -> Any:
-    """`value` as JSON knows it: equal for equal values, in every process; no memory addresses, no order of a set.
+    """`value` in the types of JSON, the same in every process for equal values: without addresses, with sets sorted.
 
     Args:
-        value: What is to be told.
-        depth: How many values it lies in.
-        strict: Raise _Untold for what can't be told; else the name of its class has to do.
+        value: The value.
+        depth: The number of values that contain it.
+        strict: Raise _NotComparable for a value that can't be compared. Else the name of its class is used.
     """
     if isinstance(value, bool | int | float | str | None):
         return value
     if depth > _DEPTH:
-        return _untold(value, strict=strict)
+        return _not_comparable(value, strict=strict)
     if isinstance(value, enum.Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -214,11 +213,11 @@ def _plain(value: Any, depth: int = 0, *, strict: bool = False) -> Any:
     if isinstance(value, type):
         return value.__qualname__
     if type(value).__name__ == "dtype":
-        return str(value)  # a type of torch says what it is
-    return _untold(value, strict=strict)
+        return str(value)  # a dtype of torch
+    return _not_comparable(value, strict=strict)
 
 
-def _untold(value: Any, *, strict: bool) -> str:
+def _not_comparable(value: Any, *, strict: bool) -> str:
     if strict:
-        raise _Untold(type(value).__qualname__)
+        raise _NotComparable(type(value).__qualname__)
     return type(value).__qualname__

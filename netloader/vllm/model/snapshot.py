@@ -1,8 +1,8 @@
-"""A rank's raw tensors: which they are, and what became of each when vLLM made them ready for its kernels.
+"""A rank's raw tensors, and where each of them is after vLLM's post-processing.
 
-Raw means: as `load_weights` leaves them. vLLM then rewrites some of them (`process_weights_after_loading`): it packs,
-transposes, requantises, replaces. Which ones depends on the model, the quantisation and the machine, so it is found
-out by looking: digests of blocks before, and after.
+Raw tensors are those that `load_weights` leaves. Post-processing (`process_weights_after_loading`) packs, transposes,
+requantises or replaces some of them. Which ones depends on the model, the quantisation and the machine. So digests of
+blocks before and after post-processing are compared.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from netloader.core.protocol.events import Announcement
 
-__all__ = ["RawWeights", "Settled", "UnnamedTensors", "named_raw_tensors", "same_bits"]
+__all__ = ["Located", "RawWeights", "UnnamedTensors", "named_raw_tensors", "same_bits"]
 
-ALWAYS_HELD_BYTES = 4096
-"""Tensors up to this size are copied whatever the settings say: scales that vLLM folds away and drops."""
+ALWAYS_COPIED_BYTES = 4096
+"""Tensors up to this size are always copied, for example scales that vLLM merges into others and drops."""
 
 _CORNER = 16
 
@@ -39,10 +39,10 @@ _NO_ROOM = "vLLM rewrote it, and there was no memory for a copy"
 def named_raw_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer of `model`, in the order of its modules, under every name that it has.
 
-    Modules that hang in a plain mapping, list or object are no exception, although vLLM's own loading does not see
-    them: their names begin with the path to them (`pooler.poolers_by_task[embed].head.projector.0.weight`), and come
-    last. Tied weights come under all their names. Non-persistent buffers (rotary caches) are left out: they are
-    computed when the model is built and are in no checkpoint.
+    This includes modules in a plain mapping, list or object, although vLLM's own loading does not reach them. Their
+    names begin with the path to them (`pooler.poolers_by_task[embed].head.projector.0.weight`), and come last. Tied
+    weights have all their names. Non-persistent buffers (rotary caches) are left out, because they are computed when
+    the model is built, and are in no checkpoint.
     """
     return dict(_named(model))
 
@@ -55,10 +55,10 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class UnnamedTensors:
-    """The tensors that `named_raw_tensors` leaves out, at one moment, to find out what loading changed.
+    """The tensors that `named_raw_tensors` leaves out, at one moment, to determine what loading changes.
 
-    Computed ones (rotary caches, maps of experts) are what they are when the model is built. One that loading fills or
-    adds is a weight that a client would never get.
+    Computed tensors (rotary caches, expert maps) have their contents when the model is built. A tensor that loading
+    fills or adds is a weight that a client would not get.
 
     Args:
         model: The model.
@@ -68,7 +68,7 @@ class UnnamedTensors:
         self._before = _unnamed(model)
 
     def changed_by_loading(self, model: torch.nn.Module) -> list[str]:
-        """Names of those that hold something else now, or were not there; sorted."""
+        """Sorted names of the tensors that were changed or added."""
         return sorted(name for name, digest in _unnamed(model).items() if self._before.get(name) != digest)
 
 
@@ -92,10 +92,10 @@ class _Raw:
     stride: tuple[int, ...]
     address: int
     keep: Keep
-    held: torch.Tensor | None = None
+    original: torch.Tensor | None = None
 
-    def looks_like(self, tensor: torch.Tensor) -> bool:
-        """Whether it may be the same, as far as can be told without its bytes."""
+    def may_be(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` may hold the raw values: its dtype, shape and strides are the same."""
         if tensor.is_meta:
             return False
         return (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) == (self.dtype, self.shape, self.stride)
@@ -107,14 +107,15 @@ class _Raw:
 
 
 @dataclass
-class Settled:
-    """What a server can offer of the raw layout once vLLM is done.
+class Located:
+    """Where each raw tensor is after post-processing.
 
     Attributes:
-        live: Tensors that are still what they were; weakly, since vLLM may drop them later (a draft's embeddings).
-        kept: Originals of tensors that were replaced, dropped or rewritten; they live as long as this object.
-        lost: Why the remaining ones cannot be served, by name.
-        reasons: Why each of `kept` was kept.
+        live: Weak references to tensors of the model that are still raw. vLLM may drop them later (a draft's
+            embeddings).
+        kept: Originals of tensors that were replaced, dropped or rewritten. This object keeps them alive.
+        lost: Why the remaining raw tensors cannot be served, by name.
+        reasons: The setting by which each of `kept` was kept.
     """
 
     live: dict[str, weakref.ref[torch.Tensor]] = field(default_factory=dict)
@@ -124,11 +125,11 @@ class Settled:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory that the originals take, each counted once."""
+        """Bytes of all originals, each counted once."""
         return sum(self.costs().values())
 
     def costs(self) -> dict[tuple[Keep, str], int]:
-        """The same by what it is kept for, and by device."""
+        """Bytes of the originals, by setting and device."""
         costs: dict[tuple[Keep, str], int] = {}
         seen = set()
         for name, tensor in self.kept.items():
@@ -143,21 +144,22 @@ class Settled:
 class RawWeights:
     """The raw tensors of one model, recorded at the end of `load_weights`.
 
-    A tensor for which a copy is asked is copied now, inside the load, so that vLLM counts the memory. One that is kept
-    by reference costs nothing now: when vLLM puts another tensor in its place, the original stays; when vLLM rewrites
-    it in place, that is noticed, and it is lost. What vLLM leaves alone is served where it lies, and its copy is freed.
+    Copies are made at once, during the load, so that vLLM's memory measurement includes them. A tensor that is kept by
+    reference takes no memory at first. If vLLM replaces it, the original stays alive. If vLLM rewrites it in place, the
+    digests show that, and the original is lost. A tensor that vLLM does not change is served from the model, and its
+    copy is freed.
 
     Args:
         model: The model, loaded and not yet post-processed.
-        announcement: What its tensors are, with the digests of their blocks.
-        hold: Says for a name what is to be kept of it.
+        announcement: The manifest of its tensors, with the digests of their blocks.
+        policy: Returns for a name what is kept of that tensor.
 
     Attributes:
-        copies: What was copied, by what it was copied for.
-        device: Where the tensors are, as torch names it; the CPU's memory, where there are none.
+        copies: The copies, by the setting that asks for them.
+        device: The device of the tensors, as torch names it; the CPU when there are no tensors.
     """
 
-    def __init__(self, model: torch.nn.Module, announcement: Announcement, hold: Callable[[str], Keep]) -> None:
+    def __init__(self, model: torch.nn.Module, announcement: Announcement, policy: Callable[[str], Keep]) -> None:
         self._raw: dict[str, _Raw] = {}
         self._announcement = announcement
         self.copies: dict[Keep, Copies] = {}
@@ -166,63 +168,63 @@ class RawWeights:
         wanted: dict[Keep, dict[str, torch.Tensor]] = {}
         for spec in announcement.manifest.tensors:
             name, tensor = spec.name, named[spec.name]
-            keep = hold(name)
+            keep = policy(name)
             self.device = str(tensor.device)
-            if tensor.nbytes <= ALWAYS_HELD_BYTES and keep in (Keep.NO, Keep.REFERENCE):
+            if tensor.nbytes <= ALWAYS_COPIED_BYTES and keep in (Keep.NO, Keep.REFERENCE):
                 keep = Keep.SMALL
-            held = tensor.detach() if keep is Keep.REFERENCE else None
+            original = tensor.detach() if keep is Keep.REFERENCE else None
             shape, stride, address = tuple(tensor.shape), tuple(tensor.stride()), tensor.data_ptr()
-            self._raw[name] = raw = _Raw(tensor.dtype, shape, stride, address, keep, held)
+            self._raw[name] = raw = _Raw(tensor.dtype, shape, stride, address, keep, original)
             if raw.copied:
                 wanted.setdefault(keep, {})[name] = tensor
         for keep, tensors in wanted.items():
             self.copies[keep] = copies = make_copies(tensors, on_device=keep is not Keep.DRAM)
             for name, copy in copies.made.items():
-                self._raw[name].held = copy
+                self._raw[name].original = copy
 
     def names(self) -> tuple[str, ...]:
         """All names, in order."""
         return tuple(self._raw)
 
-    def held(self) -> dict[str, torch.Tensor]:
-        """The tensors that are held, as they were loaded."""
-        return {name: raw.held for name, raw in self._raw.items() if raw.held is not None}
+    def originals(self) -> dict[str, torch.Tensor]:
+        """The originals that are kept, by name."""
+        return {name: raw.original for name, raw in self._raw.items() if raw.original is not None}
 
-    def settle(self, model: torch.nn.Module) -> Settled:
-        """Look at the post-processed `model` and sort every raw tensor; originals no longer needed are let go.
+    def locate(self, model: torch.nn.Module) -> Located:
+        """Find every raw tensor in the post-processed `model` or among the originals. Other originals are freed.
 
-        For each tensor, what may hold its bytes now is chosen; then all of that is hashed, once, in the blocks that
-        were announced. Where a block differs and has several tensors, nothing tells which of them was rewritten: each
-        that has no copy counts as lost. A tensor whose block can't be hashed, because another one in it is gone, is
-        left out.
+        For each raw tensor, a candidate is chosen that may hold its bytes. Then all candidates are hashed, once, in the
+        blocks that were announced. If the digest of a block with several tensors differs, it is not known which of them
+        was rewritten, so each one without a copy counts as lost. A tensor whose block can't be hashed, because another
+        tensor of the block is lost, is left out of the result.
         """
         now = named_raw_tensors(model)
-        settled, found = Settled(), {}
+        located, found = Located(), {}
         for name, raw in self._raw.items():
-            chosen = _chosen(raw, now.get(name))
-            if chosen is not None:
-                found[name] = chosen
+            candidate = _candidate(raw, now.get(name))
+            if candidate is not None:
+                found[name] = candidate
             elif raw.copied:
-                settled.lost[name] = _NO_ROOM
+                located.lost[name] = _NO_ROOM
             else:
-                settled.lost[name] = "vLLM dropped it" if now.get(name) is None else _REPLACED
-        known = self._known(found, settled.lost)
+                located.lost[name] = "vLLM dropped it" if now.get(name) is None else _REPLACED
+        known = self._known(found, located.lost)
         for name, tensor in found.items():
             raw = self._raw[name]
             if name not in known:
                 continue
-            if tensor is raw.held:
-                settled.kept[name] = tensor
-                settled.reasons[name] = raw.keep
+            if tensor is raw.original:
+                located.kept[name] = tensor
+                located.reasons[name] = raw.keep
             else:
-                settled.live[name] = weakref.ref(tensor)
+                located.live[name] = weakref.ref(tensor)
         for raw in self._raw.values():
-            raw.held = None
+            raw.original = None
         self.copies.clear()
-        return settled
+        return located
 
     def _known(self, found: Mapping[str, torch.Tensor], lost: dict[str, str]) -> set[str]:
-        """The names of those that hold what was announced; the reasons for others are added to `lost`."""
+        """Names of the tensors that have the announced contents. For the others, the reasons are added to `lost`."""
         import torch
 
         from netloader.tensors import HASHERS, Memory, digest_blocks
@@ -250,36 +252,36 @@ class RawWeights:
         return found.keys() - unknown
 
     def _changed(self, found: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """Those of one block, which is not what it was, that may be the reason, each with what became of it.
+        """The tensors that may have changed the digest of their block, each with the reason why it is lost.
 
-        What lies elsewhere now, and of which nothing is held, is the reason before all others.
+        If a tensor has another address now and no original, only such tensors are named.
         """
         without = {
-            name: self._raw[name] for name in found if self._raw[name].held is None or not self._raw[name].copied
+            name: self._raw[name] for name in found if self._raw[name].original is None or not self._raw[name].copied
         }
-        moved = [n for n, raw in without.items() if raw.held is None and found[n].data_ptr() != raw.address]
+        moved = [n for n, raw in without.items() if raw.original is None and found[n].data_ptr() != raw.address]
         if moved:
             return {name: _NO_ROOM if without[name].copied else _REPLACED for name in moved}
         reason = _IN_PLACE if len(without) == 1 else f"{_IN_PLACE}, or a tensor of the same block"
         return {name: _NO_ROOM if self._raw[name].copied else reason for name in without or found}
 
 
-def _chosen(raw: _Raw, current: torch.Tensor | None) -> torch.Tensor | None:
-    """What may hold the bytes of a raw tensor now: itself where it lies, or what was held; None when nothing may."""
-    if current is None or not raw.looks_like(current):
-        return raw.held
-    return current if raw.held is None or _same(current, raw.held) else raw.held
+def _candidate(raw: _Raw, current: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor that may hold the raw values: the model's tensor or the original; None when neither may."""
+    if current is None or not raw.may_be(current):
+        return raw.original
+    return current if raw.original is None or _same(current, raw.original) else raw.original
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether these hold the same bits: two tensors of one dtype, shape and order."""
+    """Whether two tensors of equal dtype, shape and strides are the same memory or hold the same bits."""
     if one is None or other is None:
         return False
     return (one.device == other.device and one.data_ptr() == other.data_ptr()) or same_bits(one, other)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype, shape and order hold the same bits, wherever they are."""
+    """Whether two tensors of equal dtype, shape and strides hold the same bits, on any devices."""
     import torch
 
     from netloader.codecs.npu_formats import is_private, to_plain
@@ -288,7 +290,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     corner = (slice(0, _CORNER),) * first.dim()
-    for part in (corner, ...):  # what differs mostly differs at once
+    for part in (corner, ...):  # a difference usually shows in the corner already
         pair = [bits_of(tensor[part]) for tensor in (first, second)]
         if pair[0].device != pair[1].device:
             pair = [tensor.cpu() for tensor in pair]

@@ -1,4 +1,4 @@
-"""Features under which a model's raw tensors cannot be pulled or served, found before a byte moves."""
+"""Features with which a model's raw tensors can be neither pulled nor served; checked before the first byte."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["why_not"]
 
 
 def why_not(vllm_config: Any, tensors: Mapping[str, torch.Tensor], model_config: Any) -> str:
-    """Why this model's raw tensors can neither be pulled nor served; empty when they can.
+    """Why this model's raw tensors can be neither pulled nor served; empty when they can.
 
     Args:
         vllm_config: vLLM's configuration.
-        tensors: Parameters and persistent buffers of the model about to be loaded, before `load_weights`.
-        model_config: vLLM's configuration of that model; for a draft another one than `vllm_config` has.
+        tensors: Parameters and persistent buffers of the model, before `load_weights`.
+        model_config: vLLM's configuration of that model. For a draft it is not the one in `vllm_config`.
     """
     reason = _quantisation(model_config)
     if reason:
@@ -63,12 +63,11 @@ def _offload(vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> str:
 def _subclasses(_: Any, tensors: Mapping[str, torch.Tensor]) -> str:
     import torch
 
-    # vLLM's own parameter classes only add loading rules to a plain tensor; torchao's hide several tensors in one.
-    odd = {name: type(t.data).__name__ for name, t in tensors.items() if type(t.data) is not torch.Tensor}
-    odd = {name: kind for name, kind in odd.items() if hasattr(tensors[name].data, "__tensor_flatten__")}
-    return (
-        f"some weights are tensors of a special class ({_some([f'{n}: {k}' for n, k in odd.items()])})" if odd else ""
-    )
+    # vLLM's parameter classes only add loading rules to a plain tensor. Those of torchao hold several tensors.
+    special = {name: type(t.data).__name__ for name, t in tensors.items() if type(t.data) is not torch.Tensor}
+    special = {name: kind for name, kind in special.items() if hasattr(tensors[name].data, "__tensor_flatten__")}
+    some = [f"{name}: {kind}" for name, kind in special.items()]
+    return f"some weights are tensors of a special class ({_some(some)})" if some else ""
 
 
 def _quantisation(model_config: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which rank this worker is, and which part of the model it holds."""
+"""The rank of this worker, and the part of the model that it holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Topology:
         tp_size, tp_rank: Tensor-parallel size and place.
         pp_size, pp_rank: Pipeline-parallel size and place.
         ep_size, ep_rank: Expert-parallel size and place; 1 and 0 without expert parallelism.
-        experts: How experts are spread, as text, where the above does not say it; empty for dense models.
+        experts: How experts are distributed, as text, as far as sizes and ranks do not say it; empty for dense models.
     """
 
     rank: int
@@ -33,11 +33,11 @@ class Topology:
 
 
 def topology_of(vllm_config: Any, model_config: Any) -> Topology:
-    """Read the place of this worker from vLLM's configuration and its parallel groups, which must be set up.
+    """Determine the place of this worker from vLLM's configuration and its parallel groups, which must be set up.
 
     Args:
         vllm_config: vLLM's configuration.
-        model_config: That of the model about to be loaded; for a draft another one than `vllm_config` has.
+        model_config: The configuration of the model to load. For a draft it is not the one in `vllm_config`.
     """
     import torch
     from vllm.distributed import get_pp_group, get_tp_group
@@ -60,8 +60,8 @@ def topology_of(vllm_config: Any, model_config: Any) -> Topology:
 
 
 def _replica_offset(parallel: Any) -> int:
-    # Data-parallel replicas of a dense model are engines that know nothing of each other: each has size 1 and ranks
-    # from 0, only the index tells them apart. Where replicas work together, the distributed rank counts them already.
+    # Data-parallel replicas of a dense model are independent engines. Each has size 1 and ranks from 0, and only the
+    # index differs. Replicas that work together have distributed ranks that count all of them.
     if parallel.data_parallel_size > 1:
         return 0
     return int(parallel.data_parallel_index) * int(parallel.world_size)
@@ -70,7 +70,7 @@ def _replica_offset(parallel: Any) -> int:
 def _experts_of(parallel: Any, model_config: Any, tensor: Any) -> tuple[int, int, str]:
     if not model_config.is_moe:
         return 1, 0, ""
-    # Experts are spread over data-parallel, prefill-context and tensor-parallel ranks together, in this order.
+    # Experts are distributed over data-parallel, prefill-context and tensor-parallel ranks, in this order.
     context_size = int(getattr(parallel, "prefill_context_parallel_size", 1))
     size = int(parallel.data_parallel_size) * context_size * tensor.world_size
     place = _context_rank(context_size) + int(parallel.data_parallel_rank) * context_size

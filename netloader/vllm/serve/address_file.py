@@ -1,4 +1,4 @@
-"""Where a worker's server can be found: its line in the log, and its file below OUTPUT_PREFIX."""
+"""How a worker announces the address of its server: a log line, and a file whose path begins with OUTPUT_PREFIX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from netloader.errors import NetloaderError
 __all__ = ["SERVING_PATTERN", "AddressFile", "AddressFileError", "serving_line"]
 
 SERVING_PATTERN = r"netloader: rank (?P<rank>\d+) serves (?P<role>\w+) at (?P<address>\S+)"
-"""Finds the address in a log: groups ``rank``, ``role`` and ``address``."""
+"""Pattern of the log line with the address: groups ``rank``, ``role`` and ``address``."""
 
 
 class AddressFileError(NetloaderError):
@@ -20,7 +20,7 @@ class AddressFileError(NetloaderError):
 
 
 def serving_line(rank: int, role: str, address: str, detail: str) -> str:
-    """The log line that SERVING_PATTERN finds."""
+    """The log line that SERVING_PATTERN matches."""
     return f"netloader: rank {rank} serves {role} at {address} ({detail})"
 
 
@@ -28,7 +28,7 @@ class AddressFile:
     """The file ``{prefix}{rank}.txt`` with the one text ``IP:Port``.
 
     Args:
-        prefix: OUTPUT_PREFIX: the start of the path; its folder must exist.
+        prefix: OUTPUT_PREFIX, the beginning of the path. The folder must exist.
         rank: The rank.
     """
 
@@ -37,10 +37,10 @@ class AddressFile:
         self._written: str | None = None
 
     def write(self, address: str) -> None:
-        """Write `address`, so that a reader finds all of it or no file.
+        """Write `address` atomically: a reader finds the whole address or no file.
 
         Raises:
-            AddressFileError: The folder does not exist, is not writable, or is full; nothing is left behind then.
+            AddressFileError: The folder does not exist, is not writable, or is full. No temporary file stays.
         """
         temporary: str | None = None
         try:
@@ -61,7 +61,7 @@ class AddressFile:
         self._written = address
 
     def remove(self) -> None:
-        """Remove the file, unless another process has written its own address there since; never raises."""
+        """Remove the file, unless another process has written its own address into it. Raises nothing."""
         if self._written is None:
             return
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""After post-processing: which layout of a model can be served exactly: raw if it can, else processed, else none."""
+"""Choose the layout to serve after post-processing: raw if it is exact, else processed if that is exact, else none."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Choice:
 
     Attributes:
         role: Whether it is the target or its draft.
-        holding: What is offered, in one layout; None when nothing can be served exactly.
-        detail: The holding in words, for the log.
-        refusal: Why the raw layout is not served, and what could be done; empty when it is.
+        holding: What is offered, in one layout; None when no layout is exact.
+        detail: Description of the holding, for the log.
+        refusal: Why the raw layout is not served, and a hint; empty when it is served.
     """
 
     role: Role
@@ -44,9 +44,9 @@ def choose_layout(snapshot: Snapshot, model: torch.nn.Module, config: Config, ta
 
     Args:
         snapshot: What was recorded when its loading ended.
-        model: The model, post-processed. Originals of raw tensors that are not needed any more are freed.
+        model: The post-processed model. Originals that are not needed any more are freed.
         config: netloader's configuration.
-        target: What is served of the target, for a draft that uses tensors of it.
+        target: What is served of the target, for a draft that shares tensors with it.
     """
     recorded = snapshot.record.recorded
     if recorded is not None:
@@ -59,18 +59,18 @@ def choose_layout(snapshot: Snapshot, model: torch.nn.Module, config: Config, ta
 def _raw(
     snapshot: Snapshot, recorded: Recorded, model: torch.nn.Module, config: Config, target: Holding | None
 ) -> Choice:
-    from netloader.vllm.serve.raw_holding import Offered, offered
+    from netloader.vllm.serve.raw_holding import RawHolding, raw_holding
 
-    settled = recorded.raw.settle(model)
-    if settled.lost:
-        some = named(f"{name} ({reason})" for name, reason in settled.lost.items())
-        hint = hint_for(settled.lost, recorded.quantised, config)
+    located = recorded.raw.locate(model)
+    if located.lost:
+        some = named(f"{name} ({reason})" for name, reason in located.lost.items())
+        hint = hint_for(located.lost, recorded.quantised, config)
         sizes = {spec.name: spec.nbytes for spec in recorded.announcement.manifest.tensors}
-        reason = f"post-processing left {len(settled.lost)} raw tensors behind: {some}"
+        reason = f"post-processing left {len(located.lost)} raw tensors behind: {some}"
         return _processed(snapshot, model, sizes, (reason, hint))
-    of_target = target if snapshot.shares and isinstance(target, Offered) else None
-    holding = offered(recorded.announcement, recorded.device, settled, snapshot.load, of_target)
-    kept = kept_text(settled)
+    of_target = target if snapshot.shares and isinstance(target, RawHolding) else None
+    holding = raw_holding(recorded.announcement, recorded.device, located, snapshot.load, of_target)
+    kept = kept_text(located)
     manifest = holding.announcement.manifest
     detail = (
         f"raw layout, {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB, "
@@ -82,7 +82,7 @@ def _raw(
 def _processed(
     snapshot: Snapshot, model: torch.nn.Module, sizes: Mapping[str, int], refusal: tuple[str, str]
 ) -> Choice:
-    """The processed layout, since the raw one can't be served; nothing where that would not be exact either."""
+    """The processed layout, for a model whose raw layout can't be served; nothing if it is not exact either."""
     holding: Holding | None = None
     why_not = "it is not known what this model is"
     if snapshot.shares:

@@ -1,8 +1,8 @@
-"""Removes a file when this process has ended, however it ended.
+"""Remove a file after this process has ended, also if it was killed.
 
-`vllm serve` ends its workers with SIGKILL as soon as it is told to end, unless it was given a shutdown timeout; nothing
-that a worker registers runs then. So a shell waits outside, holding the end of a pipe that closes with the worker. It
-is no child of the worker, since vLLM kills those too.
+When `vllm serve` is told to end, it ends its workers with SIGKILL at once, unless it has a shutdown timeout. Then no
+handler of the worker runs. So a shell process waits at a pipe, and the pipe closes when the worker ends. The shell is
+not a child of the worker, because vLLM kills those too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _SHELL = "/bin/sh"
 _START_WITHIN = 10.0
 
-# Standard input of what a shell puts into the background is not the shell's own, so the pipe gets another number.
+# A background process of a shell does not inherit its standard input, so the pipe gets descriptor 3.
 _SCRIPT = """
 exec 3<&0
 (
@@ -31,13 +31,13 @@ exec 3<&0
 
 
 class FileCleanup:
-    """Waits for the end of this process, then removes a file, unless it holds something else by then.
+    """Waits for the end of this process, then removes a file, unless its content has changed.
 
-    Where no such helper can be started, the file is not removed; that is logged.
+    If the shell can't be started, the file is not removed, and that is logged.
 
     Args:
         path: The file.
-        content: What it holds as long as it is ours.
+        content: What this process wrote into it.
     """
 
     def __init__(self, path: Path, content: str) -> None:
@@ -51,12 +51,12 @@ class FileCleanup:
                 cwd="/",
                 start_new_session=True,
             )
-            self._process.wait(_START_WITHIN)  # for the shell that starts the one that stays
+            self._process.wait(_START_WITHIN)  # this shell ends at once; its background process stays
         except (OSError, subprocess.TimeoutExpired) as error:
             log.warning("netloader: %s stays behind if this process is killed: %s", path, error)
 
     def release(self) -> None:
-        """Let the helper do its work now."""
+        """Have the file removed now."""
         process, self._process = self._process, None
         if process is not None and process.stdin is not None:
             with contextlib.suppress(OSError):

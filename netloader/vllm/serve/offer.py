@@ -1,4 +1,4 @@
-"""Last step of a load: the worker's server offers the layout that was chosen, or refuses the model by name."""
+"""Last step of a load: the worker's server offers the chosen layout, or refuses the model with the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(server: WorkerServer, rank: int, choice: Choice) -> None:
-    """Offer what was chosen, and tell clients why they can't have the rest.
+    """Offer the chosen layout, and tell clients why the other layouts are not served.
 
     Args:
         server: The worker's server.
@@ -21,7 +21,7 @@ def serve(server: WorkerServer, rank: int, choice: Choice) -> None:
         choice: What is served of a model.
 
     Raises:
-        ServerLost: The server gives no answer, and is given up.
+        ServerLost: The server does not answer, and was ended.
     """
     role, (reason, hint) = choice.role, choice.refusal
     if choice.holding is None:

@@ -1,4 +1,4 @@
-"""What is served after post-processing: live tensors where they are still raw, originals where they are not."""
+"""The raw layout that is served after post-processing: live tensors that are still raw, and originals of the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from netloader.errors import ManifestError
 from netloader.tensors import Memory
-from netloader.vllm.model.snapshot import Settled, same_bits
+from netloader.vllm.model.snapshot import Located, same_bits
 
 if TYPE_CHECKING:
     from netloader.codecs.block_view import BlockView
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
     from netloader.core.plan import Plan
     from netloader.core.protocol.events import Announcement
 
-__all__ = ["Offered", "offered"]
+__all__ = ["RawHolding", "raw_holding"]
 
 _Reference = weakref.ref[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Offered:
-    """A holding that keeps originals alive, and nothing that vLLM may drop.
+class RawHolding:
+    """A holding that keeps originals alive, but no live tensor, because vLLM may drop those.
 
     Attributes:
-        announcement: What is said about it.
+        announcement: Its announcement.
         memory: Its blocks.
-        settled: Owner of the originals.
+        located: Where each raw tensor is; owns the originals.
     """
 
     announcement: Announcement
-    memory: OfferedMemory
-    settled: Settled
+    memory: RawMemory
+    located: Located
 
     @property
     def device(self) -> str:
-        """Where it lives, as torch names it."""
+        """The device of its tensors, as torch names it."""
         return self.memory.device
 
     def equal_to(self, tensor: torch.Tensor) -> _Reference | None:
-        """One of its tensors that holds the same, weakly: the very memory that another model may come to share."""
-        kept = [weakref.ref(tensor) for tensor in self.settled.kept.values()]
-        for reference in [*kept, *self.settled.live.values()]:
+        """A weak reference to one of its tensors that equals `tensor`; None when there is none."""
+        kept = [weakref.ref(tensor) for tensor in self.located.kept.values()]
+        for reference in [*kept, *self.located.live.values()]:
             found = reference()
             if (
                 found is not None
@@ -59,31 +59,31 @@ class Offered:
         return None
 
 
-class OfferedMemory:
-    """The memory of an offered model, where a tensor of the same contents may stand in for one that vLLM dropped.
+class RawMemory:
+    """The memory of a raw holding. A tensor that vLLM dropped can be replaced by an equal tensor of another model.
 
     Args:
-        manifest: What the tensors look like.
-        references: The tensors, weakly, in the order of the manifest.
-        stand_ins: For some of them, by place, a tensor of the same contents in another model.
-        device: Where all of them live, as torch names it.
+        manifest: Names, dtypes and shapes of the tensors.
+        references: Weak references to the tensors, in the order of the manifest.
+        substitutes: For some of them, by place in that order, an equal tensor of another model.
+        device: The device of all tensors, as torch names it.
     """
 
     def __init__(
-        self, manifest: Manifest, references: list[_Reference], stand_ins: Mapping[int, _Reference], device: str
+        self, manifest: Manifest, references: list[_Reference], substitutes: Mapping[int, _Reference], device: str
     ) -> None:
         self.device = device
         self._manifest = manifest
         self._references = references
-        self._stand_ins = dict(stand_ins)
+        self._substitutes = dict(substitutes)
         self._lock = threading.Lock()
-        self._memory = self._made()
+        self._memory = self._build()
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order.
 
         Raises:
-            ManifestError: Some of the memory is gone, and nothing can stand in for it.
+            ManifestError: A tensor was dropped or moved, and there is no substitute.
         """
         try:
             return self._memory.views(plan, numbers)
@@ -99,46 +99,46 @@ class OfferedMemory:
 
     def _replace_dropped(self) -> bool:
         with self._lock:
-            dropped = [place for place in self._stand_ins if self._references[place]() is None]
+            dropped = [place for place in self._substitutes if self._references[place]() is None]
             for place in dropped:
-                # Used once: whether it still holds what it should is checked by the client, as for every tensor.
-                self._references[place] = self._stand_ins.pop(place)
+                # A substitute may have changed since. The client verifies its digest, as for every tensor.
+                self._references[place] = self._substitutes.pop(place)
             if dropped:
-                self._memory = self._made()
+                self._memory = self._build()
             return bool(dropped)
 
-    def _made(self) -> Memory:
+    def _build(self) -> Memory:
         found = [reference() for reference in self._references]
-        # Dropped this very moment: an empty tensor stands for it, and the memory answers "gone".
+        # An empty tensor replaces one that was dropped in the meantime. Its blocks are then answered with "gone".
         tensors = [torch.empty(0) if tensor is None else tensor for tensor in found]
         return Memory(self._manifest, tensors, torch.device(self.device), weak=True)
 
 
-def offered(
+def raw_holding(
     announcement: Announcement,
     device: str,
-    settled: Settled,
+    located: Located,
     load: str,
-    target: Offered | None = None,
-) -> Offered:
-    """Put the tensors of today under the announcement of load time.
+    target: RawHolding | None = None,
+) -> RawHolding:
+    """Combine the announcement that was made after loading with the tensors that hold its contents now.
 
     Args:
         announcement: Made at the end of loading.
-        device: Where the tensors live, as torch names it.
-        settled: Where each raw tensor is now; none is lost.
+        device: The device of the tensors, as torch names it.
+        located: Where each raw tensor is now; none is lost.
         load: Digest over the roots of all ranks.
-        target: Another model, whose tensors vLLM may put in the place of equal ones of this model.
+        target: The target of a draft model. vLLM may replace tensors of the draft by equal ones of the target.
     """
     references: list[_Reference] = []
-    stand_ins: dict[int, _Reference] = {}
+    substitutes: dict[int, _Reference] = {}
     for place, spec in enumerate(announcement.manifest.tensors):
-        live = settled.live.get(spec.name)
-        references.append(weakref.ref(settled.kept[spec.name]) if live is None else live)
+        live = located.live.get(spec.name)
+        references.append(weakref.ref(located.kept[spec.name]) if live is None else live)
         tensor = None if live is None else live()
         equal = None if target is None or tensor is None else target.equal_to(tensor)
         if equal is not None:
-            stand_ins[place] = equal
-    memory = OfferedMemory(announcement.manifest, references, stand_ins, device)
+            substitutes[place] = equal
+    memory = RawMemory(announcement.manifest, references, substitutes, device)
     identity = msgspec.structs.replace(announcement.identity, load=load)
-    return Offered(replace(announcement, identity=identity), memory, settled)
+    return RawHolding(replace(announcement, identity=identity), memory, located)

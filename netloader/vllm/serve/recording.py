@@ -1,7 +1,7 @@
-"""What is known of a model's raw tensors when loading ends, while they are still raw: for other ranks, and for serving.
+"""Record a model's raw tensors when loading ends, while they are still raw: for the other ranks, and for serving.
 
-An error here must not end a load, and every rank has to reach the exchange that follows. So an error results in a
-record with a reason, without a root, and with nothing to serve.
+An error here must not end a load, and every rank has to reach the exchange that follows. So after an error, the record
+has a reason, no root, and nothing to serve.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
 from netloader.vllm.model.load_state import PlainState
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
-from netloader.vllm.serve.guard import HINT, described
-from netloader.vllm.serve.retention import copied_lines, keep_policy, named, quantised_modules
+from netloader.vllm.serve.guard import HINT, error_text
+from netloader.vllm.serve.retention import copy_log_lines, keep_policy, named, quantised_modules
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,11 @@ class Before:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Before:
-        """As it is now."""
+        """Record the model as it is now."""
         return cls(PlainState(model), UnnamedTensors(model), tuple(named_raw_tensors(model)))
 
     def why_not_raw(self, model: torch.nn.Module) -> tuple[str, str]:
-        """Why raw tensors alone would not make the model that was loaded since, and a hint; empty when they would."""
+        """Why the raw tensors are not all that loading changed, and a hint; empty when they are."""
         changed = [name for part in (self.state, self.unnamed) for name in part.changed_by_loading(model)]
         if changed:
             return f"loading sets more than tensors: {named(changed)}", "load this model from storage"
@@ -60,12 +60,12 @@ class Before:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is known of the raw tensors from the moment when loading ended.
+    """The raw tensors as they were when loading ended.
 
     Attributes:
         raw: What is kept of them.
-        announcement: What will be said about them.
-        device: Where they live.
+        announcement: Their announcement.
+        device: Their device, as torch names it.
         quantised: Names of the modules whose weights are quantised.
     """
 
@@ -80,9 +80,9 @@ class Record:
     """The raw tensors of a model when loading ends, or why they can't be served.
 
     Attributes:
-        announcement: Their manifest and digests; None when raw tensors alone do not make this model, or after an error.
-        recorded: What is served of them later; None when nothing is, or there is no server.
-        refusal: Why there are no raw tensors to serve, and what could be done; empty when there are some.
+        announcement: Their manifest and digests; None if loading changed more than raw tensors, or after an error.
+        recorded: What may be served of them later; None if nothing may, or if there is no server.
+        refusal: Why raw tensors can't be served, and a hint; empty when they can.
     """
 
     announcement: Announcement | None = None
@@ -95,21 +95,21 @@ class Record:
         return "" if self.announcement is None else self.announcement.root
 
     def refused(self, what: str, error: Exception) -> Record:
-        """The same without anything to serve, because of an error, which is logged here."""
+        """The same record with nothing to serve, because of `error`, which is logged here."""
         log.error("netloader: %s failed, which costs what is served and nothing else", what, exc_info=error)
-        return replace(self, recorded=None, refusal=(f"{what} failed: {described(error)}", HINT))
+        return replace(self, recorded=None, refusal=(f"{what} failed: {error_text(error)}", HINT))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is known of a model when loading ends, all ranks included: what it can be served as follows from this.
+    """What is known of a model when loading ends. It decides which layouts can be served.
 
     Attributes:
         role: Whether it is the target or its draft.
-        record: What is known of its raw tensors.
-        load: Digest over the roots of all ranks; empty when one of them has none.
-        identity: What the model is; None for one that is not supported.
-        processed: Whether its weights were pulled processed.
+        record: The record of its raw tensors.
+        load: Digest over the roots of all ranks; empty when a root is not known.
+        identity: The identity of the model; None for a model that is not supported.
+        processed: Whether processed weights were pulled.
         shares: Whether it is a draft that uses tensors of its target.
     """
 
@@ -137,16 +137,16 @@ def record(
     pulled: Announcement | None,
     serves: bool,
 ) -> Record:
-    """Take digests of the raw tensors while they are still raw, in ranks with and without a server; raises nothing.
+    """Record digests of the raw tensors while they are still raw, in ranks with and without a server. Raises nothing.
 
     Args:
         model: The model, loaded and not yet post-processed.
-        before: What it had before it was loaded.
-        identity: Says what it is.
-        left_out: Says which of its tensors are not served.
+        before: What it had beside its weights before it was loaded.
+        identity: Returns the identity of the model.
+        left_out: Returns the names of the tensors that are not served.
         config: netloader's configuration.
         who: The rank and the role, for the log.
-        pulled: What was pulled into this model, if anything was: it is not hashed once more.
+        pulled: The announcement of the weights that were pulled; None if nothing was. These are not hashed again.
         serves: Whether there is a server.
     """
     found = Record()
@@ -170,9 +170,9 @@ def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: 
 
     try:
         if pulled is not None and describe(tensors)[0] == pulled.manifest:
-            # The pull has verified every block. `RawWeights.settle` hashes them again after post-processing.
+            # The pull has verified every block. `RawWeights.locate` hashes them again after post-processing.
             return Record(replace(pulled, identity=identity))
-        # Not the holding itself, because it would keep tensors alive that vLLM is about to replace.
+        # The holding itself is not kept, because it would keep tensors alive that vLLM is about to replace.
         return Record(hold(tensors, identity).announcement)
     except NetloaderError as error:
         return Record(refusal=(str(error), "load this model from storage"))
@@ -181,6 +181,6 @@ def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: 
 def _recorded(model: torch.nn.Module, announcement: Announcement, config: Config, who: str) -> Recorded:
     quantised = quantised_modules(model)
     raw = RawWeights(model, announcement, keep_policy(quantised, config))
-    for level, line in copied_lines(raw.copies):
+    for level, line in copy_log_lines(raw.copies):
         log.log(level, "netloader: %s: %s", who, line)
     return Recorded(raw, announcement, raw.device, quantised)

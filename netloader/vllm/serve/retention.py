@@ -1,4 +1,4 @@
-"""Which originals are kept when vLLM's post-processing replaces tensors, and which setting would have kept more."""
+"""Retention: which originals are kept when post-processing replaces tensors, and which setting would keep more."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 from netloader.config import Config
 from netloader.vllm.model.copies import Copies, Keep
-from netloader.vllm.model.snapshot import Settled
+from netloader.vllm.model.snapshot import Located
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["copied_lines", "hint_for", "keep_policy", "kept_text", "named", "quantised_modules"]
+__all__ = ["copy_log_lines", "hint_for", "keep_policy", "kept_text", "named", "quantised_modules"]
 
 _SHOWN = 3
 
 _COPY_THEM = (
     "set INT8_CACHE to dram on the server and list these names in INT8_CACHE_NAME, with all others that it shall copy: "
-    "only a copy outlives a rewrite in place"
+    "only a copy keeps the values of a tensor that is rewritten in place"
 )
 
 
@@ -30,17 +30,17 @@ def quantised_modules(model: torch.nn.Module) -> frozenset[str]:
     found = set()
     for name, module in model.named_modules(remove_duplicate=False):
         method = getattr(module, "quant_method", None)
-        # vLLM treats plain layers as one more method; those say so in their names.
+        # Plain layers have a method too; its class name begins with "Unquantized".
         if isinstance(method, QuantizeMethodBase) and not type(method).__name__.startswith("Unquantized"):
             found.add(name)
     return frozenset(found)
 
 
 def keep_policy(quantised: frozenset[str], config: Config) -> Callable[[str], Keep]:
-    """Says for the name of a tensor what is to be kept of it: INT8_CACHE and KEEP_RAW as a function.
+    """The settings INT8_CACHE and KEEP_RAW as a function from the name of a tensor to what is kept of it.
 
-    A name in INT8_CACHE_NAME is copied whether or not its module is quantised: a copy is what helps against a rewrite
-    in place.
+    A name in INT8_CACHE_NAME is copied also if its module is not quantised, because only a copy keeps the values of a
+    tensor that is rewritten in place.
     """
     copied = Keep.DRAM if config.int8_cache == "dram" else Keep.HBM
 
@@ -56,8 +56,8 @@ def keep_policy(quantised: frozenset[str], config: Config) -> Callable[[str], Ke
 
 
 def hint_for(lost: Mapping[str, str], quantised: frozenset[str], config: Config) -> str:
-    """What the user can set so that these tensors can be served next time."""
-    hints: dict[str, None] = {}  # in order, each once
+    """The settings with which these tensors could be served after the next load."""
+    hints: dict[str, None] = {}  # an ordered set
     for name, reason in lost.items():
         if "no memory" in reason:
             hints["give the host more memory, or list fewer names in INT8_CACHE_NAME"] = None
@@ -73,8 +73,8 @@ def hint_for(lost: Mapping[str, str], quantised: frozenset[str], config: Config)
     return "; ".join(hints)
 
 
-def copied_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
-    """What is to be logged about copies that were just made: level and text."""
+def copy_log_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
+    """Log lines about copies that were just made: level and text."""
     for keep, made in copies.items():
         if keep is Keep.SMALL:
             continue
@@ -92,14 +92,14 @@ def copied_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
         )
 
 
-def kept_text(settled: Settled) -> str:
-    """What the originals cost that are kept for serving, by setting; empty when there are none."""
-    costs = [f"{keep.value}: {nbytes} bytes on {device}" for (keep, device), nbytes in settled.costs().items()]
+def kept_text(located: Located) -> str:
+    """The memory that originals take, by the setting that keeps them; empty when there are none."""
+    costs = [f"{keep.value}: {nbytes} bytes on {device}" for (keep, device), nbytes in located.costs().items()]
     return f"originals kept: {'; '.join(costs)}" if costs else ""
 
 
 def named(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
+    """The first names, and the number of the others."""
     every = list(names)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

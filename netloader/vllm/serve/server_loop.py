@@ -1,4 +1,4 @@
-"""The event loop of a worker's server: a thread of its own, and questions to it that never wait without a bound."""
+"""The event loop of a worker's server, in a thread of its own. Every call from another thread has a time limit."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from anyio.abc import TaskGroup
 from netloader.api import Server
 from netloader.errors import NetloaderError
 
-__all__ = ["ANSWER_WITHIN", "ServerLoop", "ServerLost"]
+__all__ = ["ANSWER_TIMEOUT", "ServerLoop", "ServerLost"]
 
 log = logging.getLogger(__name__)
 
-ANSWER_WITHIN = 10.0
-"""Seconds that the loop may let a caller wait beyond what the work itself takes: an engine that goes to sleep, or wakes
-up, waits for it. On a busy machine a loop gets round to a question in well under a second."""
+ANSWER_TIMEOUT = 10.0
+"""Seconds that a call may take in addition to its work. An engine that goes to sleep or wakes up waits for the call.
+On a busy machine, the loop begins a call in well under a second."""
 
 _START_WITHIN = 60.0
-_LOOK_AGAIN = 1.0
-"""Seconds between two looks whether the thread still lives, for what has no bound."""
+_CHECK_INTERVAL = 1.0
+"""Seconds between two checks whether the thread is alive, for calls without a time limit of their own."""
 
 _Result = TypeVar("_Result")
 
 
 class ServerLost(NetloaderError):
-    """The server of this process gives no answer: its event loop has ended, or stands still."""
+    """The server of this process does not answer: its event loop has ended, or is blocked."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"the server of this process gives no answer: {why}", hint="its log says why")
@@ -48,16 +48,16 @@ class ServerLoop:
     """A server with an event loop of its own, in a daemon thread.
 
     Args:
-        make: Makes the server, in the loop.
-        name: Of the server, for the log.
+        make: Constructs the server, in the loop.
+        name: The name of the server, for the log.
 
     Raises:
         ConfigError: The server's address can't be bound.
         TransportUnavailable: No transport can run here.
-        TimeoutError: The server did not start in time.
+        TimeoutError: The server did not start in time. It is ended if it starts later.
 
     Attributes:
-        server: The server; its methods belong to the loop.
+        server: The server. Its methods may be called in the loop only.
     """
 
     def __init__(self, make: Callable[[], Server], name: str) -> None:
@@ -66,7 +66,13 @@ class ServerLoop:
         self._started = Future()
         self._thread = threading.Thread(target=self._run, args=(make,), name="netloader-server", daemon=True)
         self._thread.start()
-        self._loop, self._context, self._stop, self._tasks, self.server = self._started.result(_START_WITHIN)
+        try:
+            started = self._started.result(_START_WITHIN)
+        except TimeoutError:
+            if self._started.cancel():  # a server that starts later ends at once, because nobody could end it
+                raise
+            started = self._started.result()
+        self._loop, self._context, self._stop, self._tasks, self.server = started
 
     @property
     def alive(self) -> bool:
@@ -86,51 +92,55 @@ class ServerLoop:
         stop = anyio.Event()
         async with make() as server, anyio.create_task_group() as tasks:
             loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+            if not self._started.set_running_or_notify_cancel():
+                return
             self._started.set_result((loop, context, stop, tasks, server))
             await stop.wait()
             tasks.cancel_scope.cancel()
 
-    def ask(
+    def call(
         self, function: Callable[..., Awaitable[_Result] | _Result], *arguments: Any, within: float = 0.0
     ) -> _Result:
-        """Have the loop carry something out, and wait for the result.
+        """Call a function in the loop, and wait for its result.
 
         Args:
-            function: Called in the loop; awaited, if it is asynchronous.
+            function: The function; its result is awaited if it is awaitable.
             arguments: Its arguments.
             within: Seconds that the work itself may take.
 
         Raises:
-            ServerLost: There is no result after that time and ANSWER_WITHIN, or the loop has ended. What was asked for
-                is not begun any more then, and cancelled where it was begun.
+            ServerLost: There is no result after `within` plus ANSWER_TIMEOUT seconds, or the loop has ended. The call
+                is cancelled, or not begun any more.
         """
-        seconds = within + ANSWER_WITHIN
+        seconds = within + ANSWER_TIMEOUT
         answer = self._begin(time.monotonic() + seconds, function, arguments)
         if not wait([answer], seconds).done:
             raise ServerLost(f"its event loop stood still for {seconds:g} s")
         return _result_of(answer)
 
-    def ask_to_the_end(self, function: Callable[[], Awaitable[_Result]]) -> _Result:
-        """The same for work that has a bound of its own, and that nobody may give up while it could still go on.
+    def call_to_completion(self, function: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Call a function that has a time limit of its own, and wait until it has ended.
+
+        The caller may not stop waiting earlier, because the work could still be going on.
 
         Raises:
             ServerLost: The loop has ended, and the work with it.
         """
         answer: Future[_Result] = self._begin(math.inf, function, ())
         try:
-            while not wait([answer], _LOOK_AGAIN).done:
-                if not self.alive and not answer.done():  # what came in the last moment is what became of the work
+            while not wait([answer], _CHECK_INTERVAL).done:
+                if not self.alive and not answer.done():  # a result that came just before the end counts
                     raise ServerLost("its event loop has ended")
         except BaseException:
-            answer.cancel()  # the caller's thread is being ended: nobody is left to use what comes
+            answer.cancel()  # the caller's thread is being ended, and nothing uses the result
             raise
         return _result_of(answer)
 
     def end(self, within: float = 0.0) -> None:
-        """End the server, and wait so many seconds for that; a loop that stands still ends when it goes on."""
+        """End the server, and wait at most `within` seconds. A blocked loop ends when it goes on."""
         if not self.alive:
             return
-        with suppress(RuntimeError):  # the loop was closed this very moment
+        with suppress(RuntimeError):  # the loop has just been closed
             self._loop.call_soon_threadsafe(self._stop.set)
         if within > 0:
             self._thread.join(within)
@@ -162,7 +172,7 @@ class ServerLoop:
         with anyio.CancelScope(deadline=anyio.current_time() + until - time.monotonic()) as scope:
             answer.add_done_callback(partial(self._cancel, scope))
             try:
-                await anyio.lowlevel.checkpoint()  # nobody waits any more: nothing is begun
+                await anyio.lowlevel.checkpoint()  # raises if nothing waits for the result any more
                 found = function(*arguments)
                 result: _Result = await found if inspect.isawaitable(found) else found
             except Exception as error:  # noqa: BLE001 - raised in the thread that asked
@@ -178,7 +188,7 @@ class ServerLoop:
 
     def _cancel(self, scope: anyio.CancelScope, answer: Future[Any]) -> None:
         if answer.cancelled():
-            with suppress(RuntimeError):  # the loop has ended, and all that ran in it
+            with suppress(RuntimeError):  # the loop has ended, and the call with it
                 self._loop.call_soon_threadsafe(scope.cancel)
 
 

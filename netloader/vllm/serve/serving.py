@@ -1,7 +1,7 @@
-"""The server of a worker process: one for all models that the process loads, ended with it.
+"""The server of a worker process. One server serves all models that the process loads, and ends with the process.
 
-This is the one process-wide object of the library. vLLM builds loaders when and as often as it likes and hands none
-of them to the next one, while target and draft have to be served at one port.
+This is the only process-wide object of the library. vLLM constructs a loader for each load, and the loaders do not know
+each other. Target and draft still have to be served at one port.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ __all__ = ["ROLES", "WorkerServer", "running_server", "stop_server", "worker_ser
 log = logging.getLogger(__name__)
 
 STOP_WITHIN = 1.8
-"""Seconds that stopping may take in all; vLLM gives a worker some more before it kills it."""
+"""Seconds that stopping may take in total. vLLM waits somewhat longer before it kills a worker."""
 
 _LAYOUTS: tuple[Layout, ...] = ("raw", "processed")
-"""What an engine may hold of one role, in the order in which clients ask."""
+"""The layouts that an engine may hold under one role, in the order in which clients ask for them."""
 
 ROLES: tuple[Role, ...] = ("target", "draft")
-"""What a worker may serve."""
+"""The models that a worker may serve."""
 
 _RETRACT_WITHIN = 5.0
-"""Seconds that running sends may take before their sessions are cut: an engine waits for it."""
+"""Seconds that running sends may take before their sessions are ended. The engine waits for this."""
 
 
 def check_unchanged(holding: Holding) -> None:
-    """See that what was announced is still there.
+    """Check that the tensors of a holding still have the announced digests.
 
     Raises:
-        ManifestError: Some of it is gone, or its digest is another.
+        ManifestError: A tensor is gone, or its contents have changed.
     """
     from netloader.tensors import digest_of
 
@@ -68,18 +68,18 @@ def check_unchanged(holding: Holding) -> None:
 
 
 _LAST_SENDS = 1.0
-"""Seconds that the blocks on their way may take when a replica stops passing on what it pulled."""
+"""Seconds that blocks in flight may take when a replica stops passing on what it pulled."""
 
 
 class WorkerServer:
-    """A server with an event loop of its own, in a background thread that never keeps the process from ending.
+    """A server with an event loop of its own, in a daemon thread.
 
     Args:
-        config: How to serve.
+        config: netloader's configuration.
         rank: The rank.
-        port: Where to listen; 0 for a free port.
-        device: Where the models live, as torch names it.
-        host_name: Address to announce where the server listens at all of them; None to find one out.
+        port: The port to listen at; 0 for a free port.
+        device: The device of the models, as torch names it.
+        host_name: Address to announce if the server listens at all addresses; None to determine one.
 
     Raises:
         ConfigError: The address can't be bound.
@@ -92,7 +92,7 @@ class WorkerServer:
         self._rank = rank
         self._host_name = host_name
         self._file = None if config.output_prefix is None else AddressFile(config.output_prefix, rank)
-        self._janitor: FileCleanup | None = None
+        self._cleanup: FileCleanup | None = None
         self._stopped = False
         self._paused: dict[Role, tuple[Holding, ...]] = {}
         make = partial(
@@ -108,35 +108,34 @@ class WorkerServer:
         )
         self._loop = ServerLoop(make, f"rank {rank}")
         self._server = self._loop.server
-        # A worker that vLLM forked runs the finalizers of multiprocessing, but not atexit; the first process of a
-        # program runs both.
+        # A worker that vLLM forked runs the finalizers of multiprocessing, but not those of atexit. The main process of
+        # a program runs both.
         self._finalize = Finalize(None, self.stop, exitpriority=100)
         atexit.register(self.stop)
 
     @property
     def address(self) -> str:
-        """Where clients reach it."""
+        """The address under which clients reach the server."""
         if self._host_name and is_wildcard(self._server.host):
             return str(Address(self._host_name, self._server.port))
         return str(self._server.address)
 
     def expect(self, role: Role, reason: str) -> None:
-        """Answer clients that the model is not ready yet, in no layout."""
-        self._ask(self._expect, role, reason)
+        """Answer clients that no layout of the model is ready yet."""
+        self._call(self._expect, role, reason)
 
     def _expect(self, role: Role, reason: str) -> None:
         for layout in _LAYOUTS:
             self._server.expect(role, layout, reason=reason)
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any, within: float = 0.0) -> Any:
-        """Have the server's loop carry something out.
+    def _call(self, function: Callable[..., Any], *arguments: Any, within: float = 0.0) -> Any:
+        """Call a function in the server's loop.
 
         Raises:
-            ServerLost: It gives no answer; this server is given up then, and serves nobody any more when its loop goes
-                on after all.
+            ServerLost: The loop does not answer. The server is ended; a loop that is blocked ends when it goes on.
         """
         try:
-            return self._loop.ask(function, *arguments, within=within)
+            return self._loop.call(function, *arguments, within=within)
         except ServerLost as error:
             if not self._stopped:
                 log.error("netloader: rank %d serves nobody any more: %s", self._rank, error)  # noqa: TRY400
@@ -144,51 +143,49 @@ class WorkerServer:
             raise
 
     def offer(self, holding: Holding, detail: str) -> None:
-        """Serve a model that is loaded, in place of the one that was served under its role before, if any.
+        """Serve a loaded model. It replaces the model that was served under its role before, if any.
 
         Args:
             holding: The model.
-            detail: For the log.
+            detail: Description of the holding, for the log.
         """
         role = holding.announcement.identity.role
-        self._ask(self._replace, holding, within=_RETRACT_WITHIN)
+        self._call(self._replace, holding, within=_RETRACT_WITHIN)
         log.info("%s", serving_line(self._rank, role, self.address, detail))
         self._write_address()
 
     def serves(self, role: Role) -> Holding | None:
-        """What is served under `role` now."""
-        held = (h for h in self._server.holdings.held() if h.announcement.identity.role == role)
-        return next(held, None)
+        """What is served under `role` now; None when nothing is."""
+        held: tuple[Holding, ...] = self._call(self._server.holdings.held)
+        return next((h for h in held if h.announcement.identity.role == role), None)
 
     def pull(self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, **options: Any) -> PullReport:
-        """:func:`netloader.pull`, while clients that come meanwhile get what is there already.
+        """:func:`netloader.pull`, while the server passes on the blocks that are verified already.
 
-        It runs in the server's own event loop: what a pull and the sessions of its clients tell each other, block by
-        block, then needs no lock. While another model is served under the same role, that one stays and nothing of the
-        new one is passed on.
+        The pull runs in the server's event loop, so that the pull and the sessions of its clients need no locks. If
+        another model is served under the same role, that model stays, and nothing of the new one is passed on.
 
-        Whoever changes the tensors afterwards calls :meth:`withdraw` before.
+        Call :meth:`withdraw` before the tensors change.
         """
-        held = self._ask(self._server.holdings.held)
+        held = self._call(self._server.holdings.held)
         relay = None if any(h.announcement.identity.role == identity.role for h in held) else self._server
-        # Not given up before it has ended: until then it may write to the tensors.
-        return self._loop.ask_to_the_end(partial(api.pull, tensors, identity, relay=relay, **options))
+        # The call waits until the pull has ended, because the pull may write to the tensors until then.
+        return self._loop.call_to_completion(partial(api.pull, tensors, identity, relay=relay, **options))
 
     def withdraw(self, role: Role, reason: str, *, grace: float = 0.0, sources: Sequence[str] = ()) -> None:
-        """Stop passing on what was pulled for `role`: its memory is free to change when this returns.
+        """Stop passing on what was pulled for `role`. Its memory may change when this returns.
 
-        Clients in the middle are sent on to `sources`. Nothing happens when nothing of the kind is passed on.
+        Clients that are not done are redirected to `sources`. If nothing is passed on, nothing happens.
 
         Args:
             role: The role.
             reason: Told to clients.
-            grace: Seconds that they may take to finish before that; the blocks that are on their way may always arrive,
-                within a bound.
-            sources: Where they may find the same weights.
+            grace: Seconds in which clients may finish. Blocks in flight get a bounded time in addition.
+            sources: Addresses of sources that hold the same weights.
         """
         if self.running:
             within = grace + _LAST_SENDS
-            self._ask(self._withdraw, role, reason, grace, tuple(sources), within=within)
+            self._call(self._withdraw, role, reason, grace, tuple(sources), within=within)
 
     async def _withdraw(self, role: Role, reason: str, grace: float, sources: tuple[str, ...]) -> None:
         holdings = self._server.holdings
@@ -200,27 +197,31 @@ class WorkerServer:
         await self._server.retract(role, reason=reason, within=_LAST_SENDS, sources=sources)
 
     def refuse(self, role: Role, reason: str, hint: str, layouts: tuple[Layout, ...] = _LAYOUTS) -> None:
-        """Tell clients why this model can't be pulled from here in these layouts.
+        """Tell clients why this model can't be pulled from this server in these layouts.
 
-        Refused in all of them, what was served under its role before is retracted first.
+        If these are all layouts, what was served under the role before is retracted first.
         """
-        self._ask(self._refuse, role, reason, hint, layouts, within=_RETRACT_WITHIN)
+        self._call(self._refuse, role, reason, hint, layouts, within=_RETRACT_WITHIN)
         self._write_address()
 
     def retract(self, roles: Sequence[Role], reason: str) -> None:
-        """Stop serving these roles: clients get "gone". Afterwards the memory may change, and is not kept alive."""
+        """Stop serving these roles: clients get "gone". Afterwards the memory may change and be freed."""
         self.forget_paused(roles)
         self._retracted(roles, reason)
 
     def pause(self, roles: Sequence[Role], reason: str) -> tuple[Role, ...]:
-        """As :meth:`retract`, and remember what was served, for :meth:`resume`; which roles were."""
+        """Stop serving these roles as :meth:`retract` does, and keep their holdings for :meth:`resume`.
+
+        Returns:
+            The roles that were served.
+        """
         found = self._retracted(roles, reason)
         self._paused.update(found)
         return tuple(found)
 
     def _retracted(self, roles: Sequence[Role], reason: str) -> dict[Role, tuple[Holding, ...]]:
         found: dict[Role, tuple[Holding, ...]]
-        found = self._ask(self._retract_all, tuple(roles), reason, within=len(roles) * _RETRACT_WITHIN)
+        found = self._call(self._retract_all, tuple(roles), reason, within=len(roles) * _RETRACT_WITHIN)
         for role in found:
             log.info("netloader: rank %d serves its %s no more: %s", self._rank, role, reason)
         return found
@@ -229,19 +230,19 @@ class WorkerServer:
         return {role: held for role in roles if (held := await self._retract(role, reason))}
 
     def forget_paused(self, roles: Sequence[Role]) -> None:
-        """These do not come back: what was kept for them is let go."""
+        """Drop the holdings that were kept for :meth:`resume`."""
         for role in roles:
             self._paused.pop(role, None)
 
     def resume(self, reason: str, roles: Sequence[Role] = ROLES) -> None:
-        """Serve again what was paused, if every byte is what it was.
+        """Serve again what was paused, if its contents are unchanged.
 
         Args:
             reason: For the log.
-            roles: Which of it.
+            roles: The roles to resume.
 
         Raises:
-            ManifestError: Some of it is gone, or not what it was; that is refused by name from now on.
+            ManifestError: A tensor is gone or has changed. Its model is refused with that reason from now on.
         """
         paused = {role: self._paused.pop(role) for role in roles if role in self._paused}
         changed: ManifestError | None = None
@@ -254,17 +255,17 @@ class WorkerServer:
                 self.refuse(role, error.message, error.hint)
                 continue
             for holding in holdings:
-                self._ask(self._replace, holding, within=_RETRACT_WITHIN)
+                self._call(self._replace, holding, within=_RETRACT_WITHIN)
             log.info("netloader: rank %d serves its %s again: %s", self._rank, role, reason)
         if changed is not None:
             raise changed
 
     def stop(self) -> None:
-        """End the server: the address file first, then all sessions. Bounded in time; calling it again is harmless."""
+        """End the server: first the address file, then all sessions, in bounded time. A second call does nothing."""
         self._end(STOP_WITHIN)
 
     def give_up(self) -> None:
-        """End the server without waiting for it: the address file now, the sessions when its loop gets round to it."""
+        """End the server without waiting: the address file at once, the sessions when the loop handles the request."""
         self._end(0.0)
 
     def _end(self, within: float) -> None:
@@ -275,13 +276,13 @@ class WorkerServer:
         self._finalize.cancel()
         if self._file is not None:
             self._file.remove()
-        if self._janitor is not None:
-            self._janitor.release()
+        if self._cleanup is not None:
+            self._cleanup.release()
         self._loop.end(within)
 
     @property
     def running(self) -> bool:
-        """Whether it serves: not stopped, and not inherited from the process that this one was forked from."""
+        """Whether it serves: it was not stopped, and it was not inherited from the process that forked this one."""
         return not self._stopped and os.getpid() == self.pid and self._loop.alive
 
     async def _refuse(self, role: Role, reason: str, hint: str, layouts: tuple[Layout, ...]) -> None:
@@ -311,31 +312,31 @@ class WorkerServer:
         except AddressFileError as error:
             log.error("netloader: rank %d: %s", self._rank, error)  # noqa: TRY400 - the message says it all
         else:
-            self._janitor = self._janitor or FileCleanup(self._file.path, self.address)
+            self._cleanup = self._cleanup or FileCleanup(self._file.path, self.address)
 
 
-_here: WorkerServer | None = None
+_worker_server: WorkerServer | None = None
 
 
 def running_server() -> WorkerServer | None:
-    """The server of this process, when there is one."""
-    return _here if _here is not None and _here.running else None
+    """The server of this process; None when there is none."""
+    return _worker_server if _worker_server is not None and _worker_server.running else None
 
 
 def worker_server(config: Config, rank: int, device: str) -> WorkerServer | None:
-    """The server of this process, started by the first call.
+    """The server of this process. The first call starts it.
 
-    What keeps it from starting costs the server, never the model: it is logged.
+    If the server can't start, the reason is logged, and the load goes on without a server.
 
     Args:
-        config: How to serve.
+        config: netloader's configuration.
         rank: The rank.
-        device: Where the models live.
+        device: The device of the models, as torch names it.
 
     Returns:
         The server, or None when this rank serves nobody.
     """
-    global _here  # noqa: PLW0603 - the one process-wide object, see the module's docstring
+    global _worker_server  # noqa: PLW0603 - the one process-wide object, see the module's docstring
     decision = listen_port_for(config, rank)
     if decision.port is None:
         if decision.warning:
@@ -351,25 +352,25 @@ def worker_server(config: Config, rank: int, device: str) -> WorkerServer | None
             )
         return server
     try:
-        _here = WorkerServer(config, rank, decision.port, device, _host_name())
+        _worker_server = WorkerServer(config, rank, decision.port, device, _host_name())
     except ConfigError as error:
         log.error("netloader: rank %d serves nobody: %s; %s", rank, error, decision.reason)  # noqa: TRY400
         return None
     except (NetloaderError, OSError, RuntimeError, TimeoutError, ExceptionGroup) as error:
         log.error("netloader: rank %d serves nobody: %s", rank, str(error) or type(error).__name__)  # noqa: TRY400
         return None
-    return _here
+    return _worker_server
 
 
 def stop_server() -> None:
-    """End the server of this process, if there is one; the next load may start another."""
+    """End the server of this process, if there is one. The next load may start another."""
     server = running_server()
     if server is not None:
         server.stop()
 
 
 def _settings(config: Config) -> tuple[object, ...]:
-    """What a second load in one process can't change any more."""
+    """The settings that a second load in the same process can't change."""
     return (
         *(config.listen_port, config.listen_host, config.output_prefix),
         *(config.transport, config.max_clients, config.fan_out, config.stall_timeout, config.token_file),
@@ -377,5 +378,5 @@ def _settings(config: Config) -> tuple[object, ...]:
 
 
 def _host_name() -> str | None:
-    # vLLM's own variable, which users set where a machine has several addresses.
+    # vLLM's own variable. Users set it on machines with several addresses.
     return os.environ.get("VLLM_HOST_IP") or None

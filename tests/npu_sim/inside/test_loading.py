@@ -24,9 +24,9 @@ from netloader.core.plan import make_plan
 from netloader.core.report import PullReport
 from netloader.tensors import Holding, digest_of, hold
 from netloader.vllm.model.copies import Copies, Keep
-from netloader.vllm.model.snapshot import RawWeights, Settled, named_raw_tensors
-from netloader.vllm.serve.raw_holding import Offered, offered
-from netloader.vllm.serve.retention import copied_lines, hint_for, keep_policy, kept_text
+from netloader.vllm.model.snapshot import Located, RawWeights, named_raw_tensors
+from netloader.vllm.serve.raw_holding import RawHolding, raw_holding
+from netloader.vllm.serve.retention import copy_log_lines, hint_for, keep_policy, kept_text
 from tests.npu_sim.inside.kit import FRACTAL_NZ
 
 SERVER, CLIENT = "npu:1", "npu:0"
@@ -86,10 +86,10 @@ def process(model: torch.nn.Module, *, in_place: str = "") -> None:
 
 @dataclass
 class Loaded:
-    settled: Settled
+    located: Located
     copies: Mapping[Keep, Copies]
     lines: list[tuple[int, str]]
-    offer: Callable[[], Offered]
+    offer: Callable[[], RawHolding]
 
 
 def held(model: torch.nn.Module) -> Holding:
@@ -105,13 +105,13 @@ def load(model: torch.nn.Module, *, in_place: str = "", **fields: Any) -> Loaded
     del holding
     raw = RawWeights(model, announcement, keep_policy(QUANTISED, config))
     copies = dict(raw.copies)
-    lines = list(copied_lines(raw.copies))
+    lines = list(copy_log_lines(raw.copies))
     process(model, in_place=in_place)
-    settled = raw.settle(model)
-    return Loaded(settled, copies, lines, lambda: offered(announcement, device, settled, "ab" * 16))
+    located = raw.locate(model)
+    return Loaded(located, copies, lines, lambda: raw_holding(announcement, device, located, "ab" * 16))
 
 
-async def pull(model: torch.nn.Module, from_: Offered, transport: str) -> PullReport:
+async def pull(model: torch.nn.Module, from_: RawHolding, transport: str) -> PullReport:
     async with netloader.Server(host="127.0.0.1", transport=transport, device=SERVER, fan_out=0) as server:
         server.add(from_)
         return await netloader.pull(named_raw_tensors(model), sources=[f"127.0.0.1:{server.port}"], transport=transport)
@@ -133,8 +133,8 @@ async def test_originals_are_kept_where_keep_raw_says_and_can_be_pulled(
     model = small_model(1, SERVER)
     expected = on_host(model)
     loaded = load(model, int8_cache=setting)
-    assert loaded.settled.lost == {}
-    kept = {name: str(tensor.device) for name, tensor in loaded.settled.kept.items()}
+    assert loaded.located.lost == {}
+    kept = {name: str(tensor.device) for name, tensor in loaded.located.kept.items()}
     assert kept == {
         "int8.weight": device,
         "int8.scale": device,  # a parameter of its module, whatever its size
@@ -142,8 +142,8 @@ async def test_originals_are_kept_where_keep_raw_says_and_can_be_pulled(
         "packed.weight": device,
     }
     nbytes = sum(expected[name].nbytes for name in kept)
-    assert kept_text(loaded.settled) == f"originals kept: INT8_CACHE={setting}: {nbytes} bytes on {device}"
-    assert "plain.weight" in loaded.settled.live, "tiles hold the same values: it is served where it lies"
+    assert kept_text(loaded.located) == f"originals kept: INT8_CACHE={setting}: {nbytes} bytes on {device}"
+    assert "plain.weight" in loaded.located.live, "tiles hold the same values: it is served where it lies"
     client = small_model(50, CLIENT)
     assert len(wrong(client, expected)) == len(expected)
     await pull(client, loaded.offer(), transport)
@@ -177,31 +177,31 @@ async def test_a_full_device_sends_all_copies_to_the_host(transport: str) -> Non
     config = Config(int8_cache="hbm")
     raw = RawWeights(model, announcement, keep_policy(QUANTISED, config))
     assert memory.accounts.used[1] - used < room // 2, "none stays on the device"
-    lines = list(copied_lines(raw.copies))
+    lines = list(copy_log_lines(raw.copies))
     memory.accounts.limit = 64 << 30
     warnings = [line for level, line in lines if level == logging.WARNING]
     assert len(warnings) == 1
     assert warnings[0].startswith("INT8_CACHE=hbm: the device is full, the copies go to the host's memory (NPU out of")
     assert "bytes on cpu" in lines[-1][1]
     process(model)
-    settled = raw.settle(model)
-    assert settled.lost == {}
-    assert str(settled.kept["twice.weight"].device) == "cpu"
+    located = raw.locate(model)
+    assert located.lost == {}
+    assert str(located.kept["twice.weight"].device) == "cpu"
     client = small_model(60, CLIENT)
-    await pull(client, offered(announcement, SERVER, settled, "ab" * 16), transport)
+    await pull(client, raw_holding(announcement, SERVER, located, "ab" * 16), transport)
     assert wrong(client, expected) == []
 
 
 def test_without_copies_the_refusal_names_the_tensors_and_keep_raw() -> None:
     loaded = load(small_model(4, SERVER))
-    assert set(loaded.settled.lost) == {"int8.weight", "packed.weight", "twice.weight"}
-    assert set(loaded.settled.lost.values()) == {"vLLM replaced it"}
-    assert hint_for(loaded.settled.lost, QUANTISED, Config()) == "set INT8_CACHE to dram or hbm on the server"
+    assert set(loaded.located.lost) == {"int8.weight", "packed.weight", "twice.weight"}
+    assert set(loaded.located.lost.values()) == {"vLLM replaced it"}
+    assert hint_for(loaded.located.lost, QUANTISED, Config()) == "set INT8_CACHE to dram or hbm on the server"
 
 
 def test_a_rewrite_in_place_destroys_an_original_kept_by_reference_and_not_a_copy() -> None:
     name = "embed.weight"
-    lost = load(small_model(5, SERVER), in_place=name, int8_cache="dram").settled.lost
+    lost = load(small_model(5, SERVER), in_place=name, int8_cache="dram").located.lost
     why = "vLLM rewrote it in place, or a tensor of the same block"
     assert lost == {name: why, "plain.weight": why}
     assert "list these names in INT8_CACHE_NAME" in hint_for(lost, QUANTISED, Config(int8_cache="dram"))
@@ -209,8 +209,8 @@ def test_a_rewrite_in_place_destroys_an_original_kept_by_reference_and_not_a_cop
     model = small_model(5, SERVER)
     expected = on_host(model)
     loaded = load(model, in_place=name, int8_cache="dram", int8_cache_name=every)
-    assert loaded.settled.lost == {}
-    assert torch.equal(loaded.settled.kept[name], expected[name])
+    assert loaded.located.lost == {}
+    assert torch.equal(loaded.located.kept[name], expected[name])
 
 
 def test_copies_of_unchanged_tensors_are_freed() -> None:
@@ -219,6 +219,6 @@ def test_copies_of_unchanged_tensors_are_freed() -> None:
     used = memory.accounts.used[1]
     raw = RawWeights(model, announcement, keep_policy(QUANTISED, Config(int8_cache="hbm")))
     assert memory.accounts.used[1] > used
-    settled = raw.settle(model)
-    assert settled.kept == {}
+    located = raw.locate(model)
+    assert located.kept == {}
     assert memory.accounts.used[1] == used

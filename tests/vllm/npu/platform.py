@@ -16,7 +16,7 @@ FRACTAL_NZ = 29
 
 
 class Worker:
-    """What netloader watches of a worker: that it measures its memory once its models are loaded."""
+    """The one method of a worker that netloader wraps here: it measures the memory after the models are loaded."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -65,7 +65,7 @@ class NpuPlatform(Platform):
 
     @classmethod
     def get_attn_backend_cls(cls, *args: Any, **kwargs: Any) -> str:
-        """A backend that can be named; nothing here attends to anything."""
+        """Some backend, because the name must exist. Nothing computes here."""
         return "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 
     @classmethod
@@ -75,7 +75,7 @@ class NpuPlatform(Platform):
 
 
 def register_int8_kernel() -> None:
-    """Have int8 weights made ready as vendors do it: transposed, in tiles."""
+    """Register post-processing of int8 weights as vendors have it: transposed, in tiles."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearKernel
 

@@ -1,4 +1,4 @@
-"""What the entry point names: vLLM calls it before the platform may be imported."""
+"""The function that the entry point names. vLLM calls it before it imports the platform."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from tests.vllm.pulls import LogLines
 pytestmark = pytest.mark.usefixtures("needs_vllm")
 
 CLIENT, SERVER, DISK = "npu:0", "npu:1", "npu:2"
-BARE = "npu"  # as engines have it: the worker chose its device, and no name of it has a number
+BARE = "npu"  # as in an engine: the worker has chosen its device, and the name has no number
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,12 +42,12 @@ FromDisk = Callable[[Path], harness.Loaded]
 
 @pytest.fixture(scope="module")
 def from_disk(kernels: None) -> FromDisk:
-    """What vLLM's own loader makes of a folder's files on a third device, once for each folder."""
+    """Loads a folder's files with vLLM's own loader on a third device, once per folder."""
     return functools.cache(lambda folder: load(folder, DISK, "auto"))
 
 
 def load(model: Path, device: str, load_format: str = "netloader", **settings: Any) -> harness.Loaded:
-    """Load as an engine on `device` does, which measures its memory after that."""
+    """Load as an engine on `device` does, and measure the memory afterwards."""
     found = unmeasured(model, device, load_format, **settings)
     platform.Worker(device).determine_available_memory()
     return found
