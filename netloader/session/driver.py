@@ -7,7 +7,6 @@ and these tasks run in one task group, which ends with the session.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
@@ -107,8 +106,8 @@ class SessionDriver(Generic[M]):
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
         self._feeding = False
-        self._outbox: deque[bytes | Announce] = deque()
-        self._outbox_filled = asyncio.Event()
+        self._outbox: deque[bytes | Announce] = deque()  # what could not be sent at once
+        self._writing = False
         self._outbox_shrank = anyio.Event()
         self._deadline: float | None = None
         self._deadline_moved = anyio.Event()
@@ -133,7 +132,6 @@ class SessionDriver(Generic[M]):
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 tasks.start_soon(self._read)
-                tasks.start_soon(self._write)
                 tasks.start_soon(self._watch_timer)
                 self.feed(e.Connected(os.urandom(16)))
                 try:
@@ -176,6 +174,7 @@ class SessionDriver(Generic[M]):
         """Flush the outbox, then wait for FIN: closing with unread input sends RST and drops our last message."""
         with self._farewell_scope:
             self._farewell_scope.deadline = min(anyio.current_time() + self._farewell_seconds, self._farewell_until)
+            self._writing = True
             try:
                 while self._outbox and not self._connection_lost:
                     await self._connection.send(await encoded(self._outbox.popleft()))
@@ -226,7 +225,7 @@ class SessionDriver(Generic[M]):
             case f.Send(Announce() as message) if message.manifest and len(message.manifest.tensors) > FEW_TENSORS:
                 self._enqueue(message)
             case f.Send(message):
-                self._enqueue(encode_frame(message))
+                self._send_frame(encode_frame(message))
             case f.SetTimer(seconds):
                 self._set_timer(seconds)
             case f.Note(text):
@@ -259,10 +258,19 @@ class SessionDriver(Generic[M]):
         work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
         self.spawn(work, e.Examined)
 
+    def _send_frame(self, frame: bytes) -> None:
+        """Send a frame at once if no frame waits; queue what the socket does not take."""
+        if not (self._outbox or self._writing or self._connection_lost):
+            frame = self._connection.send_now(frame)
+        if frame:
+            self._enqueue(frame)
+
     def _enqueue(self, frame: bytes | Announce) -> None:
         """Queue a frame for sending. A large announcement is queued unencoded; the writer encodes it in a thread."""
         self._outbox.append(frame)
-        self._outbox_filled.set()
+        if not (self._writing or self._tasks is None):
+            self._writing = True
+            self._tasks.start_soon(self._write)
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect that only this side has.
@@ -431,20 +439,18 @@ class SessionDriver(Generic[M]):
             await anyio.lowlevel.checkpoint()
 
     async def _write(self) -> None:
-        """Send the frames of the outbox. No other task sends while the session runs."""
-        while True:
-            await self._outbox_filled.wait()
-            self._outbox_filled.clear()
-            while self._outbox:
-                try:
-                    frame = await encoded(self._outbox.popleft())
-                except LocalProtocolError as error:
-                    self.feed(_as_event(error))
-                    continue
-                if not await self._write_frame(frame):
-                    return
-                changed, self._outbox_shrank = self._outbox_shrank, anyio.Event()
-                changed.set()
+        """Send the frames of the outbox. Most sessions never need this task."""
+        while self._outbox:
+            try:
+                frame = await encoded(self._outbox.popleft())
+            except LocalProtocolError as error:
+                self.feed(_as_event(error))
+                continue
+            if not await self._write_frame(frame):
+                return
+            changed, self._outbox_shrank = self._outbox_shrank, anyio.Event()
+            changed.set()
+        self._writing = False
 
     async def _write_frame(self, frame: bytes) -> bool:
         """Send one frame. Returns False when the connection is lost.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import cast
 
 import anyio
@@ -17,6 +18,8 @@ from netloader.session.connection import ControlConnection
 from tests.drivers import kit
 
 MUCH = 16 << 20
+TRIES = 25
+"""Tries, some milliseconds apart, after which a socket that took nothing in all of them is full."""
 
 
 async def connected() -> tuple[ControlConnection[ClientMessage], SocketStream]:
@@ -55,14 +58,63 @@ async def test_bytes_that_do_not_fit_wait_until_the_socket_is_writable() -> None
         await connection.aclose()
 
 
+async def test_bytes_that_do_not_fit_are_returned_to_be_sent_later() -> None:
+    connection, far = await connected()
+    async with far:
+        small, large = b"hello", os.urandom(MUCH)
+        assert connection.send_now(small) == b""
+        rest = connection.send_now(large)
+        tries = 0
+
+        def is_full() -> bool:  # the kernel moves some of it on to the peer's buffer, now and then
+            nonlocal rest, tries
+            less = connection.send_now(rest)
+            tries = tries + 1 if less == rest else 0
+            rest = less
+            return tries == TRIES
+
+        await kit.until(is_full)
+        assert 0 < len(rest) < MUCH
+        assert large.endswith(rest)
+        assert connection.send_now(b"no room") == b"no room"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.send, rest)
+            assert await receive(far, len(small) + MUCH) == small + large
+        assert connection.send_now(b"room again") == b""
+        assert await receive(far, 10) == b"room again"
+        await connection.aclose()
+
+
 async def test_writing_to_a_broken_connection_raises() -> None:
     connection, far = await connected()
     await kit.Wire(far, client_messages()).reset()
     with pytest.raises(PeerLost):
         await connection.receive()
+    assert connection.send_now(b"hello") == b"hello"
     with pytest.raises(PeerLost):
         await connection.send(b"hello")
     await connection.aclose()
+
+
+async def test_a_process_without_free_descriptors_is_told_so() -> None:
+    connection, far = await connected()
+    taken: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with far:
+        try:
+            taken.append(os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 10, limits[1]))
+            with pytest.raises(OSError, match="Too many"):  # noqa: PT012 - some calls succeed
+                while True:
+                    taken.append(os.dup(0))
+            with pytest.raises(PeerLost, match="no descriptor") as caught:
+                ControlConnection(far, client_messages())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for descriptor in taken:
+                os.close(descriptor)
+        await connection.aclose()
+    assert caught.value.hint == "raise the limit of open files"
 
 
 async def test_messages_keep_their_order_when_the_peer_reads_slowly() -> None:
