@@ -14,8 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +41,8 @@ from netloader.errors import (
     RootMismatch,
     TransportUnavailable,
 )
+from netloader.observe import SessionEnded
+from netloader.observe.events import Event
 from netloader.tensors import hold
 from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
@@ -383,13 +387,37 @@ def test_corruption_is_reported_as_json(model: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_good_source_replaces_a_corrupting_one(
-    server: Serving, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tensors = open_checkpoint(model).tensors
+    """The good source starts when the corrupting one has failed, because otherwise it might send every block."""
+    tensors, identity = open_checkpoint(model).tensors, ModelIdentity(layout="checkpoint")
+    failed, over, reserved = threading.Event(), threading.Event(), socket.socket()
+    reserved.bind(("127.0.0.1", 0))
+    port = reserved.getsockname()[1]
+
+    def note(event: Event) -> None:
+        if isinstance(event, SessionEnded) and event.transport:
+            failed.set()
+
+    def serve_good() -> None:
+        assert failed.wait(PATIENCE)
+        reserved.close()
+        with sync.serve(tensors, identity, host="127.0.0.1", port=port, transport="gloo"):
+            over.wait(PATIENCE)
+
     transport = faulty(Fault(FaultKind.CORRUPT, 1, times=None))
-    with sync.serve(tensors, ModelIdentity(layout="checkpoint"), host="127.0.0.1", transport=transport) as bad:
-        sources = [bad.address, server.address]
-        assert main(["pull", *sources, "-o", str(tmp_path / "copy"), "--transport", "gloo"]) == 0
+    with (
+        reserved,
+        ThreadPoolExecutor(1) as threads,
+        sync.serve(tensors, identity, host="127.0.0.1", transport=transport, observers=[note]) as bad,
+    ):
+        good = threads.submit(serve_good)
+        arguments = [bad.address, f"127.0.0.1:{port}", "-o", str(tmp_path / "copy"), "--wait", "30", *BY_GLOO]
+        try:
+            assert main(["pull", *arguments]) == 0
+        finally:
+            over.set()
+        good.result()
     assert f"failed before: {bad.address}: block 1" in capsys.readouterr().out
     assert same(model, tmp_path / "copy")
 

@@ -105,15 +105,13 @@ class SessionDriver(Generic[M]):
         self._channel: Channel | None = None
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
-        self._feeding = False
         self._outbox: deque[bytes | Announce] = deque()  # what could not be sent at once
-        self._writing = False
+        self._feeding = self._writing = self._connection_lost = False
         self._outbox_shrank = anyio.Event()
         self._deadline: float | None = None
         self._deadline_moved = anyio.Event()
         self._watch_until = math.inf
         self._closing = anyio.Event()
-        self._connection_lost = False
         self._farewell_seconds = _FAREWELL
         self._farewell_until = math.inf  # time of the event loop after which the session does not wait for the peer
         self._send_scope = anyio.CancelScope()
