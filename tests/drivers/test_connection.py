@@ -50,7 +50,7 @@ async def test_bytes_that_do_not_fit_wait_until_the_socket_is_writable() -> None
         await connection.send(small)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(say)
-            await anyio.sleep(0.1)
+            await anyio.wait_all_tasks_blocked()
             assert not over.is_set()
             assert await receive(far, len(small) + MUCH) == small + large
         await connection.send(b"room again")
