@@ -48,7 +48,10 @@ def test_such_a_file_counts_beside_a_short_configuration(folders: dict[str, Path
 
 
 def test_where_the_files_are_need_not_be_the_name_of_the_model(folders: dict[str, Path]) -> None:
-    known = SimpleNamespace(quantization="auto_awq", hf_overrides={}, hf_config=SimpleNamespace())
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    method = "auto_awq" if "auto_awq" in QUANTIZATION_METHODS else "awq"  # its name in older releases
+    known = SimpleNamespace(quantization=method, hf_overrides={}, hf_config=SimpleNamespace())
     (folders["W8A16"] / "my-quantize_config.json").write_text('{"bits": 4}')
     named = SimpleNamespace(**vars(known), quantization_config=None, model="some/model")
     placed = SimpleNamespace(**vars(known), quantization_config=None, model=str(folders["W8A16"]))
