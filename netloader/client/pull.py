@@ -202,9 +202,9 @@ class _Pull:
             self._manifest_digest = (
                 manifest_digest(manifest) if few else await anyio.to_thread.run_sync(manifest_digest, manifest)
             )
-        chance = random.Random()  # noqa: S311 - spreads clients, no secret
+        rng = random.Random()  # noqa: S311 - spreads clients, no secret
         adopts, finding = manifest is None, self._options.connect_timeout
-        self._pull = Pull((), self._options, chance, began=self._began, adopts=adopts, listing=finding)
+        self._pull = Pull((), self._options, rng, began=self._began, adopts=adopts, listing=finding)
         self._supply = Supply(self._pull.ledger)
         try:
             with self._scope:
