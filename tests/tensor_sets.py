@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from netloader.core.plan import Plan
-from netloader.tensors import DTYPES, Memory
+from netloader.tensors import DTYPES, TensorMemory
 
 LARGEST = 5000
 """Elements of one tensor: enough to be cut into many of the smallest blocks."""
@@ -83,7 +83,7 @@ def memory_bytes(tensor: torch.Tensor) -> bytes:
     return flat.numpy().tobytes()
 
 
-def copy_blocks(source: Memory, target: Memory, plan: Plan) -> None:
+def copy_blocks(source: TensorMemory, target: TensorMemory, plan: Plan) -> None:
     """What a transport does: every block from one side to the other, byte by byte."""
     numbers = range(len(plan.blocks))
     for theirs, ours in zip(source.views(plan, numbers), target.views(plan, numbers), strict=True):

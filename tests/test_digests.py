@@ -17,20 +17,20 @@ from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, compute_root, manifest_digest
 from netloader.core.plan import MIN_BLOCK_BYTES
 from netloader.errors import ManifestError, TransportUnavailable
-from netloader.tensors import ALGORITHMS, DEFAULT, Holding, digest_of, digest_plan, digests, hold
+from netloader.tensors import ALGORITHMS, DEFAULT, TensorHolding, digest_of, digest_plan, digests, hold
 from netloader.transports.base import BlockView
 from tests.tensor_sets import Sketch, build, sketches
 
 IDENTITY = ModelIdentity(model="m")
 
 
-def digests_now(holding: Holding) -> list[bytes]:
+def digests_now(holding: TensorHolding) -> list[bytes]:
     plan = holding.announcement.plan
     views = holding.memory.views(plan, range(len(plan.blocks)))
     return [digest_of(view, holding.announcement.algorithm) for view in views]
 
 
-def announced(holding: Holding) -> list[bytes]:
+def announced(holding: TensorHolding) -> list[bytes]:
     joined = holding.announcement.digests
     return [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
 

@@ -20,7 +20,7 @@ from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec, compare, is_dense
 from netloader.core.plan import MIN_BLOCK_BYTES, make_plan
 from netloader.errors import LocalProtocolError, ManifestError, TransportUnavailable
-from netloader.tensors import DTYPES, Memory, MemoryBlock, describe, destination, hold
+from netloader.tensors import DTYPES, MemoryBlock, TensorMemory, describe, destination, hold
 from tests.tensor_sets import Sketch, build, copy_blocks, differing, memory_bytes, sketches
 
 BLOCK_SIZES = st.sampled_from([MIN_BLOCK_BYTES, 4096, 1 << 20])
@@ -363,7 +363,7 @@ def test_writing_to_a_parameter_is_not_recorded_by_autograd() -> None:
     assert parameter._version == 0
 
 
-def weak_pair() -> tuple[torch.nn.Parameter, Memory, Manifest]:
+def weak_pair() -> tuple[torch.nn.Parameter, TensorMemory, Manifest]:
     parameter = torch.nn.Parameter(torch.full((1000,), 7.0))
     manifest, memory = describe({"norm": torch.nn.Parameter(torch.ones(1)), "w": parameter}, weak=True)
     return parameter, memory, manifest
@@ -482,10 +482,10 @@ def test_memory_that_shrank_is_never_read_past_its_end() -> None:
     plan = make_plan(manifest, 1024)
     last = next(n for n, block in enumerate(plan.blocks) if block.spans[0].tensor == 1)
     assert described.missing(plan, [last]) == {}
-    held = Memory(manifest, [memory[:10], memory[500:600]], torch.device("cpu"))
+    held = TensorMemory(manifest, [memory[:10], memory[500:600]], torch.device("cpu"))
     assert held.missing(plan, [last]) == {}  # the storage is what counts, and it is all there
     short = torch.zeros(600)
-    held = Memory(manifest, [short[:10], short[500:]], torch.device("cpu"))
+    held = TensorMemory(manifest, [short[:10], short[500:]], torch.device("cpu"))
     assert held.missing(plan, [last]) == {last: "last has less memory than it had"}
     with pytest.raises(ManifestError, match=f"block {last} is gone: last has less memory than it had"):
         held.views(plan, [last])
@@ -505,7 +505,7 @@ def test_a_plan_for_other_tensors_is_refused() -> None:
 
 def test_device_memory_has_no_byte_views() -> None:
     manifest, _ = describe({"w": torch.ones(10)})
-    memory = Memory(manifest, [torch.empty(10, device="meta")], torch.device("meta"))
+    memory = TensorMemory(manifest, [torch.empty(10, device="meta")], torch.device("meta"))
     (view,) = memory.views(make_plan(manifest, 4096), [0])
     assert isinstance(view, MemoryBlock)
     with pytest.raises(TransportUnavailable, match="block 0 is on meta"):

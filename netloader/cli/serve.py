@@ -32,7 +32,7 @@ from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, Faults, FaultyTransport
 
 if TYPE_CHECKING:
-    from netloader.tensors import Holding
+    from netloader.tensors import TensorHolding
 
 __all__ = ["run"]
 
@@ -77,7 +77,7 @@ async def _serve(options: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-async def _serve_until_cancelled(server: Server, holding: Holding, options: argparse.Namespace) -> None:
+async def _serve_until_cancelled(server: Server, holding: TensorHolding, options: argparse.Namespace) -> None:
     announced = holding.announcement
     say(f"root {announced.root}")
     with _written(options.address_file, str(server.address)):
@@ -90,7 +90,7 @@ def _transports(names: Sequence[str], fault: Fault | None) -> list[str | Transpo
     return [transport if fault is None else FaultyTransport(transport, Faults([fault])) for transport in found]
 
 
-def _read(options: argparse.Namespace, stop: threading.Event) -> Holding | None:
+def _read(options: argparse.Namespace, stop: threading.Event) -> TensorHolding | None:
     """Hash the files. Returns None when stopped meanwhile."""
     log = ProgressLog(say, every=options.progress_every, verb="hashed")
     began = time.monotonic()
@@ -108,7 +108,7 @@ def _read(options: argparse.Namespace, stop: threading.Event) -> Holding | None:
         return None
 
 
-def _check(fault: Fault | None, holding: Holding) -> None:
+def _check(fault: Fault | None, holding: TensorHolding) -> None:
     """Refuse a fault that can't occur.
 
     Raises:

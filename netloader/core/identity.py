@@ -68,7 +68,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         quantization_config: Digest over the method's configuration. For a quantised model in an engine, an empty digest
             means that the configuration is not known, and never counts as equal. In the layout ``checkpoint`` it may be
             empty.
-        layout: How the tensors are laid out (see the words in docs/protocol.md).
+        layout: How the tensors are laid out (see docs/glossary.md).
         role: ``target``, or ``draft`` for the draft model of speculative decoding.
         tp_size, tp_rank: Tensor-parallel size and rank.
         pp_size, pp_rank: Pipeline-parallel size and rank.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from netloader.tensors.describe import DTYPES, describe
 from netloader.tensors.destination import Destination, destination
 from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_blocks, digest_of, digest_plan
-from netloader.tensors.holding import HASHERS, Holding, hold
-from netloader.tensors.memory import Memory, MemoryBlock
+from netloader.tensors.holding import HASHERS, TensorHolding, hold
+from netloader.tensors.memory import MemoryBlock, TensorMemory
 from netloader.tensors.touch import LEAST_BYTES, Prefaulter
 
 __all__ = [
@@ -16,10 +16,10 @@ __all__ = [
     "HASHERS",
     "LEAST_BYTES",
     "Destination",
-    "Holding",
-    "Memory",
     "MemoryBlock",
     "Prefaulter",
+    "TensorHolding",
+    "TensorMemory",
     "describe",
     "destination",
     "digest_blocks",

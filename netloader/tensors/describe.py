@@ -17,7 +17,7 @@ from netloader.codecs.npu_formats import PLAIN, format_of
 from netloader.core.manifest import ITEM_BYTES, MAX_DIMS, MAX_NAME, MAX_TENSORS, Manifest, TensorSpec, is_dense
 from netloader.errors import ManifestError
 from netloader.tensors.mappings import not_writable
-from netloader.tensors.memory import BATCH_TENSORS, Memory
+from netloader.tensors.memory import BATCH_TENSORS, TensorMemory
 
 __all__ = ["DTYPES", "describe"]
 
@@ -29,7 +29,7 @@ _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtyp
 
 def describe(
     tensors: Mapping[str, torch.Tensor], *, weak: bool = False, writable: bool = False
-) -> tuple[Manifest, Memory]:
+) -> tuple[Manifest, TensorMemory]:
     """Describe a set of tensors, in the order given.
 
     Tensors that share exactly the same memory (tied weights) are described once; the later ones are aliases. Bytes are
@@ -62,7 +62,7 @@ def describe(
             hint="leave them out, or use plain dense copies of them",
         )
     manifest = Manifest.of(specs, survey.wire_bytes())
-    return manifest, Memory(
+    return manifest, TensorMemory(
         manifest,
         list(tensors.values()),
         survey.device,

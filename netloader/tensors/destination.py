@@ -10,7 +10,7 @@ from netloader.core.manifest import Manifest, TensorSpec
 from netloader.core.plan import Plan
 from netloader.errors import LocalProtocolError, ManifestError
 from netloader.tensors.describe import DTYPES, describe
-from netloader.tensors.memory import Memory, MemoryBlock
+from netloader.tensors.memory import MemoryBlock, TensorMemory
 
 __all__ = ["Destination", "destination"]
 
@@ -25,7 +25,7 @@ class Destination:
     def __init__(self, device: str) -> None:
         self.device = device
         self._manifest: Manifest | None = None
-        self._memory: Memory | None = None
+        self._memory: TensorMemory | None = None
         self._tensors: Mapping[str, torch.Tensor] = {}
 
     @classmethod
@@ -42,7 +42,7 @@ class Destination:
         return self._manifest
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> TensorMemory:
         """The memory of the tensors.
 
         Raises:
@@ -92,12 +92,12 @@ class Destination:
                     f"no memory on {self.device} for {spec.name} ({spec.nbytes} of {manifest.nbytes} bytes in all)",
                     hint="free memory, or pull on a larger host",
                 ) from error
-        self._memory = Memory(manifest, list(tensors.values()), torch.device(self.device))
+        self._memory = TensorMemory(manifest, list(tensors.values()), torch.device(self.device))
         self._tensors = tensors
         self._manifest = manifest
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
-        """Views of these blocks, in this order; see :meth:`~netloader.tensors.Memory.views`."""
+        """Views of these blocks, in this order; see :meth:`~netloader.tensors.TensorMemory.views`."""
         return self.memory.views(plan, numbers)
 
     def _allocate(self, spec: TensorSpec) -> torch.Tensor:

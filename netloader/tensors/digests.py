@@ -18,7 +18,7 @@ from netloader.errors import ManifestError, TransportUnavailable, shown
 
 if TYPE_CHECKING:
     from netloader.codecs.block_view import BlockView
-    from netloader.tensors.memory import Memory
+    from netloader.tensors.memory import TensorMemory
 
 __all__ = ["ALGORITHMS", "DEFAULT", "digest_blocks", "digest_of", "digest_plan"]
 
@@ -77,7 +77,7 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
 
 
 def digest_plan(
-    memory: Memory,
+    memory: TensorMemory,
     plan: Plan,
     algorithm: str,
     *,
@@ -101,7 +101,7 @@ def digest_plan(
 
 
 def digest_blocks(
-    memory: Memory,
+    memory: TensorMemory,
     plan: Plan,
     numbers: Sequence[int],
     algorithm: str,
@@ -117,7 +117,7 @@ def digest_blocks(
 class _DigestJob:
     """Blocks of a plan, hashed by several threads that each take the next few."""
 
-    def __init__(self, memory: Memory, plan: Plan, numbers: Sequence[int], algorithm: str) -> None:
+    def __init__(self, memory: TensorMemory, plan: Plan, numbers: Sequence[int], algorithm: str) -> None:
         self._memory = memory
         self._plan = plan
         self._algorithm = algorithm

@@ -13,16 +13,16 @@ from netloader.core.plan import block_bytes_for, make_plan
 from netloader.core.protocol.events import Announcement
 from netloader.tensors.describe import describe
 from netloader.tensors.digests import DEFAULT, digest_plan
-from netloader.tensors.memory import Memory
+from netloader.tensors.memory import TensorMemory
 
-__all__ = ["HASHERS", "Holding", "hold"]
+__all__ = ["HASHERS", "TensorHolding", "hold"]
 
 HASHERS = 2
 """Threads that hash by default. Memory bandwidth is the limit, so more threads would only disturb inference."""
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class TensorHolding:
     """One set of tensors that can be served.
 
     Attributes:
@@ -31,7 +31,7 @@ class Holding:
     """
 
     announcement: Announcement
-    memory: Memory
+    memory: TensorMemory
 
     @property
     def device(self) -> str:
@@ -48,7 +48,7 @@ def hold(
     weak: bool = False,
     threads: int = HASHERS,
     progress: Callable[[int, int], None] | None = None,
-) -> Holding:
+) -> TensorHolding:
     """Describe tensors, divide them into blocks and compute the digest of every block.
 
     Reads every byte: call it in a worker thread. Clients compare the blocks with these digests as long as the holding
@@ -76,4 +76,4 @@ def hold(
     root = compute_root(manifest, plan.block_bytes, algorithm, digests, known_digest=known)
     announcement = Announcement(identity, manifest, known, plan, algorithm, digests, root)
     _ = plan.digest  # computed and cached here, in the thread of the caller, before the first client asks
-    return Holding(announcement, memory)
+    return TensorHolding(announcement, memory)

@@ -18,7 +18,7 @@ from netloader.core.plan import Block, Plan, in_groups
 from netloader.errors import ManifestError, TransportUnavailable
 from netloader.tensors.private import PlainCopies, PlainCopy
 
-__all__ = ["BATCH_TENSORS", "Memory", "MemoryBlock"]
+__all__ = ["BATCH_TENSORS", "MemoryBlock", "TensorMemory"]
 
 BATCH_TENSORS = 512
 """Tensors per batch. All properties of a batch are read before the next batch, while its Python objects are in the CPU
@@ -149,7 +149,7 @@ class MemoryBlock:
             )
 
 
-class Memory:
+class TensorMemory:
     """The memory of one set of tensors. Made by :func:`~netloader.tensors.describe`.
 
     Each tensor is identified by its address. If a tensor has been given other memory (``param.data = ...``), this is

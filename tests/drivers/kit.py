@@ -29,7 +29,7 @@ from netloader.observe import Observer
 from netloader.server.server import HoldingServer
 from netloader.server.session import ServerSession
 from netloader.tensors import destination, digest_of, hold
-from netloader.tensors.holding import Holding
+from netloader.tensors.holding import TensorHolding
 from netloader.transports import registry
 from netloader.transports.base import Setup, Transport
 from netloader.transports.memory import MemoryHub, MemoryTransport
@@ -93,12 +93,12 @@ def contents(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: memory_bytes(tensor) for name, tensor in tensors.items()}
 
 
-def held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity = IDENTITY) -> Holding:
+def held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity = IDENTITY) -> TensorHolding:
     """A holding that is cut into small blocks."""
     return hold(tensors, identity, block_bytes=BLOCK, threads=1)
 
 
-def held_weakly(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity = IDENTITY) -> Holding:
+def held_weakly(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity = IDENTITY) -> TensorHolding:
     """Like `held`, but the holding does not keep its tensors alive."""
     return hold(tensors, identity, block_bytes=BLOCK, threads=1, weak=True)
 
@@ -157,7 +157,7 @@ class WatchedServer(HoldingServer):
 @asynccontextmanager
 async def serving(
     transport: Transport,
-    *holdings: Holding,
+    *holdings: TensorHolding,
     timings: Timings = CALM,
     observers: Sequence[Observer] = (),
     **options: Any,
@@ -301,7 +301,7 @@ def abilities(transport: Transport) -> tuple[m.Ability, ...]:
     return (m.Ability(transport.name, dict(transport.facts("cpu"))),)
 
 
-def announce(holding: Holding, **changed: Any) -> m.Announce:
+def announce(holding: TensorHolding, **changed: Any) -> m.Announce:
     known = holding.announcement
     return m.Announce(
         **{
@@ -316,7 +316,7 @@ def announce(holding: Holding, **changed: Any) -> m.Announce:
     )
 
 
-def agree(holding: Holding, transport: Transport) -> m.Agree:
+def agree(holding: TensorHolding, transport: Transport) -> m.Agree:
     return m.Agree(plan=holding.announcement.plan.digest, transport=transport.name)
 
 

@@ -15,7 +15,7 @@ import torch
 from netloader.core import messages as m
 from netloader.core.identity import ModelIdentity
 from netloader.errors import NoSourceLeft
-from netloader.tensors.holding import Holding
+from netloader.tensors.holding import TensorHolding
 from netloader.transports import registry
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.core.test_identity import BASE, NOT_COMPARED, OTHER
@@ -314,7 +314,7 @@ async def test_a_model_that_is_loading_failed_or_retracted_is_refused_with_that_
 
 async def test_blocks_whose_memory_was_freed_are_reported_by_tensor_name(refused: Refused) -> None:
     hub, mine = kit.Hub(), kit.weights()
-    holding: Holding = kit.held_weakly(mine)
+    holding: TensorHolding = kit.held_weakly(mine)
     async with kit.serving(hub.transport, holding) as server:
         del mine["large"]
         line = await refused(kit.at(server), hub)

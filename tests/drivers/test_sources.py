@@ -27,7 +27,7 @@ from netloader.errors import (
     TransferTimeout,
     TransportUnavailable,
 )
-from netloader.tensors.holding import Holding
+from netloader.tensors.holding import TensorHolding
 from netloader.transports.base import Channel, Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
 from netloader.transports.memory import MemoryTransport
@@ -354,7 +354,7 @@ STEPS = (
 class Scripted:
     """A server that follows the protocol up to a step, and then does something else."""
 
-    def __init__(self, hub: kit.Hub, holding: Holding = HOLDING, **changed: Any) -> None:
+    def __init__(self, hub: kit.Hub, holding: TensorHolding = HOLDING, **changed: Any) -> None:
         self.hub = hub
         self.holding = holding
         self.announce = kit.announce(holding, **changed)
@@ -391,7 +391,7 @@ class Scripted:
 
 
 @asynccontextmanager
-async def lying_server(hub: kit.Hub, holding: Holding = HOLDING, **changed: Any) -> AsyncIterator[Address]:
+async def lying_server(hub: kit.Hub, holding: TensorHolding = HOLDING, **changed: Any) -> AsyncIterator[Address]:
     """A server with an announcement that may be wrong, which sends the blocks of `holding` if they are requested."""
     scripted = Scripted(hub, holding, **changed)
 

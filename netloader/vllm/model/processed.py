@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from netloader.core.identity import ModelIdentity
     from netloader.core.protocol.events import Announcement
-    from netloader.tensors import Memory
+    from netloader.tensors import TensorMemory
 
 __all__ = [
     "FACTS",
@@ -93,7 +93,7 @@ class ProcessedHolding:
     """
 
     announcement: Announcement
-    memory: Memory
+    memory: TensorMemory
     facts: torch.Tensor
 
     @property

@@ -227,13 +227,13 @@ class RawWeights:
         """Names of the tensors that have the announced contents. For the others, the reasons are added to `lost`."""
         import torch
 
-        from netloader.tensors import HASHERS, Memory, digest_blocks
+        from netloader.tensors import HASHERS, TensorMemory, digest_blocks
 
         announcement = self._announcement
         manifest, plan = announcement.manifest, announcement.plan
         nothing = torch.empty(0)
         tensors = [found.get(spec.name, nothing) for spec in manifest.tensors]
-        memory = Memory(manifest, tensors, torch.device(self.device))
+        memory = TensorMemory(manifest, tensors, torch.device(self.device))
         whole = [n for n in range(len(plan.blocks)) if all(name in found for name in plan.tensors_of(n))]
         digests = digest_blocks(memory, plan, whole, announcement.algorithm, threads=HASHERS)
         unknown = set[str]().union(*(plan.tensors_of(n) for n in set(range(len(plan.blocks))).difference(whole)))

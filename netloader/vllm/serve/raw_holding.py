@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from netloader.errors import ManifestError
-from netloader.tensors import Memory
+from netloader.tensors import TensorMemory
 from netloader.vllm.model.snapshot import Located, same_bits
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ class RawMemory:
                 self._memory = self._build()
             return bool(dropped)
 
-    def _build(self) -> Memory:
+    def _build(self) -> TensorMemory:
         found = [reference() for reference in self._references]
         # An empty tensor replaces one that was dropped in the meantime. Its blocks are then answered with "gone".
         tensors = [torch.empty(0) if tensor is None else tensor for tensor in found]
-        return Memory(self._manifest, tensors, torch.device(self.device), weak=True)
+        return TensorMemory(self._manifest, tensors, torch.device(self.device), weak=True)
 
 
 def raw_holding(

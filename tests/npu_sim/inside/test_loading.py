@@ -22,7 +22,7 @@ from netloader.config import Config
 from netloader.core.identity import ModelIdentity
 from netloader.core.plan import make_plan
 from netloader.core.report import PullReport
-from netloader.tensors import Holding, digest_of, hold
+from netloader.tensors import TensorHolding, digest_of, hold
 from netloader.vllm.model.copies import Copies, Keep
 from netloader.vllm.model.snapshot import Located, RawWeights, named_raw_tensors
 from netloader.vllm.serve.raw_holding import RawHolding, raw_holding
@@ -92,7 +92,7 @@ class Loaded:
     offer: Callable[[], RawHolding]
 
 
-def held(model: torch.nn.Module) -> Holding:
+def held(model: torch.nn.Module) -> TensorHolding:
     """The raw tensors that it offers."""
     return hold(named_raw_tensors(model), ModelIdentity(model="m"))
 
