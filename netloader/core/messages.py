@@ -16,6 +16,7 @@ from netloader.core.manifest import Manifest
 __all__ = [
     "MAX_RANGES",
     "NONCE_BYTES",
+    "OLDEST",
     "PROTOCOL",
     "Ability",
     "Accepted",
@@ -42,8 +43,11 @@ __all__ = [
     "wire_text",
 ]
 
-PROTOCOL = 1
-"""Version of the protocol that this code speaks."""
+PROTOCOL = 2
+"""Newest version of the protocol that this code speaks."""
+
+OLDEST = 1
+"""Oldest version of the protocol that this code speaks: that of the release before."""
 
 NONCE_BYTES = 16
 MAX_RANGES = 4096

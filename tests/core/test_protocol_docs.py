@@ -86,7 +86,7 @@ def test_the_numbers_in_the_prose_are_those_of_the_code() -> None:
     assert "between 1 KiB and 1 GiB, by default 4 MiB and more for models of over 256 GiB" in prose
     assert block_bytes_for(256 << 30) == DEFAULT_BLOCK_BYTES < block_bytes_for((256 << 30) + DEFAULT_BLOCK_BYTES)
     assert f"or holds {MAX_SPANS} of them" in prose
-    assert f"The version is {m.PROTOCOL}." in prose
+    assert f"The version is {m.PROTOCOL}; version {m.OLDEST} is still spoken." in prose
     assert f"Both send {m.NONCE_BYTES} random bytes" in prose
 
 

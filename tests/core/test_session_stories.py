@@ -179,20 +179,26 @@ def test_a_proof_cannot_be_reflected_or_replayed() -> None:
     assert code_of(pair.server) == "auth"
 
 
-@pytest.mark.parametrize("speaks", [(9, 2), (2, 2)])
+@pytest.mark.parametrize("speaks", [(9, 3), (3, 3)])
 def test_a_client_of_an_incompatible_release_is_refused_by_version(speaks: tuple[int, int]) -> None:
     pair = run(Pair(client_terms(SAME), server_terms(), speaks=speaks))
     assert (code_of(pair.server), code_of(pair.client)) == ("version", "version")
     assert f"{speaks[1]} to {speaks[0]}" in str(pair.client.session.error)
 
 
-def test_a_newer_client_that_still_speaks_this_version_is_served() -> None:
-    assert run(Pair(client_terms(SAME), server_terms(), speaks=(9, 1))).states() == (State.DONE, State.DONE)
+@pytest.mark.parametrize(("speaks", "agreed"), [((9, 1), 2), ((9, 2), 2), ((2, 2), 2), ((1, 1), 1)])
+def test_a_client_that_speaks_a_version_of_this_one_is_served_in_the_newest_that_both_speak(
+    speaks: tuple[int, int], agreed: int
+) -> None:
+    pair = run(Pair(client_terms(SAME), server_terms(), speaks=speaks))
+    assert pair.states() == (State.DONE, State.DONE)
+    assert [w.protocol for w in pair.client.heard if isinstance(w, m.Welcome)] == [agreed]
+    assert pair.server.session.protocol == pair.client.session.protocol == agreed
 
 
 def test_a_server_that_answers_in_another_version_is_refused() -> None:
     pair = Pair(client_terms(SAME), server_terms())
-    say(pair.client, m.Welcome(protocol=2, nonce=bytes(16)))
+    say(pair.client, m.Welcome(protocol=3, nonce=bytes(16)))
     assert code_of(pair.client) == "version"
     pair.end()
     assert code_of(pair.server) == "version"

@@ -216,21 +216,21 @@ async def test_a_server_that_speaks_another_protocol_version_is_refused(refused:
 
     async def script(wire: kit.Wire[m.ClientMessage]) -> None:
         await wire.hear_until(m.Hello)
-        await wire.say(m.Welcome(protocol=2, nonce=kit.NONCE, abilities=kit.abilities(hub.transport)))
+        await wire.say(m.Welcome(protocol=3, nonce=kit.NONCE, abilities=kit.abilities(hub.transport)))
         await wire.closed()
 
     async with kit.fake_server(script) as fake:
         line = await refused(fake.address, hub)
-    assert "the server speaks protocol 2, this client 1 (run the same netloader release on both sides)" in line
+    assert "the server speaks protocol 3, this client 1 to 2 (run the same netloader release on both sides)" in line
 
 
 async def test_a_client_that_speaks_another_protocol_version_is_refused() -> None:
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING) as server, kit.fake_client(server) as wire:
-        await wire.say(m.Hello(protocol=3, oldest=2, nonce=kit.NONCE, abilities=kit.abilities(hub.transport)))
+        await wire.say(m.Hello(protocol=4, oldest=3, nonce=kit.NONCE, abilities=kit.abilities(hub.transport)))
         told = await wire.hear_until(m.Refusal)
     assert told.code == "version"
-    assert told.message == "this server speaks protocol 1, the client speaks 2 to 3"
+    assert told.message == "this server speaks protocol 1 to 2, the client speaks 3 to 4"
 
 
 async def test_a_plan_that_differs_between_the_sides_is_refused(refused: Refused) -> None:

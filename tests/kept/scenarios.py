@@ -39,7 +39,7 @@ ONE: dict[str, Scenario] = {
     "a token": Scenario({"a": [(("welcome", {"token": b"t"}), *GOOD[1:])]}, pull={"token": b"t"}),
     "another token": Scenario({"a": [(("welcome", {"token": b"x"}),)]}, pull={"token": b"t"}),
     "no token there": Scenario({"a": [GOOD]}, pull={"token": b"t"}),
-    "another protocol": Scenario({"a": [(("welcome", {"protocol": 2}),)]}),
+    "another protocol": Scenario({"a": [(("welcome", {"protocol": 3}),)]}),
     "no common transport": Scenario({"a": [(("welcome", {"abilities": [{"name": "carrier"}]}), "accept")]}),
     "another model than it should": Scenario({"a": [("welcome", ("accept", {"identity": {"dtype": "float8"}}))]}),
     "a plan of its own": Scenario({"a": [("welcome", ("accept", {"plan": "00" * 32}))]}),

@@ -90,6 +90,7 @@ class Context:
     Attributes:
         side: Client or server.
         client, server: Terms of this side; those of the other side are at their defaults.
+        protocol: Version that both sides speak; 0 before it is agreed.
         nonce, peer_nonce: Random bytes of both sides.
         peer_abilities: The peer's transports.
         peer_software: The peer's name and version.
@@ -114,6 +115,7 @@ class Context:
     side: Side
     client: ClientTerms = ClientTerms()
     server: ServerTerms = ServerTerms()
+    protocol: int = 0
     nonce: bytes = b""
     peer_nonce: bytes = b""
     peer_abilities: tuple[Ability, ...] = ()

@@ -38,7 +38,7 @@ def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
     ctx.connect(event.nonce)
     hello = m.Hello(
         protocol=m.PROTOCOL,
-        oldest=m.PROTOCOL,
+        oldest=m.OLDEST,
         nonce=event.nonce,
         abilities=ctx.client.abilities,
         software=ctx.client.options.software,
@@ -49,17 +49,19 @@ def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
 def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
     """A client said hello: answer, with a proof when a token is configured."""
     _connected(ctx)
-    if not event.oldest <= m.PROTOCOL <= event.protocol:
+    ctx.protocol = min(m.PROTOCOL, event.protocol)
+    if ctx.protocol < max(m.OLDEST, event.oldest):
         raise Refuse(
             "version",
-            f"this server speaks protocol {m.PROTOCOL}, the client speaks {event.oldest} to {event.protocol}",
+            f"this server speaks protocol {m.OLDEST} to {m.PROTOCOL}, "
+            f"the client speaks {event.oldest} to {event.protocol}",
             hint="run the same netloader release on both sides",
         )
     ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
     token = ctx.server.options.token
     proof = b"" if token is None else prove(token, "server", event.nonce, ctx.nonce)
     welcome = m.Welcome(
-        protocol=m.PROTOCOL,
+        protocol=ctx.protocol,
         nonce=ctx.nonce,
         proof=proof,
         abilities=ctx.server.abilities,
@@ -72,12 +74,13 @@ def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
     """The server answered: check its proof before sending anything about the model, then send Identify."""
     terms = ctx.client
     _connected(ctx)
-    if event.protocol != m.PROTOCOL:
+    if not m.OLDEST <= event.protocol <= m.PROTOCOL:
         raise RefusedError(
             "version",
-            f"the server speaks protocol {event.protocol}, this client {m.PROTOCOL}",
+            f"the server speaks protocol {event.protocol}, this client {m.OLDEST} to {m.PROTOCOL}",
             hint="run the same netloader release on both sides",
         )
+    ctx.protocol = event.protocol
     ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
     proof, token = b"", terms.options.token
     if token is not None:

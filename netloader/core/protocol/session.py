@@ -107,6 +107,11 @@ class Session:
         return self._ctx.transport
 
     @property
+    def protocol(self) -> int:
+        """The version of the protocol that both sides speak; 0 before it is agreed."""
+        return self._ctx.protocol
+
+    @property
     def peer_software(self) -> str:
         """The peer's name and version; empty before its first message."""
         return self._ctx.peer_software
