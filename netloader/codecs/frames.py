@@ -1,7 +1,8 @@
 """Control frames: 4 bytes of length (big endian), then one msgpack message.
 
 Decoding is incremental and free of I/O. The length is checked against the cap before any of the body is kept, so a
-peer can't make this side hold more than one frame of that size.
+peer can't make this side hold more than one frame of that size. With a token, each frame after the two greetings ends
+with an authentication code, which counts as part of its body in the length.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
 
+from netloader.core.keys import MAC_BYTES, FrameSeal
 from netloader.core.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header
 from netloader.core.messages import (
     PROTOCOL,
@@ -23,6 +25,8 @@ from netloader.core.messages import (
     ServerMessage,
     Verdict,
     Want,
+    Welcome,
+    wire_body,
 )
 from netloader.errors import LocalProtocolError, RemoteProtocolError, shown
 
@@ -33,6 +37,7 @@ __all__ = [
     "FrameDecoder",
     "client_messages",
     "encode_frame",
+    "seal_frame",
     "server_messages",
 ]
 
@@ -47,7 +52,7 @@ LARGE_FRAME = 512 << 10
 
 _HEADER = struct.Struct(">I")
 _ENCODER = msgspec.msgpack.Encoder()
-_FROM_CLIENT = Hello | Identify | Agree | Want | Verdict
+_SMALL = Hello | Welcome | Identify | Agree | Want | Verdict
 M = TypeVar("M")
 
 _SHOWN_ERROR = 300
@@ -83,16 +88,22 @@ def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
     """
     name = type(message).__name__
     try:
-        body = _ENCODER.encode(message)
+        body = wire_body(message)
     except (UnicodeEncodeError, OverflowError, TypeError) as error:
         raise LocalProtocolError(
             f"{name} cannot be sent: {error}", hint="use names and paths that are valid UTF-8"
         ) from error
-    cap = CLIENT_FRAME_CAP if isinstance(message, _FROM_CLIENT) else SERVER_FRAME_CAP
+    cap = CLIENT_FRAME_CAP if isinstance(message, _SMALL) else SERVER_FRAME_CAP
     if len(body) > cap:
         hint = "shorten its texts" if cap == CLIENT_FRAME_CAP else "serve fewer tensors under one role"
         raise LocalProtocolError(f"{name} takes {len(body)} bytes, the peer accepts at most {cap}", hint=hint)
     return _HEADER.pack(len(body)) + body
+
+
+def seal_frame(frame: bytes, seal: FrameSeal) -> bytes:
+    """A frame with its authentication code. `seal` counts it: frames have to be sent in the order of these calls."""
+    body = memoryview(frame)[_HEADER.size :]
+    return b"".join((_HEADER.pack(len(body) + MAC_BYTES), body, seal.close(body)))
 
 
 class FrameDecoder(Generic[M]):
@@ -102,12 +113,17 @@ class FrameDecoder(Generic[M]):
         decoder: Typed decoder for the messages that this side may receive.
         names: Names of those messages.
         cap: Largest body accepted, in bytes.
+
+    Attributes:
+        first_body: Body of the first message, as it came; empty before.
     """
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[M], names: frozenset[str], cap: int) -> None:
         self._decoder = decoder
         self._names = names
         self._cap = cap
+        self.first_body = b""
+        self._seal: FrameSeal | None = None
         self._buffer = bytearray()
         self._error: RemoteProtocolError | None = None
 
@@ -116,11 +132,17 @@ class FrameDecoder(Generic[M]):
         """Bytes of an unfinished frame; 0 between frames."""
         return len(self._buffer)
 
-    def feed(self, data: bytes) -> list[M]:
+    def authenticate(self, seal: FrameSeal) -> None:
+        """Accept only authentic frames from here on, also of those that came already and were not returned."""
+        self._seal = seal
+
+    def feed(self, data: bytes, *, greeting: bool = False) -> list[M]:
         """Take bytes as they came from the peer.
 
         Args:
             data: Any number of bytes, split anywhere.
+            greeting: Return the first message only, and accept only a small one. What follows it stays here, because
+                it can't be decoded before it is known whether it has to be authentic.
 
         Returns:
             Every message that is complete now, in order. Messages before an invalid frame are returned first, and the
@@ -138,12 +160,14 @@ class FrameDecoder(Generic[M]):
         try:
             while len(self._buffer) - start >= _HEADER.size:
                 (length,) = _HEADER.unpack_from(self._buffer, start)
-                self._check_length(length)
+                self._check_length(length, CLIENT_FRAME_CAP if greeting else self._cap)
                 end = start + _HEADER.size + length
                 if len(self._buffer) < end:
                     break
-                messages.append(self._decode(bytes(memoryview(self._buffer)[start + _HEADER.size : end])))
+                messages.append(self._decode(self._body(start + _HEADER.size, end)))
                 start = end
+                if greeting:
+                    break
         except RemoteProtocolError as error:
             self._error = error
             self._buffer.clear()
@@ -153,20 +177,26 @@ class FrameDecoder(Generic[M]):
         del self._buffer[:start]
         return messages
 
-    def _check_length(self, length: int) -> None:
-        if length > self._cap:
+    def _check_length(self, length: int, cap: int) -> None:
+        if length > cap + (0 if self._seal is None else MAC_BYTES):
             raise RemoteProtocolError(
-                f"the peer sent a frame of {length} bytes, at most {self._cap} are accepted",
+                f"the peer sent a frame of {length} bytes, at most {cap} are accepted",
                 hint="is this a netloader address?",
             )
 
-    def _decode(self, body: bytes) -> M:
+    def _body(self, start: int, end: int) -> bytes | memoryview:
+        """The body of the frame at this place of the buffer, which is authentic if it has to be."""
+        body = bytes(memoryview(self._buffer)[start:end])
+        self.first_body = self.first_body or body
+        return body if self._seal is None else self._seal.open(memoryview(body))
+
+    def _decode(self, body: bytes | memoryview) -> M:
         try:
             return self._in_parts(body) if len(body) > LARGE_FRAME else self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self._explained(body, error) from error
 
-    def _in_parts(self, body: bytes) -> M:
+    def _in_parts(self, body: bytes | memoryview) -> M:
         """Decode a manifest in parts of some thousand tensors, so that other threads can run in between."""
         fields = _FIELDS.decode(body)
         manifest = fields.pop("manifest", None)
@@ -179,7 +209,7 @@ class FrameDecoder(Generic[M]):
         whole: M = msgspec.structs.replace(message, manifest=Manifest(tuple(specs)))
         return whole
 
-    def _explained(self, body: bytes, error: Exception) -> RemoteProtocolError:
+    def _explained(self, body: bytes | memoryview, error: Exception) -> RemoteProtocolError:
         """The error for a body that is not a message, is an unknown message, or has an invalid field."""
         why = str(error)[:_SHOWN_ERROR]
         try:

@@ -39,6 +39,7 @@ __all__ = [
     "Waiting",
     "Want",
     "Welcome",
+    "wire_body",
     "wire_sources",
     "wire_text",
 ]
@@ -123,9 +124,10 @@ class Hello(Wire, frozen=True, kw_only=True):
     Attributes:
         protocol: Newest version it speaks.
         oldest: Oldest version it speaks.
-        nonce: Random bytes for the proofs.
+        nonce: Random bytes, from which the keys of the session are derived.
         abilities: Its transports.
         software: Name and version, for the log.
+        proves: It has a token: it expects a proof, and will authenticate its frames. Since protocol 2.
     """
 
     protocol: Annotated[int, msgspec.Meta(ge=1)]
@@ -133,6 +135,7 @@ class Hello(Wire, frozen=True, kw_only=True):
     nonce: Nonce
     abilities: Abilities = ()
     software: Text = ""
+    proves: bool = False
 
 
 class Welcome(Wire, frozen=True, kw_only=True):
@@ -140,8 +143,8 @@ class Welcome(Wire, frozen=True, kw_only=True):
 
     Attributes:
         protocol: The version to speak from here.
-        nonce: Random bytes for the proofs.
-        proof: HMAC over both nonces, when a token is configured; else empty.
+        nonce: Random bytes, from which the keys of the session are derived.
+        proof: Derived from the token and both greetings, when a token is configured; else empty.
         abilities: Its transports.
         software: Name and version, for the log.
     """
@@ -160,7 +163,7 @@ class Identify(Wire, frozen=True, kw_only=True):
         identity: Identity of the model that it is about to fill, or None to adopt what is held under `role`.
         role: Role of the holding that it wants, when it has no identity.
         layouts: Layouts that it accepts.
-        proof: HMAC over both nonces, when a token is configured; else empty.
+        proof: Only in protocol 1; empty since, because the frame itself is authenticated.
         manifest: Digest of the manifest that it is about to fill; the server need not send an equal manifest.
         root: The root that it is pinned to, or empty.
         probe: It only asks what is held: it takes no turn and pulls nothing.
@@ -343,6 +346,18 @@ ServerMessage = (
     Welcome | Waiting | Accepted | Announce | ChannelOffer | Signal | Grant | Gone | Upstream | Refusal | Goodbye
 )
 """Messages that a client may receive."""
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def wire_body(message: ClientMessage | ServerMessage) -> bytes:
+    """The body of the frame that carries `message`.
+
+    Raises:
+        UnicodeEncodeError, OverflowError, TypeError: It holds a value that MessagePack can't carry.
+    """
+    return _ENCODER.encode(message)
 
 
 def wire_text(text: str) -> str:

@@ -10,6 +10,7 @@ from anyio.abc import SocketAttribute, SocketStream
 
 from netloader.codecs.frames import LARGE_FRAME, FrameDecoder
 from netloader.core.addresses import unmapped
+from netloader.core.keys import FrameSeal
 from netloader.core.messages import ClientMessage, ServerMessage
 from netloader.errors import PeerLost
 
@@ -89,8 +90,9 @@ class ControlConnection(Generic[M]):
             PeerLost: The connection ended.
             RemoteProtocolError: The peer sent bytes that are not a message.
         """
-        self._decoder.feed(b"")  # raises if an invalid frame followed the last messages
-        while True:
+        # What came with the greeting is decoded only now; this raises if an invalid frame followed the last messages.
+        messages = self._decoder.feed(b"", greeting=not self.greeting)
+        while not messages:
             try:
                 data = await self._stream.receive(_READ_BYTES)
             except anyio.EndOfStream:
@@ -98,12 +100,20 @@ class ControlConnection(Generic[M]):
                 raise PeerLost(f"the peer closed the control connection{cut}") from None
             except _BROKEN as error:
                 raise _broken(error) from error
-            if self._decoder.pending + len(data) <= LARGE_FRAME:
-                messages = self._decoder.feed(data)
+            if not self.greeting or self._decoder.pending + len(data) <= LARGE_FRAME:
+                messages = self._decoder.feed(data, greeting=not self.greeting)
             else:  # not abandoned on cancellation, because the thread would go on changing the decoder
                 messages = await anyio.to_thread.run_sync(self._decoder.feed, data)
-            if messages:
-                return messages
+        return messages
+
+    @property
+    def greeting(self) -> bytes:
+        """Body of the peer's first message, as it came; empty before. :meth:`receive` returns that message alone."""
+        return self._decoder.first_body
+
+    def authenticate(self, key: bytes) -> None:
+        """Accept only authentic frames from here on, also of those that came already and were not returned."""
+        self._decoder.authenticate(FrameSeal(key))
 
     def send_now(self, frame: bytes) -> bytes:
         """Send as much of a frame as the socket takes without blocking, and return the rest.

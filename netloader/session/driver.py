@@ -19,8 +19,7 @@ from typing import Generic, NoReturn, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from netloader.codecs.frames import encode_frame
-from netloader.core.messages import Announce, ClientMessage, Ending, ServerMessage
+from netloader.core.messages import ClientMessage, Ending, ServerMessage
 from netloader.core.protocol import FINAL, Session, Side, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
@@ -30,7 +29,8 @@ from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import LentMemory, drop_tracebacks
 from netloader.session.connection import ControlConnection
-from netloader.session.off_loop import FEW_TENSORS, encoded
+from netloader.session.off_loop import FEW_TENSORS
+from netloader.session.outbox import Outbox
 from netloader.session.phase_clock import PhaseClock
 from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup
@@ -50,12 +50,6 @@ _FAREWELL = 0.5
 
 _ABANDONED_FAREWELL = 0.05
 """Seconds that sending the last message of an abandoned session may take."""
-
-_OUTBOX_LIMIT = 256
-"""Messages in the outbox above which this side stops reading: a peer that does not read gets no more answers."""
-
-_SEND_LIMIT = 30.0
-"""Seconds that sending one control message may take."""
 
 _EXPLANATION = 0.25
 """Seconds to wait for the message with which a peer explains why it closed the channel."""
@@ -105,16 +99,19 @@ class SessionDriver(Generic[M]):
         self._channel: Channel | None = None
         self._channel_scope = anyio.CancelScope()
         self._events: deque[e.Event] = deque()
-        self._outbox: deque[bytes | Announce] = deque()  # what could not be sent at once
-        self._feeding = self._writing = self._connection_lost = False
-        self._outbox_shrank = anyio.Event()
+        self._outbox = Outbox(
+            connection,
+            start=self._start_writing,
+            lost=self._connection_failed,
+            failed=lambda error: self.feed(_as_event(error)),
+        )
+        self._feeding = False
         self._deadline: float | None = None
         self._deadline_moved = anyio.Event()
         self._watch_until = math.inf
         self._closing = anyio.Event()
         self._farewell_seconds = _FAREWELL
         self._farewell_until = math.inf  # time of the event loop after which the session does not wait for the peer
-        self._send_scope = anyio.CancelScope()
         self._farewell_scope = anyio.CancelScope()
         self._last_note = ""
         self._tasks: TaskGroup | None = None
@@ -139,7 +136,7 @@ class SessionDriver(Generic[M]):
                     raise
                 finally:
                     latest = min(anyio.current_time() + self._farewell_seconds, self._farewell_until)
-                    self._send_scope.deadline = min(self._send_scope.deadline, latest)
+                    self._outbox.hurry(self._farewell_seconds, latest)
                 tasks.cancel_scope.cancel()
         finally:
             self._signals.close()
@@ -172,12 +169,8 @@ class SessionDriver(Generic[M]):
         """Flush the outbox, then wait for FIN: closing with unread input sends RST and drops our last message."""
         with self._farewell_scope:
             self._farewell_scope.deadline = min(anyio.current_time() + self._farewell_seconds, self._farewell_until)
-            self._writing = True
             try:
-                while self._outbox and not self._connection_lost:
-                    await self._connection.send(await encoded(self._outbox.popleft()))
-                if not self._connection_lost:
-                    await self._connection.finish()
+                await self._outbox.flush()
             except NetloaderError as error:
                 _log.debug("%s: the last messages could not be sent: %s", self.label, error)
 
@@ -220,10 +213,11 @@ class SessionDriver(Generic[M]):
 
     def _perform(self, effect: f.Effect) -> None:
         match effect:
-            case f.Send(Announce() as message) if message.manifest and len(message.manifest.tensors) > FEW_TENSORS:
-                self._enqueue(message)
             case f.Send(message):
-                self._send_frame(encode_frame(message))
+                self._outbox.put(message)
+            case f.Authenticate(sending, receiving):
+                self._outbox.authenticate(sending)
+                self._connection.authenticate(receiving)
             case f.SetTimer(seconds):
                 self._set_timer(seconds)
             case f.Note(text):
@@ -256,19 +250,11 @@ class SessionDriver(Generic[M]):
         work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
         self.spawn(work, e.Examined)
 
-    def _send_frame(self, frame: bytes) -> None:
-        """Send a frame at once if no frame waits; queue what the socket does not take."""
-        if not (self._outbox or self._writing or self._connection_lost):
-            frame = self._connection.send_now(frame)
-        if frame:
-            self._enqueue(frame)
-
-    def _enqueue(self, frame: bytes | Announce) -> None:
-        """Queue a frame for sending. A large announcement is queued unencoded; the writer encodes it in a thread."""
-        self._outbox.append(frame)
-        if not (self._writing or self._tasks is None):
-            self._writing = True
-            self._tasks.start_soon(self._write)
+    def _start_writing(self) -> bool:
+        if self._tasks is None:
+            return False
+        self._tasks.start_soon(self._outbox.write)
+        return True
 
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect that only this side has.
@@ -340,6 +326,7 @@ class SessionDriver(Generic[M]):
             signals=self._signals,
             timeout=self.session.timings.plan,
             stall=self.session.timings.stall,
+            data_key=self.session.data_key,
         )
 
     async def open_channel(self, make: Callable[[], Awaitable[Channel]]) -> e.Event | None:
@@ -430,46 +417,15 @@ class SessionDriver(Generic[M]):
             except PeerLost as error:
                 self._connection_failed(error.message)
                 return
+            if self.session.state is State.LISTEN:
+                self.session.greeted(self._connection.greeting)
             for message in messages:
                 self.feed(message)
-                while len(self._outbox) > _OUTBOX_LIMIT:
-                    await self._outbox_shrank.wait()
+                await self._outbox.has_room()
             await anyio.lowlevel.checkpoint()
 
-    async def _write(self) -> None:
-        """Send the frames of the outbox. Most sessions never need this task."""
-        while self._outbox:
-            try:
-                frame = await encoded(self._outbox.popleft())
-            except LocalProtocolError as error:
-                self.feed(_as_event(error))
-                continue
-            if not await self._write_frame(frame):
-                return
-            changed, self._outbox_shrank = self._outbox_shrank, anyio.Event()
-            changed.set()
-        self._writing = False
-
-    async def _write_frame(self, frame: bytes) -> bool:
-        """Send one frame. Returns False when the connection is lost.
-
-        Shielded from cancellation: a frame that was begun when the session closes is sent whole, because the peer
-        could not parse the frames after a partial one. Closing the session shortens the deadline.
-        """
-        deadline = anyio.current_time() + (self._farewell_seconds if self._closing.is_set() else _SEND_LIMIT)
-        with anyio.CancelScope(shield=True, deadline=deadline) as self._send_scope:
-            try:
-                await self._connection.send(frame)
-            except PeerLost as error:
-                self._connection_failed(error.message)
-                return False
-        if self._send_scope.cancelled_caught:
-            self._connection_failed("the peer does not read")
-        return not self._send_scope.cancelled_caught
-
     def _connection_failed(self, reason: str) -> None:
-        self._connection_lost = True
-        self._outbox.clear()
+        self._outbox.lose()
         self.feed(e.ConnectionLost(reason))
 
     def _set_timer(self, seconds: float | None) -> None:

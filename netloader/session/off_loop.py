@@ -1,4 +1,4 @@
-"""Runs encoding and block lookups in a thread when they would block the event loop."""
+"""Runs block lookups in a thread when they would block the event loop, and names what is too much for the loop."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import TypeVar
 
 import anyio
 
-from netloader.codecs.frames import encode_frame
-from netloader.core.messages import Announce
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "encoded", "few_spans", "look_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "few_spans", "look_up"]
 
 R = TypeVar("R")
 
@@ -22,11 +20,6 @@ tensors take about 5 ms."""
 FEW_SPANS = 512
 """Most spans that are looked up on the event loop; more are looked up in a thread. This many take 0.3 to 2.6 ms. A
 request for a model of large tensors has fewer."""
-
-
-async def encoded(message: bytes | Announce) -> bytes:
-    """The message as a frame. A message that is not encoded yet is encoded in a thread."""
-    return message if isinstance(message, bytes) else await anyio.to_thread.run_sync(encode_frame, message)
 
 
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from netloader.codecs.block_view import BlockView
+from netloader.core.keys import derive
 
 __all__ = ["BlockView", "Channel", "Landed", "Pending", "Setup", "Signals", "Transport", "depth_of"]
 
@@ -58,6 +59,7 @@ class Setup:
         signals: Small messages to and from the other end.
         timeout: Seconds that setting up may take.
         stall: Seconds that a running operation may go without progress.
+        data_key: A key that only the two ends of this session know; empty without a token. See :meth:`bound`.
     """
 
     device: str
@@ -67,6 +69,19 @@ class Setup:
     signals: Signals
     timeout: float
     stall: float
+    data_key: bytes = field(default=b"", repr=False)
+
+    def bound(self, secret: bytes, purpose: str) -> bytes:
+        """What a data connection should send to authenticate, in place of `secret`, which came in the offer.
+
+        With a token, it is derived from `secret` and a key that was never sent. So whoever can read the control
+        connection still can't connect to a data port, or answer there. Without a token, it is `secret` itself.
+
+        Args:
+            secret: Random bytes of the offer, at most 32.
+            purpose: A name for what is authenticated, so that two connections need different bytes.
+        """
+        return derive(self.data_key, f"data {purpose}", secret)[: len(secret)] if self.data_key else secret
 
 
 @runtime_checkable

@@ -90,6 +90,11 @@ FULL: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Goodbye(code="timeout", reason="slow"),
 )
 
+FULL_2: tuple[m.ClientMessage | m.ServerMessage, ...] = (
+    m.Hello(protocol=3, oldest=2, nonce=NONCE, abilities=ABILITIES, software="netloader 0", proves=True),
+)
+"""Those again that have more fields since protocol 2."""
+
 LEAST: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Hello(protocol=1, nonce=NONCE),
     m.Welcome(protocol=1, nonce=NONCE),
@@ -106,6 +111,7 @@ LEAST: tuple[m.ClientMessage | m.ServerMessage, ...] = (
 
 EXAMPLES: dict[str, m.ClientMessage | m.ServerMessage] = {
     **{f"{type(message).__name__}, full": message for message in FULL},
+    **{f"{type(message).__name__}, full since protocol 2": message for message in FULL_2},
     **{f"{type(message).__name__}, least": message for message in LEAST},
 }
 

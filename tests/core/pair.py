@@ -7,7 +7,6 @@ the invariants at every step, and records all messages.
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,9 +14,10 @@ from typing import Any
 
 import msgspec
 
-from netloader.codecs.frames import client_messages, encode_frame, server_messages
+from netloader.codecs.frames import client_messages, encode_frame, seal_frame, server_messages
 from netloader.core import messages as m
 from netloader.core.identity import ModelIdentity
+from netloader.core.keys import FrameSeal
 from netloader.core.ledger import BlockState, Ledger
 from netloader.core.manifest import Manifest, TensorSpec, compute_root, manifest_digest
 from netloader.core.options import PullOptions, ServeOptions
@@ -103,6 +103,7 @@ class Peer:
     session: Session
     decoder: Any
     token: bytes | None
+    seal: FrameSeal | None = None
     pipe: bytearray = field(default_factory=bytearray)  # sent, and not yet received by the other side
     tasks: list[Task] = field(default_factory=list)
     deadline: float | None = None
@@ -123,6 +124,10 @@ class Peer:
     @property
     def other(self) -> Peer:
         return self.pair.client if self is self.pair.server else self.pair.server
+
+    def sealed(self, frame: bytes) -> bytes:
+        """A frame as this side sends it, once there are keys."""
+        return frame if self.seal is None else seal_frame(frame, self.seal)
 
     def feed(self, event: e.Event) -> None:
         """Feed one event to the session, carry out its effects, and check the invariants."""
@@ -155,7 +160,10 @@ class Peer:
             case f.Send(message):
                 self._check_secrecy(message)
                 self.said.append(message)
-                self.pipe += self.pair.altered(self, message)
+                self.pipe += self.pair.forwarded(self, self.sealed(self.pair.altered(self, message)))
+            case f.Authenticate(sending, receiving):
+                self.seal = FrameSeal(sending)
+                self.decoder.authenticate(FrameSeal(receiving))
             case f.SetTimer(seconds):
                 self.deadline = seconds
             case f.Note(text):
@@ -205,16 +213,11 @@ class Peer:
     def _check_proven(self) -> None:
         if self.token is None:
             return
-        if self is self.pair.server:
-            nonces = [h.nonce + SERVER_NONCE for h in self.heard if isinstance(h, m.Hello)]
-            proofs = [i.proof for i in self.heard if isinstance(i, m.Identify)]
-            name = b"client"
-        else:
-            nonces = [CLIENT_NONCE + w.nonce for w in self.heard if isinstance(w, m.Welcome)]
-            proofs = [w.proof for w in self.heard if isinstance(w, m.Welcome)]
-            name = b"server"
-        good = [hmac.digest(self.token, b"netloader/" + name + b"/" + both, "sha256") for both in nonces]
-        assert set(good) & set(proofs), "the model was mentioned to a peer that has not proven itself"
+        tokens = {peer.token for peer in self.pair.peers}
+        frames_are_authentic = any(isinstance(known, f.Authenticate) for known in self.effects)
+        heard = m.Identify if self is self.pair.server else m.Welcome
+        proven = len(tokens) == 1 and frames_are_authentic and any(isinstance(said, heard) for said in self.heard)
+        assert proven, "the model was mentioned to a peer that has not proven itself"
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
@@ -371,7 +374,12 @@ class Pair:
         if self._speaks is not None and isinstance(message, m.Hello):
             newest, oldest = self._speaks
             message = msgspec.structs.replace(message, protocol=newest, oldest=oldest)
+            peer.session._ctx.greeting = m.wire_body(message)
         return encode_frame(message)
+
+    def forwarded(self, peer: Peer, frame: bytes) -> bytes:
+        """What becomes of a frame of `peer` on its way."""
+        return frame
 
     # --- invariants ---------------------------------------------------------------------------------------------------
 
@@ -429,10 +437,13 @@ class Pair:
 
     def _hear(self, to: Peer, data: bytes) -> None:
         try:
-            messages = to.decoder.feed(data)
-            for message in messages:
-                to.feed(message)
-            to.decoder.feed(b"")
+            messages = to.decoder.feed(data, greeting=not to.decoder.first_body)
+            while messages:
+                if to.session.state is State.LISTEN:
+                    to.session.greeted(to.decoder.first_body)
+                for message in messages:
+                    to.feed(message)
+                messages = to.decoder.feed(b"")
         except RemoteProtocolError as error:
             to.feed(e.Failed(error))
 

@@ -44,7 +44,7 @@ def until_transfer(**terms: Any) -> Pair:
 def say(to: Peer, message: m.ClientMessage | m.ServerMessage) -> None:
     """Deliver everything that is in flight to `to`, and then `message`."""
     to.pair.deliver(to, 1 << 20)
-    to.other.pipe += encode_frame(message)
+    to.other.pipe += to.other.sealed(encode_frame(message))
     to.pair.deliver(to, 1 << 20)
 
 

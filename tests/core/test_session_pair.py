@@ -222,34 +222,49 @@ class Conversations(RuleBasedStateMachine):
 
     # --- lies -------------------------------------------------------------------------------------------------------
 
-    def lie(self, to: str, data: bytes) -> None:
+    def tell(self, to: str, message: Any) -> None:
+        """A lie of the peer itself, whose frames are authentic."""
+        self.lie(to, encode_frame(message), sealed=True)
+
+    def lie(self, to: str, data: bytes, *, sealed: bool = False) -> None:
         self.disturbed = self.lied_to = True
         # Between two frames, or it would be mere noise.
         pipe = self.peer(to).other.pipe
         self.pair.deliver(self.peer(to), len(pipe))
+        data = self.peer(to).other.sealed(data) if sealed else data
         self.peer(to).other.pipe += data
         self.pair.deliver(self.peer(to), len(data))
 
     @precondition(alive)
     @rule(to=SIDES, message=any_message)
     def say_anything(self, to: str, message: Any) -> None:
-        self.lie(to, encode_frame(message))
+        self.tell(to, message)
 
     @precondition(alive)
     @rule(to=SIDES, said_by=SIDES, pick=st.integers(0, 99))
     def say_again(self, to: str, said_by: str, pick: int) -> None:
         said = self.peer(said_by).said
         if said:
-            self.lie(to, encode_frame(said[pick % len(said)]))
+            self.tell(to, said[pick % len(said)])
 
     @precondition(alive)
     @rule(to=SIDES, ranges=st.sets(st.integers(0, 6), min_size=1, max_size=3), kind=st.sampled_from(["want", "rest"]))
     def name_blocks(self, to: str, ranges: set[int], kind: str) -> None:
         named = tuple((n, n + 1) for n in sorted(ranges))
         if to == "server":
-            self.lie(to, encode_frame(m.Want(ranges=named)))
+            self.tell(to, m.Want(ranges=named))
         else:
-            self.lie(to, encode_frame(m.Grant(ranges=named) if kind == "want" else m.Gone(ranges=named, reason="")))
+            self.tell(to, m.Grant(ranges=named) if kind == "want" else m.Gone(ranges=named, reason=""))
+
+    @precondition(alive)
+    @rule(to=SIDES, message=any_message)
+    def inject(self, to: str, message: Any) -> None:
+        """Somebody in between says anything."""
+        ended = self.peer(to).ended
+        keys = self.peer(to).session._ctx.keys
+        self.lie(to, encode_frame(message))
+        if keys is not None and not ended:
+            assert self.peer(to).ended, "a frame that is not authentic was obeyed"
 
     @precondition(alive)
     @rule(to=SIDES, noise=st.binary(min_size=1, max_size=9))

@@ -17,10 +17,11 @@ import torch
 from anyio.abc import SocketAttribute, SocketStream
 
 from netloader.client.pull import pull_from
-from netloader.codecs.frames import FrameDecoder, client_messages, encode_frame, server_messages
+from netloader.codecs.frames import FrameDecoder, client_messages, encode_frame, seal_frame, server_messages
 from netloader.core import messages as m
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
+from netloader.core.keys import NO_PROOF, FrameSeal, SessionKeys, session_keys, without_proof
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.fixed import FixedSources
@@ -204,15 +205,44 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
 
 
 class Wire(Generic[M]):
-    """The control connection of a scripted peer, which may send any message or bytes."""
+    """The control connection of a scripted peer, which may send any message or bytes.
+
+    Attributes:
+        said: Body of the first message that it sent.
+    """
 
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
         self.stream = stream
         self._decoder = decoder
         self._ahead: list[M] = []
+        self._seal: FrameSeal | None = None
+        self.said = b""
 
     async def say(self, *messages: m.ClientMessage | m.ServerMessage) -> None:
-        await self.raw(b"".join(map(encode_frame, messages)))
+        self.said = self.said or m.wire_body(messages[0])
+        await self.raw(b"".join(self.sealed(encode_frame(message)) for message in messages))
+
+    def sealed(self, frame: bytes) -> bytes:
+        """A frame with its authentication code, once there are keys."""
+        return frame if self._seal is None else seal_frame(frame, self._seal)
+
+    def authenticate(self, token: bytes, welcome: m.Welcome) -> SessionKeys:
+        """Client: from here on, frames are authenticated in both directions."""
+        transcript = without_proof(self._decoder.first_body, welcome.proof)
+        assert transcript is not None
+        keys = session_keys(token, self.said, transcript)
+        self._seal = FrameSeal(keys.client)
+        self._decoder.authenticate(FrameSeal(keys.server))
+        return keys
+
+    async def prove(self, token: bytes, welcome: m.Welcome) -> SessionKeys:
+        """Server: say `welcome` with a proof. From here on, frames are authenticated in both directions."""
+        welcome = msgspec.structs.replace(welcome, proof=NO_PROOF)
+        keys = session_keys(token, self._decoder.first_body, m.wire_body(welcome))
+        await self.say(msgspec.structs.replace(welcome, proof=keys.proof))
+        self._seal = FrameSeal(keys.server)
+        self._decoder.authenticate(FrameSeal(keys.client))
+        return keys
 
     async def raw(self, data: bytes) -> None:
         with contextlib.suppress(anyio.BrokenResourceError):  # the other side closes after a violation
@@ -222,7 +252,10 @@ class Wire(Generic[M]):
         """The next message. Raises EndOfStream or BrokenResourceError when the connection has ended."""
         with anyio.fail_after(PATIENCE):
             while not self._ahead:
-                self._ahead += self._decoder.feed(await self.stream.receive())
+                first = not self._decoder.first_body
+                self._ahead += self._decoder.feed(b"", greeting=first)  # what came with the greeting
+                if not self._ahead:
+                    self._ahead += self._decoder.feed(await self.stream.receive(), greeting=first)
         return self._ahead.pop(0)
 
     async def hear_until(self, kind: type) -> Any:
@@ -289,12 +322,12 @@ async def fake_client(server: HoldingServer) -> AsyncIterator[Wire[m.ServerMessa
 NONCE = bytes(range(m.NONCE_BYTES))
 
 
-def hello(transport: Transport) -> m.Hello:
-    return m.Hello(protocol=1, nonce=NONCE, abilities=abilities(transport))
+def hello(transport: Transport, token: bytes | None = None) -> m.Hello:
+    return m.Hello(protocol=m.PROTOCOL, nonce=NONCE, abilities=abilities(transport), proves=token is not None)
 
 
 def welcome(transport: Transport) -> m.Welcome:
-    return m.Welcome(protocol=1, nonce=NONCE, abilities=abilities(transport))
+    return m.Welcome(protocol=m.PROTOCOL, nonce=NONCE, abilities=abilities(transport))
 
 
 def abilities(transport: Transport) -> tuple[m.Ability, ...]:

@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import netloader.server.server
 from netloader.codecs.frames import encode_frame
 from netloader.core import messages as m
+from netloader.core.keys import MAC_BYTES, FrameSeal
 from netloader.core.options import Timings
 from netloader.core.protocol import State
-from netloader.core.protocol.listen import prove
 from netloader.errors import (
     NetloaderError,
     PeerLost,
@@ -73,13 +73,13 @@ class ScriptedClient:
         wire, transport = self.wire, self.hub.transport
         match step:
             case "hello":
-                await wire.say(kit.hello(transport))
+                await wire.say(kit.hello(transport, self._token))
             case "welcome":
                 heard = await wire.hear_until(m.Welcome)
-                self._nonce = heard.nonce
+                if self._token is not None:
+                    wire.authenticate(self._token, heard)
             case "identify":
-                proof = b"" if self._token is None else prove(self._token, "client", kit.NONCE, self._nonce)
-                await wire.say(m.Identify(identity=kit.IDENTITY, proof=proof))
+                await wire.say(m.Identify(identity=kit.IDENTITY))
             case "announce":
                 await wire.hear_until(m.Announce)
             case "agree":
@@ -346,13 +346,21 @@ async def test_too_many_open_requests_end_the_session(monkeypatch: pytest.Monkey
 TOKEN = b"open sesame"
 
 
-@pytest.mark.parametrize("proof", [b"", bytes(32), b"x" * 5])
-async def test_a_client_with_a_wrong_proof_is_told_nothing_about_the_model(proof: bytes) -> None:
+IDENTIFY = encode_frame(m.Identify(identity=kit.IDENTITY))
+
+
+def with_code(frame: bytes, code: bytes) -> bytes:
+    """`frame` with these bytes where its authentication code belongs."""
+    return (len(frame) - 4 + len(code)).to_bytes(4, "big") + frame[4:] + code
+
+
+@pytest.mark.parametrize("code", [b"", bytes(MAC_BYTES), b"x" * 5, b"x" * MAC_BYTES])
+async def test_a_client_whose_first_frame_is_not_authentic_is_told_nothing_about_the_model(code: bytes) -> None:
     heard: list[m.ServerMessage] = []
 
     async def script(client: ScriptedClient) -> None:
         await client.follow("welcome")
-        await client.wire.say(m.Identify(identity=kit.IDENTITY, proof=proof))
+        await client.wire.raw(with_code(IDENTIFY, code))
         heard.extend(await client.wire.hear_all())
 
     error = await during_a_pull(script, token=TOKEN)
@@ -363,36 +371,30 @@ async def test_a_client_with_a_wrong_proof_is_told_nothing_about_the_model(proof
     assert "kit" not in refusal.message + refusal.hint
 
 
-async def test_a_proof_cannot_be_replayed_or_reflected() -> None:
-    proofs: list[bytes] = []
-
-    async def overhear(client: ScriptedClient) -> None:
-        await client.wire.say(kit.hello(client.hub.transport))
-        welcome = await client.wire.hear_until(m.Welcome)
-        proofs.append(welcome.proof)
-        proofs.append(prove(TOKEN, "client", kit.NONCE, welcome.nonce))
-
-    def replay(which: int) -> Script:
-        async def script(client: ScriptedClient) -> None:
-            await client.follow("welcome")
-            await client.wire.say(m.Identify(identity=kit.IDENTITY, proof=proofs[which]))
-            await client.wire.closed()
-
-        return script
-
-    await during_a_pull(sends("verdict"), token=TOKEN)  # the proof of `ScriptedClient` is valid
+async def test_what_one_side_sent_can_neither_be_replayed_nor_reflected() -> None:
+    await during_a_pull(sends("verdict"), token=TOKEN)  # the frames of `ScriptedClient` are authentic
     hub = kit.Hub()
     async with kit.serving(hub.transport, HOLDING, token=TOKEN) as server:
         async with kit.fake_client(server) as wire:
-            await overhear(ScriptedClient(wire, hub))
-        for which in range(2):
+            await wire.say(kit.hello(hub.transport, TOKEN))
+            welcome = await wire.hear_until(m.Welcome)
+            keys = wire.authenticate(TOKEN, welcome)
+        identified = with_code(IDENTIFY, FrameSeal(keys.client).close(IDENTIFY[4:]))
+
+        async def session(frame: Callable[[m.Welcome], bytes]) -> None:
             async with kit.fake_client(server) as wire:
-                with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
-                    await replay(which)(ScriptedClient(wire, hub))
+                await wire.say(kit.hello(hub.transport, TOKEN))
+                welcome = await wire.hear_until(m.Welcome)
+                await wire.raw(frame(welcome))
+                with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError, RemoteProtocolError):
+                    await wire.closed()
+
+        await session(lambda _: identified)
+        await session(lambda welcome: with_code(IDENTIFY, welcome.proof[:MAC_BYTES]))
         await kit.until(lambda: len(server.ended) == 3)
-        for session in server.ended[1:]:
-            assert isinstance(session.session.error, RefusedError)
-            assert session.session.error.code == "auth"
+        for ended in server.ended[1:]:
+            assert isinstance(ended.session.error, RefusedError)
+            assert ended.session.error.code == "auth"
 
 
 # --- connections that have not identified themselves, and stray ones --------------------------------------------------

@@ -94,16 +94,15 @@ async def test_connections_that_stop_after_hello_do_not_keep_a_new_client_out(to
     transport = kit.carrier("tcp")
     secret = None if token is None else token.encode()
 
-    async def connect_and_greet(stack: AsyncExitStack, port: int) -> kit.Wire[m.ServerMessage]:
+    async def connect_and_greet(stack: AsyncExitStack, port: int) -> tuple[kit.Wire[m.ServerMessage], m.Welcome]:
         stream = await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", port))
         wire = kit.Wire(stream, server_messages())
-        await wire.say(kit.hello(transport))
-        await wire.hear_until(m.Welcome)
-        return wire
+        await wire.say(kit.hello(transport, secret))
+        return wire, await wire.hear_until(m.Welcome)
 
     async with peers.peer("serve", transport="tcp", token=token) as server, AsyncExitStack() as stack:
         port = (await server.hear())["port"]
-        first, *_ = [await connect_and_greet(stack, port) for _ in range(128)]
+        (first, first_welcome), *_ = [await connect_and_greet(stack, port) for _ in range(128)]
         async with anyio.create_task_group() as tasks:
 
             async def more() -> None:
@@ -116,6 +115,8 @@ async def test_connections_that_stop_after_hello_do_not_keep_a_new_client_out(to
                 await kit.pull(into, [Address("127.0.0.1", port)], transport, token=secret, wait=kit.PATIENCE)
                 assert kit.contents(into) == kit.contents(SOURCE)
             tasks.cancel_scope.cancel()
+        if secret is not None:
+            first.authenticate(secret, first_welcome)
         heard = await first.hear_all()
         assert [message.code for message in heard if isinstance(message, m.Goodbye)] == ["busy"]
 

@@ -196,8 +196,8 @@ async def test_a_corrupted_block_is_an_error_that_names_block_and_tensor(refused
 @pytest.mark.parametrize(
     ("server_knows", "client_knows", "reason"),
     [
-        (TOKEN, None, "the client could not prove that it knows the token"),
-        (None, TOKEN, "the server has no token"),
+        (TOKEN, None, "this server has a token, and the client has none"),
+        (None, TOKEN, "the server has no token, and this client has one"),
         (TOKEN, b"another secret of many bytes", "the server could not prove that it knows the token"),
     ],
     ids=["client has none", "server has none", "they differ"],

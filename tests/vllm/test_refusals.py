@@ -91,7 +91,9 @@ def test_a_token_that_only_one_side_has(
     settings = {"TOKEN_FILE": str(secret)} if knows == "client" else {}
     with source_of(seed.holding, token=secret.read_bytes() if knows == "server" else None) as source:
         assert pull(models.get("draft"), source, **settings).raw == seed.disk
-    who = "the client could not prove that it knows the token" if knows == "server" else "the server has no token"
+    who = "this server has a token, and the client has none"
+    if knows == "client":
+        who = "the server has no token, and this client has one"
     assert f"{who} (configure the same token on both sides" in log_lines.one("default loader", "could not pull")
 
 

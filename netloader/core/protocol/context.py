@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from netloader.core.identity import ModelIdentity, Role
+from netloader.core.keys import SessionKeys
 from netloader.core.manifest import Manifest
 from netloader.core.messages import NONCE_BYTES, Ability, Identify, RefusalCode
 from netloader.core.options import PullOptions, ServeOptions, Timings
@@ -92,6 +93,8 @@ class Context:
         client, server: Terms of this side; those of the other side are at their defaults.
         protocol: Version that both sides speak; 0 before it is agreed.
         nonce, peer_nonce: Random bytes of both sides.
+        greeting, peer_greeting: Bodies of both sides' first messages, exactly as they were sent.
+        keys: Keys of the session; None before the peer's greeting, and without a token.
         peer_abilities: The peer's transports.
         peer_software: The peer's name and version.
         peer_node: The server's name among relays; empty when it holds everything itself.
@@ -118,6 +121,9 @@ class Context:
     protocol: int = 0
     nonce: bytes = b""
     peer_nonce: bytes = b""
+    greeting: bytes = b""
+    peer_greeting: bytes = b""
+    keys: SessionKeys | None = None
     peer_abilities: tuple[Ability, ...] = ()
     peer_software: str = ""
     peer_node: str = ""
@@ -140,6 +146,19 @@ class Context:
     def timings(self) -> Timings:
         """Deadlines of this side."""
         return (self.server if self.side is Side.SERVER else self.client).options.timings
+
+    @property
+    def token(self) -> bytes | None:
+        """The token of this side; None without one."""
+        return (self.server if self.side is Side.SERVER else self.client).options.token
+
+    @property
+    def unproven(self) -> bool:
+        """Whether the peer still has to prove that it knows the token. Until then nothing it says is obeyed or shown.
+
+        Once there are keys, only authentic frames reach the session.
+        """
+        return self.token is not None and self.keys is None
 
     def known(self) -> Announcement:
         """What is being pulled.

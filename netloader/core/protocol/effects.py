@@ -5,7 +5,7 @@ Names are imperative. An effect that takes time says after ``->`` which events r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.messages import Announce, ClientMessage, ServerMessage
@@ -16,6 +16,7 @@ from netloader.core.protocol.events import Announcement
 __all__ = [
     "AcceptChannel",
     "AskForWork",
+    "Authenticate",
     "CheckBlocks",
     "Close",
     "CloseChannel",
@@ -42,6 +43,19 @@ class Send:
     """Send one control message."""
 
     message: ClientMessage | ServerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Authenticate:
+    """Authenticate every later frame in both directions. A received frame that is not authentic gives Failed.
+
+    Attributes:
+        sending: Key for the frames that this side sends.
+        receiving: Key for the frames that it receives.
+    """
+
+    sending: bytes = field(repr=False)
+    receiving: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +202,7 @@ class Close:
 
 Effect = (
     Send
+    | Authenticate
     | SetTimer
     | Note
     | NoteChain

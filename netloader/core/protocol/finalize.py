@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from netloader.core import messages as m
+from netloader.core.keys import NotAuthentic
 from netloader.core.protocol import effects as f
-from netloader.core.protocol.context import Context
+from netloader.core.protocol.context import Context, Refuse
 from netloader.core.protocol.events import (
     Cancelled,
     ChannelDown,
@@ -17,7 +18,9 @@ from netloader.core.protocol.events import (
     TimedOut,
     WorkFailed,
 )
-from netloader.errors import NetloaderError, PeerLost, RefusedError, TransferTimeout
+from netloader.core.protocol.listen import NO_PROOF_OF_CLIENT, SAME_TOKEN
+from netloader.core.protocol.states import Side
+from netloader.errors import NetloaderError, PeerLost, RefusedError, RemoteProtocolError, TransferTimeout
 
 __all__ = [
     "client_finished",
@@ -65,14 +68,26 @@ def late(ctx: Context, event: Event) -> Sequence[f.Effect]:
     return []
 
 
+def _unproven() -> PeerLost:
+    """The error for a peer that ends the session before its proof: what it says may come from anybody."""
+    return PeerLost(
+        "the peer ended the session before it proved that it knows the token",
+        hint="see its log; is it up, is it of the same netloader release, and does it have the same token?",
+    )
+
+
 def refused(ctx: Context, event: m.Refusal) -> Sequence[f.Effect]:
     """The server refused."""
+    if ctx.unproven:
+        raise _unproven()
     message = event.message or f"the server refused ({event.code}) and gave no reason"
     raise RefusedError(event.code, message, hint=event.hint, retry_after=event.retry_after, sources=event.sources)
 
 
 def left(ctx: Context, event: m.Goodbye) -> Sequence[f.Effect]:
     """The peer ended the session early."""
+    if ctx.unproven:
+        raise _unproven()
     raise RefusedError(event.code, f"the peer ended the session: {event.reason or event.code}")
 
 
@@ -88,7 +103,15 @@ def lost_late(ctx: Context, event: ConnectionLost) -> Sequence[f.Effect]:
 
 def failed(ctx: Context, event: Failed | WorkFailed) -> Sequence[f.Effect]:
     """Raise the error of the event."""
-    raise event.error
+    error = event.error
+    if isinstance(error, NotAuthentic) and ctx.side is Side.SERVER and ctx.identify is None:
+        raise Refuse("auth", NO_PROOF_OF_CLIENT, hint=SAME_TOKEN)
+    if isinstance(error, RemoteProtocolError) and ctx.unproven:  # its text may quote what the peer sent
+        raise RemoteProtocolError(
+            "the peer sent no valid greeting, and did not prove that it knows the token",
+            hint="is this a netloader address?",
+        )
+    raise error
 
 
 def timed_out(ctx: Context, event: TimedOut) -> Sequence[f.Effect]:

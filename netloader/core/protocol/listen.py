@@ -1,30 +1,53 @@
-"""LISTEN: both sides exchange versions and transports. With a token, both prove that they know it."""
+"""LISTEN: both sides exchange versions and transports. With a token, both derive the keys of the session from it.
+
+The server proves in Welcome that it knows the token. The client proves it by its next frame, because with a token each
+frame after Welcome is authenticated.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Sequence
 
+import msgspec
+
 from netloader.core import messages as m
+from netloader.core.keys import NO_PROOF, SessionKeys, session_keys, without_proof
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context, Refuse
 from netloader.core.protocol.events import Connected
 from netloader.errors import LocalProtocolError, RefusedError
 
-__all__ = ["client_connected", "client_welcome", "prove", "server_connected", "server_hello"]
+__all__ = [
+    "AUTHENTICATES",
+    "NO_PROOF_OF_CLIENT",
+    "SAME_TOKEN",
+    "client_connected",
+    "client_welcome",
+    "server_connected",
+    "server_hello",
+]
 
+AUTHENTICATES = 2
+"""Oldest version that is spoken with a token: in version 1, whoever relays the proofs can act in the name of a side."""
 
-def prove(token: bytes, side: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """HMAC-SHA256 that proves knowledge of `token`. It includes the side, so that it can't be reflected."""
-    text = b"netloader/" + side.encode() + b"/" + client_nonce + server_nonce
-    return hmac.new(token, text, hashlib.sha256).digest()
+NO_PROOF_OF_CLIENT = "the client could not prove that it knows the token"
+SAME_TOKEN = "configure the same token on both sides"  # noqa: S105 - a text
+_SAME_RELEASE = "run the same netloader release on both sides"
+_UPGRADE = "upgrade the {} first, or run both without a token on a network that you trust"
 
 
 def _connected(ctx: Context) -> None:
-    """Check that this side's nonce is set: a proof without it could be replayed."""
+    """Check that this side's nonce is set: keys without it could be those of an earlier session."""
     if not ctx.nonce:
         raise LocalProtocolError("a message came before the event Connected")
+
+
+def _heard(ctx: Context) -> bytes:
+    """The peer's greeting as it came. Encoding its message anew would lose the fields that are unknown here."""
+    if not ctx.peer_greeting:
+        raise LocalProtocolError("the bytes of the peer's greeting were not recorded")
+    return ctx.peer_greeting
 
 
 def server_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
@@ -38,64 +61,99 @@ def client_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
     ctx.connect(event.nonce)
     hello = m.Hello(
         protocol=m.PROTOCOL,
-        oldest=m.OLDEST,
+        oldest=m.OLDEST,  # also with a token, so that an older server says its version instead of refusing in a text
         nonce=event.nonce,
         abilities=ctx.client.abilities,
         software=ctx.client.options.software,
+        proves=ctx.token is not None,
     )
+    ctx.greeting = m.wire_body(hello)
     return [f.Send(hello), f.SetTimer(ctx.timings().hello)]
 
 
 def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
     """A client said hello: answer, with a proof when a token is configured."""
     _connected(ctx)
-    ctx.protocol = min(m.PROTOCOL, event.protocol)
-    if ctx.protocol < max(m.OLDEST, event.oldest):
+    version, token = min(m.PROTOCOL, event.protocol), ctx.token
+    if version < max(m.OLDEST, event.oldest):
         raise Refuse(
             "version",
             f"this server speaks protocol {m.OLDEST} to {m.PROTOCOL}, "
             f"the client speaks {event.oldest} to {event.protocol}",
-            hint="run the same netloader release on both sides",
+            hint=_SAME_RELEASE,
         )
+    if token is not None and version < AUTHENTICATES:
+        raise Refuse(
+            "version",
+            f"this server has a token, which needs protocol {AUTHENTICATES}; "
+            f"the client speaks only protocol {event.protocol}",
+            hint=_UPGRADE.format("client"),
+        )
+    if token is not None and not event.proves:
+        raise Refuse("auth", "this server has a token, and the client has none", hint=SAME_TOKEN)
+    ctx.protocol = version
     ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
-    token = ctx.server.options.token
-    proof = b"" if token is None else prove(token, "server", event.nonce, ctx.nonce)
     welcome = m.Welcome(
-        protocol=ctx.protocol,
+        protocol=version,
         nonce=ctx.nonce,
-        proof=proof,
+        proof=b"" if token is None else NO_PROOF,
         abilities=ctx.server.abilities,
         software=ctx.server.options.software,
     )
-    return [f.Send(welcome), f.SetTimer(ctx.timings().validate)]
+    if token is None:
+        return [f.Send(welcome), f.SetTimer(ctx.timings().validate)]
+    ctx.keys = session_keys(token, _heard(ctx), m.wire_body(welcome))
+    return [
+        f.Send(msgspec.structs.replace(welcome, proof=ctx.keys.proof)),
+        f.Authenticate(ctx.keys.server, ctx.keys.client),
+        f.SetTimer(ctx.timings().validate),
+    ]
+
+
+def _checked_keys(ctx: Context, token: bytes, event: m.Welcome) -> SessionKeys:
+    """The keys of the session, derived and checked by the server's proof.
+
+    Raises:
+        RefusedError: The server has no token or another one, or speaks no version that authenticates.
+    """
+    if not event.proof:
+        raise RefusedError("auth", "the server has no token, and this client has one", hint=SAME_TOKEN)
+    if event.protocol < AUTHENTICATES:
+        raise RefusedError(
+            "version",
+            f"this client has a token, which needs protocol {AUTHENTICATES}; "
+            f"the server speaks only protocol {event.protocol}",
+            hint=_UPGRADE.format("server"),
+        )
+    transcript = without_proof(_heard(ctx), event.proof)
+    keys = None if transcript is None else session_keys(token, ctx.greeting, transcript)
+    if keys is None or not hmac.compare_digest(event.proof, keys.proof):
+        raise RefusedError("auth", "the server could not prove that it knows the token", hint=SAME_TOKEN)
+    return keys
 
 
 def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
     """The server answered: check its proof before sending anything about the model, then send Identify."""
-    terms = ctx.client
+    terms, token = ctx.client, ctx.token
     _connected(ctx)
     if not m.OLDEST <= event.protocol <= m.PROTOCOL:
         raise RefusedError(
             "version",
             f"the server speaks protocol {event.protocol}, this client {m.OLDEST} to {m.PROTOCOL}",
-            hint="run the same netloader release on both sides",
+            hint=_SAME_RELEASE,
         )
+    effects: list[f.Effect] = []
+    if token is not None:
+        ctx.keys = _checked_keys(ctx, token, event)
+        effects.append(f.Authenticate(ctx.keys.client, ctx.keys.server))
+    elif event.proof:
+        raise RefusedError("auth", "the server has a token, and this client has none", hint=SAME_TOKEN)
     ctx.protocol = event.protocol
     ctx.peer_nonce, ctx.peer_abilities, ctx.peer_software = event.nonce, event.abilities, event.software
-    proof, token = b"", terms.options.token
-    if token is not None:
-        if not hmac.compare_digest(event.proof, prove(token, "server", ctx.nonce, event.nonce)):
-            raise RefusedError(
-                "auth",
-                "the server could not prove that it knows the token" if event.proof else "the server has no token",
-                hint="configure the same token on both sides",
-            )
-        proof = prove(token, "client", ctx.nonce, event.nonce)
     identify = m.Identify(
         identity=terms.identity,
         role=terms.role,
         layouts=terms.options.layouts,
-        proof=proof,
         manifest=terms.manifest_digest,
         root=terms.root,
         probe=terms.probe,
@@ -105,4 +163,4 @@ def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
         avoid=terms.avoid,
     )
     ctx.probing = terms.probe
-    return [f.Send(identify), f.SetTimer(ctx.timings().validate)]
+    return [*effects, f.Send(identify), f.SetTimer(ctx.timings().validate)]

@@ -112,6 +112,11 @@ class Session:
         return self._ctx.protocol
 
     @property
+    def data_key(self) -> bytes:
+        """What authenticates data connections is derived from it; empty without a token."""
+        return b"" if self._ctx.keys is None else self._ctx.keys.data
+
+    @property
     def peer_software(self) -> str:
         """The peer's name and version; empty before its first message."""
         return self._ctx.peer_software
@@ -138,6 +143,10 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {self.side.value} {self._state.name}>"
+
+    def greeted(self, body: bytes) -> None:
+        """Record the body of the peer's first frame, exactly as it came, before its message is handled."""
+        self._ctx.peer_greeting = body
 
     def handle(self, event: e.Event) -> tuple[f.Effect, ...]:
         """Take one event.

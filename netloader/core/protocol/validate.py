@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Sequence
 
 from netloader.core import messages as m
@@ -10,7 +9,6 @@ from netloader.core.identity import Difference, Severity, differences
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context, Refuse
 from netloader.core.protocol.events import Held, NotHeld, Queued, TurnTaken
-from netloader.core.protocol.listen import prove
 from netloader.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 
 __all__ = [
@@ -51,16 +49,9 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, 
 
 
 def server_identify(ctx: Context, event: m.Identify) -> Sequence[f.Effect]:
-    """The client said what it wants: check its proof, then look it up."""
+    """The client said what it wants: look it up. With a token, only an authentic frame comes here."""
     if ctx.identify is not None:
         raise RemoteProtocolError("the client sent Identify twice")
-    token = ctx.server.options.token
-    if token is not None and not hmac.compare_digest(event.proof, prove(token, "client", ctx.peer_nonce, ctx.nonce)):
-        raise Refuse(
-            "auth",
-            "the client could not prove that it knows the token",
-            hint="configure the same token on both sides",
-        )
     ctx.identify, ctx.probing = event, event.probe
     role = event.role if event.identity is None else event.identity.role
     layouts = event.layouts if event.identity is None else (event.identity.layout,)

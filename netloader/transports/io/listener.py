@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 import anyio
 
 from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.transports.base import Setup
 
 __all__ = [
     "KEY_BYTES",
     "Listener",
     "authenticate",
+    "bound_keys",
     "connect_socket",
     "receive_exactly",
     "send_all",
@@ -129,6 +131,11 @@ async def connect_socket(sock: socket.socket, address: object) -> None:
     """
     if start_connecting(sock, address):
         await wait_connected(sock)
+
+
+def bound_keys(setup: Setup, key: bytes, answer: bytes) -> tuple[bytes, bytes]:
+    """What the client sends and what the server answers on data connections; `key` and `answer` came in the offer."""
+    return setup.bound(key, "client"), setup.bound(answer, "server")
 
 
 async def authenticate(connections: Sequence[socket.socket], key: bytes, answer: bytes) -> None:

@@ -25,7 +25,7 @@ import msgspec
 from netloader.errors import TransferTimeout, TransportError, TransportUnavailable
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.io.channel_state import ChannelState
-from netloader.transports.io.listener import KEY_BYTES, Listener, authenticate, connect_socket
+from netloader.transports.io.listener import KEY_BYTES, Listener, authenticate, bound_keys, connect_socket
 from netloader.transports.io.operation import Operation
 from netloader.transports.io.thread_pool import ThreadPool
 from netloader.transports.shm.handshake import Handshake, credentials
@@ -153,7 +153,8 @@ class ShmTransport:
         except OSError as error:
             listener.close()
             raise TransportError(f"no socket can be opened for clients of this host: {error}") from error
-        data_listener = Listener(listener, key=offer.key, answer=offer.answer, count=2, reject=_reject)
+        key, answer = bound_keys(setup, offer.key, offer.answer)
+        data_listener = Listener(listener, key=key, answer=answer, count=2, reject=_reject)
         return _ShmPending(msgspec.msgpack.encode(offer), data_listener, setup, self._meet)
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
@@ -168,7 +169,7 @@ class ShmTransport:
                 for sock in sockets:
                     sock.setblocking(False)
                     await _connect(sock, wanted.name)
-                await authenticate(sockets, wanted.key, wanted.answer)
+                await authenticate(sockets, *bound_keys(setup, wanted.key, wanted.answer))
         except BaseException as error:
             for sock in sockets:
                 sock.close()

@@ -26,6 +26,7 @@ from netloader.transports.io.listener import (
     KEY_BYTES,
     Listener,
     authenticate,
+    bound_keys,
     socket_address,
     start_connecting,
     wait_connected,
@@ -178,10 +179,11 @@ class TcpTransport:
             listener.close()
             raise TransportError(f"no data port can be opened at {setup.local_host}: {error}") from error
         offer = _TcpOffer(port, lanes, secrets.token_bytes(KEY_BYTES), secrets.token_bytes(KEY_BYTES))
+        key, answer = bound_keys(setup, offer.key, offer.answer)
         data_listener = Listener(
             listener,
-            key=offer.key,
-            answer=offer.answer,
+            key=key,
+            answer=answer,
             count=lanes,
             reject=lambda connection: _reject(connection, setup.peer_host),
         )
@@ -197,7 +199,7 @@ class TcpTransport:
         try:
             with anyio.fail_after(setup.timeout):
                 await _connect_all(connections, wanted, setup)
-                await authenticate(connections, wanted.key, wanted.answer)
+                await authenticate(connections, *bound_keys(setup, wanted.key, wanted.answer))
         except BaseException as error:
             for sock in connections:
                 sock.close()
