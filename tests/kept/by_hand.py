@@ -1,4 +1,6 @@
-"""Protocol 1 written by hand, from docs/protocol.md: what a peer has to send and compute, without netloader's code.
+"""The protocol written by hand, from docs/protocol.md: what a peer has to send and compute, without netloader's code.
+
+Without a token it speaks version 1, with a token version 2.
 
 Messages are dictionaries as they lie in a frame. Weights are two tensors of the CPU, cut into blocks.
 """
@@ -35,29 +37,91 @@ def frame(message: Message) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
-def proof(token: bytes, side: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    return hmac.digest(token, b"netloader/" + side.encode() + b"/" + client_nonce + server_nonce, "sha256")
+NO_PROOF = bytes(32)
+CODE_BYTES = 16
+
+
+def keys(token: bytes, hello: bytes, welcome: bytes) -> dict[str, bytes]:
+    """The keys of a session, from the bodies of Hello and of Welcome, where zeros stand in place of the proof."""
+    transcript = b"".join(struct.pack(">I", len(body)) + body for body in (hello, welcome))
+    secret = hmac.digest(token, b"netloader/2/session\0" + transcript, "sha256")
+    labels = ("server proof", "client", "server", "data")
+    return {label: hmac.digest(secret, b"netloader/2/" + label.encode() + b"\0\x01", "sha256") for label in labels}
+
+
+def data_key(key: bytes, side: str, offered: bytes) -> bytes:
+    """What `side` sends on a data connection; `offered` came in the offer, `key` is that of the session's data."""
+    label = f"netloader/2/data {side}".encode()
+    return hmac.digest(key, label + b"\0" + offered + b"\x01", "sha256")[: len(offered)]
+
+
+def code(key: bytes, number: int, body: bytes) -> bytes:
+    """The authentication code of a frame."""
+    return hmac.digest(key, struct.pack(">Q", number) + body, "sha256")[:CODE_BYTES]
 
 
 class Wire:
-    """A control connection."""
+    """A control connection.
+
+    Attributes:
+        said, heard: Body of the first frame in each direction.
+        keys: Those of the session, once there are some.
+    """
 
     def __init__(self, stream: SocketStream) -> None:
         self.stream = stream
         self._ahead = b""
+        self.said = self.heard = b""
+        self.keys: dict[str, bytes] = {}
+        self._numbers = {"client": 0, "server": 0}
 
     async def say(self, kind: str, **fields: Any) -> None:
+        raw = frame({"type": kind, **fields})
+        self.said = self.said or raw[4:]
+        if self.keys:
+            body = raw[4:] + self._code(self._side, raw[4:])
+            raw = len(body).to_bytes(4, "big") + body
         with contextlib.suppress(anyio.BrokenResourceError):  # the other end may have left, and is not to be told
-            await self.stream.send(frame({"type": kind, **fields}))
+            await self.stream.send(raw)
+
+    async def welcome(self, token: bytes, **fields: Any) -> None:
+        """A server's Welcome with its proof; from here on frames are authenticated."""
+        body = frame({"type": "Welcome", **fields, "proof": NO_PROOF})[4:]
+        found = keys(token, self.heard, body)
+        await self.say("Welcome", **fields, proof=found["server proof"])
+        self.keys, self._side = found, "server"
+
+    def welcomed(self, token: bytes) -> None:
+        """A client heard Welcome: check its proof; from here on frames are authenticated."""
+        proof = msgspec.msgpack.decode(self.heard)["proof"]
+        self.keys, self._side = keys(token, self.said, self.heard.replace(proof, NO_PROOF)), "client"
+        assert proof == self.keys["server proof"]
+
+    def _code(self, side: str, body: bytes) -> bytes:
+        number, self._numbers[side] = self._numbers[side], self._numbers[side] + 1
+        return code(self.keys[side], number, body)
 
     async def hear_frame(self) -> bytes:
-        """The next frame; EndOfStream or BrokenResourceError when there will be none."""
+        """The next frame, without its authentication code, which is checked.
+
+        EndOfStream or BrokenResourceError when there will be none.
+        """
         with anyio.fail_after(PATIENCE):
             while len(self._ahead) < 4 or len(self._ahead) < 4 + int.from_bytes(self._ahead[:4], "big"):
                 self._ahead += await self.stream.receive()
         size = 4 + int.from_bytes(self._ahead[:4], "big")
         heard, self._ahead = self._ahead[:size], self._ahead[size:]
-        return heard
+        self.heard = self.heard or heard[4:]
+        if not self.keys:
+            return heard
+        body, found = heard[4:-CODE_BYTES], heard[-CODE_BYTES:]
+        first = not any(self._numbers.values())
+        expected = self._code("client" if self._side == "server" else "server", body)
+        if first and found != expected:  # a client that did not accept the proof says goodbye without a code
+            self.keys = {}
+            return heard
+        assert found == expected
+        return len(body).to_bytes(4, "big") + body
 
     async def hear(self) -> Message:
         message: Message = msgspec.msgpack.decode((await self.hear_frame())[4:])
@@ -164,9 +228,14 @@ def to_ranges(numbers: Sequence[int]) -> list[list[int]]:
 
 
 class DataPort:
-    """The server's end of a tcp channel of one connection."""
+    """The server's end of a tcp channel of one connection.
 
-    def __init__(self) -> None:
+    Args:
+        secret: The session's key for data, with a token.
+    """
+
+    def __init__(self, secret: bytes = b"") -> None:
+        self._secret = secret
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         self._stream: socket.socket | None = None
@@ -186,8 +255,11 @@ class DataPort:
         while len(said) < KEY_BYTES + 1:
             await anyio.wait_readable(self._stream)
             said += self._stream.recv(KEY_BYTES + 1 - len(said))
-        assert said == self.key + b"\0"
-        await self.send(self.answer)
+        key, answer = self.key, self.answer
+        if self._secret:
+            key, answer = data_key(self._secret, "client", key), data_key(self._secret, "server", answer)
+        assert said == key + b"\0"
+        await self.send(answer)
 
     async def send(self, data: bytes) -> None:
         assert self._stream is not None

@@ -186,11 +186,13 @@ class Session:
         """Hear Hello, say Welcome. A token makes the source prove that it knows it."""
         await self.hello(None)
         hello = self._hello
-        fields = {"protocol": 1, "nonce": by_hand.NONCE, "abilities": hello.get("abilities", []), **(changed or {})}
-        token = fields.pop("token", None)
-        if token is not None:
-            fields["proof"] = by_hand.proof(token, "server", hello["nonce"], by_hand.NONCE)
-        await self._wire.say("Welcome", **fields)
+        token = (changed or {}).get("token")
+        version = 1 if token is None else 2
+        fields = {"protocol": version, "nonce": by_hand.NONCE, "abilities": hello.get("abilities", [])}
+        if token is None:
+            await self._wire.say("Welcome", **{**fields, **(changed or {})})
+        else:
+            await self._wire.welcome(token, **fields)
 
     async def identify(self, _: None) -> None:
         self._identify = await self.hear("Identify")
@@ -214,7 +216,7 @@ class Session:
     async def offer(self, _: None) -> None:
         """Hear Agree, and open the data channel."""
         await self.hear("Agree")
-        self._data = DataPort()
+        self._data = DataPort(self._wire.keys.get("data", b""))
         offer = msgspec.msgpack.encode(self._data.offer)
         await self._wire.say("ChannelOffer", transport="tcp", offer=offer)
         await self._data.let_in()

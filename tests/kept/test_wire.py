@@ -60,15 +60,16 @@ async def client(one: netloader.Server) -> AsyncIterator[Wire]:
         yield Wire(stream)
 
 
-async def greet(wire: Wire, transport: str, facts: Message | None = None, **identify: Any) -> list[bytes]:
+async def greet(
+    wire: Wire, transport: str, facts: Message | None = None, *, token: bool = False, **identify: Any
+) -> list[bytes]:
     """Say Hello and Identify as a client does; what the server said until it announced, or refused."""
     ability = {"name": transport, **({"facts": facts} if facts else {})}
-    await wire.say("Hello", protocol=1, nonce=NONCE, abilities=[ability])
+    version = {"protocol": 2, "proves": True} if token else {"protocol": 1}
+    await wire.say("Hello", **version, nonce=NONCE, abilities=[ability])
     heard = [await wire.hear_frame()]
-    welcome = msgspec.msgpack.decode(heard[0][4:])
-    if "proof" in welcome:
-        assert welcome["proof"] == by_hand.proof(TOKEN, "server", NONCE, welcome["nonce"])
-        identify["proof"] = by_hand.proof(TOKEN, "client", NONCE, welcome["nonce"])
+    if token:
+        wire.welcomed(TOKEN)
     await wire.say("Identify", **{"identity": {"model": "kept"}, "layouts": ["raw"], **identify})
     while msgspec.msgpack.decode(heard[-1][4:])["type"] not in {"Announce", "Refusal", "Waiting"}:
         heard.append(await wire.hear_frame())
@@ -88,10 +89,10 @@ async def from_server() -> dict[str, str]:
     found = {}
     async with server(LARGE, "tcp", token=TOKEN, max_clients=1, fan_out=0) as one, AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(client(one)) for _ in range(3)]
-        said = await greet(wires[0], "tcp", manifest=LARGE.manifest_digest)
+        said = await greet(wires[0], "tcp", token=True, manifest=LARGE.manifest_digest)
         raw, _ = await offered(wires[0], "tcp", LARGE.plan_digest)
-        said += [raw, *(await greet(wires[1], "tcp", follow=True))[1:]]
-        said += (await greet(wires[2], "tcp", identity={"model": "another"}))[1:]
+        said += [raw, *(await greet(wires[1], "tcp", token=True, follow=True))[1:]]
+        said += (await greet(wires[2], "tcp", token=True, identity={"model": "another"}))[1:]
         for raw in said:
             found[f"server: {msgspec.msgpack.decode(raw[4:])['type']}"] = masked(raw)
     async with server(SMALL, "tcp") as one, client(one) as wire:
@@ -106,7 +107,7 @@ async def from_client() -> dict[str, str]:
 
     async def serve(stream: SocketStream) -> None:
         async with stream:
-            wire, data = Wire(stream), DataPort()
+            wire = Wire(stream)
 
             async def hear() -> Message:
                 raw = await wire.hear_frame()
@@ -115,10 +116,10 @@ async def from_client() -> dict[str, str]:
                 return message
 
             hello = await hear()
-            proof = by_hand.proof(TOKEN, "server", hello["nonce"], NONCE)
-            await wire.say("Welcome", protocol=1, nonce=NONCE, proof=proof, abilities=[{"name": "tcp"}])
+            assert hello["proves"]
+            await wire.welcome(TOKEN, protocol=2, nonce=NONCE, abilities=[{"name": "tcp"}])
+            data = DataPort(wire.keys["data"])
             identify = await hear()
-            assert identify["proof"] == by_hand.proof(TOKEN, "client", hello["nonce"], NONCE)
             await wire.say("Accepted", identity={"model": "kept"})
             leaves = "client: Verdict" in found
             announcement = SMALL.announcement(manifest_known=identify["manifest"] == SMALL.manifest_digest)
@@ -156,9 +157,10 @@ async def whole_record() -> dict[str, Any]:
         for weights in (Weights(rows=1, block_bytes=1 << 20), SMALL)
         for name in ("manifest_digest", "plan_digest", "root")
     }
-    proofs = {
-        f"proof of the {side}": by_hand.proof(TOKEN, side, NONCE, NONCE[::-1]).hex() for side in ("server", "client")
-    }
+    derived = by_hand.keys(TOKEN, b"hello", b"welcome")
+    proofs = {f"key {name!r}": key.hex() for name, key in derived.items()}
+    proofs["key on a data connection"] = by_hand.data_key(derived["data"], "client", NONCE).hex()
+    proofs["code of frame 1"] = by_hand.code(derived["client"], 1, b"body").hex()
     addresses = {f"address {text}": str(netloader.parse_address(text)) for text in ADDRESSES}
     return {**values, **proofs, **addresses, **await from_server(), **await from_client()}
 
