@@ -115,7 +115,7 @@ class FrameDecoder(Generic[M]):
         cap: Largest body accepted, in bytes.
 
     Attributes:
-        first_body: Body of the first message, as it came; empty before.
+        first_body: Body of the message that was returned as the greeting, as it came; empty before.
     """
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[M], names: frozenset[str], cap: int) -> None:
@@ -164,9 +164,11 @@ class FrameDecoder(Generic[M]):
                 end = start + _HEADER.size + length
                 if len(self._buffer) < end:
                     break
-                messages.append(self._decode(self._body(start + _HEADER.size, end)))
+                body = self._body(start + _HEADER.size, end)
+                messages.append(self._decode(body))
                 start = end
                 if greeting:
+                    self.first_body = bytes(body)
                     break
         except RemoteProtocolError as error:
             self._error = error
@@ -187,7 +189,6 @@ class FrameDecoder(Generic[M]):
     def _body(self, start: int, end: int) -> bytes | memoryview:
         """The body of the frame at this place of the buffer, which is authentic if it has to be."""
         body = bytes(memoryview(self._buffer)[start:end])
-        self.first_body = self.first_body or body
         return body if self._seal is None else self._seal.open(memoryview(body))
 
     def _decode(self, body: bytes | memoryview) -> M:

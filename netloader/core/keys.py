@@ -57,15 +57,20 @@ class SessionKeys:
     data: bytes = field(repr=False)
 
 
-def derive(key: bytes, label: str, context: bytes = b"") -> bytes:
-    """A key for one purpose: the first block of HKDF-Expand (RFC 5869) with SHA-256; 32 bytes.
+def derive(key: bytes, label: str, context: bytes = b"", nbytes: int = 32) -> bytes:
+    """A key for one purpose, by HKDF-Expand (RFC 5869) with SHA-256.
 
     Args:
         key: A key that is not used directly.
         label: The purpose.
         context: What else the derived key is bound to.
+        nbytes: Its length, at most 8160.
     """
-    return hmac.digest(key, _LABEL + label.encode() + b"\0" + context + b"\x01", "sha256")
+    info, block, derived = _LABEL + label.encode() + b"\0" + context, b"", b""
+    for number in range(1, -(-nbytes // hashlib.sha256().digest_size) + 1):
+        block = hmac.digest(key, block + info + bytes([number]), "sha256")
+        derived += block
+    return derived[:nbytes]
 
 
 def session_keys(token: bytes, hello: bytes, welcome: bytes) -> SessionKeys:

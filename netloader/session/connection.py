@@ -64,6 +64,7 @@ class ControlConnection(Generic[M]):
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
         self._stream = stream
         self._decoder = decoder
+        self._greeted = False
         raw = stream.extra(SocketAttribute.raw_socket)
         try:
             _tune(raw)
@@ -91,7 +92,7 @@ class ControlConnection(Generic[M]):
             RemoteProtocolError: The peer sent bytes that are not a message.
         """
         # What came with the greeting is decoded only now; this raises if an invalid frame followed the last messages.
-        messages = self._decoder.feed(b"", greeting=not self.greeting)
+        messages = self._decoder.feed(b"", greeting=not self._greeted)
         while not messages:
             try:
                 data = await self._stream.receive(_READ_BYTES)
@@ -100,16 +101,17 @@ class ControlConnection(Generic[M]):
                 raise PeerLost(f"the peer closed the control connection{cut}") from None
             except _BROKEN as error:
                 raise _broken(error) from error
-            if not self.greeting or self._decoder.pending + len(data) <= LARGE_FRAME:
-                messages = self._decoder.feed(data, greeting=not self.greeting)
+            if not self._greeted or self._decoder.pending + len(data) <= LARGE_FRAME:
+                messages = self._decoder.feed(data, greeting=not self._greeted)
             else:  # not abandoned on cancellation, because the thread would go on changing the decoder
                 messages = await anyio.to_thread.run_sync(self._decoder.feed, data)
+        self._greeted = True
         return messages
 
-    @property
-    def greeting(self) -> bytes:
-        """Body of the peer's first message, as it came; empty before. :meth:`receive` returns that message alone."""
-        return self._decoder.first_body
+    def take_greeting(self) -> bytes:
+        """Body of the peer's first message, as it came, which :meth:`receive` returned alone. It is forgotten then."""
+        body, self._decoder.first_body = self._decoder.first_body, b""
+        return body
 
     def authenticate(self, key: bytes) -> None:
         """Accept only authentic frames from here on, also of those that came already and were not returned."""

@@ -418,7 +418,7 @@ class SessionDriver(Generic[M]):
                 self._connection_failed(error.message)
                 return
             if self.session.state is State.LISTEN:
-                self.session.greeted(self._connection.greeting)
+                self.session.greeted(self._connection.take_greeting())
             for message in messages:
                 self.feed(message)
                 await self._outbox.has_room()

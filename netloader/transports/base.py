@@ -78,10 +78,10 @@ class Setup:
         connection still can't connect to a data port, or answer there. Without a token, it is `secret` itself.
 
         Args:
-            secret: Random bytes of the offer, at most 32.
+            secret: Random bytes of the offer, 16 to 8160.
             purpose: A name for what is authenticated, so that two connections need different bytes.
         """
-        return derive(self.data_key, f"data {purpose}", secret)[: len(secret)] if self.data_key else secret
+        return derive(self.data_key, f"data {purpose}", secret, len(secret)) if self.data_key else secret
 
 
 @runtime_checkable

@@ -201,6 +201,7 @@ def pair_maker(
                 signals=signals,
                 timeout=PATIENCE,
                 stall=stall,
+                data_key=b"d" * 32,  # as with a token
             )
             for signals, peer in ((ours, other), (theirs, server))
         ]

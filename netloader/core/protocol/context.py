@@ -93,7 +93,8 @@ class Context:
         client, server: Terms of this side; those of the other side are at their defaults.
         protocol: Version that both sides speak; 0 before it is agreed.
         nonce, peer_nonce: Random bytes of both sides.
-        greeting, peer_greeting: Bodies of both sides' first messages, exactly as they were sent.
+        greeting, peer_greeting: Bodies of both sides' first messages, exactly as they were sent; the
+            peer's is kept only until the keys are derived.
         keys: Keys of the session; None before the peer's greeting, and without a token.
         peer_abilities: The peer's transports.
         peer_software: The peer's name and version.

@@ -43,11 +43,12 @@ def _connected(ctx: Context) -> None:
         raise LocalProtocolError("a message came before the event Connected")
 
 
-def _heard(ctx: Context) -> bytes:
+def _take_greeting(ctx: Context) -> bytes:
     """The peer's greeting as it came. Encoding its message anew would lose the fields that are unknown here."""
-    if not ctx.peer_greeting:
+    body, ctx.peer_greeting = ctx.peer_greeting, b""
+    if not body:
         raise LocalProtocolError("the bytes of the peer's greeting were not recorded")
-    return ctx.peer_greeting
+    return body
 
 
 def server_connected(ctx: Context, event: Connected) -> Sequence[f.Effect]:
@@ -102,7 +103,7 @@ def server_hello(ctx: Context, event: m.Hello) -> Sequence[f.Effect]:
     )
     if token is None:
         return [f.Send(welcome), f.SetTimer(ctx.timings().validate)]
-    ctx.keys = session_keys(token, _heard(ctx), m.wire_body(welcome))
+    ctx.keys = session_keys(token, _take_greeting(ctx), m.wire_body(welcome))
     return [
         f.Send(msgspec.structs.replace(welcome, proof=ctx.keys.proof)),
         f.Authenticate(ctx.keys.server, ctx.keys.client),
@@ -125,7 +126,7 @@ def _checked_keys(ctx: Context, token: bytes, event: m.Welcome) -> SessionKeys:
             f"the server speaks only protocol {event.protocol}",
             hint=_UPGRADE.format("server"),
         )
-    transcript = without_proof(_heard(ctx), event.proof)
+    transcript = without_proof(_take_greeting(ctx), event.proof)
     keys = None if transcript is None else session_keys(token, ctx.greeting, transcript)
     if keys is None or not hmac.compare_digest(event.proof, keys.proof):
         raise RefusedError("auth", "the server could not prove that it knows the token", hint=SAME_TOKEN)

@@ -146,7 +146,8 @@ class Session:
 
     def greeted(self, body: bytes) -> None:
         """Record the body of the peer's first frame, exactly as it came, before its message is handled."""
-        self._ctx.peer_greeting = body
+        if self._ctx.token is not None:
+            self._ctx.peer_greeting = body
 
     def handle(self, event: e.Event) -> tuple[f.Effect, ...]:
         """Take one event.
