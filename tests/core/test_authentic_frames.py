@@ -5,6 +5,7 @@ The bytes of a session with known nonces are kept.
 
 from __future__ import annotations
 
+import hmac
 import json
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,9 @@ def test_any_change_of_the_frames_between_two_sides_ends_the_session(
     assert receiver.session.error is not None
     sent = [type(message) for message in receiver.other.said]
     heard = [type(message) for message in receiver.heard]
-    assert heard == sent[: len(heard)], "what was heard is what was sent, up to the change"
-    assert len(heard) <= number + (kind == "repeat") + (number == 0)
+    # A greeting is heard before it can be proven; the session ends then without doing or showing what it said.
+    assert number == 0 or heard == sent[: len(heard)], "what was heard is what was sent, up to the change"
+    assert number == 0 or len(heard) <= number + (kind == "repeat")
 
 
 WAITS = {("client", "drop"), ("client", "swap")}
@@ -153,6 +155,9 @@ def test_keys_for_data_differ_by_purpose_and_by_what_they_are_bound_to() -> None
     key = keys_of().data
     made = {derive(key, label, context) for label in ("data client", "data server") for context in (b"", b"a", b"b")}
     assert len(made) == 6
+    long = derive(key, "data client", b"a", 80)
+    assert (len(long), long[:32]) == (80, derive(key, "data client", b"a"))
+    assert long[32:64] == hmac.digest(key, long[:32] + b"netloader/2/data client\0a\x02", "sha256")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import netloader
 from netloader.core.identity import ModelIdentity
 
 TENSORS = 200_000
+TOKEN = b"a token, so that long frames are authenticated too"
 LONGEST = 0.05
 """Seconds of processor time that one callback may take; how long it waits for the interpreter is up to the machine."""
 
@@ -47,15 +48,18 @@ def test_a_pull_of_many_tensors_never_holds_up_the_loop(longest: list[tuple[floa
     identity, source, into = ModelIdentity(model="many"), small_tensors(1.0), small_tensors(0.0)
 
     async def story() -> None:
-        async with netloader.Server(host="127.0.0.1") as server, netloader.Server(host="127.0.0.1") as relay:
+        async with (
+            netloader.Server(host="127.0.0.1", token=TOKEN) as server,
+            netloader.Server(host="127.0.0.1", token=TOKEN) as relay,
+        ):
             await server.hold(small_tensors(1.0, 2), ModelIdentity(model="few", role="draft"))
-            await netloader.pull_new(sources=[server.address], role="draft")  # imports what is imported late
+            await netloader.pull_new(sources=[server.address], role="draft", token=TOKEN)  # late imports
             longest[:] = [(0.0, "")]
             await server.hold(source, identity)
             sources = [server.address]
-            report = await netloader.pull(into, identity, sources=sources, relay=relay)
+            report = await netloader.pull(into, identity, sources=sources, relay=relay, token=TOKEN)
             assert report.tensors == TENSORS
-            made, _ = await netloader.pull_new(sources=sources, layouts=("raw",))
+            made, _ = await netloader.pull_new(sources=sources, layouts=("raw",), token=TOKEN)
             assert len(made) == TENSORS
             assert all(float(tensors[f"layers.{TENSORS - 1}.weight"][1]) == 1.0 for tensors in (into, made))
 
