@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a reader at the other end of a pipe needs each line at once
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     options = make_parser().parse_args(arguments)
-    set_up_logging(options.log_level)
+    set_up_logging(options)
     try:
         # Commands are imported on demand, because most of them import torch.
         with _without_collector():

@@ -233,14 +233,26 @@ def say(text: str, *, to_stderr: bool = False) -> None:
         sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
 
 
-def set_up_logging(level: str) -> None:
+class _Formatter(logging.Formatter):
+    """Formats records in the words of the command line."""
+
+    def __init__(self, form: str, options: argparse.Namespace) -> None:
+        super().__init__(form, "%H:%M:%S")
+        self._options = options
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return in_words_of(self._options, super().format(record))
+
+
+def set_up_logging(options: argparse.Namespace) -> None:
     """Send netloader's log to standard error, one line per record."""
     clear = _CLEAR_LINE if sys.stderr.isatty() else ""  # the last line may hold a progress bar
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{clear}%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"{clear}%(asctime)s %(levelname)s %(message)s", options))
     log = logging.getLogger("netloader")
     log.handlers[:] = [handler]
-    log.setLevel(level.upper())
+    log.setLevel(options.log_level.upper())
     log.propagate = False
 
 

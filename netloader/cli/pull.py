@@ -123,9 +123,9 @@ async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport
                 allocate=output.allocate,
                 progress=progress,
             )
-        except NoSourceLeft as error:
-            if output.error is not None:  # no source is to blame
-                raise output.error from error
+        except NoSourceLeft:
+            if output.error is not None:  # no source is to blame; its cause decides the exit status
+                raise output.error from output.error.__cause__
             raise
     return report
 
