@@ -90,6 +90,21 @@ FULL: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Goodbye(code="timeout", reason="slow"),
 )
 
+FULL_2: tuple[m.ClientMessage | m.ServerMessage, ...] = (
+    m.Announce(
+        manifest=MANIFEST,
+        block_bytes=4096,
+        algorithm="xxh3-128",
+        digests=PROOF,
+        root="cc" * 32,
+        plan="dd" * 32,
+        node="ef" * 8,
+        chain=("ab" * 8,),
+        metadata={"format": "pt"},
+    ),
+)
+"""Those again that have more fields since protocol 2."""
+
 LEAST: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Hello(protocol=1, nonce=NONCE),
     m.Welcome(protocol=1, nonce=NONCE),
@@ -106,6 +121,7 @@ LEAST: tuple[m.ClientMessage | m.ServerMessage, ...] = (
 
 EXAMPLES: dict[str, m.ClientMessage | m.ServerMessage] = {
     **{f"{type(message).__name__}, full": message for message in FULL},
+    **{f"{type(message).__name__}, full since protocol 2": message for message in FULL_2},
     **{f"{type(message).__name__}, least": message for message in LEAST},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,8 +59,6 @@ def test_neither_torch_nor_vllm_is_imported() -> None:
 
 
 def run_python(code: str) -> str:
-    import subprocess
-
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from netloader.core.protocol.announcement import examine
 from netloader.core.protocol.context import ClientTerms
 from netloader.core.protocol.effects import Examine
 from netloader.core.pull_state import FirstFiles
-from netloader.errors import CheckpointError, RemoteProtocolError, VerificationError
+from netloader.errors import CheckpointError, PeerLost, RemoteProtocolError, VerificationError
 from netloader.tensors import hold
 from tests.cases.files import metadata_of, save, served, tensors
 from tests.commands import serving
@@ -73,13 +74,7 @@ def test_entries_of_several_files_are_merged_and_those_that_differ_are_left_out_
     assert checkpoint.left_out == ("metadata part: the files have different values for it",)
 
 
-def announced(metadata: dict[str, str] | None) -> Any:
-    return msgspec.structs.replace if metadata is None else metadata
-
-
 def with_metadata(metadata: dict[str, str] | None) -> Any:
-    from dataclasses import replace
-
     return replace(announcement(3), metadata=metadata)
 
 
@@ -118,8 +113,6 @@ def test_memory_that_was_made_with_the_metadata_of_a_lost_source_is_not_filled_f
     assert isinstance(allocate, p.Allocate)
     assert allocate.metadata == {"format": "mlx"}
     pull.handle(p.HoldingAnnounced(2, with_metadata({"format": "pt"})), 0.2)
-    from netloader.errors import PeerLost
-
     pull.handle(p.SessionEnded(1, PeerLost("gone")), 0.3)
     (reject,) = (c for c in pull.handle(p.MemoryAllocated(1), 0.4) if isinstance(c, p.Reject))
     assert "the metadata of its weight files is another" in str(reject.error)

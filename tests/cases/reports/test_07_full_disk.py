@@ -59,7 +59,7 @@ def test_space_that_cannot_be_reserved_is_an_error_before_the_transfer(
     manifest = hold(tensors("a"), ModelIdentity()).announcement.manifest
     monkeypatch.setattr(os, "posix_fallocate", full)
     with OutputFolder(tmp_path / "out") as output:
-        with pytest.raises(CheckpointError, match="model.safetensors cannot be written: No space left") as caught:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be written: No space left") as caught:
             output.allocate(manifest, None)
         assert output.error is caught.value
     assert list(tmp_path.iterdir()) == []
