@@ -59,6 +59,7 @@ class OutputFolder:
 
     Args:
         path: The folder; made, with its parents, when it does not exist.
+        overwrite: Whether weight files that are there may be replaced.
         shard_bytes: Most bytes in one file, unless a single tensor is larger.
 
     Attributes:
@@ -69,10 +70,11 @@ class OutputFolder:
         CheckpointError: Nothing can be written there.
     """
 
-    def __init__(self, path: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
         self.path = path
         self.removed: list[str] = []
         self.error: CheckpointError | None = None
+        self._overwrite = overwrite
         self._shard_bytes = shard_bytes
         self._made: list[Path] = []
         self._files: list[_File] = []
@@ -245,13 +247,13 @@ class OutputFolder:
         progress(done, total)
 
     def publish(self) -> list[Path]:
-        """Give the files their final names, in place of older weight files. Call :meth:`sync` before.
+        """Give the files their final names, in place of older weight files if allowed. Call :meth:`sync` before.
 
         Returns:
             The files, in order; the index comes last.
 
         Raises:
-            CheckpointError: A file can't be renamed.
+            CheckpointError: A file can't be renamed, or another process has written weight files meanwhile.
         """
         if not self._files:
             raise LocalProtocolError("there are no files to publish: nothing was allocated")
@@ -262,6 +264,8 @@ class OutputFolder:
             present = weight_files_in(self.path)
         except OSError as error:
             raise unwritable(self.path, error) from error
+        if present and not self._overwrite:
+            raise CheckpointError(f"{present[0]} was written meanwhile", hint="choose another folder, or overwrite")
         return put_in_place(parts, present)
 
 

@@ -69,8 +69,11 @@ class Part:
 
     def remove(self) -> None:
         """Close it, and remove it unless it has its final name."""
-        if self.descriptor >= 0:
+        if self.descriptor < 0:
+            return
+        try:
             self.path.unlink(missing_ok=True)
+        finally:
             os.close(self.descriptor)
             self.descriptor = -1
 

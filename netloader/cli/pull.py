@@ -90,7 +90,7 @@ async def _pull(options: argparse.Namespace) -> _Pulled:
 async def _into_files(options: argparse.Namespace, stop: Stop) -> _Pulled:
     """Pull into files. When it is cancelled, none of them stays."""
     began = time.monotonic()
-    output = OutputFolder(options.output)
+    output = OutputFolder(options.output, overwrite=options.overwrite)
     await anyio.to_thread.run_sync(output.__enter__)
     try:
         for name in output.removed:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from netloader.checkpoint.cache import model_name
 from netloader.checkpoint.names import repo_id_of
 
 
@@ -26,3 +29,8 @@ from netloader.checkpoint.names import repo_id_of
 )
 def test_the_repository_id_of_a_cached_snapshot_is_found_in_its_path(path: str, name: str) -> None:
     assert repo_id_of(path) == name
+
+
+@pytest.mark.parametrize("path", ["/x/llama", "/x/llama/", "/x/./llama", "/x//llama"])
+def test_one_folder_has_one_name_however_its_path_is_written(path: str) -> None:
+    assert model_name(Path(path)) == "llama"
