@@ -34,7 +34,7 @@ from netloader.transports.contract_0_1 import adapted
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Destination
+    from netloader.tensors import Allocate, Destination
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -274,6 +274,7 @@ async def pull_new(
     token: bytes | None = None,
     expect_root: str | None = None,
     max_bytes: int = 1 << 44,
+    allocate: Allocate | None = None,
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
@@ -285,6 +286,8 @@ async def pull_new(
         layouts: Layouts to accept, preferred first.
         device: Device for the new tensors.
         max_bytes: Largest model to accept, in bytes.
+        allocate: Makes the tensors for the manifest (and the metadata) that the source announces, instead of new ones
+            in memory: for example :meth:`netloader.checkpoint.OutputFolder.allocate`, whose tensors are views of files.
         transport: As for :func:`pull`.
         timeout: As for :func:`pull`.
         wait: As for :func:`pull`.
@@ -313,7 +316,7 @@ async def pull_new(
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
-    filled = destination(None, device=device)
+    filled = destination(None, device=device, allocate=allocate)
     report = await _pull_into(filled, None, sources, transport, options, progress, observers)
     return filled.tensors, report
 

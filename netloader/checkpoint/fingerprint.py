@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from netloader.checkpoint.files import WEIGHT_SUFFIX, choose_files
+from netloader.errors import CheckpointError
+
 __all__ = ["SAMPLES", "fingerprint_of", "weight_files_of"]
 
 SAMPLES = 1024
@@ -32,8 +35,6 @@ LEAST_PER_FILE = 2
 
 SAMPLE_BYTES = 1024
 
-_SAFETENSORS = ".safetensors"
-_INDEX = ".safetensors.index.json"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf")
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 """Files that trainers write beside weights, and that engines don't load."""
@@ -42,10 +43,6 @@ _MAX_HEADER = 100 << 20
 """The format's own limit."""
 
 _LARGEST = 1 << 60
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
 
 
 class _Entry(msgspec.Struct):
@@ -93,37 +90,23 @@ def fingerprint_of(path: Path | str) -> str:
 def weight_files_of(path: Path) -> tuple[Path, ...]:
     """The files that hold the weights, in the order of their names; empty when one of them is missing.
 
-    Safetensors files are preferred to all others, as in engines. An index decides which files are used, because a
-    folder may hold a second copy of all weights under other names.
+    Safetensors files are preferred to all others, as in engines; which of them, :mod:`netloader.checkpoint.files` says.
     """
     if path.is_file():
         return (path,)
     if not path.is_dir():
         return ()
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_file())
-    chosen = _named_by_an_index(path, names)
-    if chosen is None:
-        chosen = [name for name in names if name.endswith(_SAFETENSORS)]
-        if any(name.startswith("model") for name in chosen):
-            chosen = [name for name in chosen if not name.startswith("consolidated")]
-    if not chosen:
-        chosen = [name for name in names if name.endswith(_OTHERS) and name not in _NO_WEIGHTS]
-    return tuple(path / name for name in chosen) if set(chosen) <= set(names) else ()
-
-
-def _named_by_an_index(path: Path, names: Sequence[str]) -> list[str] | None:
-    indexes = [name for name in names if name.endswith(_INDEX)]
-    usual = f"model{_INDEX}"
-    if usual in indexes:
-        indexes = [usual]
-    if len(indexes) != 1:
-        return None
     try:
-        named = set(msgspec.json.decode((path / indexes[0]).read_bytes(), type=_Index).weight_map.values())
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    # No weight file at all: a client's folder that holds only the index.
-    return sorted(named) if any(name in names for name in named) else []
+        chosen = choose_files(path).names
+    except CheckpointError:  # no index that decides: all that may be meant
+        chosen = tuple(name for name in names if name.endswith(WEIGHT_SUFFIX))
+    present = [name for name in chosen if (path / name).is_file()]
+    if not present:  # also a client's folder that holds only the index
+        present = [name for name in names if name.endswith(_OTHERS) and name not in _NO_WEIGHTS]
+    elif len(present) < len(chosen):
+        return ()
+    return tuple(path / name for name in present)
 
 
 def _opened(file: Path, stack: contextlib.ExitStack) -> int:
@@ -137,7 +120,7 @@ def _digest(descriptors: Sequence[int], names: Sequence[str]) -> str:
     others: list[_Piece] = []
     for number, descriptor in enumerate(descriptors):
         size = os.fstat(descriptor).st_size
-        header = _header(descriptor, size) if names[number].endswith(_SAFETENSORS) else b""
+        header = _header(descriptor, size) if names[number].endswith(WEIGHT_SUFFIX) else b""
         found = _tensors(header, number)
         tensors += found
         if not found:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from netloader.checkpoint import metadata as texts
+from netloader.checkpoint.file_errors import diagnosed, unreadable
+from netloader.checkpoint.files import (
+    FETCH_AGAIN,
+    INDEX_SUFFIX,
+    WEIGHT_SUFFIX,
+    WeightFiles,
+    check_present,
+    choose_files,
+    file_line,
+    folders_with_weights,
+    whole_checkpoint_of,
+)
 from netloader.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INDEX_SUFFIX", "SHARD_NAME", "WEIGHT_SUFFIX", "Checkpoint", "open_checkpoint"]
-
-WEIGHT_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
-_AGAIN = "fetch the checkpoint again"
 _EXTRA_BYTES = 64 << 20
 """Size limit of an extra file. A tokenizer with a large vocabulary has half of that."""
 
@@ -37,18 +42,19 @@ class Checkpoint:
             files, so that equal weights have an equal root. The tensors are private mappings of the files: bytes are
             read on first use, nothing is copied, and writing to a tensor does not change its file. The files must not
             be changed in place while they are used.
-        weight_files: Names of the safetensors files, in order.
+        weight_files: Names of the safetensors files, relative to the folder, in order.
         extra_files: Names of the small files in the folder (configuration, tokenizer), in order.
+        metadata: What the files say about themselves (``__metadata__``), without the names of tied tensors. An entry
+            that some files lack belongs to all of them; one that differs between files is left out.
+        left_out: What the folder holds and the checkpoint does not, with the reason: one line for each kind.
     """
 
     folder: Path
     tensors: Mapping[str, torch.Tensor]
     weight_files: tuple[str, ...]
     extra_files: tuple[str, ...]
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
+    metadata: Mapping[str, str]
+    left_out: tuple[str, ...]
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -56,101 +62,124 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     Args:
         path: A folder with one safetensors file, with several and an index (``*.safetensors.index.json``), or with
-            several that have no tensor in common; or one safetensors file.
+            several that have no tensor in common; or one safetensors file. :mod:`netloader.checkpoint.files` says which
+            files of a folder are used.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: There is no safetensors file, or one is missing, truncated, duplicate, or not part of the
-            checkpoint.
+        CheckpointError: There is no safetensors file, or one is missing, damaged, duplicate, or can't be read; or the
+            path is one of several files of a checkpoint.
     """
     path = Path(path)
-    files: tuple[Path, ...] = (path,)
-    placed: dict[str, str] | None = None
-    if path.is_dir():
-        files, placed = _weight_files(path)
-    elif not path.is_file():
-        raise CheckpointError(f"{path} does not exist", hint="give a folder with safetensors files")
-    found: dict[str, torch.Tensor] = {}
-    homes: dict[str, str] = {}
-    aliases: dict[str, str] = {}
-    for file in files:
-        tensors, metadata = _open_file(file)
-        _check_placed(file, tensors, homes, placed)
-        homes |= dict.fromkeys(tensors, file.name)
-        found |= tensors
-        aliases |= metadata
-    _check_complete(path, found, placed)
-    ordered = {name: found[name] for name in sorted(found)}
-    # safetensors' own `save_model` records tensors that share the memory of another one in the metadata.
-    for name, owner in sorted(aliases.items()):
-        if name != "format" and name not in found and owner in found:
-            ordered[name] = found[owner]
-    folder = path if path.is_dir() else path.parent
-    return Checkpoint(folder, ordered, tuple(file.name for file in files), _extra_files(folder))
-
-
-def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The files to open, and the file of each tensor if there is an index."""
-    files = sorted(file for file in folder.glob(f"*{WEIGHT_SUFFIX}") if not file.name.startswith("."))
-    index = _index_file(folder)
-    if index is None:
-        if not files:
-            others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            beside = f" (but {others[0]})" if others else ""
-            raise CheckpointError(f"{folder} has no safetensors file{beside}", hint="convert it to safetensors")
-        _check_shards(folder, {file.name for file in files})
-        return tuple(files), None
-    placed = _read_index(index)
-    wanted = set(placed.values())
-    for name in sorted(wanted):
-        if Path(name).name != name or not name.endswith(WEIGHT_SUFFIX):
-            raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file of this folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing, {index.name} names it", hint=_AGAIN)
-    stems = {match["stem"] for name in wanted if (match := SHARD_NAME.fullmatch(name))}
-    for file in files:
-        match = SHARD_NAME.fullmatch(file.name)
-        # Other files beside the shards, such as one consolidated copy of all weights, are no error.
-        if file.name not in wanted and match is not None and match["stem"] in stems:
-            raise CheckpointError(
-                f"{file} is not named by {index.name}", hint="it is left from another checkpoint: remove it"
-            )
-    return tuple(folder / name for name in sorted(wanted)), placed
-
-
-def _index_file(folder: Path) -> Path | None:
-    indexes = sorted(file for file in folder.glob(f"*{INDEX_SUFFIX}") if not file.name.startswith("."))
-    usual = folder / f"model{INDEX_SUFFIX}"
-    if usual in indexes or not indexes:
-        return usual if indexes else None
-    if len(indexes) > 1:
-        names = ", ".join(file.name for file in indexes)
-        raise CheckpointError(f"{folder} has several indexes: {names}", hint="keep one checkpoint in a folder")
-    return indexes[0]
-
-
-def _read_index(index: Path) -> dict[str, str]:
     try:
-        return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}", hint=_AGAIN) from error
+        folder, chosen = _chosen(path)
+        left_out = _files_left_out(folder, chosen) if path.is_dir() else []
+        found: dict[str, torch.Tensor] = {}
+        homes: dict[str, str] = {}
+        aliases: dict[str, str] = {}
+        described: list[dict[str, str]] = []
+        for name in chosen.names:
+            tensors, metadata = _open_file(folder / name)
+            mine, ignored = _used(folder, name, tensors, homes, chosen)
+            left_out += ignored
+            homes |= dict.fromkeys(mine, name)
+            found |= mine
+            rest, tied = _split(folder / name, metadata, tensors)
+            described.append(rest)
+            aliases |= {alias: owner for alias, owner in tied.items() if owner in mine}
+        _check_complete(folder, found, chosen)
+        extra = _extra_files(folder)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    facts, differing = texts.merged(described)
+    if differing:
+        left_out.append(f"metadata {file_line(differing)}: the files have different values for it")
+    texts.check_size(facts)
+    ordered = {name: found[name] for name in sorted(found)}
+    ordered |= {alias: found[owner] for alias, owner in sorted(aliases.items()) if alias not in found}
+    return Checkpoint(folder, ordered, chosen.names, extra, facts, tuple(left_out))
 
 
-def _check_shards(folder: Path, names: set[str]) -> None:
-    """Check that no shard is missing: without an index, the names of the shards say how many there are."""
-    for name in sorted(names):
-        match = SHARD_NAME.fullmatch(name)
-        if match is None:
-            continue
-        for number in range(1, int(match["count"]) + 1):
-            other = f"{match['stem']}-{number:05d}-of-{match['count']}{WEIGHT_SUFFIX}"
-            if other not in names:
+def _chosen(path: Path) -> tuple[Path, WeightFiles]:
+    """The folder, and the files to open.
+
+    Raises:
+        CheckpointError: There is none.
+        OSError: The folder can't be listed.
+    """
+    if path.is_dir():
+        chosen = choose_files(path)
+        if not chosen.names:
+            raise _without_weights(path)
+        check_present(path, chosen)
+        return path, chosen
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist", hint="give a folder with safetensors files")
+    if why := whole_checkpoint_of(path):
+        raise CheckpointError(why, hint=f"give the folder: {path.parent}")
+    return path.parent, WeightFiles((path.name,))
+
+
+def _without_weights(folder: Path) -> CheckpointError:
+    below = folders_with_weights(folder)
+    if below:
+        return CheckpointError(
+            f"{folder} has no safetensors file of its own, but its folders {file_line(below)} have",
+            hint=f"give one of them, such as {folder / below[0]}",
+        )
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    if others:
+        return CheckpointError(f"{folder} has no safetensors file (but {others[0]})", hint="convert it to safetensors")
+    return CheckpointError(f"{folder} has no safetensors file ", hint="give a folder with *.safetensors")
+
+
+def _files_left_out(folder: Path, chosen: WeightFiles) -> list[str]:
+    lines = []
+    if chosen.left_out:
+        lines.append(f"{file_line(chosen.left_out)}: {chosen.reason}")
+    used = {name.partition("/")[0] for name in chosen.names if "/" in name}
+    below = [name for name in folders_with_weights(folder) if name not in used]
+    if below:
+        lines.append(f"weights in the folders {file_line(below)}: they are models of their own, serve each by itself")
+    return lines
+
+
+def _used(
+    folder: Path, name: str, tensors: Mapping[str, torch.Tensor], homes: Mapping[str, str], chosen: WeightFiles
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of one file that are part of the checkpoint, and a line for each kind of the others.
+
+    Raises:
+        CheckpointError: Without an index, two files hold a tensor of one name.
+    """
+    if chosen.placed is None:
+        for tensor in tensors:
+            if tensor in homes:
                 raise CheckpointError(
-                    f"{folder / other} is missing, {name} is one of {int(match['count'])}",
-                    hint=_AGAIN,
+                    f"{folder / name} holds {tensor}, and so does {homes[tensor]}",
+                    hint="remove the file that does not belong here",
                 )
+        return dict(tensors), []
+    unknown = [tensor for tensor in tensors if tensor not in chosen.placed]
+    elsewhere = [tensor for tensor in tensors if chosen.placed.get(tensor, name) != name]
+    lines = []
+    if unknown:
+        lines.append(f"tensors {file_line(unknown)} of {name}: {chosen.index} does not name them")
+    if elsewhere:
+        where = file_line(sorted({chosen.placed[tensor] for tensor in elsewhere}))
+        lines.append(f"tensors {file_line(elsewhere)} of {name}: {chosen.index} places them in {where}")
+    return {tensor: tensors[tensor] for tensor in tensors if chosen.placed.get(tensor) == name}, lines
+
+
+def _split(
+    file: Path, metadata: Mapping[str, str], tensors: Mapping[str, object]
+) -> tuple[dict[str, str], dict[str, str]]:
+    try:
+        return texts.split(metadata, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error.message}", hint=error.hint) from error
 
 
 def _open_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -160,9 +189,14 @@ def _open_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return tensors, opened.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:
+        cause = diagnosed(file)
+        if cause is not None:
+            raise unreadable(file, cause) from cause
+        if isinstance(error, MemoryError):
+            raise CheckpointError(f"{file} cannot be opened: no memory is left", hint="free memory") from error
         raise CheckpointError(
-            f"{file} ({_size(file)}) is no complete safetensors file: {error}", hint=_AGAIN
+            f"{file} ({_size(file)}) is no complete safetensors file: {error}", hint=FETCH_AGAIN
         ) from error
 
 
@@ -173,23 +207,13 @@ def _size(file: Path) -> str:
         return error.strerror or type(error).__name__
 
 
-def _check_placed(
-    file: Path, tensors: Iterable[str], homes: Mapping[str, str], placed: Mapping[str, str] | None
-) -> None:
-    for name in tensors:
-        if name in homes:
-            raise CheckpointError(
-                f"{file} holds {name}, and so does {homes[name]}", hint="remove the file that does not belong here"
-            )
-        if placed is not None and placed.get(name) != file.name:
-            where = f"the index expects it in {placed[name]}" if name in placed else "the index does not name it"
-            raise CheckpointError(f"{file} holds {name}, but {where}", hint=_AGAIN)
-
-
-def _check_complete(path: Path, found: Mapping[str, torch.Tensor], placed: Mapping[str, str] | None) -> None:
-    for name, file in (placed or {}).items():
+def _check_complete(folder: Path, found: Mapping[str, torch.Tensor], chosen: WeightFiles) -> None:
+    for name, file in (chosen.placed or {}).items():
         if name not in found:
-            raise CheckpointError(f"{path / file} lacks {name}, which the index expects there", hint=_AGAIN)
+            raise CheckpointError(
+                f"{folder / file} lacks {name}, which {chosen.index} expects there",
+                hint=f"{FETCH_AGAIN}: the index and the files do not belong together",
+            )
 
 
 def _extra_files(folder: Path) -> tuple[str, ...]:
@@ -197,7 +221,7 @@ def _extra_files(folder: Path) -> tuple[str, ...]:
         file.name
         for file in sorted(folder.iterdir())
         if not file.name.startswith(".")
-        and not file.name.endswith((WEIGHT_SUFFIX, *_OTHER_WEIGHTS))
+        and not file.name.endswith((WEIGHT_SUFFIX, INDEX_SUFFIX, *_OTHER_WEIGHTS))
         and file.is_file()
         and file.stat().st_size <= _EXTRA_BYTES
     )

@@ -1,4 +1,4 @@
-"""The command line: serve a checkpoint, pull one, probe a source, list transports, run a demonstration."""
+"""The command line: serve a checkpoint, pull one, probe a source, list transports, check a configuration, a demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from netloader.cli.arguments import make_parser
-from netloader.cli.console import Exit, report_error, set_up_logging
+from netloader.cli.console import Exit, have_streams, report_error, say, set_up_logging
 
 __all__ = ["main"]
 
@@ -24,20 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see :class:`netloader.cli.console.Exit`.
     """
+    have_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a reader at the other end of a pipe needs each line at once
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     options = make_parser().parse_args(arguments)
-    set_up_logging(options.log_level)
+    set_up_logging(options)
     try:
         # Commands are imported on demand, because most of them import torch.
         with _without_collector():
             command = import_module(f"netloader.cli.{options.command}")
         return int(command.run(options))
     except KeyboardInterrupt:
+        say("netloader: interrupted", to_stderr=True)
         return Exit.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a command always ends with one line and a status
-        return report_error(error, debug=options.debug)
+        return report_error(error, options)
     finally:
         if arguments is None:  # the process ends now; skip Python's final garbage collection, which takes 0.5 s
             gc.freeze()

@@ -13,11 +13,12 @@ __all__ = ["make_parser", "size"]
 _EXIT_CODES = """\
 exit status:
   0    done
-  1    failed: no source could be pulled from, the source broke off or stalled, or the disk is full
+  1    failed: no source could be pulled from, the source broke off or stalled, or the disk is full,
+       read-only or broken
   2    usage: an argument, a file or this installation is not what the command needs
   3    not verified: bytes arrived other than announced and no other source gave them right, or the
        weights are not the ones asked for
-  130  interrupted by Ctrl-C
+  130  ended by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP: 128 plus the number of the signal
 """
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([kMGT]?)(i?)B?", re.IGNORECASE)
@@ -87,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_pull(commands)
     _add_probe(commands)
+    _add_config(commands)
     _add_command(commands, "transports", "show what can carry tensors on this machine, and why the rest can't")
     return parser
 
@@ -132,10 +134,15 @@ def _add_serve(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _add_command(
         commands, "serve", "serve the safetensors files of a folder, without an engine, until stopped", log_level="info"
     )
-    parser.add_argument("folder", type=Path, metavar="MODEL_DIR", help="folder with *.safetensors")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="folder with *.safetensors, or the id of a model in the Hugging Face cache",
+    )
     parser.add_argument("--host", help="address to listen at (default: all)")
     parser.add_argument("--port", type=_port, default=0, help="port to listen at (default: a free one)")
-    parser.add_argument("--model", metavar="NAME", help="name told to clients (default: that of the folder)")
+    parser.add_argument("--model", metavar="NAME", help="name told to clients (default: id or folder of the model)")
     parser.add_argument("--max-clients", type=_clients, default=8, metavar="N", help="served at once; others wait (8)")
     parser.add_argument("--address-file", type=Path, metavar="FILE", help="write host:port there while serving")
     parser.add_argument(
@@ -173,6 +180,15 @@ def _add_probe(commands: Commands[argparse.ArgumentParser]) -> None:
     expected.add_argument("--root", type=_root, metavar="HEX", help="compare with this root")
     parser.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for it all (30)")
     parser.add_argument("--token-file", metavar="FILE", help="secret that both sides know")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, "config", "check a configuration of the vLLM adapter, without vLLM")
+    parser.add_argument("action", choices=("check",), help="what to do with it")
+    parser.add_argument(
+        "configuration", metavar="FILE|JSON", help="a JSON file, or the text for --model-loader-extra-config"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 

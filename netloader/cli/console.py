@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import enum
 import logging
+import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
+import msgspec
+
+from netloader.config import ConfigErrors
 from netloader.config.files import read_token
 from netloader.core.report import ProgressCallback
 from netloader.errors import (
+    AttemptFailed,
     CheckpointError,
     ConfigError,
+    DigestMismatch,
     ManifestError,
     NetloaderError,
     NoSourceLeft,
@@ -25,8 +35,13 @@ from netloader.observe.progress import ProgressBar, ProgressLog
 
 __all__ = [
     "Exit",
+    "Interrupted",
+    "error_as_data",
     "error_lines",
     "exit_for",
+    "have_streams",
+    "in_words_of",
+    "print_json",
     "progress_shown",
     "report_error",
     "say",
@@ -36,10 +51,42 @@ __all__ = [
 ]
 
 _CLEAR_LINE = "\r\x1b[K"
+_STREAMS = 3
+
+_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "LISTEN_PORT": "port",
+        "LISTEN_HOST": "host",
+        "MODEL": "model",
+        "TIMEOUT": "timeout",
+        "STALL_TIMEOUT": "stall_timeout",
+        "WAIT": "wait",
+        "TOKEN_FILE": "token_file",
+        "EXPECT_ROOT": "expect_root",
+        "TRANSPORT": "transport",
+        "MAX_CLIENTS": "max_clients",
+    }
+)
+"""The option of the command line for each field of the configuration that has one."""
+
+_FIELD = re.compile(rf"\b(?:{'|'.join(_OPTIONS)})\b")
+
+
+class Interrupted(Exception):
+    """A signal ended the command, which has cleaned up.
+
+    Args:
+        number: The signal.
+        result: What is left of the command's work, as a sentence.
+    """
+
+    def __init__(self, number: int, result: str) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}: {result}")
+        self.number = number
 
 
 class Exit(enum.IntEnum):
-    """The exit status of a command."""
+    """The exit status of a command. A command that a signal ended has 128 plus the number of the signal."""
 
     OK = 0
     FAILED = 1
@@ -52,8 +99,10 @@ class Exit(enum.IntEnum):
     """The user pressed Ctrl-C."""
 
 
-def exit_for(error: BaseException) -> Exit:
+def exit_for(error: BaseException) -> int:
     """The exit status for `error`."""
+    if isinstance(error, Interrupted):
+        return 128 + error.number
     causes = [attempt.cause for attempt in error.attempts] if isinstance(error, NoSourceLeft) else [error]
     if any(_is_unverified(cause) for cause in causes):
         return Exit.UNVERIFIED
@@ -77,40 +126,103 @@ def whole_error(error: BaseException) -> BaseException:
     return error
 
 
-def report_error(error: BaseException, *, debug: bool) -> Exit:
-    """Print one line about `error`, and a hint where there is one.
+def report_error(error: BaseException, options: argparse.Namespace) -> int:
+    """Print one line about `error`, and a hint where there is one; with ``--json`` one object on standard output too.
 
     Args:
         error: The error that ended the command.
-        debug: Print the traceback and the last transitions too.
+        options: The command's options. With ``--debug``, the traceback and the last transitions are printed too.
 
     Returns:
-        The exit status.
+        The exit status, which the JSON object has too.
     """
     error = whole_error(error)
-    message, hint = error_lines(error)
-    if debug:
+    status = int(exit_for(error))
+    if getattr(options, "json", False):
+        print_json({"ok": False, "exit": status, **error_as_data(error, options)})
+    if options.debug:
         logging.getLogger("netloader").error("the command failed", exc_info=error)
         if isinstance(error, NetloaderError):
             for move in error.story:
                 say(f"  {move}", to_stderr=True)
-    say(f"netloader: error: {message}", to_stderr=True)
-    if hint:
-        say(f"netloader: hint: {hint}", to_stderr=True)
-    return exit_for(error)
+    for one in error.problems if isinstance(error, ConfigErrors) else (error,):
+        message, hint = error_lines(one, options)
+        say(f"netloader: error: {message}", to_stderr=True)
+        if hint:
+            say(f"netloader: hint: {hint}", to_stderr=True)
+    return status
 
 
-def error_lines(error: BaseException) -> tuple[str, str]:
-    """The message and the hint, one line each. The hint may be empty."""
+def error_lines(error: BaseException, options: argparse.Namespace) -> tuple[str, str]:
+    """The message and the hint, one line each, in the words of the command line. The hint may be empty."""
     if isinstance(error, NetloaderError):
         message, hint = error.message, error.hint
     elif isinstance(error, ImportError):
         message, hint = str(error), "tensors need the extra `torch`: pip install 'netloader[torch]'"
-    elif isinstance(error, OSError):
+    elif isinstance(error, MemoryError):
+        message, hint = f"no memory is left: {error}", "free memory, or use a larger host"
+    elif isinstance(error, OSError | Interrupted):
         message, hint = str(error), ""
     else:
         message, hint = f"{type(error).__name__}: {error}", "this is a bug in netloader; --debug shows where"
-    return " ".join(message.split()), " ".join(hint.split())
+    return in_words_of(options, " ".join(message.split())), in_words_of(options, " ".join(hint.split()))
+
+
+def in_words_of(options: argparse.Namespace, text: str) -> str:
+    """`text` with the options of the command in place of the fields of the configuration: ``--port``, not LISTEN_PORT.
+
+    A field that the command has no option for stays as it is.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = _OPTIONS[found[0]]
+        return f"--{name.replace('_', '-')}" if name in vars(options) else found[0]
+
+    return _FIELD.sub(option, text)
+
+
+def error_as_data(error: BaseException, options: argparse.Namespace) -> dict[str, object]:
+    """What is known about `error`, for JSON."""
+    message, hint = error_lines(error, options)
+    data: dict[str, object] = {"error": type(error).__name__, "message": message, "hint": hint}
+    if isinstance(error, DigestMismatch):
+        data |= {"block": error.block, "tensors": error.tensors, "announced": error.expected, "arrived": error.actual}
+    if isinstance(error, ConfigErrors):
+        data["faults"] = [_fault(fault, options) for fault in error.problems]
+    if isinstance(error, NoSourceLeft):
+        data["verified"], data["total"] = error.verified, error.total
+        data["attempts"] = [_attempt(attempt, options) for attempt in error.attempts]
+    return data
+
+
+def _fault(fault: ConfigError, options: argparse.Namespace) -> dict[str, object]:
+    message, hint = error_lines(fault, options)
+    return {"field": fault.field, "message": message, "hint": hint}
+
+
+def _attempt(attempt: AttemptFailed, options: argparse.Namespace) -> dict[str, object]:
+    return {"source": attempt.source, **error_as_data(attempt.cause, options)}
+
+
+def print_json(data: Mapping[str, object]) -> None:
+    """Print one object on standard output."""
+    say(msgspec.json.encode(data).decode())
+
+
+def have_streams() -> None:
+    """Make sure that standard input, output and error exist.
+
+    A process may be started without them (``2>&-``). Then the next file or socket that it opens would get their
+    number, and whatever a library prints would go there.
+    """
+    opened = os.open(os.devnull, os.O_RDWR)
+    while opened < _STREAMS:
+        opened = os.open(os.devnull, os.O_RDWR)
+    os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
@@ -121,14 +233,26 @@ def say(text: str, *, to_stderr: bool = False) -> None:
         sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
 
 
-def set_up_logging(level: str) -> None:
+class _Formatter(logging.Formatter):
+    """Formats records in the words of the command line."""
+
+    def __init__(self, form: str, options: argparse.Namespace) -> None:
+        super().__init__(form, "%H:%M:%S")
+        self._options = options
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return in_words_of(self._options, super().format(record))
+
+
+def set_up_logging(options: argparse.Namespace) -> None:
     """Send netloader's log to standard error, one line per record."""
     clear = _CLEAR_LINE if sys.stderr.isatty() else ""  # the last line may hold a progress bar
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{clear}%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"{clear}%(asctime)s %(levelname)s %(message)s", options))
     log = logging.getLogger("netloader")
     log.handlers[:] = [handler]
-    log.setLevel(level.upper())
+    log.setLevel(options.log_level.upper())
     log.propagate = False
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import anyio
 import msgspec
 
 from netloader import api
-from netloader.cli.console import Exit, say, token_from
+from netloader.checkpoint.cache import find_folder
+from netloader.cli.console import Exit, print_json, say, token_from
 from netloader.client.probe import Probe
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import compare
+from netloader.errors import shown
 from netloader.observe.progress import byte_text
 
 __all__ = ["run"]
@@ -32,7 +35,8 @@ def run(options: argparse.Namespace) -> Exit:
         reasons = _other_than(probe, options.against)
     asked = options.root is not None or options.against is not None
     if options.json:
-        say(msgspec.json.encode(_as_data(probe, reasons if asked else None)).decode())
+        status = Exit.UNVERIFIED if reasons else Exit.OK
+        print_json({"ok": not reasons, "exit": status, **_as_data(probe, reasons if asked else None)})
     else:
         for line in _lines(probe):
             say(line)
@@ -66,12 +70,15 @@ def _other_than(probe: Probe, folder: Path) -> list[str]:
     from netloader.tensors import hold
 
     held = probe.announcement
-    files = checkpoint.open_checkpoint(folder)
+    files = checkpoint.open_checkpoint(find_folder(folder))
+    for line in files.left_out:
+        say(f"left out: {line}", to_stderr=True)
     ours = hold(
         files.tensors, ModelIdentity(), block_bytes=held.plan.block_bytes, algorithm=held.algorithm
     ).announcement
+    others = _other_metadata(files.metadata, held.metadata)
     if ours.root == held.root:
-        return []
+        return others
     reasons = [str(mismatch) for mismatch in compare(ours.manifest, held.manifest)]
     if held.identity.layout != "checkpoint":
         reasons.insert(0, f"layout: the source holds {held.identity.layout} tensors, a folder those of a checkpoint")
@@ -84,7 +91,22 @@ def _other_than(probe: Probe, folder: Path) -> list[str]:
             for name in ours.plan.tensors_of(number)
         }
         reasons = [f"{name}: same shape, other contents (in a block with it)" for name in sorted(differing)]
-    return reasons
+    return [*reasons, *others]
+
+
+def _other_metadata(ours: Mapping[str, str], held: Mapping[str, str] | None) -> list[str]:
+    """The entries of the files' metadata in which the folder and the source differ; none if the source states none."""
+    if held is None:
+        return []
+    return [
+        f"metadata {shown(key, 60)}: {_entry(ours, key)} here, {_entry(held, key)} at the source"
+        for key in sorted({**ours, **held})
+        if ours.get(key) != held.get(key)
+    ]
+
+
+def _entry(metadata: Mapping[str, str], key: str) -> str:
+    return shown(metadata[key], 60) if key in metadata else "missing"
 
 
 def _lines(probe: Probe) -> list[str]:
@@ -97,10 +119,17 @@ def _lines(probe: Probe) -> list[str]:
         f"bytes      {held.plan.nbytes} ({byte_text(held.plan.nbytes)})",
         f"blocks     {len(held.plan.blocks)} of up to {held.plan.block_bytes} bytes, digest {held.algorithm}",
         f"transports {', '.join(probe.transports) or 'none'}",
+        f"metadata   {_metadata(held.metadata)}",
     ]
     for name, value in _identity(held.identity).items():
         lines.append(f"identity   {name} = {value}")
     return lines
+
+
+def _metadata(metadata: Mapping[str, str] | None) -> str:
+    if metadata is None:
+        return "not stated"
+    return f"{len(metadata)} {'entry' if len(metadata) == 1 else 'entries'}"
 
 
 def _identity(identity: ModelIdentity) -> dict[str, object]:
@@ -120,6 +149,7 @@ def _as_data(probe: Probe, reasons: list[str] | None) -> dict[str, object]:
         "block_bytes": held.plan.block_bytes,
         "digest": held.algorithm,
         "transports": probe.transports,
+        "metadata": held.metadata,
         "identity": _identity(held.identity),
         "seconds": probe.seconds,
         "tensors": [

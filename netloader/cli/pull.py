@@ -3,65 +3,140 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from functools import partial
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from netloader import api, checkpoint
-from netloader.cli.console import Exit, error_lines, exit_for, progress_shown, say, token_from, whole_error
-from netloader.core.report import PullReport
+from netloader import api
+from netloader.checkpoint import OutputFolder
+from netloader.cli.console import (
+    Exit,
+    Interrupted,
+    error_as_data,
+    print_json,
+    progress_shown,
+    say,
+    token_from,
+    whole_error,
+)
+from netloader.cli.signals import Stop, ending_signals, stop_on_signal
+from netloader.core.report import Progress, ProgressCallback, PullReport
 from netloader.errors import ConfigError, DigestMismatch, NoSourceLeft
-
-if TYPE_CHECKING:
-    import torch
+from netloader.observe.progress import byte_text
 
 __all__ = ["run"]
 
 
-def run(options: argparse.Namespace) -> Exit:
-    """Pull, write, report."""
+class _Stopped(Exception):
+    """A signal came while the files were being written to the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    """What a pull gave.
+
+    Attributes:
+        report: Its report.
+        files: The files, with their final names.
+        write_seconds: How long writing took after the last block arrived.
+        seconds: How long all of it took.
+    """
+
+    report: PullReport
+    files: list[Path]
+    write_seconds: float
+    seconds: float
+
+
+def run(options: argparse.Namespace) -> int:
+    """Pull into files, report."""
+    _check_output(options.output, overwrite=options.overwrite)
     try:
-        _check_output(options.output, overwrite=options.overwrite)
-        report, files = anyio.run(_pull, options)
-    except Exception as wrapped:  # noqa: BLE001 - printed as JSON if asked for, and raised again
+        pulled = anyio.run(_pull, options)
+    except Exception as wrapped:
         error = whole_error(wrapped)
-        if options.json:
-            _print_json({"ok": False, "exit": exit_for(error), **_error_as_data(error)})
-        elif isinstance(error, NoSourceLeft):
+        if isinstance(error, NoSourceLeft) and not options.json:
             _print_corruption(error)
-        raise error from None
+        raise
     if options.json:
-        _print_json({"ok": True, "exit": Exit.OK, **_report_as_data(report), "files": [str(file) for file in files]})
+        print_json({"ok": True, "exit": Exit.OK, **_as_data(pulled, options)})
     else:
-        for line in report.lines():
+        for line in pulled.report.lines():
             say(line)
-        _print_result(report, options.output, files)
+        _print_result(pulled, options.output)
     return Exit.OK
 
 
-async def _pull(options: argparse.Namespace) -> tuple[PullReport, list[Path]]:
+async def _pull(options: argparse.Namespace) -> _Pulled:
+    stop, done = Stop(), list[_Pulled]()
+    with ending_signals() as signals:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stop_on_signal, signals, tasks.cancel_scope, stop)
+            with suppress(_Stopped):  # the scope is cancelled then
+                done.append(await _into_files(options, stop))
+            tasks.cancel_scope.cancel()
+    if not done:
+        raise Interrupted(stop.number, f"nothing was left in {options.output}")
+    return done[0]
+
+
+async def _into_files(options: argparse.Namespace, stop: Stop) -> _Pulled:
+    """Pull into files. When it is cancelled, none of them stays."""
+    began = time.monotonic()
+    output = OutputFolder(options.output, overwrite=options.overwrite)
+    await anyio.to_thread.run_sync(output.__enter__)
+    try:
+        for name in output.removed:
+            say(f"removed {options.output / name}: an earlier pull was killed and had left it", to_stderr=True)
+        report = await _fill(options, output)
+        arrived = time.monotonic()
+        with progress_shown(options.progress_every, "written") as progress:
+            await anyio.to_thread.run_sync(output.sync, _watched(progress, arrived, str(options.output), stop))
+        await anyio.lowlevel.checkpoint()  # the last moment at which a signal leaves nothing
+        with anyio.CancelScope(shield=True):
+            files = await anyio.to_thread.run_sync(output.publish)
+        return _Pulled(report, files, time.monotonic() - arrived, time.monotonic() - began)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(output.__exit__, None, None, None)
+
+
+async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport:
     with progress_shown(options.progress_every, "pulled") as progress:
-        tensors, report = await api.pull_new(
-            sources=options.sources,
-            role=options.role,
-            transport=options.transport,
-            timeout=options.timeout,
-            wait=options.wait,
-            stall_timeout=options.stall_timeout,
-            token=token_from(options.token_file),
-            expect_root=options.expect_root,
-            progress=progress,
-        )
-    return report, await anyio.to_thread.run_sync(partial(_write, options, tensors))
+        try:
+            _, report = await api.pull_new(
+                sources=options.sources,
+                role=options.role,
+                transport=options.transport,
+                timeout=options.timeout,
+                wait=options.wait,
+                stall_timeout=options.stall_timeout,
+                token=token_from(options.token_file),
+                expect_root=options.expect_root,
+                allocate=output.allocate,
+                progress=progress,
+            )
+        except NoSourceLeft:
+            if output.error is not None:  # no source is to blame; its cause decides the exit status
+                raise output.error from output.error.__cause__
+            raise
+    return report
 
 
-def _write(options: argparse.Namespace, tensors: Mapping[str, torch.Tensor]) -> list[Path]:
-    return checkpoint.write_checkpoint(tensors, options.output, overwrite=options.overwrite)
+def _watched(progress: ProgressCallback, began: float, what: str, stop: Stop) -> Callable[[int, int], None]:
+    def written(nbytes: int, total: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        progress(Progress(nbytes, total, time.monotonic() - began, what))
+
+    return written
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
@@ -73,13 +148,20 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     allowed = "a new or empty folder"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(field="--output", value=str(folder), allowed=allowed, reason="it is a file")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    if not overwrite and folder.is_dir() and OutputFolder.in_use(folder):
         hint = "choose another folder, or replace its weight files with --overwrite"
         raise ConfigError(field="--output", value=str(folder), allowed=allowed, reason="it is not empty", hint=hint)
 
 
-def _print_result(report: PullReport, folder: Path, files: list[Path]) -> None:
-    say(f"wrote {len(files)} file{'s' * (len(files) != 1)} to {folder}")
+def _print_result(pulled: _Pulled, folder: Path) -> None:
+    count, report = len(pulled.files), pulled.report
+    nbytes = sum(file.stat().st_size for file in pulled.files)
+    say(
+        f"wrote {count} file{'s' * (count != 1)} ({byte_text(nbytes)}) to {folder}: "
+        f"{pulled.write_seconds:.2f} s after the last block, {pulled.seconds:.2f} s in all"
+    )
+    if report.metadata is None:
+        say("metadata: not stated by the source, `format: pt` was written")
     if report.identity.layout == "checkpoint":
         say("config.json, tokenizer and other small files are not part of what a source holds: copy them yourself")
     else:
@@ -100,36 +182,25 @@ def _print_corruption(error: NoSourceLeft) -> None:
             say(f"  arrived   {attempt.cause.actual}")
 
 
-# --- as JSON ----------------------------------------------------------------------------------------------------------
-
-
-def _print_json(data: Mapping[str, object]) -> None:
-    say(msgspec.json.encode(data).decode())
-
-
-def _report_as_data(report: PullReport) -> dict[str, object]:
+def _as_data(pulled: _Pulled, options: argparse.Namespace) -> dict[str, object]:
+    report = pulled.report
     return {
         "root": report.root,
         "bytes": report.nbytes,
         "blocks": report.blocks,
         "tensors": report.tensors,
+        "metadata": report.metadata,
         "seconds": report.seconds,
+        "write_seconds": pulled.write_seconds,
+        "total_seconds": pulled.seconds,
         "phases": report.phases.as_dict(),
         "sources": {
             source: {"blocks": share.blocks, "bytes": share.nbytes, "transport": share.transport}
             for source, share in report.sources.items()
         },
-        "attempts": [{"source": attempt.source, **_error_as_data(attempt.cause)} for attempt in report.attempts],
+        "attempts": [
+            {"source": attempt.source, **error_as_data(attempt.cause, options)} for attempt in report.attempts
+        ],
         "identity": msgspec.to_builtins(report.identity),
+        "files": [str(file) for file in pulled.files],
     }
-
-
-def _error_as_data(error: BaseException) -> dict[str, object]:
-    message, hint = error_lines(error)
-    data: dict[str, object] = {"error": type(error).__name__, "message": message, "hint": hint}
-    if isinstance(error, DigestMismatch):
-        data |= {"block": error.block, "tensors": error.tensors, "announced": error.expected, "arrived": error.actual}
-    if isinstance(error, NoSourceLeft):
-        data["verified"], data["total"] = error.verified, error.total
-        data["attempts"] = [{"source": attempt.source, **_error_as_data(attempt.cause)} for attempt in error.attempts]
-    return data

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
-import signal
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,11 +19,15 @@ import anyio.to_thread
 
 from netloader import checkpoint
 from netloader.api import Server
-from netloader.cli.console import Exit, say, token_from
-from netloader.core.identity import ModelIdentity
+from netloader.checkpoint.cache import find_folder, model_name
+from netloader.cli.console import Exit, progress_shown, say, token_from
+from netloader.cli.signals import Stop, ending_signals
+from netloader.core.identity import ModelIdentity, check_sendable
 from netloader.core.protocol import State
 from netloader.core.report import Progress
+from netloader.discovery.address_file import AddressFile
 from netloader.errors import ConfigError
+from netloader.observe.events import Event, PhaseEnded
 from netloader.observe.progress import ProgressLog
 from netloader.tensors import hold
 from netloader.transports import registry
@@ -46,11 +49,18 @@ class _Stopped(Exception):
 
 def run(options: argparse.Namespace) -> Exit:
     """Serve until a signal comes."""
-    return anyio.run(_serve, options)
+    address_file = _address_file(options.address_file)
+    folder = find_folder(options.folder)
+    identity = ModelIdentity(model=options.model or model_name(folder), layout="checkpoint")
+    check_sendable(identity)
+    return anyio.run(_serve, options, folder, identity, address_file)
 
 
-async def _serve(options: argparse.Namespace) -> Exit:
+async def _serve(
+    options: argparse.Namespace, folder: Path, identity: ModelIdentity, address_file: AddressFile | None
+) -> Exit:
     fault = None if options.fault is None else replace(Fault.parse(options.fault), times=None)
+    transfers = _Transfers(options.progress_every)
     server = Server(
         host=options.host,
         port=options.port,
@@ -58,9 +68,10 @@ async def _serve(options: argparse.Namespace) -> Exit:
         token=token_from(options.token_file),
         max_clients=options.max_clients,
         stall_timeout=options.stall_timeout,
+        observers=[transfers.note],
     )
-    stop = threading.Event()
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    stop = Stop()
+    with ending_signals() as signals:
         async with server, anyio.create_task_group() as tasks:
             # Only the body of this scope is cancelled. The server then sends its clients a Goodbye when it closes.
             tasks.start_soon(_stop_on_signal, signals, tasks.cancel_scope, stop)
@@ -68,21 +79,25 @@ async def _serve(options: argparse.Namespace) -> Exit:
                 tasks.start_soon(_stop_on_eof, tasks.cancel_scope, stop)
             server.expect("target", "checkpoint", reason="its files are being read and hashed")
             # The thread ends soon after `stop` is set.
-            holding = await anyio.to_thread.run_sync(_read, options, stop)
+            holding = await anyio.to_thread.run_sync(_read, folder, identity, options, stop)
             if holding is not None:
                 _check(fault, holding)
                 server.add(holding)
-                await _serve_until_cancelled(server, holding, options)
+                await _serve_until_cancelled(server, holding, address_file, transfers)
     say("stopped")
     return Exit.OK
 
 
-async def _serve_until_cancelled(server: Server, holding: TensorHolding, options: argparse.Namespace) -> None:
+async def _serve_until_cancelled(
+    server: Server, holding: TensorHolding, address_file: AddressFile | None, transfers: _Transfers
+) -> None:
     announced = holding.announcement
     say(f"root {announced.root}")
-    with _written(options.address_file, str(server.address)):
+    if announced.metadata:
+        say(f"metadata: {len(announced.metadata)} {'entry' if len(announced.metadata) == 1 else 'entries'}")
+    async with _written(address_file, str(server.address)):
         say(f"serving {announced.identity.model} at {server.address}")
-        await _show_sessions(server, announced.plan.nbytes, options.progress_every)
+        await transfers.show(server, announced.plan.nbytes)
 
 
 def _transports(names: Sequence[str], fault: Fault | None) -> list[str | Transport]:
@@ -90,22 +105,23 @@ def _transports(names: Sequence[str], fault: Fault | None) -> list[str | Transpo
     return [transport if fault is None else FaultyTransport(transport, Faults([fault])) for transport in found]
 
 
-def _read(options: argparse.Namespace, stop: threading.Event) -> TensorHolding | None:
+def _read(folder: Path, identity: ModelIdentity, options: argparse.Namespace, stop: Stop) -> TensorHolding | None:
     """Hash the files. Returns None when stopped meanwhile."""
-    log = ProgressLog(say, every=options.progress_every, verb="hashed")
+    files = checkpoint.open_checkpoint(folder)
+    for line in files.left_out:
+        say(f"left out: {line}", to_stderr=True)
     began = time.monotonic()
+    with progress_shown(options.progress_every, "hashed") as shown:
 
-    def hashed(nbytes: int, total: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        log(Progress(nbytes, total, time.monotonic() - began, str(options.folder)))
+        def hashed(nbytes: int, total: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            shown(Progress(nbytes, total, time.monotonic() - began, str(folder)))
 
-    files = checkpoint.open_checkpoint(options.folder)
-    model = options.model or options.folder.resolve().name
-    try:
-        return hold(files.tensors, ModelIdentity(model=model, layout="checkpoint"), progress=hashed)
-    except _Stopped:
-        return None
+        try:
+            return hold(files.tensors, identity, progress=hashed, metadata=files.metadata)
+        except _Stopped:
+            return None
 
 
 def _check(fault: Fault | None, holding: TensorHolding) -> None:
@@ -124,48 +140,60 @@ def _check(fault: Fault | None, holding: TensorHolding) -> None:
         raise ConfigError(field="--fault byte", value=fault.byte, allowed=f"0 to {nbytes - 1}, in block {fault.block}")
 
 
-async def _show_sessions(server: Server, total: int, every: float) -> None:
-    """Print the progress of each transfer whenever it advances, until cancelled."""
-    pause = max(every, _SHORTEST_PAUSE)
-    seen: dict[str, _Seen] = {}
-    while True:
-        await anyio.sleep(pause)
-        now = time.monotonic()
-        moving = {info.peer: info for info in server.sessions if info.state is State.TRANSFER}
-        seen = {peer: seen.get(peer) or _Seen(peer, now - pause) for peer in moving}
-        for peer, info in moving.items():
-            seen[peer].take(info.nbytes, total, now)
+class _Transfers:
+    """Shows the progress of each transfer on standard error.
+
+    Args:
+        every: Seconds between two lines.
+    """
+
+    def __init__(self, every: float) -> None:
+        self._pause = max(every, _SHORTEST_PAUSE)
+        self._began: dict[str, float] = {}
+
+    def note(self, event: Event) -> None:
+        """Take an event of the server: a transfer begins when its plan is agreed."""
+        if isinstance(event, PhaseEnded) and event.phase == "plan":
+            self._began[event.peer] = time.monotonic()
+
+    async def show(self, server: Server, total: int) -> None:
+        """Show the progress whenever it advances, until cancelled."""
+        shown: dict[str, _Transfer] = {}
+        while True:
+            await anyio.sleep(self._pause)
+            moving = {info.peer: info for info in server.sessions if info.state is State.TRANSFER}
+            self._began = {peer: began for peer, began in self._began.items() if peer in moving}
+            shown = {peer: shown.get(peer) or _Transfer(peer) for peer in moving}
+            for peer, info in moving.items():
+                seconds = time.monotonic() - self._began.setdefault(peer, time.monotonic())
+                shown[peer].take(Progress(info.nbytes, total, seconds, peer))
 
 
-class _Seen:
-    """The progress of a client at the last check."""
+class _Transfer:
+    """The progress of one client."""
 
-    def __init__(self, peer: str, began: float) -> None:
-        self._peer = peer
-        self._began = began
+    def __init__(self, peer: str) -> None:
         self._nbytes = 0
-        self._log = ProgressLog(say, every=0, verb=f"{peer}: sent")
+        self._log = ProgressLog(partial(say, to_stderr=True), every=0, verb=f"{peer}: sent")
 
-    def take(self, nbytes: int, total: int, now: float) -> None:
-        if nbytes > self._nbytes:
-            self._nbytes = nbytes
-            self._log(Progress(nbytes, total, now - self._began, self._peer))
+    def take(self, at: Progress) -> None:
+        if at.verified > self._nbytes:
+            self._nbytes = at.verified
+            self._log(at)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-async def _stop_on_signal(
-    signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope, stop: threading.Event
-) -> None:
+async def _stop_on_signal(signals: AsyncIterator[Signals], scope: anyio.CancelScope, stop: Stop) -> None:
     async for number in signals:
         say(f"stopping on {number.name}")
-        stop.set()
+        stop.set(number)
         scope.cancel()
         return
 
 
-async def _stop_on_eof(scope: anyio.CancelScope, stop: threading.Event) -> None:
+async def _stop_on_eof(scope: anyio.CancelScope, stop: Stop) -> None:
     descriptor = sys.stdin.fileno()
     try:
         await anyio.wait_readable(descriptor)
@@ -179,16 +207,29 @@ async def _stop_on_eof(scope: anyio.CancelScope, stop: threading.Event) -> None:
     scope.cancel()
 
 
-@contextmanager
-def _written(path: Path | None, address: str) -> Iterator[None]:
-    """Write the address to a file, atomically, and remove the file at the end."""
+def _address_file(path: Path | None) -> AddressFile | None:
+    """The file for the address.
+
+    Raises:
+        AddressFileError: It can't be written. This is found before anything is read.
+    """
     if path is None:
+        return None
+    file = AddressFile(path, hint="--address-file must name a file in a folder that exists and can be written")
+    if (problem := file.problem()) is not None:
+        raise problem
+    return file
+
+
+@asynccontextmanager
+async def _written(file: AddressFile | None, address: str) -> AsyncIterator[None]:
+    """Write the address to a file, and remove the file at the end."""
+    if file is None:
         yield
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    draft.write_text(address, encoding="ascii")
-    draft.replace(path)
+    await anyio.to_thread.run_sync(file.write, address)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(file.remove)

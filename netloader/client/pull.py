@@ -297,7 +297,7 @@ class _Pull:
     async def _allocate(self, command: p.Allocate) -> None:
         error = None
         try:
-            await anyio.to_thread.run_sync(self._destination.adopt, command.manifest)
+            await anyio.to_thread.run_sync(self._destination.adopt, command.manifest, command.metadata)
         except NetloaderError as caught:
             error = caught
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback

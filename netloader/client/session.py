@@ -59,8 +59,8 @@ class PullDestination(Protocol):
         """Device of the tensors, as torch names it."""
         ...
 
-    def adopt(self, manifest: Manifest) -> None:
-        """Allocate memory for a manifest that the server announced."""
+    def adopt(self, manifest: Manifest, metadata: Mapping[str, str] | None) -> None:
+        """Allocate memory for a manifest that the server announced, with the metadata of its weight files."""
         ...
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:

@@ -197,16 +197,17 @@ def load_config(extra: Mapping[str, object] | None = None) -> Config:
                 for name in FIELDS
                 if name in contents and name in given and name != "CONFIG_FILE"
             )
+    token, warnings = None, list[str]()
+    if not faults.found:
+        with faults:
+            _check_times(Config(**values))
+    with faults:  # also when fields are not valid: all faults are named at once
+        token_file = values.get("token_file")
+        token = None if token_file is None else read_token(token_file, warnings)
     faults.raise_all()
     config = Config(**values, overrides=overrides)
-    token, warnings = None, list[str]()
     if config.int8_cache_name is not None and config.int8_cache == "no":
         warnings.append("INT8_CACHE_NAME has no effect while INT8_CACHE is 'no'")
-    with faults:
-        _check_times(config)
-    with faults:
-        token = None if config.token_file is None else read_token(config.token_file, warnings)
-    faults.raise_all()
     return msgspec.structs.replace(config, token=token, warnings=tuple(warnings))
 
 

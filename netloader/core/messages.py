@@ -6,6 +6,7 @@ message ends the session with an error that names it. New fields need defaults, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -14,6 +15,8 @@ from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import Manifest
 
 __all__ = [
+    "MAX_METADATA",
+    "MAX_METADATA_BYTES",
     "MAX_RANGES",
     "NONCE_BYTES",
     "OLDEST",
@@ -39,6 +42,7 @@ __all__ = [
     "Waiting",
     "Want",
     "Welcome",
+    "metadata_bytes",
     "wire_body",
     "wire_sources",
     "wire_text",
@@ -60,6 +64,12 @@ MAX_SOURCES = 64
 MAX_CHAIN = 256
 MAX_SOURCE = 300
 
+MAX_METADATA = 16_384
+"""Entries of the metadata in an announcement."""
+
+MAX_METADATA_BYTES = 4 << 20
+"""Bytes of all keys and values together."""
+
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, msgspec.Meta(max_length=64)]
 Hex = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
@@ -71,6 +81,8 @@ WireRanges = Annotated[tuple[tuple[BlockNumber, BlockNumber], ...], msgspec.Meta
 Sources = Annotated[
     tuple[Annotated[str, msgspec.Meta(max_length=MAX_SOURCE)], ...], msgspec.Meta(max_length=MAX_SOURCES)
 ]
+
+Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=MAX_METADATA)]
 
 Chain = Annotated[tuple[Hex, ...], msgspec.Meta(max_length=MAX_CHAIN)]
 """Names of relays. A client that finds its own name here would wait for itself."""
@@ -216,6 +228,8 @@ class Announce(Wire, frozen=True, kw_only=True):
         plan: Digest of the plan.
         node: Name of the server among relays; empty when it holds everything itself.
         chain: Names of the relays that it still pulls blocks from, directly or through others.
+        metadata: What the weight files say about themselves (``__metadata__``); None when this is not stated, because
+            the tensors come from no files, or by a peer of protocol 1.
     """
 
     manifest: Manifest | None = None
@@ -226,6 +240,7 @@ class Announce(Wire, frozen=True, kw_only=True):
     plan: Hex
     node: Hex = ""
     chain: Chain = ()
+    metadata: Metadata | None = None
 
 
 class Agree(Wire, frozen=True, kw_only=True):
@@ -363,6 +378,11 @@ def wire_body(message: ClientMessage | ServerMessage) -> bytes:
 def wire_text(text: str) -> str:
     """`text` made valid for a Text field: lone surrogates (from file names) are escaped, and it is cut to length."""
     return text.encode(errors="backslashreplace").decode()[:MAX_TEXT]
+
+
+def metadata_bytes(metadata: Mapping[str, str]) -> int:
+    """Bytes of all keys and values of the metadata, as UTF-8."""
+    return sum(len(key.encode()) + len(value.encode()) for key, value in metadata.items())
 
 
 def wire_sources(sources: tuple[str, ...]) -> tuple[str, ...]:

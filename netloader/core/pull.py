@@ -21,7 +21,7 @@ from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
 from netloader.core.options import PullOptions
 from netloader.core.protocol.events import Announcement
-from netloader.core.pull_state import Failures, SessionState
+from netloader.core.pull_state import Failures, FirstFiles, SessionState
 from netloader.core.report import SourceShare
 from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import (
@@ -88,6 +88,7 @@ class Pull:
         self._failures = Failures()
         self._adopts = adopts
         self._adopted = ""  # digest of the manifest that memory was provided for
+        self._first_files = FirstFiles()
         self._allocating: SessionState | None = None
         self._to_pin: list[tuple[SessionState, Announcement]] = []
         self._over = False
@@ -273,7 +274,7 @@ class Pull:
                 continue
             if self._adopts:
                 self._allocating = session
-                yield p.Allocate(session.number, announcement.manifest)
+                yield p.Allocate(session.number, announcement.manifest, announcement.metadata)
                 return
             self._to_pin.pop(0)
             yield from self._pin(session, announcement)
@@ -285,6 +286,7 @@ class Pull:
         asked, announcement = self._to_pin[0]
         if error is None:
             self._adopts, self._adopted = False, announcement.manifest_digest
+            self._first_files.pin(announcement.metadata)
         elif session is asked:
             self._to_pin.pop(0)
             yield p.Reject(asked.number, error)
@@ -298,11 +300,13 @@ class Pull:
                     "the source holds other tensors than those that memory was allocated for",
                     hint="give sources of one checkpoint only",
                 )
+            note = self._first_files.compare(announcement.metadata)
             self.ledger.pin(announcement.root, announcement.plan, announcement.digests, str(session.source))
         except NetloaderError as error:
             yield p.Reject(session.number, error)
             return
         yield p.Accept(session.number)
+        yield from (p.Log("info", f"{session.source}: {text}") for text in note)
         if first:
             yield p.StartRelaying(announcement)
 

@@ -237,6 +237,7 @@ class Allocate:
 
     session: int
     manifest: Manifest
+    metadata: Mapping[str, str] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

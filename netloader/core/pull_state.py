@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from netloader.core.addresses import Address
 from netloader.core.plan import Plan
-from netloader.errors import AttemptFailed, NetloaderError, RefusedError
+from netloader.errors import AttemptFailed, NetloaderError, RefusedError, VerificationError, shown
 
-__all__ = ["Failures", "SessionState"]
+__all__ = ["Failures", "FirstFiles", "SessionState"]
 
 _WINDOW_BYTES = (32 << 20, 2 << 30)
 """Bytes requested ahead, at first and at most: enough to keep a fast link busy while requests travel."""
@@ -77,3 +78,40 @@ class Failures:
         known = self.by_kind.get(key)
         self.by_kind[key] = AttemptFailed(source, error, times=1 if known is None else known.times + 1)
         return known is None
+
+
+class FirstFiles:
+    """What the weight files of the first source say about themselves: every further source has to hold the same."""
+
+    def __init__(self) -> None:
+        self._pinned = False
+        self._metadata: Mapping[str, str] | None = None
+
+    def pin(self, metadata: Mapping[str, str] | None) -> None:
+        """Take the metadata of the first source; None when it is not stated."""
+        self._pinned, self._metadata = True, metadata
+
+    def compare(self, stated: Mapping[str, str] | None) -> tuple[str, ...]:
+        """Compare the metadata of a source with that of the first one; pins it if there was none.
+
+        Returns:
+            A note when only one of the two states it, so that they can't be compared.
+
+        Raises:
+            VerificationError: They differ.
+        """
+        if not self._pinned:
+            self.pin(stated)
+        ours = self._metadata
+        if ours == stated:
+            return ()
+        if stated is None:
+            return ("it does not state the metadata of its files: that of the first source is kept",)
+        if ours is None:
+            return ("it states the metadata of its files, and the first source does not: none is kept",)
+        key = min(key for key in {**ours, **stated} if ours.get(key) != stated.get(key))
+        here, there = (shown(of[key], 60) if key in of else "missing" for of in (ours, stated))
+        raise VerificationError(
+            f"the metadata of its weight files is another: {shown(key, 60)} is {there}, and {here} at the first source",
+            hint="the two hold other files, although the tensors are equal; give sources of one checkpoint only",
+        )

@@ -12,6 +12,9 @@ from netloader.errors import AttemptFailed
 __all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare"]
 
 
+_SHOWN_KEYS = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a pull is.
@@ -105,6 +108,11 @@ class PullReport:
     announcement: Announcement | None = None
 
     @property
+    def metadata(self) -> Mapping[str, str] | None:
+        """What the weight files at the source say about themselves; None when the source does not state it."""
+        return None if self.announcement is None else self.announcement.metadata
+
+    @property
     def rate(self) -> float:
         """Bytes per second over the whole pull."""
         return self.nbytes / self.seconds if self.seconds > 0 else 0.0
@@ -124,5 +132,9 @@ class PullReport:
         for source, share in self.sources.items():
             by = f" over {share.transport}" if share.transport else ""
             text.append(f"source {source}: {share.blocks} blocks, {share.nbytes / 1e6:.1f} MB{by}")
+        if self.metadata is not None:
+            entries = len(self.metadata)
+            names = f" ({', '.join(sorted(self.metadata)[:_SHOWN_KEYS])})" if 0 < entries <= _SHOWN_KEYS else ""
+            text.append(f"metadata: {entries} {'entry' if entries == 1 else 'entries'}{names}")
         text.extend(f"failed before: {attempt}" for attempt in self.attempts)
         return text

@@ -178,6 +178,7 @@ class SessionEnded:
         blocks: Blocks that were verified (client) or sent (server).
         nbytes: Their bytes.
         error: Why it failed; a refusal is a :class:`~netloader.RefusedError` with a code, on both sides.
+        unfinished: Blocks that were being sent when the session failed (server). Some of them may have arrived.
     """
 
     side: str
@@ -189,6 +190,7 @@ class SessionEnded:
     blocks: int
     nbytes: int
     error: NetloaderError | None = field(default=None, compare=False)
+    unfinished: int = 0
 
     @property
     def stray(self) -> bool:

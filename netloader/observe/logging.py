@@ -92,7 +92,8 @@ class ServerLog:
         elif event.stray:
             self._strays.happened(f"{label}: {_one_line(error)}")
         else:
-            self._failures.happened(f"{label}, after {event.blocks} blocks: {_one_line(error)}")
+            more = f" and while sending {event.unfinished} more" if event.unfinished else ""
+            self._failures.happened(f"{label}, after {event.blocks} blocks{more}: {_one_line(error)}")
 
 
 def _label(event: TransportChosen | SessionEnded) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from netloader.core.identity import Layout, Role
+from netloader.core.identity import Layout, Role, check_sendable
 from netloader.core.protocol.events import Held, NotHeld
 from netloader.errors import LocalProtocolError
 from netloader.session.holding import Holding
@@ -38,9 +38,11 @@ class Holdings:
             supply: Progress of the pull that fills it; None when all blocks are there.
 
         Raises:
+            ConfigError: A text of its identity can't be sent.
             LocalProtocolError: Other tensors are served under this role and layout.
         """
         identity = holding.announcement.identity
+        check_sendable(identity)
         key = (identity.role, identity.layout)
         if isinstance(self._entries.get(key), _Absent | None):
             self._entries[key] = holding

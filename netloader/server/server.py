@@ -366,6 +366,7 @@ class HoldingServer:
             blocks=info.blocks,
             nbytes=info.nbytes,
             error=session.session.error,
+            unfinished=info.unfinished,
         )
         if ended.stray:
             self._accept_delay += _STRAY_PAUSE

@@ -72,6 +72,7 @@ class SessionInfo:
         transport: Name of the transport; empty before one was chosen.
         blocks: Blocks sent.
         nbytes: Their bytes.
+        unfinished: Blocks that were being sent when a send failed. Some of them may have arrived.
     """
 
     peer: str
@@ -80,6 +81,7 @@ class SessionInfo:
     transport: str
     blocks: int
     nbytes: int
+    unfinished: int = 0
 
 
 class ServerSession(SessionDriver[ClientMessage]):
@@ -130,6 +132,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
         self._blocks = 0
+        self._unfinished = 0
         self._nbytes = 0
 
     async def run(self) -> None:
@@ -146,7 +149,8 @@ class ServerSession(SessionDriver[ClientMessage]):
     def info(self) -> SessionInfo:
         """A snapshot of the session."""
         role = "" if self._holding is None else self._holding.announcement.identity.role
-        return SessionInfo(self.peer, self.session.state, role, self.session.transport, self._blocks, self._nbytes)
+        transport = self.session.transport
+        return SessionInfo(self.peer, self.session.state, role, transport, self._blocks, self._nbytes, self._unfinished)
 
     @property
     def holding(self) -> Holding | None:
@@ -355,10 +359,12 @@ class ServerSession(SessionDriver[ClientMessage]):
         return lambda: self.retract(reason, sources)
 
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
+        self._unfinished += len(batch)
         try:
             await self.channel().send(views)
         finally:
             self._sending -= 1
+        self._unfinished -= len(batch)
         nbytes = sum(view.nbytes for view in views)
 
         def account() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from netloader.tensors.describe import DTYPES, describe
-from netloader.tensors.destination import Destination, destination
+from netloader.tensors.destination import Allocate, Destination, destination
 from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_blocks, digest_of, digest_plan
 from netloader.tensors.holding import HASHERS, TensorHolding, hold
 from netloader.tensors.memory import MemoryBlock, TensorMemory
@@ -15,6 +15,7 @@ __all__ = [
     "DTYPES",
     "HASHERS",
     "LEAST_BYTES",
+    "Allocate",
     "Destination",
     "MemoryBlock",
     "Prefaulter",

@@ -48,6 +48,7 @@ def hold(
     weak: bool = False,
     threads: int = HASHERS,
     progress: Callable[[int, int], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> TensorHolding:
     """Describe tensors, divide them into blocks and compute the digest of every block.
 
@@ -61,6 +62,7 @@ def hold(
         algorithm: Name of the block digest, one of :data:`~netloader.tensors.ALGORITHMS`.
         weak: Hold only weak references, for tensors that their owner may free.
         threads: Threads that hash, the calling one included.
+        metadata: What the weight files say about themselves; None when the tensors come from no files.
         progress: Called with the bytes hashed so far and the total. An exception that it raises stops the hashing.
 
     Returns:
@@ -74,6 +76,6 @@ def hold(
     digests = digest_plan(memory, plan, algorithm, threads=threads, progress=progress)
     known = manifest_digest(manifest)
     root = compute_root(manifest, plan.block_bytes, algorithm, digests, known_digest=known)
-    announcement = Announcement(identity, manifest, known, plan, algorithm, digests, root)
+    announcement = Announcement(identity, manifest, known, plan, algorithm, digests, root, metadata)
     _ = plan.digest  # computed and cached here, in the thread of the caller, before the first client asks
     return TensorHolding(announcement, memory)

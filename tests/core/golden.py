@@ -92,6 +92,17 @@ FULL: tuple[m.ClientMessage | m.ServerMessage, ...] = (
 
 FULL_2: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Hello(protocol=3, oldest=2, nonce=NONCE, abilities=ABILITIES, software="netloader 0", proves=True),
+    m.Announce(
+        manifest=MANIFEST,
+        block_bytes=4096,
+        algorithm="xxh3-128",
+        digests=PROOF,
+        root="cc" * 32,
+        plan="dd" * 32,
+        node="ef" * 8,
+        chain=("ab" * 8,),
+        metadata={"format": "pt"},
+    ),
 )
 """Those again that have more fields since protocol 2."""
 

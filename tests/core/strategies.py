@@ -138,6 +138,7 @@ message_strategies: dict[type, st.SearchStrategy[m.ClientMessage | m.ServerMessa
         plan=hexes,
         node=hexes,
         chain=st.lists(hexes, max_size=4).map(tuple),
+        metadata=st.none() | st.dictionaries(short_text, short_text, max_size=4),
     ),
     m.Agree: st.builds(m.Agree, plan=hexes, transport=short_text),
     m.ChannelOffer: st.builds(m.ChannelOffer, transport=short_text, offer=blobs),

@@ -329,7 +329,7 @@ def memory_prefix(tensors: kit.Tensors, blocks: int | None = None) -> bytes:
 async def test_an_unexpected_error_while_memory_is_allocated_is_raised_as_no_source_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def adopt(destination: Destination, manifest: Manifest) -> None:
+    def adopt(destination: Destination, manifest: Manifest, metadata: object) -> None:
         raise ZeroDivisionError(f"{destination.device}, {len(manifest.tensors)}")
 
     monkeypatch.setattr(Destination, "adopt", adopt)

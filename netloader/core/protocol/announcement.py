@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
+from netloader.core.messages import MAX_METADATA_BYTES, metadata_bytes
 from netloader.core.plan import make_plan
 from netloader.core.protocol.effects import Examine
 from netloader.core.protocol.events import Announcement
@@ -35,8 +36,12 @@ def examine(question: Examine) -> Announcement:
         raise RemoteProtocolError(f"the server announced root {event.root}, its own digests give {root}")
     if terms.root and root != terms.root:
         raise RootMismatch(terms.root, root, terms.pinned_by)
+    if event.metadata is not None and metadata_bytes(event.metadata) > MAX_METADATA_BYTES:
+        raise RemoteProtocolError(
+            f"the server announced {metadata_bytes(event.metadata)} bytes of metadata, allowed are {MAX_METADATA_BYTES}"
+        )
     identity = question.identity if question.identity is not None else ModelIdentity()
-    return Announcement(identity, manifest, digest, plan, event.algorithm, event.digests, root)
+    return Announcement(identity, manifest, digest, plan, event.algorithm, event.digests, root, event.metadata)
 
 
 def _manifest(question: Examine) -> tuple[Manifest, str]:

@@ -5,7 +5,8 @@ Names are in the past tense. An effect that takes time is always followed by an 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import Manifest
@@ -54,6 +55,7 @@ class Announcement:
         algorithm: Name of the block digest.
         digests: Digest of every block, joined.
         root: Root over manifest and digests, in hex.
+        metadata: What the weight files say about themselves; None when it is not stated.
     """
 
     identity: ModelIdentity
@@ -63,6 +65,7 @@ class Announcement:
     algorithm: str
     digests: bytes
     root: str
+    metadata: Mapping[str, str] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
         plan=known.plan.digest,
         node=event.node,
         chain=event.chain,
+        metadata=None if known.metadata is None else dict(known.metadata),
     )
     return [f.Send(m.Accepted(identity=known.identity)), f.Send(announce), f.SetTimer(ctx.timings().plan)]
 
