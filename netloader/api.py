@@ -18,7 +18,7 @@ import anyio.to_thread
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
 from netloader.core.addresses import Address, is_wildcard
-from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
@@ -241,7 +241,7 @@ async def pull(
         MemoryStillInUse: A thread did not return and may still write to `tensors`. Do not fill them again; end the
             process.
         ManifestError: Some of `tensors` cannot be filled; all of them are named.
-        ConfigError: An address is not valid.
+        ConfigError: An address is not valid, or the identity cannot be sent.
     """
     from netloader.tensors import destination
 
@@ -256,6 +256,8 @@ async def pull(
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
+    if identity is not None:
+        check_sendable(identity)
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
     return await _pull_into(filled, identity, sources, transport, options, progress, observers, relay)
@@ -368,8 +370,11 @@ async def probe(
         The answer of the source.
 
     Raises:
+        ConfigError: The identity cannot be sent.
         NetloaderError: The source cannot be reached, holds nothing of this role and layout, or violated the protocol.
     """
+    if identity is not None:
+        check_sendable(identity)
     options = PullOptions(
         timeout=timeout,
         role=role,

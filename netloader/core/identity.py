@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
 
-from netloader.errors import shown
+from netloader.errors import ConfigError, shown
 
 __all__ = [
+    "MAX_MODEL",
+    "MODEL",
+    "REPOSITORY",
+    "SERVED",
     "Difference",
     "Layout",
     "ModelIdentity",
     "Role",
     "Severity",
+    "check_sendable",
     "differences",
     "is_digest",
     "quantised_unknown_how",
@@ -28,6 +34,18 @@ MAX_MODEL = 4096
 MAX_WORD = 256
 MAX_DIGEST = 64
 MAX_FACTS = 64
+MAX_NAMES = 8
+
+MODEL = "MODEL"
+"""Origin of a name that the user gave to netloader: the field MODEL, for a draft DRAFT_MODEL."""
+
+SERVED = "served"
+"""Origin of a name that the user gave to the engine (``--served-model-name``)."""
+
+REPOSITORY = "repository"
+"""Origin of a repository id on a hub, with the commit if it is known: ``org/name`` or ``org/name@commit``."""
+
+_ORIGINS = {MODEL: "MODEL", SERVED: "--served-model-name", REPOSITORY: "repository"}
 
 # A model's name may be a path, so it may be as long as a path; the other texts are short. Longer texts break the
 # protocol.
@@ -35,6 +53,7 @@ _Model = Annotated[str, msgspec.Meta(max_length=MAX_MODEL)]
 _Word = Annotated[str, msgspec.Meta(max_length=MAX_WORD)]
 _Digest = Annotated[str, msgspec.Meta(max_length=MAX_DIGEST)]
 _Facts = Annotated[dict[_Word, bool], msgspec.Meta(max_length=MAX_FACTS)]
+_Names = Annotated[dict[_Word, _Model], msgspec.Meta(max_length=MAX_NAMES)]
 
 _NOT_KNOWN = "not known"
 
@@ -60,7 +79,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     except where :func:`differences` makes an exception.
 
     Attributes:
-        model: Name of the model, as configured on both sides.
+        model: Name of the model, as configured on both sides; in an engine without MODEL the text of its model
+            argument, which may be a path. It is compared if a side states no `names`.
         architecture: Class of the model (``LlamaForCausalLM``).
         revision: Revision of the checkpoint.
         dtype: Data type that the model computes in (``bfloat16``).
@@ -81,6 +101,9 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             check that they pulled the same model. It is not compared between server and client.
         fingerprint: Digest of the headers of the weight files and of samples of their contents; empty without weight
             files.
+        names: The names of the model, by where each comes from: ``MODEL`` (netloader's configuration), ``served`` (the
+            engine's ``--served-model-name``), ``repository`` (a repository id, and ``@`` with the commit if it is
+            known). Empty for a model that has only a path. None if they are not stated.
     """
 
     model: _Model = ""
@@ -103,6 +126,29 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     engine: _Word = ""
     fingerprint: _Digest = ""
     load: _Digest = ""
+    names: _Names | None = None
+
+
+def check_sendable(identity: ModelIdentity) -> None:
+    """Check that a peer would accept the identity, so that a text that it would reject is found before it is sent.
+
+    Raises:
+        ConfigError: A text is too long, or is not valid Unicode.
+    """
+    for field in ModelIdentity.__struct_fields__:
+        value = getattr(identity, field)
+        try:
+            msgspec.msgpack.decode(msgspec.msgpack.encode({field: value}), type=ModelIdentity)
+        except UnicodeEncodeError:
+            reason = "it holds half of a surrogate pair"
+        except msgspec.ValidationError as error:
+            reason = str(error).partition(" - ")[0]
+        else:
+            continue
+        allowed = (
+            f"what a peer accepts: valid Unicode, at most {MAX_MODEL} characters for a name, {MAX_WORD} for others"
+        )
+        raise ConfigError(field=f"{field} of the identity", value=value, allowed=allowed, reason=reason)
 
 
 def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:
@@ -144,6 +190,64 @@ class Difference(msgspec.Struct, frozen=True):
         return f"{self.field}: ours is {shown(self.ours)}, theirs is {shown(self.theirs)}"
 
 
+def _commits(repository: str) -> tuple[str, str]:
+    """The repository id, and the commit; empty when it is not known."""
+    name, _, commit = repository.partition("@")
+    return name, commit
+
+
+def _same_repository(one: str, other: str) -> bool:
+    (name, commit), (other_name, other_commit) = _commits(one), _commits(other)
+    return name == other_name != "" and (commit == other_commit or not commit or not other_commit)
+
+
+def _name_given(mine: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether MODEL of one side is a name of the other side, which was not given MODEL."""
+    return MODEL in mine and mine[MODEL] in (other.get(SERVED), _commits(other.get(REPOSITORY, ""))[0])
+
+
+def _same_name(ours: ModelIdentity, theirs: ModelIdentity) -> bool | None:
+    """Whether a name of both sides is equal.
+
+    MODEL decides if both sides were given it. Else the repository decides if both know theirs: one commit of one
+    repository is one model, whatever it is served as, and two are two. Else MODEL may equal a name that the other side
+    has from elsewhere, and names that both engines serve under may be equal. A path is no name.
+
+    Returns:
+        None when no name is equal, so that something else has to show that the models are. False when the users stated
+        different names.
+    """
+    if ours.names is None or theirs.names is None:
+        return ours.model == theirs.model  # nothing is known of its origin, so it counts as what the user stated
+    # A peer may send an empty text, which names nothing.
+    mine, other = ({origin: name for origin, name in i.items() if name} for i in (ours.names, theirs.names))
+    if MODEL in mine and MODEL in other:
+        return mine[MODEL] == other[MODEL]
+    if REPOSITORY in mine and REPOSITORY in other:
+        equal = _same_repository(mine[REPOSITORY], other[REPOSITORY])
+    else:
+        served = SERVED in mine and mine[SERVED] == other.get(SERVED)
+        equal = served or _name_given(mine, other) or _name_given(other, mine)
+    return True if equal else None
+
+
+def _model_difference(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool) -> Difference | None:
+    same = _same_name(ours, theirs)
+    if same:
+        return None
+    proven = same_root or bool(ours.fingerprint and ours.fingerprint == theirs.fingerprint)
+    severity = Severity.WARN if same is None and proven else Severity.REFUSE
+    by_text = ours.names is None or theirs.names is None
+    mine, other = (i.model if by_text else _names_text(i) for i in (ours, theirs))
+    return Difference("model", mine, other, severity)
+
+
+def _names_text(identity: ModelIdentity) -> str:
+    """All names of a model, each with its origin."""
+    names = [f"{name} ({_ORIGINS.get(origin, origin)})" for origin, name in sorted((identity.names or {}).items())]
+    return ", ".join(names) or f"{identity.model} (a path, no name)"
+
+
 def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severity | None:
     """How severe a difference in `field` is; None when it is allowed."""
     mine, other = getattr(ours, field), getattr(theirs, field)
@@ -165,20 +269,28 @@ def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severit
     return Severity.REFUSE
 
 
-def differences(ours: ModelIdentity, theirs: ModelIdentity) -> tuple[Difference, ...]:
+def differences(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool = False) -> tuple[Difference, ...]:
     """Find each field in which two identities differ.
+
+    The names of the models are compared under the field `model`. If no name is equal, equal fingerprints or one root
+    show that the models are equal, unless both sides were given MODEL.
 
     Args:
         ours: Identity of this side.
         theirs: Identity of the peer.
+        same_root: Whether the weights of both sides have the same root, or will be compared by it.
 
     Returns:
         One :class:`Difference` for each field, in the order of the fields; empty when both agree. The quantisation
         configuration counts as a difference also when neither side knows it. A pull is possible when no difference has
         :attr:`Severity.REFUSE`.
     """
-    found = []
+    found = list[Difference]()
     for field in ModelIdentity.__struct_fields__:
+        if field == "model":
+            found += filter(None, [_model_difference(ours, theirs, same_root=same_root)])
+        if field in ("model", "names"):
+            continue
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine == other:
             if field == "quantization_config" and (quantised_unknown_how(ours) or quantised_unknown_how(theirs)):

@@ -15,7 +15,7 @@ from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
-from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.load.drafts import left_out, named_like_target, served_name, shares_with_target
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.processed_pull import Registrations
 from netloader.vllm.load.pulling import check_transports, probe_sources
@@ -184,7 +184,8 @@ def model_identity(engine: Engine, config: Config, topology: Topology) -> ModelI
     return identity_of(
         engine.model_config,
         topology,
-        name=config.model if named else None,
+        name=config.model if named else config.draft_model,
+        served=served_name(engine.vllm_config, engine.model_config, engine.role),
         tied=tied_by_files(engine.model_config),
         cache_config=getattr(engine.vllm_config, "cache_config", None),
         load_config=engine.load_config,
