@@ -101,7 +101,7 @@ def test_without_a_source_one_line_says_so(
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another model": ("llama-bf16", {"model": "/models/other"}, "set MODEL to one name on both sides"),
+    "another model": ("llama-bf16", {"names": {"MODEL": "other"}}, "set MODEL to one name on both sides"),
     "another dtype": ("llama-bf16", {"dtype": "float16"}, "dtype is 'float16' at the server and 'bfloat16'"),
     "another TP size": ("llama-bf16", {"tp_size": 2}, "tp_size is '2' at the server and '1' at the client"),
     "another rank": ("llama-bf16", {"tp_size": 2, "tp_rank": 1}, "tp_rank is '1' at the server"),
