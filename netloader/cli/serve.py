@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Exit:
 
 async def _serve(options: argparse.Namespace) -> Exit:
     fault = None if options.fault is None else replace(Fault.parse(options.fault), times=None)
-    server = Server(
+    server = _CommandServer(
         host=options.host,
         port=options.port,
         transport=_transports(options.transport, fault),
@@ -75,6 +75,10 @@ async def _serve(options: argparse.Namespace) -> Exit:
                 await _serve_until_cancelled(server, holding, options)
     say("stopped")
     return Exit.OK
+
+
+class _CommandServer(Server):
+    exposed_hint = "give --token-file on both sides, or a --host that only trusted hosts reach"
 
 
 async def _serve_until_cancelled(server: Server, holding: TensorHolding, options: argparse.Namespace) -> None:

@@ -73,9 +73,7 @@ def config(draft: Path, **settings: Any) -> Any:
     return harness.engine_config(folder, load_format="netloader", extra=settings, **speculative)
 
 
-def test_a_draft_at_another_path_is_named_by_draft_model(
-    models: ModelStore, seeds: Seeds, log_lines: LogLines
-) -> None:
+def test_a_draft_at_another_path_is_named_by_draft_model(models: ModelStore, seeds: Seeds, log_lines: LogLines) -> None:
     seed = config(models.get("draft"), folder=models.get("llama-bf16"), **extra(DRAFT_MODEL="small"))
     kept = harness.load(seed), harness.load(seed, role="draft")
     assert sync.probe(served_at(), role="draft").announcement.identity.names == {"MODEL": "small"}
