@@ -12,7 +12,7 @@ from netloader.core.identity import MODEL, REPOSITORY, SERVED, ModelIdentity, Ro
 from netloader.vllm.model.quantisation import quantisation_text
 from netloader.vllm.model.topology import Topology
 
-__all__ = ["fingerprint_of_model", "identity_of", "names_of", "role_of"]
+__all__ = ["fingerprint_of_model", "folder_of", "identity_of", "names_of", "role_of"]
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _STARTS_OF_PATHS = ("/", "./", "../", "~")
@@ -26,11 +26,11 @@ def role_of(model_config: Any) -> Role:
 
 def fingerprint_of_model(model_config: Any) -> str:
     """Fingerprint of the model's files; empty when there are none on this host (yet)."""
-    path = _folder(model_config)
+    path = folder_of(model_config)
     return "" if path is None else fingerprint_of(path)
 
 
-def _folder(model_config: Any) -> Path | None:
+def folder_of(model_config: Any) -> Path | None:
     """The folder of the model's files; None when there is none on this host (yet)."""
     path = Path(str(model_config.model))
     return path if path.exists() else _downloaded(str(model_config.model), model_config.revision)
@@ -118,7 +118,7 @@ def identity_of(
         revision=str(model_config.revision or ""),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
-        quantization_config=quantisation_text(model_config, cache_config, load_config, _folder(model_config)),
+        quantization_config=quantisation_text(model_config, cache_config, load_config, folder_of(model_config)),
         layout="raw",
         role=role,
         tp_size=topology.tp_size,
