@@ -1,9 +1,9 @@
 """Which files a model opens while it is built, beside those that safetensors and `torch.load` read.
 
 A constructor may read weights in any way: `numpy.load`, `numpy.fromfile`, `pickle`, `open` and its own parser. What
-such code makes of the bytes can't be followed. So every file that it opened must be one that holds no weights, one of the
-checkpoint's own weight files, or one whose contents were seen as tensors. An audit hook of Python sees every file that
-Python code opens, whatever function opens it. A library in C that opens files itself is not seen.
+such code makes of the bytes can't be followed. So every file that it opened must be one that holds no weights, one of
+the checkpoint's own weight files, or one whose contents were seen as tensors. An audit hook of Python sees every file
+that Python code opens, whatever function opens it. A library in C that opens files itself is not seen.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +71,18 @@ async def test_the_command_names_its_own_options(caplog: pytest.LogCaptureFixtur
         pass
     (line,) = warnings(caplog)
     assert "(give --token-file on both sides, or a --host that only trusted hosts reach)" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/vllm.md", "docs/configuration.md"])
+def test_the_first_commands_of_the_documents_have_a_name_an_address_and_a_token(page: str) -> None:
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^vllm serve .*?(?=^```)", text, re.MULTILINE | re.DOTALL)
+    first = commands[: 1 if page.endswith("configuration.md") else 2]
+    assert first
+    for command in first:
+        assert "--served-model-name NAME" in command
+        (inline,) = re.findall(r"--model-loader-extra-config '([^']+)'", command)
+        fields = json.loads(inline)
+        assert {"LISTEN_HOST", "TOKEN_FILE"} <= fields.keys()
+        del fields["TOKEN_FILE"]  # of the reader's machine
+        load_config(fields)
