@@ -100,13 +100,10 @@ class Server(HoldingServer):
         ConfigError: The address cannot be bound.
         ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
-
-    Attributes:
-        exposed_hint: What to do about a server that every host can pull from, in the words of its user. One warning
-            with it is logged when a server without a token listens beyond loopback.
     """
 
-    exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"
+    # What to do about a server that every host can pull from, in the words of its user.
+    _exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"
 
     def __init__(
         self,
@@ -161,7 +158,7 @@ class Server(HoldingServer):
             log.warning(
                 "netloader serves at %s to every host that can reach it, because no token is set (%s)",
                 Address(self.host, self.port),
-                self.exposed_hint,
+                self._exposed_hint,
             )
 
     async def hold(

@@ -78,7 +78,7 @@ async def _serve(options: argparse.Namespace) -> Exit:
 
 
 class _CommandServer(Server):
-    exposed_hint = "give --token-file on both sides, or a --host that only trusted hosts reach"
+    _exposed_hint = "give --token-file on both sides, or a --host that only trusted hosts reach"
 
 
 async def _serve_until_cancelled(server: Server, holding: TensorHolding, options: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ _LAST_SENDS = 1.0
 
 
 class _EngineServer(Server):
-    exposed_hint = "set TOKEN_FILE on both sides, or LISTEN_HOST to an address that only trusted hosts reach"
+    _exposed_hint = "set TOKEN_FILE on both sides, or LISTEN_HOST to an address that only trusted hosts reach"
 
 
 class WorkerServer:

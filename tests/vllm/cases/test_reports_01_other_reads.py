@@ -34,7 +34,7 @@ def by_pickle(file: Path) -> Any:
 
 WRITERS: dict[Callable[[Path], Any], tuple[str, Callable[[Path], object]]] = {
     by_load: ("prior.npy", lambda file: np.save(file, VALUES)),
-    by_fromfile: ("prior.bin", lambda file: VALUES.tofile(file)),
+    by_fromfile: ("prior.bin", VALUES.tofile),
     by_pickle: ("prior.pkl", lambda file: file.write_bytes(pickle.dumps(VALUES))),
 }
 
