@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -45,7 +44,8 @@ SERVED = "served"
 REPOSITORY = "repository"
 """Origin of a repository id on a hub, with the commit if it is known: ``org/name`` or ``org/name@commit``."""
 
-_ORIGINS = {MODEL: "MODEL", SERVED: "--served-model-name", REPOSITORY: "repository"}
+_ORIGINS = {MODEL: "MODEL", REPOSITORY: "repository", SERVED: "--served-model-name"}
+"""What each origin is called in messages. The origin with the most weight comes first."""
 
 # A model's name may be a path, so it may be as long as a path; the other texts are short. Longer texts break the
 # protocol.
@@ -179,15 +179,19 @@ class Difference(msgspec.Struct, frozen=True):
         field: Name of the field.
         ours, theirs: Both values as text.
         severity: Whether the difference forbids a pull.
+        our_origin, their_origin: Where the values come from; empty when that is not told.
     """
 
     field: str
     ours: str
     theirs: str
     severity: Severity = Severity.REFUSE
+    our_origin: str = ""
+    their_origin: str = ""
 
     def __str__(self) -> str:
-        return f"{self.field}: ours is {shown(self.ours)}, theirs is {shown(self.theirs)}"
+        text = f"{self.field}: ours is {shown(self.ours)}, theirs is {shown(self.theirs)}"
+        return f"{text} (from {self.our_origin} and {self.their_origin})" if self.our_origin else text
 
 
 def _commits(repository: str) -> tuple[str, str]:
@@ -201,17 +205,12 @@ def _same_repository(one: str, other: str) -> bool:
     return name == other_name != "" and (commit == other_commit or not commit or not other_commit)
 
 
-def _name_given(mine: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether MODEL of one side is a name of the other side, which was not given MODEL."""
-    return MODEL in mine and mine[MODEL] in (other.get(SERVED), _commits(other.get(REPOSITORY, ""))[0])
-
-
 def _same_name(ours: ModelIdentity, theirs: ModelIdentity) -> bool | None:
     """Whether a name of both sides is equal.
 
     MODEL decides if both sides were given it. Else the repository decides if both know theirs: one commit of one
-    repository is one model, whatever it is served as, and two are two. Else MODEL may equal a name that the other side
-    has from elsewhere, and names that both engines serve under may be equal. A path is no name.
+    repository is one model, whatever it is served as, and two are two. Else MODEL of one side has to be a name that the
+    other side has from elsewhere; without MODEL, both engines have to serve under one name. A path is no name.
 
     Returns:
         None when no name is equal, so that something else has to show that the models are. False when the users stated
@@ -219,16 +218,23 @@ def _same_name(ours: ModelIdentity, theirs: ModelIdentity) -> bool | None:
     """
     if ours.names is None or theirs.names is None:
         return ours.model == theirs.model  # nothing is known of its origin, so it counts as what the user stated
-    # A peer may send an empty text, which names nothing.
-    mine, other = ({origin: name for origin, name in i.items() if name} for i in (ours.names, theirs.names))
+    mine, other = _names(ours), _names(theirs)
     if MODEL in mine and MODEL in other:
         return mine[MODEL] == other[MODEL]
     if REPOSITORY in mine and REPOSITORY in other:
         equal = _same_repository(mine[REPOSITORY], other[REPOSITORY])
+    elif MODEL in mine or MODEL in other:
+        (given, elsewhere) = (mine[MODEL], other) if MODEL in mine else (other[MODEL], mine)
+        equal = given in (elsewhere.get(SERVED), _commits(elsewhere.get(REPOSITORY, ""))[0])
     else:
-        served = SERVED in mine and mine[SERVED] == other.get(SERVED)
-        equal = served or _name_given(mine, other) or _name_given(other, mine)
+        equal = SERVED in mine and mine[SERVED] == other.get(SERVED)
     return True if equal else None
+
+
+def _names(identity: ModelIdentity) -> dict[str, str]:
+    """The names of known origin, the one with the most weight first; without empty texts, which name nothing."""
+    names = identity.names or {}
+    return {origin: names[origin] for origin in _ORIGINS if names.get(origin)}
 
 
 def _model_difference(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool) -> Difference | None:
@@ -237,15 +243,19 @@ def _model_difference(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: 
         return None
     proven = same_root or bool(ours.fingerprint and ours.fingerprint == theirs.fingerprint)
     severity = Severity.WARN if same is None and proven else Severity.REFUSE
-    by_text = ours.names is None or theirs.names is None
-    mine, other = (i.model if by_text else _names_text(i) for i in (ours, theirs))
-    return Difference("model", mine, other, severity)
+    if ours.names is None or theirs.names is None:
+        return Difference("model", ours.model, theirs.model, severity)
+    shared = next((origin for origin in _names(ours) if origin in _names(theirs)), "")
+    (mine, our_origin), (other, their_origin) = _shown_name(ours, shared), _shown_name(theirs, shared)
+    return Difference("model", mine, other, severity, our_origin, their_origin)
 
 
-def _names_text(identity: ModelIdentity) -> str:
-    """All names of a model, each with its origin."""
-    names = [f"{name} ({_ORIGINS.get(origin, origin)})" for origin, name in sorted((identity.names or {}).items())]
-    return ", ".join(names) or f"{identity.model} (a path, no name)"
+def _shown_name(identity: ModelIdentity, origin: str) -> tuple[str, str]:
+    """The name of this origin, or the one with the most weight, and what its origin is called."""
+    for found, name in _names(identity).items():
+        if not origin or found == origin:
+            return name, _ORIGINS[found]
+    return identity.model, "path, which is no name"
 
 
 def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severity | None:

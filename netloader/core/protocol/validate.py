@@ -29,6 +29,9 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str, role: Role) ->
     text = "the identities differ: " + "; ".join(
         f"{d.field} is {d.ours!r} at the {ours} and {d.theirs!r} at the {theirs}" for d in found
     )
+    origins = next(((d.our_origin, d.their_origin) for d in found if d.our_origin), None)
+    if origins is not None:
+        text += f"; the {ours} has its name from its {origins[0]}, the {theirs} from its {origins[1]}"
     fields = {d.field for d in found}
     if "model" in fields and "fingerprint" not in fields:
         if role == "draft":

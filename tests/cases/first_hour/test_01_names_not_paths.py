@@ -43,7 +43,6 @@ EQUAL: list[tuple[dict[str, str], dict[str, str]]] = [
     ({M: "a"}, {S: "a"}),
     ({M: "o/a"}, {R: f"o/a@{COMMIT}"}),
     ({S: "a"}, {S: "a"}),
-    ({M: "b", S: "a"}, {S: "a"}),
     ({R: f"o/a@{COMMIT}"}, {R: f"o/a@{COMMIT}"}),
     ({R: f"o/a@{COMMIT}"}, {R: "o/a"}),
     ({R: "o/a", S: "for-one-team"}, {R: "o/a", S: "for-another"}),
@@ -57,6 +56,7 @@ NOT_EQUAL: list[tuple[dict[str, str], dict[str, str]]] = [
     ({M: ""}, {}),
     ({S: "", R: ""}, {S: "", R: ""}),
     ({R: "@c"}, {R: "@c"}),
+    ({M: "b", S: "a"}, {S: "a"}),
     ({S: "a"}, {S: "b"}),
     ({M: "a"}, {S: "b"}),
     ({S: "o/a"}, {R: "o/a"}),  # `--served-model-name` is a name if both sides were given it
@@ -136,10 +136,13 @@ def test_both_sides_reach_the_same_verdict_and_never_accept_without_a_reason(
 
 
 def test_a_refusal_says_where_each_name_came_from() -> None:
-    ours = identity({M: "a", S: "b", R: f"o/c@{COMMIT}"})
+    ours = identity({S: "b", R: f"o/c@{COMMIT}"})
     (found,) = differences(ours, identity({}, "/m/bare"))
-    assert found.ours == f"a (MODEL), o/c@{COMMIT} (repository), b (--served-model-name)"
-    assert found.theirs == "/m/bare (a path, no name)"
+    assert (found.ours, found.our_origin) == (f"o/c@{COMMIT}", "repository")
+    assert (found.theirs, found.their_origin) == ("/m/bare", "path, which is no name")
+    (found,) = differences(ours, identity({S: "c"}))
+    assert (found.ours, found.theirs) == ("b", "c"), "names of one origin, if both sides have one"
+    assert str(found) == ("model: ours is 'b', theirs is 'c' (from --served-model-name and --served-model-name)")
 
 
 def config(model: str, served: str | None = None, **more: Any) -> Any:
@@ -220,7 +223,8 @@ async def test_a_client_without_a_name_is_refused_with_the_settings_that_help() 
     with pytest.raises(netloader.NoSourceLeft) as caught:
         await pulled(PATH_ONLY, NAMED, expect=False)
     text = str(caught.value)
-    assert "model is 'tiny (--served-model-name)' at the server and '/m/bare (a path, no name)' at the client" in text
+    assert "model is 'tiny' at the server and '/m/bare' at the client" in text
+    assert "the server has its name from its --served-model-name, the client from its path, which is no name" in text
     assert "set MODEL to one name on both sides, or leave it out and set EXPECT_ROOT on the client" in text
 
 
