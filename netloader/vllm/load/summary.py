@@ -18,6 +18,7 @@ __all__ = ["log_summary"]
 log = logging.getLogger(__name__)
 
 _SHOWN_REASON = 600
+_SHOWN_SOURCES = 8
 
 
 def log_summary(context: Context, filled: Filled, model: torch.nn.Module) -> None:
@@ -33,8 +34,11 @@ def _pulled(filled: Filled) -> tuple[str, list[str]]:
     if filled.report is None:
         return "", []
     summary, *details = filled.report.lines()
+    gave = [f"{share.blocks} of {source}" for source, share in filled.report.sources.items() if share.blocks]
+    more = f" and {len(gave) - _SHOWN_SOURCES} more" if len(gave) > _SHOWN_SOURCES else ""
+    blocks = f"; blocks: {', '.join(gave[:_SHOWN_SOURCES])}{more}"
     fingerprint = f"; checkpoint fingerprint {filled.fingerprint}" if filled.fingerprint else ""
-    return f"{summary}; root {filled.report.root}{fingerprint}", details
+    return f"{summary}{blocks}; root {filled.report.root}{fingerprint}", details
 
 
 def _loaded(context: Context, filled: Filled, model: torch.nn.Module) -> tuple[str, list[str]]:

@@ -19,7 +19,8 @@ def test_one_line_sums_up_a_pull(seeds: Seeds, models: ModelStore, log_lines: Lo
         pull(models.bare("llama-bf16"), source)
     line = log_lines.one("rank 0: target: pulled ")
     assert f"root {seed.holding.announcement.root}" in line
-    assert "MB" in line
+    assert f" from {source} over memory" in line
+    assert "MB/s" in line
     assert not log_lines.with_part("phases:"), "details are at debug level"
 
 
