@@ -154,8 +154,10 @@ def test_facts_of_a_pull_that_is_not_kept_are_forgotten(
     with source_of(holding, names={"MODEL": "eagle"}, fingerprint="") as source:
         settings = from_source(source, DRAFT_MODEL="eagle")
         client = load_pair(models.get(kind.target), kind.speculative(models.get), None, draft=settings)
-    assert log_lines.one("rank 0: draft: pulled ")
+    assert log_lines.with_part("the client reports complete")
     assert log_lines.one("the default loader", "loads the draft: what was pulled is not kept: of a mixture")
+    assert log_lines.one("rank 0: draft: loaded ", "not pulled: what was pulled is not kept: of a mixture")
+    assert not log_lines.with_part("rank 0: draft: pulled "), "one line sums up a load"
     assert client.filled(kind) == seed.filled(kind)
     assert load_state_of(client.draft.model) == kind.state
 

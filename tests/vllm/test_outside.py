@@ -249,7 +249,7 @@ def test_a_server_that_hides_something_refuses_a_client_that_does_not(
     monkeypatch.undo()
     log_lines.lines.clear()
     pull(models.get("llama-bf16"), server.address)
-    assert log_lines.one("could not pull", NOT_NAMED)
+    assert log_lines.one("the default loader", "could not pull", NOT_NAMED)
 
 
 def test_ordinary_models_have_no_unregistered_weights(seeds: Seeds) -> None:
