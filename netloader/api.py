@@ -5,20 +5,21 @@ Importing this module does not import torch; using it does.
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import anyio
 import anyio.to_thread
 
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
-from netloader.core.addresses import Address, is_wildcard
-from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.addresses import Address, is_loopback, is_wildcard
+from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
@@ -26,7 +27,9 @@ from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
 from netloader.observe.base import Observer
 from netloader.server.server import HoldingServer
+from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_SPANS
+from netloader.session.relay_progress import Supply
 from netloader.transports import registry
 from netloader.transports.base import Transport
 from netloader.transports.contract_0_1 import adapted
@@ -45,6 +48,8 @@ Sources = Sequence[str | Address | Source] | SourceProvider
 """Sources to pull from: a list, or a provider that finds them."""
 
 _DAY = 86_400.0
+
+log = logging.getLogger("netloader")
 
 
 @lru_cache(maxsize=1)
@@ -97,6 +102,9 @@ class Server(HoldingServer):
         TransportUnavailable: No transport can run here.
     """
 
+    # What to do about a server that every host can pull from, in the words of its user.
+    _exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"
+
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor] | None = None,
@@ -124,6 +132,7 @@ class Server(HoldingServer):
         carriers = _transports(_device_of(tensors, device), transport)[0]
         super().__init__(carriers, options, observers=observers)
         self._first = None if tensors is None else (tensors, identity)
+        self._warn_if_exposed = token is None
 
     async def __aenter__(self) -> Self:
         first, self._first = self._first, None
@@ -140,6 +149,17 @@ class Server(HoldingServer):
     def address(self) -> Address:
         """An address at which other hosts may reach this server."""
         return Address(own_host(self.host), self.port)
+
+    def add(self, holding: Holding, supply: Supply | None = None) -> None:
+        """Serve `holding`. The first time, say so if every host may pull it."""
+        super().add(holding, supply)
+        if self._warn_if_exposed and not is_loopback(self.host):
+            self._warn_if_exposed = False
+            log.warning(
+                "netloader serves at %s to every host that can reach it, because no token is set (%s)",
+                Address(self.host, self.port),
+                self._exposed_hint,
+            )
 
     async def hold(
         self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity | None = None, *, weak: bool = False
@@ -241,7 +261,7 @@ async def pull(
         MemoryStillInUse: A thread did not return and may still write to `tensors`. Do not fill them again; end the
             process.
         ManifestError: Some of `tensors` cannot be filled; all of them are named.
-        ConfigError: An address is not valid.
+        ConfigError: An address is not valid, or the identity cannot be sent.
     """
     from netloader.tensors import destination
 
@@ -256,6 +276,8 @@ async def pull(
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
+    if identity is not None:
+        check_sendable(identity)
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
     return await _pull_into(filled, identity, sources, transport, options, progress, observers, relay)
@@ -371,8 +393,11 @@ async def probe(
         The answer of the source.
 
     Raises:
+        ConfigError: The identity cannot be sent.
         NetloaderError: The source cannot be reached, holds nothing of this role and layout, or violated the protocol.
     """
+    if identity is not None:
+        check_sendable(identity)
     options = PullOptions(
         timeout=timeout,
         role=role,

@@ -98,4 +98,6 @@ GOOD: list[tuple[str, object, object]] = [
     ("STRIPE", 8, 8),
     ("KEEP_RAW", False, False),
     ("TOKEN_FILE", None, None),
+    ("DRAFT_MODEL", None, None),
+    ("DRAFT_MODEL", "org/draft", "org/draft"),
 ]

@@ -34,7 +34,7 @@ def each(name: str, *values: object) -> list[tuple[str, object]]:
 
 BAD: list[tuple[str, object]] = [
     *each("SOURCE", 0, True, "a:1", {}, {"device_id": 0, "sources": []}, [None], [[]], ["a:1"], [0]),
-    *each("MODEL", *NOT_TEXT, "", "  "),
+    *each("MODEL", *NOT_TEXT, "", "  ", "m" * 4097),
     *each("LISTEN_PORT", True, False, 1.0, 19374.0, "", "x", "-5", "+5", " 80", "80²", "1e3", [], {}),
     ("LISTEN_PORT", "9" * 5000),
     *each("INT8_CACHE", None, "\ud800", "HBM", "Dram", "", "none", "yes", 0, False, ["no"]),
@@ -58,6 +58,7 @@ BAD: list[tuple[str, object]] = [
     *each("STRIPE", None, 0, -1, True, 1.0, "4", []),
     *each("KEEP_RAW", *NOT_BOOLEANS),
     *each("TOKEN_FILE", *NOT_TEXT, ""),
+    *each("DRAFT_MODEL", *NOT_TEXT, "", "  ", "m" * 4097),
 ]
 
 

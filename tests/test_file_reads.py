@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -112,3 +115,115 @@ def test_every_patched_module_is_restored(path: Path, late: Any) -> None:
     assert (late.early, late.opened, late.load) == (originals[0], originals[0], originals[2])
     assert watched(path.read_bytes()).keys() == VALUES.keys()
     assert reads.traced({}) == Traced(), "what is read afterwards is not noted, however it was reached"
+
+
+# --- files that are read in another way -------------------------------------------------------------------------------
+
+OTHERWISE = "(read by other means than safetensors and torch.load)"
+
+
+def by_numpy(file: Path) -> object:
+    return np.load(file)
+
+
+def by_fromfile(file: Path) -> object:
+    return np.fromfile(str(file), dtype=np.uint8)
+
+
+def by_memmap(file: Path) -> object:
+    return np.memmap(file, dtype=np.uint8)
+
+
+def by_open(file: Path) -> object:
+    with file.open("rb") as opened:
+        return opened.read()
+
+
+def by_descriptor(file: Path) -> object:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return os.read(descriptor, 8)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("name", ["prior.npy", "prior.bin", "deep/prior.dat", "prior"])
+@pytest.mark.parametrize("read", [by_numpy, by_fromfile, by_memmap, by_open, by_descriptor])
+def test_a_file_of_the_model_that_is_read_in_any_other_way_is_named(read: Any, name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    with file.open("wb") as opened:
+        np.save(opened, np.arange(8.0))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with FileReads(tmp_path) as reads:
+        read(file)
+    assert reads.traced({}).lost == (f"{file} {OTHERWISE}",)
+    read(file)
+    assert reads.traced({}).lost == (f"{file} {OTHERWISE}",), "after the end nothing is recorded"
+
+
+def test_a_file_of_a_snapshot_is_named_also_if_its_blob_is_opened(tmp_path: Path) -> None:
+    blob, snapshot = tmp_path / "blobs" / "0123", tmp_path / "snapshots" / "abc"
+    blob.parent.mkdir()
+    snapshot.mkdir(parents=True)
+    blob.write_bytes(b"values")
+    (snapshot / "prior.npy").symlink_to(blob)
+    with FileReads(snapshot) as reads:
+        blob.read_bytes()
+    assert reads.traced({}).lost == (f"{snapshot / 'prior.npy'} {OTHERWISE}",)
+
+
+def test_a_tensor_file_elsewhere_is_named_and_another_file_elsewhere_is_not(tmp_path: Path) -> None:
+    for name in ("prior.npy", "compiled.bin", "settings.json"):
+        (tmp_path / name).write_bytes(b"x")
+    with FileReads(None) as reads:
+        for file in tmp_path.iterdir():
+            file.read_bytes()
+    assert reads.traced({}).lost == (f"{tmp_path / 'prior.npy'} {OTHERWISE}",)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "merges.txt", "modeling.py", "chat.jinja"])
+def test_configuration_vocabulary_and_code_hold_no_weights(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with FileReads(tmp_path) as reads:
+        (tmp_path / name).read_bytes()
+    assert reads.traced({}) == Traced()
+
+
+def test_the_checkpoint_itself_may_be_looked_into(tmp_path: Path) -> None:
+    """vLLM reads headers of weight files while it builds a model. The fingerprint covers their contents."""
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(VALUES, file)
+    with FileReads(tmp_path) as reads:
+        file.read_bytes()
+    assert reads.traced({}) == Traced()
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "buffer", "file"])
+def test_contents_that_were_seen_as_tensors_are_no_other_read(form: str, tmp_path: Path) -> None:
+    file = tmp_path / "dense.pt"
+    torch.save(VALUES, file)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with FileReads(tmp_path) as reads:
+        if form == "path":
+            made = linear(torch.load(file))
+        elif form == "file":
+            with file.open("rb") as opened:
+                made = linear(torch.load(opened))
+        elif form == "buffer":
+            made = linear(torch.load(io.BytesIO(file.read_bytes())))
+        else:
+            safetensors.torch.save_file(VALUES, file)
+            made = linear(safetensors.torch.load(file.read_bytes()))
+    assert reads.traced(made).lost == ()
+
+
+def test_one_read_explains_one_file(tmp_path: Path) -> None:
+    file, twin = tmp_path / "dense.pt", tmp_path / "twin.pt"
+    torch.save(VALUES, file)
+    twin.write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with FileReads(tmp_path) as reads:
+        made = linear(torch.load(io.BytesIO(file.read_bytes())))
+        twin.read_bytes()
+    assert reads.traced(made).lost == (f"{twin} {OTHERWISE}",)

@@ -16,7 +16,7 @@ from netloader import sync
 from netloader.config import load_config
 from netloader.core.identity import ModelIdentity
 from netloader.errors import NetloaderError, NoSourceLeft
-from netloader.tensors import hold
+from netloader.tensors import digests, hold
 from netloader.transports.hccl import devices
 from netloader.vllm.live import hooks
 from netloader.vllm.serve import server_loop, serving
@@ -223,3 +223,21 @@ def test_no_communicator_is_opened_until_memory_was_measured(monkeypatch: pytest
     hooks.pause_transfers_until_profiled(name)
     assert one.determine_available_memory() == 42
     devices.device_of("npu:7").check_may_open()
+
+
+def test_wake_up_hashes_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine waits for it."""
+    both = threading.Barrier(2, timeout=30)
+    original = digests.digest_of
+
+    def meet(*arguments: Any) -> bytes:
+        if not met.is_set():
+            both.wait()
+            met.set()
+        return original(*arguments)
+
+    holding = hold({"w": torch.arange(64 * 1024, dtype=torch.float32)}, ModelIdentity(model="m"), block_bytes=1024)
+    met = threading.Event()
+    monkeypatch.setattr(digests, "digest_of", meet)
+    serving.check_unchanged(holding)
+    assert met.is_set()

@@ -352,7 +352,9 @@ def test_the_default_loader_fills_what_is_not_kept(
     built = Built(named_raw_tensors(model), {}, None, identity=IDENTITY)
     pulled = Pulled(Report("pulled", 0), adopted_report(a=1))
     filled = fill(context_of(server, Loader(model)), built, pulled, decided(why_not="of rank 1"), model)
-    assert filled == Filled(msgspec.structs.replace(IDENTITY, fingerprint=ROOT), ROOT)
+    assert (filled.identity, filled.fingerprint) == (msgspec.structs.replace(IDENTITY, fingerprint=ROOT), ROOT)
+    assert filled.reason == "what was pulled is not kept: of rank 1"
+    assert filled.seconds > 0
     assert bool((model.weight == 2).all())
     assert server.asked == [("withdraw", "target", 0.0, ("a",))]
     assert "the default loader (auto) loads the target: what was pulled is not kept: of rank 1" in caplog.text

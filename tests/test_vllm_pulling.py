@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -118,3 +119,15 @@ def test_the_time_of_the_probe_counts_against_timeout_and_wait(monkeypatch: pyte
     for spent in (0.0, 12.0, 70.0, 500.0):
         pull_raw({}, FOUND, [A], settings, spent)
     assert seen == [(100, 30), (88, 18), (30, 0), (0.001, 0)]
+
+
+def test_waiting_is_said_as_waiting_and_not_in_every_round(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    loading = RefusedError("not-ready", "the model is still being loaded")
+    World(monkeypatch, lambda host, times, _: loading if times < 60 else None)
+    assert probe_sources([A, B], "target", config(WAIT=120)) is FOUND
+    first, *others = [record.getMessage() for record in caplog.records]
+    assert first == "netloader: waiting for a:1024 and 1 more: the model is still being loaded, 0 of 120 s"
+    assert [line.rpartition(", ")[2] for line in others] == ["10 of 120 s", "20 of 120 s"]

@@ -21,7 +21,8 @@ from netloader.vllm.model.agreement import REPORT_BYTES, Report, disagreement, l
 from netloader.vllm.model.copies import Keep, is_full
 from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.initial_values import InitialValues, NotRestored
-from netloader.vllm.model.load_state import PlainState, apply_load_state, load_state_of
+from netloader.vllm.model.load_state import apply_load_state, load_state_of
+from netloader.vllm.model.plain_state import PlainState
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError
 from netloader.vllm.serve.retention import copy_log_lines, hint_for, keep_policy, kept_text
@@ -299,6 +300,7 @@ def test_only_listed_attributes_are_taken_over_and_others_are_named() -> None:
     assert load_state_of(model) == {"has_own_lm_head": True}
     model.up.out_features = 7
     assert state.changed_by_loading(model) == ["up.out_features"]
+    model.up.out_features = 4
     client = Tiny()
     apply_load_state(client, {"has_own_lm_head": True, "has_own_embed_tokens": True, "training": True})
     assert client.has_own_lm_head
@@ -368,3 +370,32 @@ _BOTH = load_digest(["r", "s"])
 def test_ranks_disagree_when_one_failed_or_the_weights_differ(told: tuple[Report, ...], expected: str) -> None:
     assert expected in disagreement(told)
     assert bool(disagreement(told)) == bool(expected)
+
+
+class WithContainers(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [1.0, 2.0]
+        self.table = {"a": (1, {"b": 2})}
+        self.names = {"x"}
+        self.settings = SimpleNamespace(step=1)
+        self.unregistered = [torch.nn.Linear(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda m: m.scales.append(3.0), "scales[2]"),
+        (lambda m: m.scales.__setitem__(0, 9.0), "scales[0]"),
+        (lambda m: m.table["a"][1].update(b=3), "table[a][1][b]"),
+        (lambda m: m.names.add("y"), "names[1]"),
+        (lambda m: setattr(m.settings, "step", 2), "settings.step"),
+        (lambda m: setattr(m.unregistered[0], "in_features", 5), "unregistered[0].in_features"),
+    ],
+)
+def test_plain_values_in_lists_mappings_and_objects_are_compared_too(change: Any, name: str) -> None:
+    model = WithContainers()
+    state = PlainState(model)
+    assert state.changed_by_loading(model) == []
+    change(model)
+    assert state.changed_by_loading(model) == [name]

@@ -61,7 +61,7 @@ async def _serve(
 ) -> Exit:
     fault = None if options.fault is None else replace(Fault.parse(options.fault), times=None)
     transfers = _Transfers(options.progress_every)
-    server = Server(
+    server = _CommandServer(
         host=options.host,
         port=options.port,
         transport=_transports(options.transport, fault),
@@ -86,6 +86,10 @@ async def _serve(
                 await _serve_until_cancelled(server, holding, address_file, transfers)
     say("stopped")
     return Exit.OK
+
+
+class _CommandServer(Server):
+    _exposed_hint = "give --token-file on both sides, or a --host that only trusted hosts reach"
 
 
 async def _serve_until_cancelled(

@@ -97,6 +97,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     stripe: int = 4
     keep_raw: bool = True
     token_file: str | None = None
+    draft_model: str | None = None
     token: Token | None = None
     overrides: tuple[Override, ...] = ()
     warnings: tuple[str, ...] = ()

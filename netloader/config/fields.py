@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from netloader.core.addresses import ALLOWED_HOST, Address, parse_address, parse_host
+from netloader.core.identity import MAX_MODEL
 from netloader.errors import ConfigError, shown
 
 __all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Faults", "Field", "Int8Cache", "SourceEntry", "key_text"]
@@ -178,6 +179,13 @@ def _filled_text(field: Field, value: str) -> str:
     return text
 
 
+def _model_name(field: Field, value: str) -> str:
+    text = _filled_text(field, value)
+    if len(text) > MAX_MODEL:
+        field.reject(value, f"it has {len(text)} characters")
+    return text
+
+
 def _each(read: Callable[[str, Any], Any], field: Field, values: list[object]) -> tuple[Any, ...]:
     """Read the items of a list, each under a name of its own. Duplicates are dropped."""
     faults, found = Faults(), list[Any]()
@@ -297,6 +305,7 @@ _NotEmpty = Annotated[str, Meta(min_length=1)]
 _Wait = Annotated[float, Meta(ge=0, le=LONGEST_WAIT)]
 _Timeout = Annotated[float, Meta(ge=SHORTEST_TIMEOUT, le=LONGEST_WAIT)]
 
+_NAME = f"a name of at most {MAX_MODEL} characters, not empty"
 _TRUE_FALSE = "true or false"
 _WAITS = f"seconds, a number from 0 to {LONGEST_WAIT:.0f}"
 _TIMES = f"seconds, a number from {SHORTEST_TIMEOUT:g} to {LONGEST_WAIT:.0f}"
@@ -304,7 +313,7 @@ _INTEGER = "an integer, or one written as a string of digits; LISTEN_PORT + rank
 
 _ALL = (
     Field("SOURCE", f"a list of objects like {_ENTRY}", list | None, _sources),
-    Field("MODEL", "a name, not empty", str | None, _filled_text),
+    Field("MODEL", _NAME, str | None, _model_name),
     Field("LISTEN_PORT", _INTEGER, int | str | None, _listen_port),
     Field("INT8_CACHE", "one of 'hbm', 'dram', 'no'", str, _int8_cache),
     Field("INT8_CACHE_NAME", "a list of names of parameters, or null", list | None, _names),
@@ -329,6 +338,7 @@ _ALL = (
     Field("STRIPE", "an integer from 1", _FromOne),
     Field("KEEP_RAW", _TRUE_FALSE, bool),
     Field("TOKEN_FILE", "the path of a file that holds the shared secret", str | None, _filled_text),
+    Field("DRAFT_MODEL", _NAME, str | None, _model_name),
 )
 
 FIELDS: Mapping[str, Field] = MappingProxyType({field.name: field for field in _ALL})

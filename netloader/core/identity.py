@@ -11,11 +11,16 @@ import msgspec
 from netloader.errors import ConfigError, shown
 
 __all__ = [
+    "MAX_MODEL",
+    "MODEL",
+    "REPOSITORY",
+    "SERVED",
     "Difference",
     "Layout",
     "ModelIdentity",
     "Role",
     "Severity",
+    "check_sendable",
     "differences",
     "is_digest",
     "quantised_unknown_how",
@@ -28,6 +33,19 @@ MAX_MODEL = 4096
 MAX_WORD = 256
 MAX_DIGEST = 64
 MAX_FACTS = 64
+MAX_NAMES = 8
+
+MODEL = "MODEL"
+"""Origin of a name that the user gave to netloader: the field MODEL, for a draft DRAFT_MODEL."""
+
+SERVED = "served"
+"""Origin of a name that the user gave to the engine (``--served-model-name``)."""
+
+REPOSITORY = "repository"
+"""Origin of a repository id on a hub, with the commit if it is known: ``org/name`` or ``org/name@commit``."""
+
+_ORIGINS = {MODEL: "MODEL", REPOSITORY: "repository", SERVED: "--served-model-name"}
+"""What each origin is called in messages. The origin with the most weight comes first."""
 
 # A model's name may be a path, so it may be as long as a path; the other texts are short. Longer texts break the
 # protocol.
@@ -35,6 +53,7 @@ _Model = Annotated[str, msgspec.Meta(max_length=MAX_MODEL)]
 _Word = Annotated[str, msgspec.Meta(max_length=MAX_WORD)]
 _Digest = Annotated[str, msgspec.Meta(max_length=MAX_DIGEST)]
 _Facts = Annotated[dict[_Word, bool], msgspec.Meta(max_length=MAX_FACTS)]
+_Names = Annotated[dict[_Word, _Model], msgspec.Meta(max_length=MAX_NAMES)]
 
 _NOT_KNOWN = "not known"
 
@@ -60,7 +79,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     except where :func:`differences` makes an exception.
 
     Attributes:
-        model: Name of the model, as configured on both sides.
+        model: Name of the model, as configured on both sides; in an engine without MODEL the text of its model
+            argument, which may be a path. It is compared if a side states no `names`.
         architecture: Class of the model (``LlamaForCausalLM``).
         revision: Revision of the checkpoint.
         dtype: Data type that the model computes in (``bfloat16``).
@@ -81,6 +101,9 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             check that they pulled the same model. It is not compared between server and client.
         fingerprint: Digest of the headers of the weight files and of samples of their contents; empty without weight
             files.
+        names: The names of the model, by where each comes from: ``MODEL`` (netloader's configuration), ``served`` (the
+            engine's ``--served-model-name``), ``repository`` (a repository id, and ``@`` with the commit if it is
+            known). Empty for a model that has only a path. None if they are not stated.
     """
 
     model: _Model = ""
@@ -103,6 +126,29 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     engine: _Word = ""
     fingerprint: _Digest = ""
     load: _Digest = ""
+    names: _Names | None = None
+
+
+def check_sendable(identity: ModelIdentity) -> None:
+    """Check that a peer would accept the identity, so that a text that it would reject is found before it is sent.
+
+    Raises:
+        ConfigError: A text is too long, or is not valid Unicode.
+    """
+    for field in ModelIdentity.__struct_fields__:
+        value = getattr(identity, field)
+        try:
+            msgspec.msgpack.decode(msgspec.msgpack.encode({field: value}), type=ModelIdentity)
+        except UnicodeEncodeError:
+            reason = "it holds half of a surrogate pair"
+        except msgspec.ValidationError as error:
+            reason = str(error).partition(" - ")[0]
+        else:
+            continue
+        allowed = (
+            f"what a peer accepts: valid Unicode, at most {MAX_MODEL} characters for a name, {MAX_WORD} for others"
+        )
+        raise ConfigError(field=f"{field} of the identity", value=value, allowed=allowed, reason=reason)
 
 
 def check_sendable(identity: ModelIdentity) -> None:
@@ -161,15 +207,83 @@ class Difference(msgspec.Struct, frozen=True):
         field: Name of the field.
         ours, theirs: Both values as text.
         severity: Whether the difference forbids a pull.
+        our_origin, their_origin: Where the values come from; empty when that is not told.
     """
 
     field: str
     ours: str
     theirs: str
     severity: Severity = Severity.REFUSE
+    our_origin: str = ""
+    their_origin: str = ""
 
     def __str__(self) -> str:
-        return f"{self.field}: ours is {shown(self.ours)}, theirs is {shown(self.theirs)}"
+        text = f"{self.field}: ours is {shown(self.ours)}, theirs is {shown(self.theirs)}"
+        return f"{text} (from {self.our_origin} and {self.their_origin})" if self.our_origin else text
+
+
+def _commits(repository: str) -> tuple[str, str]:
+    """The repository id, and the commit; empty when it is not known."""
+    name, _, commit = repository.partition("@")
+    return name, commit
+
+
+def _same_repository(one: str, other: str) -> bool:
+    (name, commit), (other_name, other_commit) = _commits(one), _commits(other)
+    return name == other_name != "" and (commit == other_commit or not commit or not other_commit)
+
+
+def _same_name(ours: ModelIdentity, theirs: ModelIdentity) -> bool | None:
+    """Whether a name of both sides is equal.
+
+    MODEL decides if both sides were given it. Else the repository decides if both know theirs: one commit of one
+    repository is one model, whatever it is served as, and two are two. Else MODEL of one side has to be a name that the
+    other side has from elsewhere; without MODEL, both engines have to serve under one name. A path is no name.
+
+    Returns:
+        None when no name is equal, so that something else has to show that the models are. False when the users stated
+        different names.
+    """
+    if ours.names is None or theirs.names is None:
+        return ours.model == theirs.model  # nothing is known of its origin, so it counts as what the user stated
+    mine, other = _names(ours), _names(theirs)
+    if MODEL in mine and MODEL in other:
+        return mine[MODEL] == other[MODEL]
+    if REPOSITORY in mine and REPOSITORY in other:
+        equal = _same_repository(mine[REPOSITORY], other[REPOSITORY])
+    elif MODEL in mine or MODEL in other:
+        (given, elsewhere) = (mine[MODEL], other) if MODEL in mine else (other[MODEL], mine)
+        equal = given in (elsewhere.get(SERVED), _commits(elsewhere.get(REPOSITORY, ""))[0])
+    else:
+        equal = SERVED in mine and mine[SERVED] == other.get(SERVED)
+    return True if equal else None
+
+
+def _names(identity: ModelIdentity) -> dict[str, str]:
+    """The names of known origin, the one with the most weight first; without empty texts, which name nothing."""
+    names = identity.names or {}
+    return {origin: names[origin] for origin in _ORIGINS if names.get(origin)}
+
+
+def _model_difference(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool) -> Difference | None:
+    same = _same_name(ours, theirs)
+    if same:
+        return None
+    proven = same_root or bool(ours.fingerprint and ours.fingerprint == theirs.fingerprint)
+    severity = Severity.WARN if same is None and proven else Severity.REFUSE
+    if ours.names is None or theirs.names is None:
+        return Difference("model", ours.model, theirs.model, severity)
+    shared = next((origin for origin in _names(ours) if origin in _names(theirs)), "")
+    (mine, our_origin), (other, their_origin) = _shown_name(ours, shared), _shown_name(theirs, shared)
+    return Difference("model", mine, other, severity, our_origin, their_origin)
+
+
+def _shown_name(identity: ModelIdentity, origin: str) -> tuple[str, str]:
+    """The name of this origin, or the one with the most weight, and what its origin is called."""
+    for found, name in _names(identity).items():
+        if not origin or found == origin:
+            return name, _ORIGINS[found]
+    return identity.model, "path, which is no name"
 
 
 def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severity | None:
@@ -193,20 +307,28 @@ def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severit
     return Severity.REFUSE
 
 
-def differences(ours: ModelIdentity, theirs: ModelIdentity) -> tuple[Difference, ...]:
+def differences(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool = False) -> tuple[Difference, ...]:
     """Find each field in which two identities differ.
+
+    The names of the models are compared under the field `model`. If no name is equal, equal fingerprints or one root
+    show that the models are equal, unless both sides were given MODEL.
 
     Args:
         ours: Identity of this side.
         theirs: Identity of the peer.
+        same_root: Whether the weights of both sides have the same root, or will be compared by it.
 
     Returns:
         One :class:`Difference` for each field, in the order of the fields; empty when both agree. The quantisation
         configuration counts as a difference also when neither side knows it. A pull is possible when no difference has
         :attr:`Severity.REFUSE`.
     """
-    found = []
+    found = list[Difference]()
     for field in ModelIdentity.__struct_fields__:
+        if field == "model":
+            found += filter(None, [_model_difference(ours, theirs, same_root=same_root)])
+        if field in ("model", "names"):
+            continue
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine == other:
             if field == "quantization_config" and (quantised_unknown_how(ours) or quantised_unknown_how(theirs)):

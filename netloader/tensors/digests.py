@@ -18,7 +18,6 @@ from netloader.errors import ManifestError, TransportUnavailable, shown
 
 if TYPE_CHECKING:
     from netloader.codecs.block_view import BlockView
-    from netloader.tensors.memory import TensorMemory
 
 __all__ = ["ALGORITHMS", "DEFAULT", "digest_blocks", "digest_of", "digest_plan"]
 
@@ -31,6 +30,10 @@ _BATCH_BLOCKS = 8
 _STALL_SECONDS = 600.0
 """Seconds without progress after which hashing fails. The limit is long because the memory may be a mapped file on slow
 storage, which is read only now."""
+
+
+class _Memory(Protocol):
+    def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]: ...
 
 
 class _Hash(Protocol):
@@ -77,7 +80,7 @@ def digest_of(view: BlockView, algorithm: str) -> bytes:
 
 
 def digest_plan(
-    memory: TensorMemory,
+    memory: _Memory,
     plan: Plan,
     algorithm: str,
     *,
@@ -101,7 +104,7 @@ def digest_plan(
 
 
 def digest_blocks(
-    memory: TensorMemory,
+    memory: _Memory,
     plan: Plan,
     numbers: Sequence[int],
     algorithm: str,
@@ -117,7 +120,7 @@ def digest_blocks(
 class _DigestJob:
     """Blocks of a plan, hashed by several threads that each take the next few."""
 
-    def __init__(self, memory: TensorMemory, plan: Plan, numbers: Sequence[int], algorithm: str) -> None:
+    def __init__(self, memory: _Memory, plan: Plan, numbers: Sequence[int], algorithm: str) -> None:
         self._memory = memory
         self._plan = plan
         self._algorithm = algorithm

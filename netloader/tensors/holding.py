@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, check_sendable
 from netloader.core.manifest import compute_root, manifest_digest
 from netloader.core.plan import block_bytes_for, make_plan
 from netloader.core.protocol.events import Announcement
@@ -70,7 +70,9 @@ def hold(
 
     Raises:
         ManifestError: Some tensors cannot be sent, the block size is out of range, or the algorithm is unknown.
+        ConfigError: The identity cannot be sent.
     """
+    check_sendable(identity)
     manifest, memory = describe(tensors, weak=weak)
     plan = make_plan(manifest, block_bytes_for(manifest.nbytes) if block_bytes is None else block_bytes)
     digests = digest_plan(memory, plan, algorithm, threads=threads, progress=progress)

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from netloader.config import FORMAT_NAMES
+from netloader.vllm.early_check import check_configuration_early
 from netloader.vllm.logs import join_vllm_log
 
 __all__ = ["register"]
@@ -19,22 +20,29 @@ ASCEND_LOADER = "vllm_ascend.model_loader.netloader.netloader"
 
 
 def register() -> None:
-    """Register the loader under each name of :data:`netloader.config.FORMAT_NAMES`.
+    """Register the loader under each name of :data:`netloader.config.FORMAT_NAMES`. Raises nothing.
 
     vLLM calls this in every process that it starts, possibly more than once. Only the first call has an effect.
     """
-    join_vllm_log()
-    _let_ascend_register_first()
     try:
-        from vllm.model_executor.model_loader import register_model_loader
+        join_vllm_log()
+        _let_ascend_register_first()
+        _register()
+        check_configuration_early()
+    except Exception as error:
+        log.error(  # noqa: TRY400 - the traceback is logged at debug level
+            "netloader does not fit this vLLM, and its load formats are not registered: %s",
+            f"{type(error).__name__}: {error}",
+        )
+        log.debug("netloader: the traceback of that error", exc_info=True)
 
-        from netloader.vllm.loader import loader_class
 
-        loader = loader_class()
-    except ImportError as error:
-        # An engine with another load format must still start, also if this plugin does not fit its vLLM.
-        log.error("netloader does not fit this vLLM, and its load formats are not registered: %s", error)  # noqa: TRY400
-        return
+def _register() -> None:
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from netloader.vllm.loader import loader_class
+
+    loader = loader_class()
     for name in FORMAT_NAMES:
         current = _registered(name)
         if current is loader:

@@ -42,6 +42,9 @@ IDENTITY = ModelIdentity(
     fingerprint="f",
     load="l",
 )
+NAMED = ModelIdentity(model="/m", names={"MODEL": "m", "repository": "o/m@c"})
+"""Fields that are newer than the frames of IDENTITY, which never change."""
+
 MANIFEST = Manifest(
     (
         TensorSpec("w", "bfloat16", (4, 3), (1, 4)),
@@ -124,6 +127,8 @@ EXAMPLES: dict[str, m.ClientMessage | m.ServerMessage] = {
     **{f"{type(message).__name__}, full": message for message in FULL},
     **{f"{type(message).__name__}, full since protocol 2": message for message in FULL_2},
     **{f"{type(message).__name__}, least": message for message in LEAST},
+    "Accepted, names": m.Accepted(identity=NAMED),
+    "Accepted, no names": m.Accepted(identity=ModelIdentity(model="/m", names={})),
 }
 
 

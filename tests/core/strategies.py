@@ -7,7 +7,7 @@ from typing import get_args
 from hypothesis import strategies as st
 
 from netloader.core import messages as m
-from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.identity import MODEL, REPOSITORY, SERVED, Layout, ModelIdentity, Role
 from netloader.core.manifest import ITEM_BYTES, MAX_NAME, Manifest, TensorSpec
 from netloader.core.plan import Ranges, to_ranges
 
@@ -81,6 +81,7 @@ identities = st.builds(
     engine=short_text,
     fingerprint=short_text,
     load=short_text,
+    names=st.none() | st.dictionaries(st.sampled_from([MODEL, SERVED, REPOSITORY, "other"]), short_text, max_size=4),
 )
 
 

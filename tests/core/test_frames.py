@@ -79,7 +79,8 @@ def test_each_message_has_a_strategy_and_golden_examples() -> None:
         default = [f.name for f in msgspec.structs.fields(message) if getattr(message, f.name) == f.default]
         assert not default, f"{message} leaves out {default}"
     fields = {f.name for f in msgspec.structs.fields(ModelIdentity)}
-    assert {f for f in fields if getattr(golden.IDENTITY, f) != getattr(ModelIdentity(), f)} == fields
+    examples = (golden.IDENTITY, golden.NAMED)
+    assert {f for f in fields for i in examples if getattr(i, f) != getattr(ModelIdentity(), f)} == fields
 
 
 @pytest.mark.parametrize("kinds", [CLIENT_KINDS, SERVER_KINDS], ids=["client", "server"])

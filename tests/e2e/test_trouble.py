@@ -54,7 +54,7 @@ def scenario(models: ModelStore, tmp_path_factory: pytest.TempPathFactory) -> It
     full, bare = make_hosts(folder, models, "llama-blocks")
     with ExitStack() as stack:
         stage = Scenario(stack, folder, full, bare)
-        seed = stage.held("seed", files=True).wait_ready()
+        seed = stage.held("seed", files=True, MODEL="tiny").wait_ready()  # as the others are served
         yield Engines(stage, seed, seed.answers(PROMPTS), clients.pull_all(seed.wait_addresses()[0]))
 
 
@@ -69,7 +69,7 @@ def test_unusable_sources_are_logged_with_their_reasons(scenario: Engines) -> No
         (line,) = named.lines("the default loader (auto) loads the target")
         assert f"{closed} cannot be reached" in line
         assert scenario.address in line
-        assert "model is 'model' at the server and 'another model' at the client" in line
+        assert "model is 'tiny' at the server and 'another model' at the client" in line
         assert named.answers(PROMPTS) == scenario.answers
 
         (line,) = other.lines("the default loader (auto) loads the target")

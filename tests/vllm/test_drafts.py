@@ -151,10 +151,13 @@ def test_facts_of_a_pull_that_is_not_kept_are_forgotten(
     monkeypatch.setattr(agree_ranks, "roots_wanted", lambda _: True)
     monkeypatch.setattr(agree_ranks, "mixture", lambda _: "of a mixture")
     log_lines.lines.clear()
-    with source_of(holding, model=str(models.get("eagle")), fingerprint="") as source:
-        client = load_pair(models.get(kind.target), kind.speculative(models.get), None, draft=from_source(source))
-    assert log_lines.one("rank 0: draft: pulled ")
+    with source_of(holding, names={"MODEL": "eagle"}, fingerprint="") as source:
+        settings = from_source(source, DRAFT_MODEL="eagle")
+        client = load_pair(models.get(kind.target), kind.speculative(models.get), None, draft=settings)
+    assert log_lines.with_part("the client reports complete")
     assert log_lines.one("the default loader", "loads the draft: what was pulled is not kept: of a mixture")
+    assert log_lines.one("rank 0: draft: loaded ", "not pulled: what was pulled is not kept: of a mixture")
+    assert not log_lines.with_part("rank 0: draft: pulled "), "one line sums up a load"
     assert client.filled(kind) == seed.filled(kind)
     assert load_state_of(client.draft.model) == kind.state
 

@@ -74,7 +74,7 @@ def test_a_client_whose_folder_has_another_projector_ends_with_the_source_s(
     folder = with_dense_of(models.bare("embedder"), other, tmp_path / "client")
     with source_of(seed.holding) as source:
         pulled = pull(folder, source, arguments=EMBED)
-    assert log_lines.one("rank 0: target: root ")
+    assert log_lines.one("rank 0: target: pulled ")
     assert pulled.raw == seed.disk
     assert projector(pulled.model) == projector(seed.loaded.model) != projector(by_default(other).model)
 
@@ -126,7 +126,7 @@ def test_an_embedder_without_a_projector_is_pulled_like_every_model(models: Mode
     loaded, holding = offered(models.get("embedder-plain"), {}, EMBED)
     with source_of(holding) as source:
         pulled = pull(models.bare("embedder-plain"), source, arguments=EMBED)
-    assert log_lines.one("rank 0: target: root ")
+    assert log_lines.one("rank 0: target: pulled ")
     assert pulled.raw == loaded.raw == by_default(models.get("embedder-plain")).raw
 
 
@@ -249,7 +249,7 @@ def test_a_server_that_hides_something_refuses_a_client_that_does_not(
     monkeypatch.undo()
     log_lines.lines.clear()
     pull(models.get("llama-bf16"), server.address)
-    assert log_lines.one("could not pull", NOT_NAMED)
+    assert log_lines.one("the default loader", "could not pull", NOT_NAMED)
 
 
 def test_ordinary_models_have_no_unregistered_weights(seeds: Seeds) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from netloader.core import messages as m
-from netloader.core.identity import Difference, Severity, differences
+from netloader.core.identity import Difference, Role, Severity, differences
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context, Refuse
 from netloader.core.protocol.events import Held, NotHeld, Queued, TurnTaken
@@ -22,14 +22,22 @@ __all__ = [
 ]
 
 
-def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, str]:
+def _explain(found: Sequence[Difference], ours: str, theirs: str, role: Role) -> tuple[str, str]:
     """Message and hint for identities that differ. `ours` and `theirs` name the sides of each difference."""
     text = "the identities differ: " + "; ".join(
         f"{d.field} is {d.ours!r} at the {ours} and {d.theirs!r} at the {theirs}" for d in found
     )
+    origins = next(((d.our_origin, d.their_origin) for d in found if d.our_origin), None)
+    if origins is not None:
+        text += f"; the {ours} has its name from its {origins[0]}, the {theirs} from its {origins[1]}"
     fields = {d.field for d in found}
-    if "model" in fields:
-        return text, "if both paths hold the same model, set MODEL to one name on both sides"
+    if "model" in fields and "fingerprint" not in fields:
+        if role == "draft":
+            return text, "if both are the same model, set DRAFT_MODEL to one name on both sides"
+        return text, (
+            "if both are the same model, set MODEL to one name on both sides, or leave it out and set EXPECT_ROOT on "
+            "the client to the root that the source logs"
+        )
     if "layout" in fields and any("checkpoint" in (d.ours, d.theirs) for d in found):
         return text, "a checkpoint server feeds `netloader pull`; an engine needs a source that is an engine"
     if "dtype" in fields:
@@ -40,7 +48,7 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str) -> tuple[str, 
             text,
             "give both sides the same arguments, config.json and other files that say how the weights are quantised",
         )
-    if fields == {"fingerprint"}:
+    if fields <= {"model", "fingerprint"}:
         return (
             text,
             "the weight files of both sides differ (another fine-tune, or revision): use a source of the same ones",
@@ -73,9 +81,11 @@ def server_held(ctx: Context, event: Held) -> Sequence[f.Effect]:
         raise LocalProtocolError("Held came twice")
     ctx.announcement = event.announcement
     if identify.identity is not None:
-        found = [d for d in differences(ours, identify.identity) if d.severity is Severity.REFUSE]
+        same_root = bool(identify.root) and identify.root == event.announcement.root
+        every = differences(ours, identify.identity, same_root=same_root)
+        found = [d for d in every if d.severity is Severity.REFUSE]
         if found and not identify.probe:
-            text, hint = _explain(found, "server", "client")
+            text, hint = _explain(found, "server", "client", ours.role)
             raise Refuse("identity", text, hint=hint)
         ctx.peer_identity = identify.identity
     if identify.root and identify.root != event.announcement.root:
@@ -133,10 +143,11 @@ def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:
             f"this client asked for {terms.role!r} in {' or '.join(layouts) or 'no layout'}"
         )
     if terms.identity is not None and not ctx.probing:
-        found = differences(terms.identity, event.identity)
+        # With a root in the terms, an announcement with another root is refused (see `announcement`).
+        found = differences(terms.identity, event.identity, same_root=bool(terms.root))
         refused = [d for d in found if d.severity is Severity.REFUSE]
         if refused:
-            text, hint = _explain(refused, "client", "server")
+            text, hint = _explain(refused, "client", "server", terms.identity.role)
             raise RefusedError("identity", text, hint=hint)
         notes = [f.Note(f"the source differs, which is allowed: {d}") for d in found]
     return [*notes, f.SetTimer(ctx.timings().plan)]

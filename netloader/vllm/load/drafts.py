@@ -13,7 +13,7 @@ from typing import Any
 
 from netloader.core.identity import Role
 
-__all__ = ["left_out", "named_like_target", "shares_with_target"]
+__all__ = ["left_out", "named_like_target", "served_name", "shares_with_target"]
 
 _EMBEDDINGS = "model.embed_tokens."
 _HEAD = "lm_head."
@@ -54,5 +54,18 @@ def named_like_target(vllm_config: Any, model_config: Any, role: Role) -> bool:
     """Whether MODEL is the name of this model: of the target, and of a draft in the target's checkpoint (MTP)."""
     if role == "target":
         return True
-    target = getattr(getattr(vllm_config, "speculative_config", None), "target_model_config", None)
+    target = _target_of(vllm_config)
     return target is not None and target.model == model_config.model
+
+
+def served_name(vllm_config: Any, model_config: Any, role: Role) -> str | None:
+    """`--served-model-name`, if it is the name of this model; None if not."""
+    named = model_config if role == "target" else _target_of(vllm_config)
+    if named is None or not named_like_target(vllm_config, model_config, role):
+        return None
+    name = getattr(named, "served_model_name", None)
+    return name if isinstance(name, str) else None
+
+
+def _target_of(vllm_config: Any) -> Any:
+    return getattr(getattr(vllm_config, "speculative_config", None), "target_model_config", None)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, check_sendable
+from netloader.errors import ConfigError
 from netloader.vllm.load.file_reads import Traced
 from netloader.vllm.load.inspect_engine import Context, model_identity
 from netloader.vllm.model.expert_maps import expert_maps
@@ -76,7 +77,7 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
         identity = (
             model_identity(context.engine, context.config, context.topology) if probed is None else probed.identity
         )
-        unknown = why_unknown(identity)
+        unknown = why_unknown(identity) or _why_not_sendable(identity)
         if unknown:
             return replace(built, unsupported=unknown)
         maps = expert_maps(model)
@@ -86,6 +87,14 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
     except Exception as error:
         log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", context.rank)
         return replace(built, unsupported=f"looking at the model failed: {error_text(error)}")
+
+
+def _why_not_sendable(identity: ModelIdentity) -> str:
+    try:
+        check_sendable(identity)
+    except ConfigError as error:
+        return error.message
+    return ""
 
 
 def _why_not(context: Context, built: Built) -> str:

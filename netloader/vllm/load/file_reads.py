@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import logging
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from netloader.vllm.load.file_opens import FileOpens, content_digest
 from netloader.vllm.model.digest import digest_of
 
 if TYPE_CHECKING:
@@ -58,10 +62,17 @@ class FileReads:
 
     Modules import these functions under names of their own. So a recording wrapper replaces each function in every
     module that has it. `stop` restores the originals in every module, also in modules that were imported meanwhile.
+    Files that are read in another way are recorded by their names.
+
+    Args:
+        folder: The folder of the model; None if it is not on this host.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self._reads: list[_Read] = []
+        self._opens = FileOpens(folder)
+        self._paths: set[str] = set()
+        self._contents: Counter[bytes] = Counter()
         self._wrapped: list[tuple[object, object]] = []  # each original function, and its wrapper
 
     def __enter__(self) -> Self:
@@ -69,11 +80,12 @@ class FileReads:
         import torch
 
         self._wrapped = [
-            (safetensors.safe_open, functools.partial(_Opened, safetensors.safe_open, self._record)),
+            (safetensors.safe_open, functools.partial(_Opened, safetensors.safe_open, self._note, self._record)),
             (safetensors.torch.load, self._recording(safetensors.torch.load)),
             (torch.load, self._recording(torch.load)),
         ]
         _replace(self._wrapped)
+        self._opens.start()
         return self
 
     def __exit__(
@@ -83,6 +95,7 @@ class FileReads:
 
     def stop(self) -> None:
         """End the recording: the model is built, and its constructor reads nothing more."""
+        self._opens.stop()
         wrapped, self._wrapped = self._wrapped, []
         if wrapped:
             _replace([(wrapper, original) for original, wrapper in wrapped])
@@ -90,11 +103,25 @@ class FileReads:
     def _recording(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def load(*arguments: Any, **options: Any) -> Any:
+            source = arguments[0] if arguments else next(iter(options.values()), "")
+            self._note(source)
             found = original(*arguments, **options)
-            self._record(_named_source(arguments[0] if arguments else next(iter(options.values()), "")), found)
+            self._record(_named_source(source), found)
             return found
 
         return load
+
+    def _note(self, source: object) -> None:
+        """Note which file the tensors of a read come from, before it reads the source to its end."""
+        if not self._wrapped:
+            return
+        path = _named_source(source) or _named_source(getattr(source, "name", ""))
+        if path:
+            self._paths.add(path)
+        elif isinstance(source, bytes | bytearray | memoryview):
+            self._contents[content_digest(memoryview(source))] += 1
+        elif isinstance(source, io.BytesIO):
+            self._contents[content_digest(source.getbuffer())] += 1
 
     def _record(self, source: str, found: Any) -> None:
         if not self._wrapped:
@@ -114,8 +141,12 @@ class FileReads:
         Args:
             tensors: The weights, before anything else fills them.
         """
+        others = tuple(
+            f"{path} (read by other means than safetensors and torch.load)"
+            for path in self._opens.unexplained(self._paths, self._contents)
+        )
         if not self._reads:
-            return Traced()
+            return Traced(lost=others)
         from torch.nn.parameter import is_lazy
 
         gc.collect()  # so that only tensors that the model still refers to are alive
@@ -132,17 +163,25 @@ class FileReads:
         known = frozenset[str]().union(*(read.digests for read in self._reads))
         return Traced(
             frozenset(name for name, digest in held.items() if digest in known),
-            tuple(dict.fromkeys(read.name for read in self._reads if is_lost(read))),
+            (*dict.fromkeys(read.name for read in self._reads if is_lost(read)), *others),
         )
 
 
 class _Opened:
     """A file opened by `safe_open`. It records each tensor that is read from it."""
 
-    def __init__(self, original: Any, record: Callable[[str, Any], None], *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        original: Any,
+        note: Callable[[object], None],
+        record: Callable[[str, Any], None],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
         self._file = original(*arguments, **options)
         self._source = _named_source(arguments[0] if arguments else options.get("filename", ""))
         self._record = record
+        note(self._source)
 
     def __getattr__(self, name: str) -> Any:
         # All methods are wrapped, because releases of safetensors have different ones.

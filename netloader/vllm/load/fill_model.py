@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,12 +38,16 @@ class Filled:
         fingerprint: Fingerprint of the checkpoint that the weights come from; empty when it is not known.
         report: The report of the pull; None if the default loader filled the model.
         adopted: What to compare the finished model with; None unless processed weights were pulled.
+        seconds: How long the default loader took.
+        reason: Why the default loader filled the model.
     """
 
     identity: ModelIdentity | None
     fingerprint: str
     report: PullReport | None = None
     adopted: Adopted | None = None
+    seconds: float = 0.0
+    reason: str = ""
 
 
 def fill(context: Context, built: Built, pulled: Pulled, decision: Decision, model: torch.nn.Module) -> Filled:
@@ -53,23 +58,19 @@ def fill(context: Context, built: Built, pulled: Pulled, decision: Decision, mod
         Exception: What the default loader raises.
     """
     if decision.keeps:
-        return _keep(context, built, pulled, model)
+        return _keep(built, pulled, model)
     return load_by_default(context, built, pulled, decision, model)
 
 
-def _keep(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module) -> Filled:
+def _keep(built: Built, pulled: Pulled, model: torch.nn.Module) -> Filled:
     report = pulled.report
     if report is None or built.identity is None:
         raise NothingPulled("there is no report of a pull that succeeded", hint="this is a bug of netloader")
-    theirs, rank, role = report.identity, context.rank, context.role
+    theirs = report.identity
     apply_load_state(model, theirs.load_state)
     tied = theirs.tied if built.identity.tied is None else built.identity.tied
     # The fingerprint is the source's. The pull has compared it with that of the files here, if there are any.
     identity = msgspec.structs.replace(built.identity, tied=tied, fingerprint=theirs.fingerprint)
-    if theirs.fingerprint:
-        log.info("netloader: rank %d: %s: checkpoint fingerprint %s", rank, role, theirs.fingerprint)
-    for line in report.lines():
-        log.info("netloader: rank %d: %s: %s", rank, role, line)
     return Filled(identity, theirs.fingerprint, report, pulled.adopted)
 
 
@@ -100,6 +101,7 @@ def load_by_default(
     )
     withdraw(context, pulled.parents, "the default loader fills these weights instead")
     restored = _undo(context, built, pulled, model)
+    began = time.monotonic()
     try:
         context.default_loader.load_weights(model, context.engine.model_config)
     except Exception as error:
@@ -109,7 +111,7 @@ def load_by_default(
         raise
     if restored and pulled.initial is not None:
         pulled.initial.check_filled()
-    filled = Filled(built.identity, "")
+    filled = Filled(built.identity, "", seconds=time.monotonic() - began, reason=reason)
     # Taken again, because the default loader may have downloaded the files. No statement of a source is used.
     with serving_only("taking the checkpoint's fingerprint", None):
         filled = replace(filled, fingerprint=fingerprint_of_model(context.engine.model_config))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,13 +16,13 @@ from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
-from netloader.vllm.load.drafts import left_out, named_like_target, shares_with_target
+from netloader.vllm.load.drafts import left_out, named_like_target, served_name, shares_with_target
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.processed_pull import Registrations
 from netloader.vllm.load.pulling import check_transports, probe_sources
 from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
 from netloader.vllm.model.fallback import fallback_loader
-from netloader.vllm.model.identity import identity_of, role_of
+from netloader.vllm.model.identity import folder_of, identity_of, role_of
 from netloader.vllm.model.topology import Topology, topology_of
 from netloader.vllm.serve.guard import refuse_on_failure, serving_only
 from netloader.vllm.serve.serving import WorkerServer, worker_server
@@ -164,7 +165,7 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
     server = _open_server(engine, config, rank)
     with refuse_on_failure(server, engine.role):
         probed = _probe(engine, config, topology, sources) if sources else None
-    return Context(engine, config, topology, sources, default_loader, FileReads(), registrations, server, probed)
+    return Context(engine, config, topology, sources, default_loader, _reads(engine), registrations, server, probed)
 
 
 def inspect_built(engine: Engine, config: Config) -> Context:
@@ -184,7 +185,8 @@ def model_identity(engine: Engine, config: Config, topology: Topology) -> ModelI
     return identity_of(
         engine.model_config,
         topology,
-        name=config.model if named else None,
+        name=config.model if named else config.draft_model,
+        served=served_name(engine.vllm_config, engine.model_config, engine.role),
         tied=tied_by_files(engine.model_config),
         cache_config=getattr(engine.vllm_config, "cache_config", None),
         load_config=engine.load_config,
@@ -195,6 +197,13 @@ def _default_loader(engine: Engine, config: Config) -> Any:
     if not config.fallback:
         return None
     return fallback_loader(engine.load_config, config.fallback_format, config.fallback_config)
+
+
+def _reads(engine: Engine) -> FileReads:
+    folder: Path | None = None
+    with serving_only("looking for the model's folder", None):
+        folder = folder_of(engine.model_config)
+    return FileReads(folder)
 
 
 def _open_server(engine: Engine, config: Config, rank: int) -> WorkerServer | None:

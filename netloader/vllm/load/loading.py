@@ -28,6 +28,7 @@ from netloader.vllm.load.processed_pull import Adopted, check_adopted, skip_tran
 from netloader.vllm.load.pull_weights import pull
 from netloader.vllm.load.record_weights import record
 from netloader.vllm.load.relaying import relayed
+from netloader.vllm.load.summary import log_summary
 from netloader.vllm.serve.choose_layout import choose_layout
 from netloader.vllm.serve.guard import serving_only
 from netloader.vllm.serve.offer import serve
@@ -76,6 +77,7 @@ def load_weights(context: Context, model: torch.nn.Module) -> Loaded:
                 filled = fill(context, built, pulled, agreed, model)
                 snapshot = record(context, built, filled, agreed, model)
             agreed = agree_on_roots(context, agreed, snapshot.root, filled.fingerprint)
+    log_summary(context, filled, model)
     if filled.adopted is not None:
         skip_transformations(context.post_processing)
     return Loaded(context, replace(snapshot, load=agreed.load), filled.adopted)

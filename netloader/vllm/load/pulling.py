@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT = 10.0
 _PROBE_PAUSE = 0.5
+_WAIT_LINE_EVERY = 10.0
+"""Seconds between two lines about one wait."""
 
 
 def check_transports(config: Config) -> None:
@@ -60,9 +62,11 @@ def probe_sources(sources: Sequence[Address], role: Role, config: Config) -> Mod
     Returns:
         The identity that the first source announced; None when no source did.
     """
-    until = time.monotonic() + config.wait
+    began = say_at = time.monotonic()
+    until = began + config.wait
     last = min(until + _PROBE_TIMEOUT, time.monotonic() + config.timeout)
     waiting = list(sources)
+    reasons: dict[Address, str] = {}
     while waiting:
         for source in tuple(waiting):
             left = last - time.monotonic()
@@ -77,14 +81,22 @@ def probe_sources(sources: Sequence[Address], role: Role, config: Config) -> Mod
                     token=_token(config),
                 )
             except NetloaderError as error:
-                log.info("netloader: source %s did not say what it holds: %s", source, error)
+                reasons[source] = error.message
+                if not _is_temporary(error) or not config.wait:
+                    log.info("netloader: source %s did not say what it holds: %s", source, error)
                 if not _is_temporary(error):
                     waiting.remove(source)
             else:
                 return found.announcement.identity
         now = time.monotonic()
-        if now >= until:
+        if now >= until or not waiting:
             return None
+        if now >= say_at:
+            who, more = waiting[0], f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+            log.info(
+                "netloader: waiting for %s%s: %s, %.0f of %.0f s", who, more, reasons[who], now - began, config.wait
+            )
+            say_at = now + _WAIT_LINE_EVERY
         time.sleep(min(_PROBE_PAUSE, until - now))
     return None
 

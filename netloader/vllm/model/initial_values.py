@@ -51,7 +51,11 @@ class InitialValues:
 
     Of a tensor whose elements are all equal, one element is saved. Other small tensors are copied. A large tensor with
     different elements usually is uninitialised memory. Its value counts as unknown, because copies of all such tensors
-    would double the memory of a load. In a large tensor, only samples of the elements are compared.
+    would double the memory of a load.
+
+    In a large tensor, only samples of the elements are compared. Comparing all of them would read the whole model once
+    more before each pull, which takes seconds on a CPU, for a tensor that would have to be large, in no checkpoint,
+    persistent, built with different elements, and equal in all samples. Its value matters only after a pull has failed.
 
     Args:
         tensors: The tensors that the pull may write, by name.

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TRANSFERRED_FACTS", "PlainState", "apply_load_state", "load_state_of"]
+__all__ = ["TRANSFERRED_FACTS", "apply_load_state", "load_state_of"]
 
 TRANSFERRED_FACTS = ("has_own_embed_tokens", "has_own_lm_head")
 """Attributes of the model itself that a client takes over; each is a bool."""
-
-_PLAIN = (bool, int, float, str, type(None))
-_Value = bool | int | float | str | None
 
 
 def load_state_of(model: torch.nn.Module) -> dict[str, bool]:
@@ -33,29 +30,3 @@ def apply_load_state(model: torch.nn.Module, state: Mapping[str, bool]) -> None:
     for name in TRANSFERRED_FACTS:
         if name in state and hasattr(model, name):
             setattr(model, name, bool(state[name]))
-
-
-class PlainState:
-    """The plain attributes of all modules at one moment, to determine what loading changes.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._before = _plain_attributes(model)
-
-    def changed_by_loading(self, model: torch.nn.Module) -> list[str]:
-        """Sorted names of the plain attributes that have changed and that a client does not take over."""
-        after = _plain_attributes(model)
-        changed = {name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name)}
-        return sorted(changed - set(TRANSFERRED_FACTS))
-
-
-def _plain_attributes(model: torch.nn.Module) -> dict[str, _Value]:
-    return {
-        f"{prefix}.{name}" if prefix else name: value
-        for prefix, module in model.named_modules()
-        for name, value in vars(module).items()
-        if not name.startswith("__") and isinstance(value, _PLAIN)
-    }

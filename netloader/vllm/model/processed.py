@@ -41,6 +41,7 @@ __all__ = [
     "flag_problems",
     "hold_processed",
     "outside",
+    "plain_values",
     "possible",
     "survey",
 ]
@@ -121,6 +122,11 @@ def outside(model: torch.nn.Module) -> Outside:
     walk = _walked(model)
     weights = {id(t) for m in [*model.modules(), *walk.modules.values()] for _, t in weights_of(m)}
     return Outside(walk.modules, {n: t for n, t in [*walk.named.items(), *walk.hidden] if id(t) not in weights})
+
+
+def plain_values(model: torch.nn.Module) -> dict[str, str]:
+    """The plain values that the modules of `model` hold, as text, by the path to them."""
+    return _walked(model).found.facts
 
 
 def possible() -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from netloader.config import Config
 from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
-from netloader.vllm.model.load_state import PlainState
+from netloader.vllm.model.plain_state import PlainState
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.guard import HINT, error_text
 from netloader.vllm.serve.retention import copy_log_lines, keep_policy, named, quantised_modules

@@ -94,7 +94,10 @@ def copy_log_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
 
 def kept_text(located: Located) -> str:
     """The memory that originals take, by the setting that keeps them; empty when there are none."""
-    costs = [f"{keep.value}: {nbytes} bytes on {device}" for (keep, device), nbytes in located.costs().items()]
+    costs = [
+        f"{keep.value}: {nbytes} bytes on {device}{' (false frees them)' if keep is Keep.REFERENCE else ''}"
+        for (keep, device), nbytes in located.costs().items()
+    ]
     return f"originals kept: {'; '.join(costs)}" if costs else ""
 
 

@@ -48,19 +48,19 @@ _RETRACT_WITHIN = 5.0
 
 
 def check_unchanged(holding: Holding) -> None:
-    """Check that the tensors of a holding still have the announced digests.
+    """Check that the tensors of a holding still have the announced digests. Hashes in several threads.
 
     Raises:
         ManifestError: A tensor is gone, or its contents have changed.
     """
-    from netloader.tensors import digest_of
+    from netloader.tensors import HASHERS, digest_plan
 
     announcement = holding.announcement
-    plan = announcement.plan
+    plan, announced = announcement.plan, announcement.digests
+    now = digest_plan(holding.memory, plan, announcement.algorithm, threads=HASHERS)
     for block in plan.blocks:
-        (view,) = holding.memory.views(plan, [block.number])
-        start = block.number * DIGEST_BYTES
-        if digest_of(view, announcement.algorithm) != announcement.digests[start : start + DIGEST_BYTES]:
+        place = slice(block.number * DIGEST_BYTES, (block.number + 1) * DIGEST_BYTES)
+        if now[place] != announced[place]:
             raise ManifestError(
                 f"{', '.join(plan.tensors_of(block.number)[:3])} is not what it was when it was announced",
                 hint="start the engine anew to serve its weights",
@@ -69,6 +69,10 @@ def check_unchanged(holding: Holding) -> None:
 
 _LAST_SENDS = 1.0
 """Seconds that blocks in flight may take when a replica stops passing on what it pulled."""
+
+
+class _EngineServer(Server):
+    _exposed_hint = "set TOKEN_FILE on both sides, or LISTEN_HOST to an address that only trusted hosts reach"
 
 
 class WorkerServer:
@@ -96,7 +100,7 @@ class WorkerServer:
         self._stopped = False
         self._paused: dict[Role, tuple[Holding, ...]] = {}
         make = partial(
-            Server,
+            _EngineServer,
             host=config.listen_host,
             port=port,
             transport=config.transport or "auto",
@@ -378,5 +382,6 @@ def _settings(config: Config) -> tuple[object, ...]:
 
 
 def _host_name() -> str | None:
-    # vLLM's own variable. Users set it on machines with several addresses.
-    return os.environ.get("VLLM_HOST_IP") or None
+    # vLLM's own variable. Users set it on machines with several addresses, and some set it to 0.0.0.0, which is none.
+    name = os.environ.get("VLLM_HOST_IP", "").strip()
+    return None if not name or is_wildcard(name) else name

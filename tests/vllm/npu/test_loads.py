@@ -118,7 +118,7 @@ def test_a_model_pulled_over_hccl_is_the_one_from_disk(
     kind: str, from_disk: FromDisk, models: ModelStore, tmp_path: Path, log_lines: LogLines
 ) -> None:
     three(from_disk(models.get(kind)), models.get(kind), tmp_path).same()
-    assert log_lines.one("target: source", "over hccl")
+    assert log_lines.one("target: pulled", "over hccl")
     assert log_lines.with_part("HCCL on npu:0: a communicator")
     assert log_lines.with_part("HCCL on npu:1: a communicator")
 
@@ -138,7 +138,7 @@ def test_originals_of_int8_weights_in_tiles(
     found = three(from_disk(models.get("llama-w8a8")), models.get("llama-w8a8"), tmp_path, INT8_CACHE=setting)
     found.same()
     assert f"originals kept: INT8_CACHE={setting}: 3186808 bytes on {where}" in log_lines.one("serves target at")
-    assert log_lines.one("target: source", "over hccl")
+    assert log_lines.one("target: pulled", "over hccl")
     tiles = {name for name, form in formats(found.pulled).items() if form == "fractal-nz"}
     assert len(tiles) == 16
     assert all(name.endswith("_proj.weight") for name in tiles)
@@ -160,7 +160,7 @@ def test_a_full_device_sends_the_copies_to_the_host(
     three(from_disk(models.get("llama-w8a8")), models.get("llama-w8a8"), tmp_path, INT8_CACHE="hbm").same()
     assert log_lines.one("INT8_CACHE=hbm: the device is full, the copies go to the host's memory (NPU out of memory")
     assert "originals kept: INT8_CACHE=hbm: 3186808 bytes on cpu" in log_lines.one("serves target at")
-    assert log_lines.one("target: source", "over hccl")
+    assert log_lines.one("target: pulled", "over hccl")
 
 
 def test_without_copies_int8_weights_are_refused_and_loaded_from_disk(
@@ -207,7 +207,7 @@ def test_processed_weights_in_tiles_are_taken_over(
     assert log_lines.one("serves target at", "processed layout")
     found = pull(strip_weights(processed, tmp_path / "bare"))
     assert everything(found) == everything(seed) == everything(disk)
-    assert log_lines.one("target: source", "over hccl")
+    assert log_lines.one("target: pulled", "over hccl")
     assert formats(found) == formats(disk)
     assert formats(found)["model.layers.0.self_attn.o_proj.weight"] == "fractal-nz"
 
@@ -226,7 +226,7 @@ def test_nothing_is_opened_on_the_device_until_its_memory_was_measured(
     platform.Worker(CLIENT).determine_available_memory()
     account.check_may_open()
     found = pull(strip_weights(folder, tmp_path / "bare"), SERVER)
-    assert log_lines.one("target: source", "over hccl")
+    assert log_lines.one("target: pulled", "over hccl")
     assert found.raw == early.raw == seed.raw
 
 
@@ -237,5 +237,5 @@ def test_a_client_that_knows_its_device_by_its_kind_only(
     found = pull(strip_weights(models.get("llama-bf16"), tmp_path / "bare"), BARE)
     assert devices(found) == {CLIENT}
     assert found.raw == seed.raw
-    assert log_lines.one("target: source", "over hccl")
+    assert log_lines.one("target: pulled", "over hccl")
     hccl_devices.device_of(CLIENT).check_may_open()
