@@ -28,7 +28,7 @@ from tests.models import make_llama, strip_weights
 
 CASES = ("netloader", "default_warm", "default_cold")
 
-_PULLED = re.compile(r"target: pulled [\d.]+ MB in \d+ tensors, \d+ blocks, in ([\d.]+) s")
+_PULLED = re.compile(r"pulled [^;]*\(target, \d+ tensors\) in ([\d.]+) s \(")
 _READ = re.compile(r"Loading weights took ([\d.]+) seconds")
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from netloader.core.identity import ModelIdentity
 from netloader.core.protocol.events import Announcement
+from netloader.core.texts import byte_text, one_line
 from netloader.errors import AttemptFailed
 
-__all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare"]
+__all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare", "summary"]
+
+_NAMED = 3
+"""Sources, and failed ones, that a summary names. It counts the others."""
+
+_SHOWN_NAME = 80
+_SHOWN_REASON = 120
+_WORTH_SAYING = 0.5
+"""Seconds of waiting from which a summary mentions it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +92,17 @@ class PullReport:
         blocks: Blocks pulled and verified.
         tensors: Tensors in the manifest.
         seconds: Duration of the whole pull.
-        phases: Seconds by phase.
+        phases: Seconds by phase, summed over all sessions.
         sources: What each source gave, by address, in the order of first use.
         retries: Number of failed attempts.
         attempts: The failed attempts. Repeated failures of one kind at one source are one entry.
         identity: Identity that the first accepted source stated. All other sources hold the same weights.
         announcement: What was pulled, ready to be announced to other clients: every block was verified against its
             digests.
+        waited: Seconds in which no source had accepted the pull: none could be reached, or all were not ready,
+            busy or had it in their queue.
+        transfer_seconds: Seconds in which a channel to a source was open. What is left of `seconds` was spent on
+            setting up: comparing what is held, opening channels, closing them.
     """
 
     root: str = ""
@@ -103,26 +116,63 @@ class PullReport:
     attempts: tuple[AttemptFailed, ...] = ()
     identity: ModelIdentity = field(default_factory=ModelIdentity)
     announcement: Announcement | None = None
+    waited: float = 0.0
+    transfer_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
-        """Bytes per second over the whole pull."""
-        return self.nbytes / self.seconds if self.seconds > 0 else 0.0
+        """Bytes per second while channels were open; over the whole pull when that time is not known."""
+        seconds = self.transfer_seconds or self.seconds
+        return self.nbytes / seconds if seconds > 0 else 0.0
 
     def lines(self) -> list[str]:
-        """The report as lines of text."""
+        """The report as lines of text: the summary first, then the details."""
         phases: Mapping[str, float] = self.phases.as_dict()
         spent = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in phases.items())
-        text = [
-            (
-                f"pulled {self.nbytes / 1e6:.1f} MB in {self.tensors} tensors, {self.blocks} blocks, "
-                f"in {self.seconds:.2f} s ({self.rate / 1e6:.0f} MB/s)"
-            ),
-            f"root {self.root}",
-            f"phases: {spent}",
-        ]
+        text = [summary(self), f"root {self.root}", f"phases: {spent}"]
         for source, share in self.sources.items():
             by = f" over {share.transport}" if share.transport else ""
             text.append(f"source {source}: {share.blocks} blocks, {share.nbytes / 1e6:.1f} MB{by}")
         text.extend(f"failed before: {attempt}" for attempt in self.attempts)
         return text
+
+
+def summary(report: PullReport) -> str:
+    """One line about a pull that succeeded, of bounded length.
+
+    It says what was pulled, bytes, seconds, rate and waiting, from whom over which transport, and which sources were
+    skipped or tried again and why.
+    """
+    identity, spent = report.identity, [f"{byte_text(report.rate)}/s"]
+    what = f"{identity.role}, {report.tensors} tensors"
+    if report.waited >= _WORTH_SAYING:
+        spent.append(f"transfer {report.transfer_seconds:.2f} s")
+        spent.append(f"waited {report.waited:.2f} s")
+    gave = [
+        one_line(source, _SHOWN_NAME) + (f" over {share.transport}" if share.transport else "")
+        for source, share in report.sources.items()
+        if share.blocks
+    ]
+    of = f" of {one_line(identity.model, _SHOWN_NAME)}" if identity.model else ""
+    text = f"pulled {byte_text(report.nbytes)}{of} ({what}) in {report.seconds:.2f} s ({', '.join(spent)})"
+    if gave:
+        text += f" from {_some(gave)}"
+    used = {source for source, share in report.sources.items() if share.blocks}
+    for verb, attempts in (
+        ("skipped", [attempt for attempt in report.attempts if attempt.source not in used]),
+        ("tried again", [attempt for attempt in report.attempts if attempt.source in used]),
+    ):
+        if attempts:
+            text += f"; {verb} {_some([_failed(attempt) for attempt in attempts])}"
+    return text
+
+
+def _some(items: Sequence[str]) -> str:
+    more = len(items) - _NAMED
+    return ", ".join(items[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _failed(attempt: AttemptFailed) -> str:
+    source, times = one_line(attempt.source, _SHOWN_NAME), f" {attempt.times} times" if attempt.times > 1 else ""
+    why = attempt.cause.message.removeprefix(f"{attempt.source} ").removeprefix("source ")
+    return f"{source}{times} ({one_line(why, _SHOWN_REASON)})"

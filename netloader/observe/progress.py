@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import math
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
@@ -15,30 +14,13 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from netloader.core.report import Progress
+from netloader.core.texts import byte_text, time_text
 from netloader.observe.events import Event
 
 __all__ = ["ProgressBar", "ProgressLog", "Rate", "byte_text", "time_text"]
 
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
-_STEP = 1000
 _SAMPLE_EVERY = 0.05
 _NARROWEST = 10
-
-
-def byte_text(nbytes: float) -> str:
-    """A number of bytes with three or four digits: ``512 B``, ``4.19 MB``, ``141 GB``."""
-    value, unit = float(nbytes), 0
-    while value >= _STEP - 0.5 and unit < len(_UNITS) - 1:
-        value, unit = value / _STEP, unit + 1
-    digits = 0 if unit == 0 else max(0, 2 - len(str(int(value))) + 1)
-    return f"{value:.{digits}f} {_UNITS[unit]}"
-
-
-def time_text(seconds: float) -> str:
-    """A time in whole seconds, rounded up: ``0:07``, ``12:05``, ``1:02:09``."""
-    minutes, second = divmod(math.ceil(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class Rate:

@@ -1,0 +1,54 @@
+"""What a report says of a pull in one line."""
+
+from __future__ import annotations
+
+from netloader.core.identity import ModelIdentity
+from netloader.core.report import PullReport, SourceShare, summary
+from netloader.errors import AttemptFailed, PeerLost, RefusedError
+
+
+def report(**changes: object) -> PullReport:
+    made = PullReport(root="ab" * 16, nbytes=404_000_000, blocks=97, tensors=39, seconds=1.5, transfer_seconds=1.0)
+    made.identity = ModelIdentity(model="me/tiny")
+    made.sources = {"10.0.0.7:19374": SourceShare(97, 404_000_000, "tcp")}
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_a_summary_says_what_how_much_how_fast_and_from_whom() -> None:
+    expected = "pulled 404 MB of me/tiny (target, 39 tensors) in 1.50 s (404 MB/s) from 10.0.0.7:19374 over tcp"
+    assert summary(report()) == expected
+    assert report().lines()[0] == expected
+
+
+def test_waiting_is_apart_from_the_rate() -> None:
+    text = summary(report(seconds=94.55, waited=77.6, transfer_seconds=16.9))
+    assert "in 94.55 s (23.9 MB/s, transfer 16.90 s, waited 77.60 s) from" in text
+
+
+def test_skipped_sources_and_those_tried_again_are_named_with_the_reason() -> None:
+    attempts = (
+        AttemptFailed("10.0.0.8:19374", PeerLost("10.0.0.8:19374 cannot be reached: refused", hint="start it"), 2),
+        AttemptFailed("10.0.0.7:19374", RefusedError("not-ready", "the model is loading"), 12),
+    )
+    text = summary(report(attempts=attempts))
+    assert text.endswith(
+        "; skipped 10.0.0.8:19374 2 times (cannot be reached: refused)"
+        "; tried again 10.0.0.7:19374 12 times (the model is loading)"
+    )
+
+
+def test_a_summary_is_one_line_of_bounded_length() -> None:
+    attempts = tuple(AttemptFailed(f"10.0.{n}.8:19374", PeerLost(f"\x1b[2J\n{'x' * 10_000}")) for n in range(50))
+    shares = {f"10.1.{n}.1:19374": SourceShare(1, 10, "tcp") for n in range(50)}
+    text = summary(report(attempts=attempts, sources=shares, identity=ModelIdentity(model="m" * 10_000)))
+    assert text.isprintable()
+    assert len(text) < 1200
+    assert "over tcp and 47 more; skipped" in text
+    assert text.endswith(" and 47 more")
+
+
+def test_a_report_without_times_of_transfer_has_the_rate_of_the_whole_pull() -> None:
+    assert report(transfer_seconds=0.0, seconds=2.0).rate == 202_000_000
+    assert PullReport().rate == 0
