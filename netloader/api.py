@@ -25,6 +25,8 @@ from netloader.core.sources import Source
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
 from netloader.observe.base import Observer
+from netloader.observe.logging import PullLog
+from netloader.observe.progress import Display
 from netloader.server.server import HoldingServer
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
@@ -333,6 +335,9 @@ async def _pull_into(
     transports, unavailable = _transports(filled.device, transport)
     options = replace(options, unavailable=unavailable)
     found = sources if isinstance(sources, SourceProvider) else FixedSources(sources)
+    observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
+    if isinstance(progress, Display):  # as an observer it shows waits too, which a callback is not told
+        progress = None
     prefaulter = Prefaulter(filled.larger(LEAST_BYTES))
     try:
         prefaulter.start()

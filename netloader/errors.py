@@ -78,6 +78,11 @@ def shown(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def without_source(message: str, source: str) -> str:
+    """`message` without the address at its start, for use behind that address."""
+    return message.removeprefix(f"{source} ") if source else message
+
+
 class ConfigError(NetloaderError):
     """A configuration field has a value that is not allowed.
 
@@ -284,7 +289,7 @@ class AttemptFailed(NetloaderError):
     """
 
     def __init__(self, source: str, cause: NetloaderError, times: int = 1) -> None:
-        super().__init__(f"{source}: {cause.message}", hint=cause.hint)
+        super().__init__(f"{source}: {without_source(cause.message, source)}", hint=cause.hint)
         self.source = source
         self.cause = cause
         self.times = times
@@ -298,13 +303,21 @@ class NoSourceLeft(NetloaderError):
         attempts: The failed attempts, in order.
         verified: Bytes that were verified before the pull failed.
         total: Bytes of the whole pull, or None when no manifest was agreed on.
+        advice: What to do besides the hints of the attempts.
     """
 
-    def __init__(self, attempts: Sequence[AttemptFailed], *, verified: int = 0, total: int | None = None) -> None:
+    def __init__(
+        self,
+        attempts: Sequence[AttemptFailed],
+        *,
+        verified: int = 0,
+        total: int | None = None,
+        advice: str = "",
+    ) -> None:
         of_total = "" if total is None else f" ({verified} of {total} bytes were verified)"
         failures = (f"{a.message} ({a.times} times)" if a.times > 1 else a.message for a in attempts)
         tries = "; ".join(failures) or "no source was given"
-        hints = list(dict.fromkeys(a.hint for a in attempts if a.hint))
+        hints = list(dict.fromkeys(hint for hint in (*(a.hint for a in attempts), advice) if hint))
         super().__init__(f"no source could be pulled from{of_total}: {tries}", hint="; ".join(hints))
         self.attempts = tuple(attempts)
         self.verified = verified

@@ -30,6 +30,7 @@ from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull
+from netloader.core.pull_clock import PullClock
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
@@ -44,6 +45,7 @@ from netloader.observe.events import (
     SessionEnded,
     SourceChosen,
     SourceLeft,
+    SourceWaiting,
 )
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
@@ -168,6 +170,7 @@ class _Pull:
         self._report = PullReport()
         self._observe = Observers((self._add_phase, *observers))
         self._began = time.monotonic()
+        self._clock = PullClock(options, self._began)
         self._events: deque[p.Event] = deque()
         self._telling = False
         self._sessions: dict[int, ClientSession] = {}
@@ -246,9 +249,12 @@ class _Pull:
             self._changed = anyio.Event()
             wake_at = self._pull.wake_at(time.monotonic())
             until = last if wake_at is None else min(wake_at, last)
-            with anyio.move_on_after(max(0.0, until - time.monotonic())) as waited:
+            report_at = self._clock.due() or until
+            with anyio.move_on_after(max(0.0, min(until, report_at) - time.monotonic())) as waited:
                 await self._changed.wait()
-            if waited.cancelled_caught:
+            if wait := self._clock.report(time.monotonic()):
+                self._observe(SourceWaiting(*wait))
+            if waited.cancelled_caught and until <= report_at:
                 self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
 
     def _tell(self, event: p.Event) -> None:
@@ -260,6 +266,7 @@ class _Pull:
         try:
             while self._events:
                 event, before = self._events.popleft(), self._verified()
+                self._clock.take(event, time.monotonic())
                 commands = self._pull.handle(event, time.monotonic())
                 if isinstance(event, p.BlocksArrived):  # before the commands: the last blocks end the transfer
                     self._tell_progress(event.session, before)
@@ -272,6 +279,7 @@ class _Pull:
         for command in commands:
             match command:
                 case p.Connect():
+                    self._clock.connecting(command)
                     self._start(partial(self._session_with, command))
                 case p.Allocate():
                     self._start(partial(self._allocate, command))
@@ -280,6 +288,7 @@ class _Pull:
                 case p.Log(level, text):
                     _log.log(_LEVELS[level], "%s", text)
                 case p.Succeed():
+                    self._clock.stop(time.monotonic())
                     self._end_sessions()
                 case p.Fail(error):
                     self._error = self._error or error
@@ -466,6 +475,7 @@ class _Pull:
         report.nbytes, report.blocks = ledger.verified_bytes, ledger.verified_blocks
         report.tensors = 0 if ledger.plan is None else len(ledger.plan.manifest.tensors)
         report.seconds = time.monotonic() - self._began
+        report.waited, report.transfer_seconds = self._clock.waited, self._clock.transferred
         report.sources, report.retries, report.attempts = self._pull.shares, self._pull.retries, self._pull.attempts
         return report
 

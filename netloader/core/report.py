@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from netloader.core.identity import ModelIdentity
 from netloader.core.protocol.events import Announcement
 from netloader.core.texts import byte_text, one_line
-from netloader.errors import AttemptFailed
+from netloader.errors import AttemptFailed, without_source
 
 __all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare", "summary"]
 
@@ -174,5 +174,5 @@ def _some(items: Sequence[str]) -> str:
 
 def _failed(attempt: AttemptFailed) -> str:
     source, times = one_line(attempt.source, _SHOWN_NAME), f" {attempt.times} times" if attempt.times > 1 else ""
-    why = attempt.cause.message.removeprefix(f"{attempt.source} ").removeprefix("source ")
+    why = without_source(attempt.cause.message, attempt.source)
     return f"{source}{times} ({one_line(why, _SHOWN_REASON)})"
