@@ -401,10 +401,9 @@ class Pull:
         yield p.Succeed()
 
     def _fail(self, advice: str = "") -> Iterator[p.Command]:
-        self._over, ledger = True, self.ledger
-        yield p.Fail(
-            NoSourceLeft(self.attempts, verified=ledger.verified_bytes, total=ledger.total_bytes, advice=advice)
-        )
+        self._over = True
+        verified, total = self.ledger.verified_bytes, self.ledger.total_bytes
+        yield p.Fail(NoSourceLeft(self.attempts, verified=verified, total=total, advice=advice))
 
     def _deadline_passed(self, seconds: float) -> Iterator[p.Command]:
         late = TransferTimeout(f"the pull did not end within {seconds:g} s", hint="raise TIMEOUT")
