@@ -9,7 +9,7 @@ state transitions of the failed session. Neither contains tensor data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 __all__ = [
     "AttemptFailed",
@@ -65,6 +65,21 @@ class NetloaderError(Exception):
         """The text without the hint."""
         return super().__str__()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default would call the class with the message alone; most classes here take other arguments.
+        return _restored, (type(self), self.args, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """The attributes, as another process may have them."""
+        return dict(self.__dict__)
+
+
+def _restored(kind: type[NetloaderError], arguments: tuple[object, ...], state: dict[str, Any]) -> NetloaderError:
+    """An error as it was in the process that it comes from. Called when an error is copied or comes from a process."""
+    error = kind.__new__(kind, *arguments)  # sets `args`, and `__init__` is not called
+    error.__dict__.update(state)
+    return error
+
 
 def shown(value: object, limit: int = 200) -> str:
     """Return the ``repr`` of `value`, cut at `limit` characters, for use in a message.
@@ -81,6 +96,15 @@ def shown(value: object, limit: int = 200) -> str:
 def without_source(message: str, source: str) -> str:
     """`message` without the address at its start, for use behind that address."""
     return message.removeprefix(f"{source} ") if source else message
+
+
+def _is_plain(value: object) -> bool:
+    """Whether `value` consists of JSON's types and bytes."""
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)  # type: ignore[attr-defined]
+    if type(value) is dict:
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or type(value) in (str, bytes, int, float, bool)
 
 
 class ConfigError(NetloaderError):
@@ -101,6 +125,10 @@ class ConfigError(NetloaderError):
         self.value = value
         self.allowed = allowed
         self.reason = reason
+
+    def _state(self) -> dict[str, Any]:
+        # The value may be anything that a caller passed. What is not plain data is replaced by its text.
+        return {**super()._state(), "value": self.value if _is_plain(self.value) else shown(self.value)}
 
 
 class ManifestError(NetloaderError):
@@ -223,6 +251,9 @@ class MemoryStillInUse(TransportError):
             does = "may still write into the memory that is being filled"
             hint = "end this process: nothing else can fill this memory while it runs"
         super().__init__(f"{what}: {who} {does}: it was told to return and did not within {seconds:g} s", hint=hint)
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "_threads": ()}  # threads of another process cannot be asked
 
     @property
     def lasts(self) -> bool:
