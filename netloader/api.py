@@ -6,10 +6,12 @@ Importing this module does not import torch; using it does.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
+from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -24,9 +26,11 @@ from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
+from netloader.errors import LocalProtocolError
 from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
+from netloader.server.own_task import OwnTask
 from netloader.server.server import HoldingServer
 from netloader.session.off_loop import FEW_SPANS
 from netloader.transports import registry
@@ -79,6 +83,8 @@ class Server(HoldingServer):
 
     Example: ``async with netloader.Server(model.state_dict(), ModelIdentity(model="m")) as server: ...``
 
+    It may be entered in one task and left in another one of the same event loop, as fixtures of pytest-asyncio do.
+
     Args:
         tensors: Name -> tensor, on one device. They are served without a copy, so they must not change while they are
             served. None to start without tensors and call :meth:`hold` later.
@@ -126,17 +132,36 @@ class Server(HoldingServer):
         carriers = _transports(_device_of(tensors, device), transport)[0]
         super().__init__(carriers, options, observers=observers)
         self._first = None if tensors is None else (tensors, identity)
+        self._task: OwnTask | None = None
 
     async def __aenter__(self) -> Self:
-        first, self._first = self._first, None
-        await super().__aenter__()
-        if first is not None:
-            try:
-                await self.hold(*first)
-            except BaseException as error:
-                await self.__aexit__(type(error), error, error.__traceback__)
-                raise
+        if self._task is not None:
+            raise LocalProtocolError("the server was started before", hint="make a new one")
+        self._task = OwnTask(self._running(), "the server")
+        await self._task.enter()
         return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is None:
+            raise LocalProtocolError("the server is not running")
+        await self._task.leave()
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        """Run the server. Its task group needs enter and exit in one task: that of `OwnTask`."""
+        await super().__aenter__()
+        try:
+            await self._hold_first()
+            yield
+        finally:
+            await super().__aexit__(None, None, None)
+
+    async def _hold_first(self) -> None:
+        first, self._first = self._first, None
+        if first is not None:
+            await self.hold(*first)
 
     @property
     def address(self) -> Address:
