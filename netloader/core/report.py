@@ -93,7 +93,7 @@ class PullReport:
         tensors: Tensors in the manifest.
         seconds: Duration of the whole pull.
         phases: Seconds by phase, summed over all sessions.
-        sources: What each source gave, by address, in the order of first use.
+        sources: What each source gave, by address (text, or an :class:`~netloader.Address`), in the order of first use.
         retries: Number of failed attempts.
         attempts: The failed attempts. Repeated failures of one kind at one source are one entry.
         identity: Identity that the first accepted source stated. All other sources hold the same weights.
