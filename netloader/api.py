@@ -6,20 +6,21 @@ Importing this module does not import torch; using it does.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, get_args
 
 import anyio
 import anyio.to_thread
 
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
-from netloader.core.addresses import Address, is_wildcard
+from netloader.config.arguments import Arguments
+from netloader.core.addresses import Address, is_wildcard, parse_address
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
@@ -99,8 +100,11 @@ class Server(HoldingServer):
         device: Device of the tensors, when none are given yet.
         observers: Receive the events of the server and its sessions (:mod:`netloader.observe`).
 
+    Raises:
+        ConfigError: Arguments are not valid; the message names all of them. Or, on entering, the address cannot be
+            bound.
+
     Raises (on entering):
-        ConfigError: The address cannot be bound.
         ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
     """
@@ -120,6 +124,18 @@ class Server(HoldingServer):
         device: str = "cpu",
         observers: Sequence[Observer] = (),
     ) -> None:
+        check = Arguments()
+        _check_tensors(check, tensors, identity, none=True)
+        check.host("host", host)
+        check.port("port", port)
+        _check_transport(check, transport)
+        check.token("token", token)
+        check.integer("max_clients", max_clients, least=1)
+        check.integer("fan_out", fan_out, least=0)
+        check.seconds("stall_timeout", stall_timeout, positive=True)
+        check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
+        check.functions("observers", observers)
+        check.raise_all()
         options = ServeOptions(
             host=host,
             port=port,
@@ -195,6 +211,50 @@ class Server(HoldingServer):
         return holding.announcement.root
 
 
+def _check_tensors(check: Arguments, tensors: object, identity: object, *, none: bool = False) -> None:
+    if not (none and tensors is None):
+        check.kind("tensors", tensors, Mapping, "a mapping of names to tensors", "pass model.state_dict()")
+    check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
+
+
+def _check_transport(check: Arguments, transport: object) -> None:
+    if not isinstance(transport, Transport):
+        check.kind("transport", transport, (str, Sequence), "auto, a name, a netloader.Transport, or a list of them")
+
+
+def _check_asked(check: Arguments, role: object, layouts: object) -> None:
+    check.choice("role", role, get_args(Role))
+    check.choices("layouts", layouts, get_args(Layout))
+
+
+def _check_pull(
+    check: Arguments,
+    sources: object,
+    transport: object,
+    timeout: object,
+    wait: object,
+    stall_timeout: object,
+    token: object,
+    expect_root: object,
+) -> SourceProvider:
+    """Check the arguments that all pulls take, and return the provider of the sources."""
+    found: SourceProvider = FixedSources(())
+    if isinstance(sources, SourceProvider):
+        found = sources
+    elif not isinstance(sources, Iterable):
+        check.kind("sources", sources, Iterable, "a list of addresses (host:port), or a netloader.SourceProvider")
+    else:
+        with check.reading():
+            found = FixedSources(sources)
+    _check_transport(check, transport)
+    check.seconds("timeout", timeout, positive=True, none=True)
+    check.seconds("wait", wait)
+    check.seconds("stall_timeout", stall_timeout, positive=True)
+    check.token("token", token)
+    check.root("expect_root", expect_root)
+    return found
+
+
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
     return default if not tensors else str(next(iter(tensors.values())).device)
 
@@ -268,8 +328,18 @@ async def pull(
         MemoryStillInUse: A thread did not return and may still write to `tensors`. Do not fill them again; end the
             process.
         ManifestError: Some of `tensors` cannot be filled; all of them are named.
-        ConfigError: An address is not valid.
+        ConfigError: Arguments are not valid; the message names all of them. Nothing was sent.
     """
+    check = Arguments()
+    _check_tensors(check, tensors, identity)
+    found = _check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    check.function("progress", progress)
+    check.integer("stripe", stripe, least=1)
+    check.kind("follow", follow, bool, "True or False")
+    check.kind("relay", relay, (HoldingServer, type(None)), "a running netloader.Server, or None")
+    check.functions("observers", observers)
+    check.raise_all()
+
     from netloader.tensors import destination
 
     options = PullOptions(
@@ -279,13 +349,13 @@ async def pull(
         follow=follow,
         layouts=("raw", "processed", "checkpoint") if identity is None else (identity.layout,),
         token=token,
-        expect_root=expect_root or "",
+        expect_root=(expect_root or "").lower(),
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
-    return await _pull_into(filled, identity, sources, transport, options, progress, observers, relay)
+    return await _pull_into(filled, identity, found, transport, options, progress, observers, relay)
 
 
 async def pull_new(
@@ -325,8 +395,17 @@ async def pull_new(
         Name -> tensor, and the report of the pull.
 
     Raises:
-        NoSourceLeft, MemoryStillInUse: As for :func:`pull`.
+        NoSourceLeft, MemoryStillInUse, ConfigError: As for :func:`pull`.
     """
+    check = Arguments()
+    found = _check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    _check_asked(check, role, layouts)
+    check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
+    check.integer("max_bytes", max_bytes, least=1)
+    check.function("progress", progress)
+    check.functions("observers", observers)
+    check.raise_all()
+
     from netloader.tensors import destination
 
     options = PullOptions(
@@ -335,20 +414,20 @@ async def pull_new(
         role=role,
         layouts=tuple(layouts),
         token=token,
-        expect_root=expect_root or "",
+        expect_root=(expect_root or "").lower(),
         max_bytes=max_bytes,
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
     filled = destination(None, device=device)
-    report = await _pull_into(filled, None, sources, transport, options, progress, observers)
+    report = await _pull_into(filled, None, found, transport, options, progress, observers)
     return filled.tensors, report
 
 
 async def _pull_into(
     filled: Destination,
     identity: ModelIdentity | None,
-    sources: Sources,
+    found: SourceProvider,
     transport: Wanted,
     options: PullOptions,
     progress: ProgressCallback | None,
@@ -359,7 +438,6 @@ async def _pull_into(
 
     transports, unavailable = _transports(filled.device, transport)
     options = replace(options, unavailable=unavailable)
-    found = sources if isinstance(sources, SourceProvider) else FixedSources(sources)
     observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
     if isinstance(progress, Display):  # as an observer it shows waits too, which a callback is not told
         progress = None
@@ -399,7 +477,16 @@ async def probe(
 
     Raises:
         NetloaderError: The source cannot be reached, holds nothing of this role and layout, or violated the protocol.
+        ConfigError: Arguments are not valid; the message names all of them.
     """
+    check = Arguments()
+    with check.reading():
+        source = parse_address(source, field="source")
+    check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
+    _check_asked(check, role, layouts)
+    check.seconds("timeout", timeout, positive=True)
+    check.token("token", token)
+    check.raise_all()
     options = PullOptions(
         timeout=timeout,
         role=role,
@@ -408,5 +495,4 @@ async def probe(
         timings=Timings(stall=timeout),
         software=software(),
     )
-    (asked,) = FixedSources([source]).sources
-    return await probe_source(asked.address, identity, (), options)
+    return await probe_source(parse_address(source), identity, (), options)

@@ -46,7 +46,7 @@ def pull(transport: str, token: str | None, name: str, *sources: str, relay: boo
     return {"name": name, "sources": sources, "token": token, "transport_name": transport, "relay": relay}
 
 
-@pytest.mark.parametrize("token", [None, "secret"], ids=["open", "token"])
+@pytest.mark.parametrize("token", [None, "one of the secrets"], ids=["open", "token"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_pull(pair: Pair, transport: str, token: str | None) -> None:
     server, client = (release.agent("first") for release in pair)
@@ -57,15 +57,15 @@ def test_a_pull(pair: Pair, transport: str, token: str | None) -> None:
 
 def test_another_token_is_refused(pair: Pair) -> None:
     server, client = (release.agent("first") for release in pair)
-    address = server.ask("serve", name="secret", transport="tcp", token="one")["address"]
-    client.ask("pull", **pull("tcp", "another", "secret", address))
+    address = server.ask("serve", name="secret", transport="tcp", token="one of the secrets")["address"]
+    client.ask("pull", **pull("tcp", "another of the secrets", "secret", address))
     assert "could not prove that it knows the token" in client.ask("result", name="secret")["failed"]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_relay_a_redirection_and_a_source_that_dies(pair: Pair, transport: str) -> None:
     one, other = pair
-    token = "secret" if transport == "shm" else None
+    token = "one of the secrets" if transport == "shm" else None
     with agents.agent(one.tree) as dying:
         first = dying.ask("serve", name="first", transport=transport, token=token, hold=HELD_BLOCK)["address"]
         second = one.agent("second").ask("serve", name="second", transport=transport, token=token)["address"]
