@@ -24,7 +24,7 @@ from tests.kept import by_hand, records
 from tests.kept.by_hand import KEY_BYTES, NONCE, DataPort, Message, Weights, Wire
 
 HOST = "127.0.0.1"
-TOKEN = b"a secret"
+TOKEN = b"a secret, long enough"
 SMALL = Weights()
 LARGE = Weights(rows=5 << 10, block_bytes=1 << 20)
 """Of which a server makes six blocks by itself."""
@@ -157,7 +157,8 @@ async def whole_record() -> dict[str, Any]:
         for name in ("manifest_digest", "plan_digest", "root")
     }
     proofs = {
-        f"proof of the {side}": by_hand.proof(TOKEN, side, NONCE, NONCE[::-1]).hex() for side in ("server", "client")
+        f"proof of the {side}": by_hand.proof(b"a secret", side, NONCE, NONCE[::-1]).hex()
+        for side in ("server", "client")
     }
     addresses = {f"address {text}": str(netloader.parse_address(text)) for text in ADDRESSES}
     return {**values, **proofs, **addresses, **await from_server(), **await from_client()}
