@@ -27,7 +27,7 @@ from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
-from netloader.errors import LocalProtocolError
+from netloader.errors import LocalProtocolError, MemoryStillInUse
 from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
@@ -41,7 +41,7 @@ from netloader.transports.contract_0_1 import adapted
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Destination
+    from netloader.tensors import Destination, TensorHolding
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -148,6 +148,7 @@ class Server(HoldingServer):
         carriers = _transports(_device_of(tensors, device), transport)[0]
         super().__init__(carriers, options, observers=observers)
         self._first = None if tensors is None else (tensors, identity)
+        self._held: list[TensorHolding] = []
         self._task: OwnTask | None = None
 
     async def __aenter__(self) -> Self:
@@ -172,7 +173,11 @@ class Server(HoldingServer):
             await self._hold_first()
             yield
         finally:
-            await super().__aexit__(None, None, None)
+            try:
+                await super().__aexit__(None, None, None)
+            finally:
+                for holding in self._held:
+                    holding.memory.weaken()
 
     async def _hold_first(self) -> None:
         first, self._first = self._first, None
@@ -208,7 +213,25 @@ class Server(HoldingServer):
         make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
         holding = await anyio.to_thread.run_sync(make)
         self.add(holding)
+        self._held.append(holding)
         return holding.announcement.root
+
+    async def retract(
+        self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
+    ) -> None:
+        """Stop serving `role`, as :class:`~netloader.server.server.HoldingServer` does, and let go of its tensors."""
+        try:
+            await super().retract(role, reason=reason, within=within, sources=sources)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold the tensors of what is not served any more by weak references only."""
+        served = self.holdings.held()
+        gone = [holding for holding in self._held if not any(holding is one for one in served)]
+        self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
+        for holding in gone:
+            holding.memory.weaken()
 
 
 def _check_tensors(check: Arguments, tensors: object, identity: object, *, none: bool = False) -> None:
@@ -355,7 +378,9 @@ async def pull(
     )
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
-    return await _pull_into(filled, identity, found, transport, options, progress, observers, relay)
+    del tensors  # the traceback of an error has this frame
+    _, report = await _pull_into(filled, identity, found, transport, options, progress, observers, relay)
+    return report
 
 
 async def pull_new(
@@ -420,8 +445,7 @@ async def pull_new(
         software=software(),
     )
     filled = destination(None, device=device)
-    report = await _pull_into(filled, None, found, transport, options, progress, observers)
-    return filled.tensors, report
+    return await _pull_into(filled, None, found, transport, options, progress, observers)
 
 
 async def _pull_into(
@@ -433,7 +457,7 @@ async def _pull_into(
     progress: ProgressCallback | None,
     observers: Sequence[Observer],
     relay: HoldingServer | None = None,
-) -> PullReport:
+) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     from netloader.tensors import LEAST_BYTES, Prefaulter, digest_of
 
     transports, unavailable = _transports(filled.device, transport)
@@ -442,10 +466,18 @@ async def _pull_into(
     if isinstance(progress, Display):  # as an observer it shows waits too, which a callback is not told
         progress = None
     prefaulter = Prefaulter(filled.larger(LEAST_BYTES))
+    needed = False
     try:
         prefaulter.start()
-        return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
+        report = await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
+        needed = relay is not None  # which serves the tensors until they are retracted there
+        return filled.tensors, report
+    except MemoryStillInUse:
+        needed = True
+        raise
     finally:
+        if not needed:
+            filled.weaken()
         if prefaulter.running:
             with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
                 await anyio.to_thread.run_sync(prefaulter.stop)

@@ -202,36 +202,46 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
 
     A blocking portal is made for a loop that stays, and would take a millisecond longer.
     """
-    outcome: Future[R] = Future()
+    calls = [call]  # its arguments are the caller's: no frame or function keeps them, since the loop may keep those
+    del call
+    outcome: list[R] = []
+    failure: list[BaseException] = []
+    over = threading.Event()
     running: Future[Callable[[], object]] = Future()
 
-    async def cancellable() -> R:
+    async def cancellable() -> None:
         loop = asyncio.get_running_loop()
         with anyio.CancelScope() as scope:
             running.set_result(lambda: loop.call_soon_threadsafe(scope.cancel))
-            return await call()
-        raise KeyboardInterrupt  # only an interrupted caller cancels it, and that one raises its own error
+            try:
+                outcome.append(await calls.pop()())
+            except Exception as error:  # noqa: BLE001 - raised in the waiting thread
+                # Not through the loop: its task and the frames in the traceback would keep each other.
+                failure.append(error)
 
     def run() -> None:
         try:
-            outcome.set_result(anyio.run(cancellable))
+            anyio.run(cancellable)
         except BaseException as error:  # noqa: BLE001 - raised in the waiting thread
-            outcome.set_exception(error)
+            failure.append(error)
         finally:
+            over.set()
             if not running.done():  # the event loop did not start: there is nothing to cancel
                 running.set_result(lambda: None)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     try:
         thread.start()  # an interrupt may arrive here when the call has begun already
-        return outcome.result()
+        over.wait()
     except BaseException:
-        if not outcome.done():  # the error is one of this thread, not of the call
-            with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
-                running.result(_LOOP_START)()
+        with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
+            running.result(_LOOP_START)()
         raise
     finally:
         if thread.ident is not None:
             thread.join(_LOOP_END)
         if thread.is_alive():
             _log.error("thread %s did not end within %g s after its call", name, _LOOP_END)
+    if failure:
+        raise failure.pop()
+    return outcome.pop()

@@ -47,6 +47,7 @@ from netloader.observe.events import (
     SourceLeft,
     SourceWaiting,
 )
+from netloader.session.closing import drop_tracebacks
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
@@ -186,9 +187,9 @@ class _Pull:
         self._observe(PullBegan(self._role))
         try:
             report = await self._run(sources)
-        except BaseException as error:
-            told = error if isinstance(error, Exception) else None
-            self._observe(PullEnded(time.monotonic() - self._began, error=told))
+        except BaseException as error:  # kept in no variable: the frames of its traceback would then keep it
+            seconds = time.monotonic() - self._began
+            self._observe(PullEnded(seconds, error=error if isinstance(error, Exception) else None))
             raise
         self._observe(PullEnded(report.seconds, report))
         return report
@@ -223,16 +224,24 @@ class _Pull:
                     with anyio.CancelScope(shield=True):  # each of its steps has a deadline
                         await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
             finally:
-                if self._memory_in_use is not None:
-                    raise self._memory_in_use
-        if self._error is not None:
-            raise self._error
+                self._raise(self._memory_in_use)
+        self._raise(self._error)
         if not self._pull.ledger.complete:
             raise NetloaderError(
                 "the pull ended before every block was verified: a CancelledError ended one of its tasks",
                 hint="this is a bug in netloader, in a transport or in an observer",
             )
         return self._final_report()
+
+    def _raise(self, error: Exception | None) -> None:
+        """Raise `error`, if there is one, and forget it: its traceback has this object, which would be a cycle."""
+        if error is None:
+            return
+        self._error = self._memory_in_use = None
+        try:
+            raise error
+        finally:
+            del error
 
     @property
     def _role(self) -> Role:
@@ -308,6 +317,7 @@ class _Pull:
         try:
             await anyio.to_thread.run_sync(self._destination.adopt, command.manifest)
         except NetloaderError as caught:
+            drop_tracebacks(caught)
             error = caught
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
             _log.exception("unexpected error while allocating memory for what a source announced")
@@ -323,6 +333,7 @@ class _Pull:
         try:
             session = await self._open_session(command, began)
         except PeerLost as error:
+            drop_tracebacks(error)
             ended = error
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
             ended = _unexpected(source, bug)

@@ -50,8 +50,11 @@ class OwnTask:
             await _done(task)
             raise
         if not self._entered.done():
-            self._task = None  # the task has the error, whose traceback has this object
-            task.result()
+            self._task = None
+            try:
+                task.result()
+            finally:
+                del task  # it has the error, whose traceback has this frame
 
     async def leave(self) -> None:
         """Leave the context manager, and wait until it has ended, also when this wait is cancelled.
@@ -64,8 +67,11 @@ class OwnTask:
         if task is None:
             raise LocalProtocolError(f"{self._name} is not running")
         self._leave.set()
-        await _done(task)
-        task.result()
+        try:
+            await _done(task)
+            task.result()
+        finally:
+            del task  # it has the error, whose traceback has this frame
 
     async def _run(self) -> None:
         async with self._manager:
