@@ -5,32 +5,32 @@ Importing this module does not import torch; using it does.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.to_thread
 
+from netloader.client.arguments import check_asked, check_pull, check_tensors, check_transport
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
 from netloader.config.arguments import Arguments
-from netloader.core.addresses import Address, is_wildcard, parse_address
+from netloader.core.addresses import Address, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.discovery.base import SourceProvider
-from netloader.discovery.fixed import FixedSources
 from netloader.errors import LocalProtocolError, MemoryStillInUse
 from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
+from netloader.server.own_address import own_host
 from netloader.server.own_task import OwnTask
 from netloader.server.server import HoldingServer
 from netloader.session.off_loop import FEW_SPANS
@@ -58,25 +58,6 @@ _DAY = 86_400.0
 def software() -> str:
     """Name and version of this software, as peers receive it."""
     return f"netloader {version('netloader')}"
-
-
-def own_host(bound: str) -> str:
-    """A host address at which other hosts may reach a server bound to `bound`.
-
-    For a server bound to all addresses, it is the one from which the kernel would send to other networks. No packet is
-    sent to find it.
-    """
-    if not is_wildcard(bound):
-        return bound
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # never assigned (RFC 5737)
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe_socket:
-                probe_socket.setblocking(False)
-                probe_socket.connect((far, 9))
-                return str(probe_socket.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"
 
 
 class Server(HoldingServer):
@@ -125,10 +106,10 @@ class Server(HoldingServer):
         observers: Sequence[Observer] = (),
     ) -> None:
         check = Arguments()
-        _check_tensors(check, tensors, identity, none=True)
+        check_tensors(check, tensors, identity, none=True)
         check.host("host", host)
         check.port("port", port)
-        _check_transport(check, transport)
+        check_transport(check, transport)
         check.token("token", token)
         check.integer("max_clients", max_clients, least=1)
         check.integer("fan_out", fan_out, least=0)
@@ -137,7 +118,7 @@ class Server(HoldingServer):
         check.functions("observers", observers)
         check.raise_all()
         options = ServeOptions(
-            host=host,
+            host=None if host is None else parse_host(host),
             port=port,
             max_clients=max_clients,
             fan_out=fan_out,
@@ -149,6 +130,7 @@ class Server(HoldingServer):
         super().__init__(carriers, options, observers=observers)
         self._first = None if tensors is None else (tensors, identity)
         self._held: list[TensorHolding] = []
+        self._own_host = ""
         self._task: OwnTask | None = None
 
     async def __aenter__(self) -> Self:
@@ -170,6 +152,7 @@ class Server(HoldingServer):
         """Run the server. Its task group needs enter and exit in one task: that of `OwnTask`."""
         await super().__aenter__()
         try:
+            self._own_host = await anyio.to_thread.run_sync(own_host, self.host, self._options.host)
             await self._hold_first()
             yield
         finally:
@@ -187,7 +170,7 @@ class Server(HoldingServer):
     @property
     def address(self) -> Address:
         """An address at which other hosts may reach this server."""
-        return Address(own_host(self.host), self.port)
+        return Address(self._own_host, self.port)
 
     async def hold(
         self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity | None = None, *, weak: bool = False
@@ -232,50 +215,6 @@ class Server(HoldingServer):
         self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
         for holding in gone:
             holding.memory.weaken()
-
-
-def _check_tensors(check: Arguments, tensors: object, identity: object, *, none: bool = False) -> None:
-    if not (none and tensors is None):
-        check.kind("tensors", tensors, Mapping, "a mapping of names to tensors", "pass model.state_dict()")
-    check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
-
-
-def _check_transport(check: Arguments, transport: object) -> None:
-    if not isinstance(transport, Transport):
-        check.kind("transport", transport, (str, Sequence), "auto, a name, a netloader.Transport, or a list of them")
-
-
-def _check_asked(check: Arguments, role: object, layouts: object) -> None:
-    check.choice("role", role, get_args(Role))
-    check.choices("layouts", layouts, get_args(Layout))
-
-
-def _check_pull(
-    check: Arguments,
-    sources: object,
-    transport: object,
-    timeout: object,
-    wait: object,
-    stall_timeout: object,
-    token: object,
-    expect_root: object,
-) -> SourceProvider:
-    """Check the arguments that all pulls take, and return the provider of the sources."""
-    found: SourceProvider = FixedSources(())
-    if isinstance(sources, SourceProvider):
-        found = sources
-    elif not isinstance(sources, Iterable):
-        check.kind("sources", sources, Iterable, "a list of addresses (host:port), or a netloader.SourceProvider")
-    else:
-        with check.reading():
-            found = FixedSources(sources)
-    _check_transport(check, transport)
-    check.seconds("timeout", timeout, positive=True, none=True)
-    check.seconds("wait", wait)
-    check.seconds("stall_timeout", stall_timeout, positive=True)
-    check.token("token", token)
-    check.root("expect_root", expect_root)
-    return found
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
@@ -354,8 +293,8 @@ async def pull(
         ConfigError: Arguments are not valid; the message names all of them. Nothing was sent.
     """
     check = Arguments()
-    _check_tensors(check, tensors, identity)
-    found = _check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    check_tensors(check, tensors, identity)
+    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
     check.function("progress", progress)
     check.integer("stripe", stripe, least=1)
     check.kind("follow", follow, bool, "True or False")
@@ -423,8 +362,8 @@ async def pull_new(
         NoSourceLeft, MemoryStillInUse, ConfigError: As for :func:`pull`.
     """
     check = Arguments()
-    found = _check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
-    _check_asked(check, role, layouts)
+    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    check_asked(check, role, layouts)
     check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
     check.integer("max_bytes", max_bytes, least=1)
     check.function("progress", progress)
@@ -515,7 +454,7 @@ async def probe(
     with check.reading():
         source = parse_address(source, field="source")
     check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
-    _check_asked(check, role, layouts)
+    check_asked(check, role, layouts)
     check.seconds("timeout", timeout, positive=True)
     check.token("token", token)
     check.raise_all()
