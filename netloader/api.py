@@ -33,7 +33,7 @@ from netloader.observe.progress import Display
 from netloader.server.own_address import own_host
 from netloader.server.own_task import OwnTask
 from netloader.server.server import HoldingServer
-from netloader.session.off_loop import FEW_SPANS
+from netloader.session.off_loop import FEW_SPANS, in_thread
 from netloader.transports import registry
 from netloader.transports.base import Transport
 from netloader.transports.contract_0_1 import adapted
@@ -194,7 +194,7 @@ class Server(HoldingServer):
         from netloader.tensors import hold
 
         make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
-        holding = await anyio.to_thread.run_sync(make)
+        holding = await in_thread(make)
         self.add(holding)
         self._held.append(holding)
         return holding.announcement.root
@@ -316,7 +316,7 @@ async def pull(
         software=software(),
     )
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
-    filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
+    filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
     _, report = await _pull_into(filled, identity, found, transport, options, progress, observers, relay)
     return report

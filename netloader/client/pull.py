@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,14 +19,13 @@ import anyio
 from anyio.abc import TaskGroup
 
 from netloader.client.connect import abilities_of, connect
+from netloader.client.relayed import RelayedHolding, RelayedMemory
 from netloader.client.search import search
 from netloader.client.session import ClientSession, Digest, PullDestination
-from netloader.codecs.block_view import BlockView
 from netloader.core import pull_events as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
 from netloader.core.options import PullOptions
-from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull
@@ -85,28 +84,6 @@ class RelayServer(Protocol):
     async def retract(self, role: Role, *, reason: str, within: float, sources: tuple[str, ...] = ()) -> None:
         """Stop serving `role`, and name `sources` to its clients. Its memory may change afterwards."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _RelayedMemory:
-    """The memory that a pull fills, as the memory of a holding."""
-
-    destination: PullDestination
-
-    def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
-        return self.destination.views(plan, numbers)
-
-    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:  # noqa: ARG002 - part of the contract
-        return {}  # the relay's server asks its Supply which blocks are there
-
-
-@dataclass(frozen=True, slots=True)
-class _RelayedHolding:
-    """What a pull fills, as a holding for the relay's server."""
-
-    announcement: e.Announcement
-    memory: _RelayedMemory
-    device: str
 
 
 async def pull_from(
@@ -190,6 +167,8 @@ class _Pull:
         except BaseException as error:  # kept in no variable: the frames of its traceback would then keep it
             seconds = time.monotonic() - self._began
             self._observe(PullEnded(seconds, error=error if isinstance(error, Exception) else None))
+            if not isinstance(error, Exception):
+                drop_tracebacks(error)  # anyio's frames keep a cancellation, and it would keep the caller's frames
             raise
         self._observe(PullEnded(report.seconds, report))
         return report
@@ -234,14 +213,13 @@ class _Pull:
         return self._final_report()
 
     def _raise(self, error: Exception | None) -> None:
-        """Raise `error`, if there is one, and forget it: its traceback has this object, which would be a cycle."""
-        if error is None:
-            return
-        self._error = self._memory_in_use = None
-        try:
-            raise error
-        finally:
-            del error
+        """Raise `error`, if there is one, and forget it: the frames of its traceback would be in a cycle with it."""
+        if error is not None:
+            self._error = self._memory_in_use = None
+            try:
+                raise error
+            finally:
+                del error
 
     @property
     def _role(self) -> Role:
@@ -437,7 +415,7 @@ class _Pull:
             return
         try:
             self._relay.add(
-                _RelayedHolding(own, _RelayedMemory(self._destination), self._destination.device), self._supply
+                RelayedHolding(own, RelayedMemory(self._destination), self._destination.device), self._supply
             )
         except Exception as error:  # noqa: BLE001 - no fault of a server may end a pull
             _log.warning(
