@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from netloader.transports.base import Transport
     from netloader.transports.conformance import check_transport
 
+    __version__: str
+    """Version of the installed package."""
+
 __all__ = [
     "Address",
     "AttemptFailed",
@@ -85,6 +88,7 @@ __all__ = [
     "TransportError",
     "TransportUnavailable",
     "VerificationError",
+    "__version__",
     "check_transport",
     "differences",
     "discovery",
@@ -119,6 +123,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> object:
     if name in _MODULES:
         return import_module(f"netloader.{name}")
+    if name == "__version__":
+        return import_module("netloader.core.version").own_version()
     if name in __all__:
         return getattr(import_module(f"netloader.{_HOME_OF.get(name, 'errors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
-from importlib.metadata import version
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +24,7 @@ from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
+from netloader.core.version import own_version
 from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse
 from netloader.observe.base import Observer
@@ -54,10 +54,9 @@ Sources = Sequence[str | Address | Source] | SourceProvider
 _DAY = 86_400.0
 
 
-@lru_cache(maxsize=1)
 def software() -> str:
     """Name and version of this software, as peers receive it."""
-    return f"netloader {version('netloader')}"
+    return f"netloader {own_version()}"
 
 
 class Server(HoldingServer):
@@ -218,7 +217,7 @@ class Server(HoldingServer):
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
-    return default if not tensors else str(next(iter(tensors.values())).device)
+    return default if not tensors else str(getattr(next(iter(tensors.values())), "device", default))
 
 
 def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dict[str, str]]:

@@ -35,6 +35,12 @@ __all__ = [
     "VerificationError",
 ]
 
+TORCH_HINT = (
+    "tensors need the extra `torch`: in netloader's folder, pip install '.[torch]'; pip keeps a torch that is there, "
+    "and otherwise takes the build that your package index prefers, often one with CUDA: to choose, install torch first"
+)
+"""What to do if torch is missing."""
+
 _SHOWN_PROBLEMS = 20
 _SHOWN_NAMES = 3
 

@@ -12,6 +12,7 @@ from functools import partial
 from netloader.config.files import read_token
 from netloader.core.report import ProgressCallback
 from netloader.errors import (
+    TORCH_HINT,
     CheckpointError,
     ConfigError,
     ManifestError,
@@ -105,7 +106,7 @@ def error_lines(error: BaseException) -> tuple[str, str]:
     if isinstance(error, NetloaderError):
         message, hint = error.message, error.hint
     elif isinstance(error, ImportError):
-        message, hint = str(error), "tensors need the extra `torch`: pip install 'netloader[torch]'"
+        message, hint = str(error), TORCH_HINT
     elif isinstance(error, OSError):
         message, hint = str(error), ""
     else:
