@@ -8,6 +8,7 @@ state transitions of the failed session. Neither contains tensor data.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -43,6 +44,7 @@ TORCH_HINT = (
 
 _SHOWN_PROBLEMS = 20
 _SHOWN_NAMES = 3
+_SHOWN_UNEXPECTED = 500
 
 
 class NetloaderError(Exception):
@@ -97,6 +99,43 @@ def shown(value: object, limit: int = 200) -> str:
     except (ValueError, RecursionError):
         return f"<{type(value).__name__} too large to show>"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+_NO_THREAD = "can't start new thread"
+_FEW_FILES = "raise the limit of open files (ulimit -n)"
+_REMEDIES = {
+    errno.EMFILE: _FEW_FILES,
+    errno.ENFILE: _FEW_FILES,
+    errno.ENOMEM: "free memory on this host, or raise the limit of the container",
+    errno.EAGAIN: "raise the limit of threads and processes (ulimit -u, or pids.max of the container)",
+}
+
+
+def remedy_for(error: BaseException) -> str:
+    """What to do about an error of the host: a limit was reached, or something is missing. Empty for other errors.
+
+    Such an error may come up anywhere, and is no bug of this package.
+    """
+    if isinstance(error, MemoryError):
+        return _REMEDIES[errno.ENOMEM]
+    if isinstance(error, RuntimeError) and str(error).startswith(_NO_THREAD):
+        return _REMEDIES[errno.EAGAIN]
+    if not isinstance(error, OSError):
+        return ""
+    if isinstance(error, FileNotFoundError) and str(error.filename).startswith("/proc/"):
+        return "mount /proc: it is missing here, or does not show all of this process"
+    return _REMEDIES.get(error.errno or 0, "this host refused it: check the file, limit or address that it names")
+
+
+def unexpected(error: Exception, where: str = "netloader") -> NetloaderError:
+    """The error to report in place of one that no code expects. `where`: where the bug is, unless the host is at fault.
+
+    The caller logs `error` itself, which is the cause of the result.
+    """
+    hint = remedy_for(error) or f"this is a bug in {where}: the log has the details"
+    made = NetloaderError(f"unexpected {type(error).__name__}: {error}"[:_SHOWN_UNEXPECTED], hint=hint)
+    made.__cause__ = error
+    return made
 
 
 def without_source(message: str, source: str) -> str:

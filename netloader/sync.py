@@ -233,9 +233,10 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
     try:
         thread.start()  # an interrupt may arrive here when the call has begun already
         over.wait()
-    except BaseException:
-        with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
-            running.result(_LOOP_START)()
+    except BaseException as error:
+        if not isinstance(error, RuntimeError):  # with that one, no thread was started
+            with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
+                running.result(_LOOP_START)()
         raise
     finally:
         if thread.ident is not None:

@@ -21,6 +21,7 @@ from netloader.errors import (
     RefusedError,
     TransportUnavailable,
     VerificationError,
+    remedy_for,
 )
 from netloader.observe.progress import ProgressBar, ProgressLog
 
@@ -110,7 +111,10 @@ def error_lines(error: BaseException) -> tuple[str, str]:
     elif isinstance(error, OSError):
         message, hint = str(error), ""
     else:
-        message, hint = f"{type(error).__name__}: {error}", "this is a bug in netloader; --debug shows where"
+        message, hint = (
+            f"{type(error).__name__}: {error}",
+            (remedy_for(error) or "this is a bug in netloader; --debug shows where"),
+        )
     return " ".join(message.split()), " ".join(hint.split())
 
 

@@ -32,7 +32,7 @@ from netloader.core.pull import Pull
 from netloader.core.pull_clock import PullClock
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.base import SourceProvider
-from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
+from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, unexpected
 from netloader.observe.base import Observer, Observers
 from netloader.observe.events import (
     BlocksVerified,
@@ -299,7 +299,8 @@ class _Pull:
             error = caught
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
             _log.exception("unexpected error while allocating memory for what a source announced")
-            error = _unexpected_error(bug)
+            error = unexpected(bug)
+            drop_tracebacks(error)
         self._tell(p.MemoryAllocated(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
@@ -471,11 +472,6 @@ class _Pull:
 
 def _unexpected(source: str, bug: Exception) -> NetloaderError:
     _log.error("source %s: unexpected error, the source is left", source, exc_info=bug)
-    return _unexpected_error(bug)
-
-
-def _unexpected_error(bug: Exception) -> NetloaderError:
-    return NetloaderError(
-        f"unexpected {type(bug).__name__}: {bug}",
-        hint="this is a bug in netloader: the log has the details",
-    )
+    made = unexpected(bug)
+    drop_tracebacks(made)
+    return made
