@@ -88,7 +88,6 @@ __all__ = [
     "TransportError",
     "TransportUnavailable",
     "VerificationError",
-    "__version__",
     "check_transport",
     "differences",
     "discovery",
@@ -131,4 +130,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])
