@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from netloader.transports.base import Transport
     from netloader.transports.conformance import check_transport
 
+    __version__: str
+    """Version of the installed package."""
+
 __all__ = [
     "Address",
     "AttemptFailed",
@@ -119,10 +122,12 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> object:
     if name in _MODULES:
         return import_module(f"netloader.{name}")
+    if name == "__version__":
+        return import_module("netloader.core.version").own_version()
     if name in __all__:
         return getattr(import_module(f"netloader.{_HOME_OF.get(name, 'errors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

@@ -6,29 +6,36 @@ Importing this module does not import torch; using it does.
 from __future__ import annotations
 
 import logging
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
-from importlib.metadata import version
+from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import anyio
 import anyio.to_thread
 
+from netloader.client.arguments import check_asked, check_pull, check_tensors, check_transport
 from netloader.client.probe import Probe, probe_source
 from netloader.client.pull import pull_from
-from netloader.core.addresses import Address, is_loopback, is_wildcard
+from netloader.config.arguments import Arguments
+from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
+from netloader.core.version import own_version
 from netloader.discovery.base import SourceProvider
-from netloader.discovery.fixed import FixedSources
+from netloader.errors import LocalProtocolError, MemoryStillInUse
 from netloader.observe.base import Observer
+from netloader.observe.logging import PullLog
+from netloader.observe.progress import Display
+from netloader.server.own_address import own_host
+from netloader.server.own_task import OwnTask
 from netloader.server.server import HoldingServer
 from netloader.session.holding import Holding
-from netloader.session.off_loop import FEW_SPANS
+from netloader.session.off_loop import FEW_SPANS, in_thread
 from netloader.session.relay_progress import Supply
 from netloader.transports import registry
 from netloader.transports.base import Transport
@@ -37,7 +44,7 @@ from netloader.transports.contract_0_1 import adapted
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Allocate, Destination
+    from netloader.tensors import Allocate, Destination, TensorHolding
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -52,35 +59,17 @@ _DAY = 86_400.0
 log = logging.getLogger("netloader")
 
 
-@lru_cache(maxsize=1)
 def software() -> str:
     """Name and version of this software, as peers receive it."""
-    return f"netloader {version('netloader')}"
-
-
-def own_host(bound: str) -> str:
-    """A host address at which other hosts may reach a server bound to `bound`.
-
-    For a server bound to all addresses, it is the one from which the kernel would send to other networks. No packet is
-    sent to find it.
-    """
-    if not is_wildcard(bound):
-        return bound
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # never assigned (RFC 5737)
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe_socket:
-                probe_socket.setblocking(False)
-                probe_socket.connect((far, 9))
-                return str(probe_socket.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"
+    return f"netloader {own_version()}"
 
 
 class Server(HoldingServer):
     """Serves named tensors to clients, as an asynchronous context manager.
 
     Example: ``async with netloader.Server(model.state_dict(), ModelIdentity(model="m")) as server: ...``
+
+    It may be entered in one task and left in another one of the same event loop, as fixtures of pytest-asyncio do.
 
     Args:
         tensors: Name -> tensor, on one device. They are served without a copy, so they must not change while they are
@@ -96,8 +85,11 @@ class Server(HoldingServer):
         device: Device of the tensors, when none are given yet.
         observers: Receive the events of the server and its sessions (:mod:`netloader.observe`).
 
+    Raises:
+        ConfigError: Arguments are not valid; the message names all of them. Or, on entering, the address cannot be
+            bound.
+
     Raises (on entering):
-        ConfigError: The address cannot be bound.
         ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
     """
@@ -120,8 +112,20 @@ class Server(HoldingServer):
         device: str = "cpu",
         observers: Sequence[Observer] = (),
     ) -> None:
+        check = Arguments()
+        check_tensors(check, tensors, identity, none=True)
+        check.host("host", host)
+        check.port("port", port)
+        check_transport(check, transport)
+        check.token("token", token)
+        check.integer("max_clients", max_clients, least=1)
+        check.integer("fan_out", fan_out, least=0)
+        check.seconds("stall_timeout", stall_timeout, positive=True)
+        check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
+        check.functions("observers", observers)
+        check.raise_all()
         options = ServeOptions(
-            host=host,
+            host=None if host is None else parse_host(host),
             port=port,
             max_clients=max_clients,
             fan_out=fan_out,
@@ -133,22 +137,48 @@ class Server(HoldingServer):
         super().__init__(carriers, options, observers=observers)
         self._first = None if tensors is None else (tensors, identity)
         self._warn_if_exposed = token is None
+        self._held: list[TensorHolding] = []
+        self._own_host = ""
+        self._task: OwnTask | None = None
 
     async def __aenter__(self) -> Self:
-        first, self._first = self._first, None
-        await super().__aenter__()
-        if first is not None:
-            try:
-                await self.hold(*first)
-            except BaseException as error:
-                await self.__aexit__(type(error), error, error.__traceback__)
-                raise
+        if self._task is not None:
+            raise LocalProtocolError("the server was started before", hint="make a new one")
+        self._task = OwnTask(self._running(), "the server")
+        await self._task.enter()
         return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is None:
+            raise LocalProtocolError("the server is not running")
+        await self._task.leave()
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        """Run the server. Its task group needs enter and exit in one task: that of `OwnTask`."""
+        await super().__aenter__()
+        try:
+            self._own_host = await anyio.to_thread.run_sync(own_host, self.host, self._options.host)
+            await self._hold_first()
+            yield
+        finally:
+            try:
+                await super().__aexit__(None, None, None)
+            finally:
+                for holding in self._held:
+                    holding.memory.weaken()
+
+    async def _hold_first(self) -> None:
+        first, self._first = self._first, None
+        if first is not None:
+            await self.hold(*first)
 
     @property
     def address(self) -> Address:
         """An address at which other hosts may reach this server."""
-        return Address(own_host(self.host), self.port)
+        return Address(self._own_host, self.port)
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
         """Serve `holding`. The first time, say so if every host may pull it."""
@@ -183,13 +213,31 @@ class Server(HoldingServer):
         from netloader.tensors import hold
 
         make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
-        holding = await anyio.to_thread.run_sync(make)
+        holding = await in_thread(make)
         self.add(holding)
+        self._held.append(holding)
         return holding.announcement.root
+
+    async def retract(
+        self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
+    ) -> None:
+        """Stop serving `role`, as :class:`~netloader.server.server.HoldingServer` does, and let go of its tensors."""
+        try:
+            await super().retract(role, reason=reason, within=within, sources=sources)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold the tensors of what is not served any more by weak references only."""
+        served = self.holdings.held()
+        gone = [holding for holding in self._held if not any(holding is one for one in served)]
+        self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
+        for holding in gone:
+            holding.memory.weaken()
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
-    return default if not tensors else str(next(iter(tensors.values())).device)
+    return default if not tensors else str(getattr(next(iter(tensors.values())), "device", default))
 
 
 def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dict[str, str]]:
@@ -261,8 +309,18 @@ async def pull(
         MemoryStillInUse: A thread did not return and may still write to `tensors`. Do not fill them again; end the
             process.
         ManifestError: Some of `tensors` cannot be filled; all of them are named.
-        ConfigError: An address is not valid, or the identity cannot be sent.
+        ConfigError: Arguments are not valid; the message names all of them. Nothing was sent.
     """
+    check = Arguments()
+    check_tensors(check, tensors, identity)
+    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    check.function("progress", progress)
+    check.integer("stripe", stripe, least=1)
+    check.kind("follow", follow, bool, "True or False")
+    check.kind("relay", relay, (HoldingServer, type(None)), "a running netloader.Server, or None")
+    check.functions("observers", observers)
+    check.raise_all()
+
     from netloader.tensors import destination
 
     options = PullOptions(
@@ -272,15 +330,17 @@ async def pull(
         follow=follow,
         layouts=("raw", "processed", "checkpoint") if identity is None else (identity.layout,),
         token=token,
-        expect_root=expect_root or "",
+        expect_root=(expect_root or "").lower(),
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
     if identity is not None:
         check_sendable(identity)
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
-    filled = destination(tensors) if few else await anyio.to_thread.run_sync(destination, tensors)
-    return await _pull_into(filled, identity, sources, transport, options, progress, observers, relay)
+    filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
+    del tensors  # the traceback of an error has this frame
+    _, report = await _pull_into(filled, identity, found, transport, options, progress, observers, relay)
+    return report
 
 
 async def pull_new(
@@ -323,8 +383,17 @@ async def pull_new(
         Name -> tensor, and the report of the pull.
 
     Raises:
-        NoSourceLeft, MemoryStillInUse: As for :func:`pull`.
+        NoSourceLeft, MemoryStillInUse, ConfigError: As for :func:`pull`.
     """
+    check = Arguments()
+    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    check_asked(check, role, layouts)
+    check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
+    check.integer("max_bytes", max_bytes, least=1)
+    check.function("progress", progress)
+    check.functions("observers", observers)
+    check.raise_all()
+
     from netloader.tensors import destination
 
     options = PullOptions(
@@ -333,36 +402,45 @@ async def pull_new(
         role=role,
         layouts=tuple(layouts),
         token=token,
-        expect_root=expect_root or "",
+        expect_root=(expect_root or "").lower(),
         max_bytes=max_bytes,
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
     filled = destination(None, device=device, allocate=allocate)
-    report = await _pull_into(filled, None, sources, transport, options, progress, observers)
-    return filled.tensors, report
+    return await _pull_into(filled, None, found, transport, options, progress, observers)
 
 
 async def _pull_into(
     filled: Destination,
     identity: ModelIdentity | None,
-    sources: Sources,
+    found: SourceProvider,
     transport: Wanted,
     options: PullOptions,
     progress: ProgressCallback | None,
     observers: Sequence[Observer],
     relay: HoldingServer | None = None,
-) -> PullReport:
+) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     from netloader.tensors import LEAST_BYTES, Prefaulter, digest_of
 
     transports, unavailable = _transports(filled.device, transport)
     options = replace(options, unavailable=unavailable)
-    found = sources if isinstance(sources, SourceProvider) else FixedSources(sources)
+    observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
+    if isinstance(progress, Display):  # as an observer it shows waits too, which a callback is not told
+        progress = None
     prefaulter = Prefaulter(filled.larger(LEAST_BYTES))
+    needed = False
     try:
         prefaulter.start()
-        return await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
+        report = await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
+        needed = relay is not None  # which serves the tensors until they are retracted there
+        return filled.tensors, report
+    except MemoryStillInUse:
+        needed = True
+        raise
     finally:
+        if not needed:
+            filled.weaken()
         if prefaulter.running:
             with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
                 await anyio.to_thread.run_sync(prefaulter.stop)
@@ -393,11 +471,17 @@ async def probe(
         The answer of the source.
 
     Raises:
-        ConfigError: The identity cannot be sent.
         NetloaderError: The source cannot be reached, holds nothing of this role and layout, or violated the protocol.
+        ConfigError: Arguments are not valid; the message names all of them.
     """
-    if identity is not None:
-        check_sendable(identity)
+    check = Arguments()
+    with check.reading():
+        source = parse_address(source, field="source")
+    check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
+    check_asked(check, role, layouts)
+    check.seconds("timeout", timeout, positive=True)
+    check.token("token", token)
+    check.raise_all()
     options = PullOptions(
         timeout=timeout,
         role=role,
@@ -406,5 +490,4 @@ async def probe(
         timings=Timings(stall=timeout),
         software=software(),
     )
-    (asked,) = FixedSources([source]).sources
-    return await probe_source(asked.address, identity, (), options)
+    return await probe_source(parse_address(source), identity, (), options)

@@ -8,8 +8,9 @@ state transitions of the failed session. Neither contains tensor data.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 __all__ = [
     "AttemptFailed",
@@ -35,8 +36,15 @@ __all__ = [
     "VerificationError",
 ]
 
+TORCH_HINT = (
+    "tensors need the extra `torch`: in netloader's folder, pip install '.[torch]'; pip keeps a torch that is there, "
+    "and otherwise takes the build that your package index prefers, often one with CUDA: to choose, install torch first"
+)
+"""What to do if torch is missing."""
+
 _SHOWN_PROBLEMS = 20
 _SHOWN_NAMES = 3
+_SHOWN_UNEXPECTED = 500
 
 
 class NetloaderError(Exception):
@@ -65,6 +73,21 @@ class NetloaderError(Exception):
         """The text without the hint."""
         return super().__str__()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default would call the class with the message alone; most classes here take other arguments.
+        return _restored, (type(self), self.args, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """The attributes, as another process may have them."""
+        return dict(self.__dict__)
+
+
+def _restored(kind: type[NetloaderError], arguments: tuple[object, ...], state: dict[str, Any]) -> NetloaderError:
+    """An error as it was in the process that it comes from. Called when an error is copied or comes from a process."""
+    error = kind.__new__(kind, *arguments)  # sets `args`, and `__init__` is not called
+    error.__dict__.update(state)
+    return error
+
 
 def shown(value: object, limit: int = 200) -> str:
     """Return the ``repr`` of `value`, cut at `limit` characters, for use in a message.
@@ -76,6 +99,57 @@ def shown(value: object, limit: int = 200) -> str:
     except (ValueError, RecursionError):
         return f"<{type(value).__name__} too large to show>"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+_NO_THREAD = "can't start new thread"
+_FEW_FILES = "raise the limit of open files (ulimit -n)"
+_REMEDIES = {
+    errno.EMFILE: _FEW_FILES,
+    errno.ENFILE: _FEW_FILES,
+    errno.ENOMEM: "free memory on this host, or raise the limit of the container",
+    errno.EAGAIN: "raise the limit of threads and processes (ulimit -u, or pids.max of the container)",
+}
+
+
+def remedy_for(error: BaseException) -> str:
+    """What to do about an error of the host: a limit was reached, or something is missing. Empty for other errors.
+
+    Such an error may come up anywhere, and is no bug of this package.
+    """
+    if isinstance(error, MemoryError):
+        return _REMEDIES[errno.ENOMEM]
+    if isinstance(error, RuntimeError) and str(error).startswith(_NO_THREAD):
+        return _REMEDIES[errno.EAGAIN]
+    if not isinstance(error, OSError):
+        return ""
+    if isinstance(error, FileNotFoundError) and str(error.filename).startswith("/proc/"):
+        return "mount /proc: it is missing here, or does not show all of this process"
+    return _REMEDIES.get(error.errno or 0, "this host refused it: check the file, limit or address that it names")
+
+
+def unexpected(error: Exception, where: str = "netloader") -> NetloaderError:
+    """The error to report in place of one that no code expects. `where`: where the bug is, unless the host is at fault.
+
+    The caller logs `error` itself, which is the cause of the result.
+    """
+    hint = remedy_for(error) or f"this is a bug in {where}: the log has the details"
+    made = NetloaderError(f"unexpected {type(error).__name__}: {error}"[:_SHOWN_UNEXPECTED], hint=hint)
+    made.__cause__ = error
+    return made
+
+
+def without_source(message: str, source: str) -> str:
+    """`message` without the address at its start, for use behind that address."""
+    return message.removeprefix(f"{source} ") if source else message
+
+
+def _is_plain(value: object) -> bool:
+    """Whether `value` consists of JSON's types and bytes."""
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)  # type: ignore[attr-defined]
+    if type(value) is dict:
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or type(value) in (str, bytes, int, float, bool)
 
 
 class ConfigError(NetloaderError):
@@ -96,6 +170,10 @@ class ConfigError(NetloaderError):
         self.value = value
         self.allowed = allowed
         self.reason = reason
+
+    def _state(self) -> dict[str, Any]:
+        # The value may be anything that a caller passed. What is not plain data is replaced by its text.
+        return {**super()._state(), "value": self.value if _is_plain(self.value) else shown(self.value)}
 
 
 class ManifestError(NetloaderError):
@@ -219,6 +297,9 @@ class MemoryStillInUse(TransportError):
             hint = "end this process: nothing else can fill this memory while it runs"
         super().__init__(f"{what}: {who} {does}: it was told to return and did not within {seconds:g} s", hint=hint)
 
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "_threads": ()}  # threads of another process cannot be asked
+
     @property
     def lasts(self) -> bool:
         """Whether the memory may still be in use: some of the threads are alive, or none are known."""
@@ -284,7 +365,7 @@ class AttemptFailed(NetloaderError):
     """
 
     def __init__(self, source: str, cause: NetloaderError, times: int = 1) -> None:
-        super().__init__(f"{source}: {cause.message}", hint=cause.hint)
+        super().__init__(f"{source}: {without_source(cause.message, source)}", hint=cause.hint)
         self.source = source
         self.cause = cause
         self.times = times
@@ -298,13 +379,21 @@ class NoSourceLeft(NetloaderError):
         attempts: The failed attempts, in order.
         verified: Bytes that were verified before the pull failed.
         total: Bytes of the whole pull, or None when no manifest was agreed on.
+        advice: What to do besides the hints of the attempts.
     """
 
-    def __init__(self, attempts: Sequence[AttemptFailed], *, verified: int = 0, total: int | None = None) -> None:
+    def __init__(
+        self,
+        attempts: Sequence[AttemptFailed],
+        *,
+        verified: int = 0,
+        total: int | None = None,
+        advice: str = "",
+    ) -> None:
         of_total = "" if total is None else f" ({verified} of {total} bytes were verified)"
         failures = (f"{a.message} ({a.times} times)" if a.times > 1 else a.message for a in attempts)
         tries = "; ".join(failures) or "no source was given"
-        hints = list(dict.fromkeys(a.hint for a in attempts if a.hint))
+        hints = list(dict.fromkeys(hint for hint in (*(a.hint for a in attempts), advice) if hint))
         super().__init__(f"no source could be pulled from{of_total}: {tries}", hint="; ".join(hints))
         self.attempts = tuple(attempts)
         self.verified = verified

@@ -8,18 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from netloader import api
+from netloader.api import Sources, Wanted
 from netloader.client.probe import Probe
-from netloader.core.report import PullReport
+from netloader.core.addresses import Address
+from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.report import ProgressCallback, PullReport
+from netloader.observe.base import Observer
+from netloader.server.server import HoldingServer
 
 if TYPE_CHECKING:
     import torch
@@ -38,19 +43,92 @@ their channels in this time; each has a shorter deadline."""
 _log = logging.getLogger("netloader")
 
 
-def pull(tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> PullReport:
+def pull(
+    tensors: Mapping[str, torch.Tensor],
+    identity: ModelIdentity | None = None,
+    *,
+    sources: Sources,
+    transport: Wanted = "auto",
+    timeout: float | None = 1200.0,
+    wait: float = 0.0,
+    stall_timeout: float = 30.0,
+    token: bytes | None = None,
+    expect_root: str | None = None,
+    progress: ProgressCallback | None = None,
+    stripe: int = 4,
+    follow: bool = True,
+    relay: HoldingServer | None = None,
+    observers: Sequence[Observer] = (),
+) -> PullReport:
     """:func:`netloader.pull`, waiting for its result. Same arguments, result and errors."""
-    return _wait_for(partial(api.pull, tensors, *args, **kwargs), "netloader-pull")
+    call = partial(
+        api.pull,
+        tensors,
+        identity,
+        sources=sources,
+        transport=transport,
+        timeout=timeout,
+        wait=wait,
+        stall_timeout=stall_timeout,
+        token=token,
+        expect_root=expect_root,
+        progress=progress,
+        stripe=stripe,
+        follow=follow,
+        relay=relay,
+        observers=observers,
+    )
+    return _wait_for(call, "netloader-pull")
 
 
-def pull_new(**kwargs: Any) -> tuple[Mapping[str, torch.Tensor], PullReport]:
+def pull_new(
+    *,
+    sources: Sources,
+    role: Role = "target",
+    layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
+    device: str = "cpu",
+    transport: Wanted = "auto",
+    timeout: float | None = 1200.0,
+    wait: float = 0.0,
+    stall_timeout: float = 30.0,
+    token: bytes | None = None,
+    expect_root: str | None = None,
+    max_bytes: int = 1 << 44,
+    progress: ProgressCallback | None = None,
+    observers: Sequence[Observer] = (),
+) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors."""
-    return _wait_for(partial(api.pull_new, **kwargs), "netloader-pull")
+    call = partial(
+        api.pull_new,
+        sources=sources,
+        role=role,
+        layouts=layouts,
+        device=device,
+        transport=transport,
+        timeout=timeout,
+        wait=wait,
+        stall_timeout=stall_timeout,
+        token=token,
+        expect_root=expect_root,
+        max_bytes=max_bytes,
+        progress=progress,
+        observers=observers,
+    )
+    return _wait_for(call, "netloader-pull")
 
 
-def probe(*args: Any, **kwargs: Any) -> Probe:
+def probe(
+    source: str | Address,
+    identity: ModelIdentity | None = None,
+    *,
+    role: Role = "target",
+    layouts: Sequence[Layout] = ("raw", "processed", "checkpoint"),
+    timeout: float = 30.0,
+    token: bytes | None = None,
+) -> Probe:
     """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors."""
-    return _wait_for(partial(api.probe, *args, **kwargs), "netloader-probe")
+    call = partial(api.probe, source, identity, role=role, layouts=layouts, timeout=timeout, token=token)
+    return _wait_for(call, "netloader-probe")
 
 
 class SyncServer:
@@ -61,30 +139,60 @@ class SyncServer:
         self._portal = portal
 
     @property
-    def address(self) -> str:
-        """An address at which other hosts may reach it (``host:port``)."""
-        return str(self._server.address)
+    def address(self) -> Address:
+        """An address at which other hosts may reach it."""
+        return self._server.address
 
     @property
     def port(self) -> int:
         """The port that it listens on."""
         return self._server.port
 
-    def hold(self, *args: Any, **kwargs: Any) -> str:
+    def hold(
+        self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity | None = None, *, weak: bool = False
+    ) -> str:
         """:meth:`netloader.Server.hold`, waiting for its result."""
-        return self._portal.call(partial(self._server.hold, *args, **kwargs))
+        return self._portal.call(partial(self._server.hold, tensors, identity, weak=weak))
 
-    def retract(self, *args: Any, **kwargs: Any) -> None:
+    def retract(
+        self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
+    ) -> None:
         """:meth:`netloader.Server.retract`, waiting for its result."""
-        self._portal.call(partial(self._server.retract, *args, **kwargs))
+        self._portal.call(partial(self._server.retract, role, reason=reason, within=within, sources=sources))
 
 
 @contextmanager
-def serve(*args: Any, **kwargs: Any) -> Iterator[SyncServer]:
+def serve(
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    identity: ModelIdentity | None = None,
+    *,
+    host: str | None = None,
+    port: int = 0,
+    transport: Wanted = "auto",
+    token: bytes | None = None,
+    max_clients: int = 8,
+    fan_out: int = 1,
+    stall_timeout: float = 30.0,
+    device: str = "cpu",
+    observers: Sequence[Observer] = (),
+) -> Iterator[SyncServer]:
     """Serve tensors until the block ends. Arguments and errors as for :class:`netloader.Server`."""
+    made = api.Server(
+        tensors,
+        identity,
+        host=host,
+        port=port,
+        transport=transport,
+        token=token,
+        max_clients=max_clients,
+        fan_out=fan_out,
+        stall_timeout=stall_timeout,
+        device=device,
+        observers=observers,
+    )
     with (
         start_blocking_portal(name="netloader-server") as portal,
-        portal.wrap_async_context_manager(api.Server(*args, **kwargs)) as server,
+        portal.wrap_async_context_manager(made) as server,
     ):
         yield SyncServer(server, portal)
 
@@ -94,31 +202,39 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
 
     A blocking portal is made for a loop that stays, and would take a millisecond longer.
     """
-    outcome: Future[R] = Future()
+    calls = [call]  # its arguments are the caller's: no frame or function keeps them, since the loop may keep those
+    del call
+    outcome: list[R] = []
+    failure: list[BaseException] = []
+    over = threading.Event()
     running: Future[Callable[[], object]] = Future()
 
-    async def cancellable() -> R:
+    async def cancellable() -> None:
         loop = asyncio.get_running_loop()
         with anyio.CancelScope() as scope:
             running.set_result(lambda: loop.call_soon_threadsafe(scope.cancel))
-            return await call()
-        raise KeyboardInterrupt  # only an interrupted caller cancels it, and that one raises its own error
+            try:
+                outcome.append(await calls.pop()())
+            except Exception as error:  # noqa: BLE001 - raised in the waiting thread
+                # Not through the loop: its task and the frames in the traceback would keep each other.
+                failure.append(error)
 
     def run() -> None:
         try:
-            outcome.set_result(anyio.run(cancellable))
+            anyio.run(cancellable)
         except BaseException as error:  # noqa: BLE001 - raised in the waiting thread
-            outcome.set_exception(error)
+            failure.append(error)
         finally:
+            over.set()
             if not running.done():  # the event loop did not start: there is nothing to cancel
                 running.set_result(lambda: None)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     try:
         thread.start()  # an interrupt may arrive here when the call has begun already
-        return outcome.result()
-    except BaseException:
-        if not outcome.done():  # the error is one of this thread, not of the call
+        over.wait()
+    except BaseException as error:
+        if not isinstance(error, RuntimeError):  # with that one, no thread was started
             with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
                 running.result(_LOOP_START)()
         raise
@@ -127,3 +243,6 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
             thread.join(_LOOP_END)
         if thread.is_alive():
             _log.error("thread %s did not end within %g s after its call", name, _LOOP_END)
+    if failure:
+        raise failure.pop()
+    return outcome.pop()

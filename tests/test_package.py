@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import netloader
+from netloader.errors import TORCH_HINT
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torch_npu", "vllm", "numpy", "safetensors", "transformers")
@@ -129,6 +130,16 @@ def test_import_works_with_the_core_dependencies_alone(bare: Path) -> None:
     assert Path(seen["file"]).is_relative_to(bare.parents[1])
     assert seen["version"] == importlib.metadata.version("netloader")
     assert seen["missing"] == []
+
+
+def test_what_needs_torch_says_how_to_get_it(bare: Path) -> None:
+    program = (
+        "import netloader\n"
+        "try: netloader.sync.pull({}, sources=['127.0.0.1:1'])\n"
+        "except ModuleNotFoundError as error: print(netloader.__version__, error.name, *error.__notes__)"
+    )
+    version = importlib.metadata.version("netloader")
+    assert run(bare, "-W", "error", "-c", program).strip() == f"{version} torch netloader: {TORCH_HINT}"
 
 
 def test_every_public_name_resolves() -> None:

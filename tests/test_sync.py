@@ -53,7 +53,7 @@ def test_an_interrupt_ends_the_call_even_if_the_loop_hangs(
 ) -> None:
     go, hanging = threading.Event(), list[threading.Thread]()
 
-    async def hangs(*_: object) -> None:
+    async def hangs(*_: object, **__: object) -> None:
         hanging.append(threading.current_thread())
         os.kill(os.getpid(), signal.SIGINT)
         assert go.wait(WAIT)
@@ -62,7 +62,7 @@ def test_an_interrupt_ends_the_call_even_if_the_loop_hangs(
     monkeypatch.setattr(sync, "_LOOP_END", 0.05)
     try:
         with pytest.raises(KeyboardInterrupt):
-            sync.pull({"w": torch.zeros(4)})
+            sync.pull({"w": torch.zeros(4)}, sources=[])
         assert "thread netloader-pull did not end within 0.05 s" in caplog.text
     finally:
         go.set()
@@ -72,7 +72,7 @@ def test_an_interrupt_ends_the_call_even_if_the_loop_hangs(
 def test_an_interrupt_while_the_thread_starts_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled = threading.Event()
 
-    async def waits(*_: object) -> None:
+    async def waits(*_: object, **__: object) -> None:
         try:
             await anyio.sleep_forever()
         finally:
@@ -87,7 +87,7 @@ def test_an_interrupt_while_the_thread_starts_ends_the_call(monkeypatch: pytest.
     monkeypatch.setattr(api, "pull", waits)
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sync.pull({"w": torch.zeros(4)})
+        sync.pull({"w": torch.zeros(4)}, sources=[])
     assert cancelled.is_set()
     assert threads() == []
 
@@ -102,5 +102,5 @@ def test_an_error_is_raised_to_the_caller() -> None:
 
 def test_invalid_arguments_are_errors_of_the_call() -> None:
     with pytest.raises(TypeError):
-        sync.pull({"w": torch.zeros(4)}, surces=["127.0.0.1:1"])
+        sync.pull({"w": torch.zeros(4)}, surces=["127.0.0.1:1"])  # type: ignore[call-arg]
     assert threads() == []

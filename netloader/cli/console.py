@@ -20,6 +20,7 @@ from netloader.config import ConfigErrors
 from netloader.config.files import read_token
 from netloader.core.report import ProgressCallback
 from netloader.errors import (
+    TORCH_HINT,
     AttemptFailed,
     CheckpointError,
     ConfigError,
@@ -30,6 +31,7 @@ from netloader.errors import (
     RefusedError,
     TransportUnavailable,
     VerificationError,
+    remedy_for,
 )
 from netloader.observe.progress import ProgressBar, ProgressLog
 
@@ -158,13 +160,14 @@ def error_lines(error: BaseException, options: argparse.Namespace) -> tuple[str,
     if isinstance(error, NetloaderError):
         message, hint = error.message, error.hint
     elif isinstance(error, ImportError):
-        message, hint = str(error), "tensors need the extra `torch`: pip install 'netloader[torch]'"
+        message, hint = str(error), TORCH_HINT
     elif isinstance(error, MemoryError):
         message, hint = f"no memory is left: {error}", "free memory, or use a larger host"
     elif isinstance(error, OSError | Interrupted):
         message, hint = str(error), ""
     else:
-        message, hint = f"{type(error).__name__}: {error}", "this is a bug in netloader; --debug shows where"
+        message = f"{type(error).__name__}: {error}"
+        hint = remedy_for(error) or "this is a bug in netloader; --debug shows where"
     return in_words_of(options, " ".join(message.split())), in_words_of(options, " ".join(hint.split()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import anyio
@@ -35,7 +36,7 @@ async def connect(source: Address, timeout: float) -> ControlConnection[ServerMe
     except TimeoutError:
         raise PeerLost(f"{source} did not answer within {timeout:g} s", hint=_NOT_THERE) from None
     except OSError as error:
-        raise PeerLost(f"{source} cannot be reached: {_root_cause(error)}", hint=_NOT_THERE) from error
+        raise PeerLost(f"{source} cannot be reached: {_reason(error)}", hint=_NOT_THERE) from error
     try:
         return ControlConnection(stream, server_messages())
     except PeerLost as error:
@@ -43,9 +44,13 @@ async def connect(source: Address, timeout: float) -> ControlConnection[ServerMe
         raise PeerLost(f"{source} cannot be reached: {error.message}", hint=_NOT_THERE) from error
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """The first error of a single address, from below the error in which anyio collects those of all addresses."""
-    cause = error.__cause__ if error.__cause__ is not None else error
+def _reason(error: OSError) -> str:
+    """Why no address could be connected to, without repeating the address.
+
+    The reason is in the first error of a single address, below the one in which anyio collects those of all addresses.
+    """
+    cause: BaseException = error if error.__cause__ is None else error.__cause__
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    return cause
+    code = cause.errno if isinstance(cause, OSError) else None
+    return os.strerror(code) if code is not None and code > 0 else str(cause)  # name look-ups have codes below 0

@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,20 +19,20 @@ import anyio
 from anyio.abc import TaskGroup
 
 from netloader.client.connect import abilities_of, connect
+from netloader.client.relayed import RelayedHolding, RelayedMemory
 from netloader.client.search import search
 from netloader.client.session import ClientSession, Digest, PullDestination
-from netloader.codecs.block_view import BlockView
 from netloader.core import pull_events as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
 from netloader.core.manifest import manifest_digest
 from netloader.core.options import PullOptions
-from netloader.core.plan import Plan
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull
+from netloader.core.pull_clock import PullClock
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.base import SourceProvider
-from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost
+from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, unexpected
 from netloader.observe.base import Observer, Observers
 from netloader.observe.events import (
     BlocksVerified,
@@ -44,7 +44,9 @@ from netloader.observe.events import (
     SessionEnded,
     SourceChosen,
     SourceLeft,
+    SourceWaiting,
 )
+from netloader.session.closing import drop_tracebacks
 from netloader.session.holding import Holding
 from netloader.session.off_loop import FEW_TENSORS
 from netloader.session.relay_progress import Supply
@@ -82,28 +84,6 @@ class RelayServer(Protocol):
     async def retract(self, role: Role, *, reason: str, within: float, sources: tuple[str, ...] = ()) -> None:
         """Stop serving `role`, and name `sources` to its clients. Its memory may change afterwards."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _RelayedMemory:
-    """The memory that a pull fills, as the memory of a holding."""
-
-    destination: PullDestination
-
-    def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
-        return self.destination.views(plan, numbers)
-
-    def missing(self, plan: Plan, numbers: Sequence[int]) -> dict[int, str]:  # noqa: ARG002 - part of the contract
-        return {}  # the relay's server asks its Supply which blocks are there
-
-
-@dataclass(frozen=True, slots=True)
-class _RelayedHolding:
-    """What a pull fills, as a holding for the relay's server."""
-
-    announcement: e.Announcement
-    memory: _RelayedMemory
-    device: str
 
 
 async def pull_from(
@@ -168,6 +148,7 @@ class _Pull:
         self._report = PullReport()
         self._observe = Observers((self._add_phase, *observers))
         self._began = time.monotonic()
+        self._clock = PullClock(options, self._began)
         self._events: deque[p.Event] = deque()
         self._telling = False
         self._sessions: dict[int, ClientSession] = {}
@@ -183,9 +164,11 @@ class _Pull:
         self._observe(PullBegan(self._role))
         try:
             report = await self._run(sources)
-        except BaseException as error:
-            told = error if isinstance(error, Exception) else None
-            self._observe(PullEnded(time.monotonic() - self._began, error=told))
+        except BaseException as error:  # kept in no variable: the frames of its traceback would then keep it
+            seconds = time.monotonic() - self._began
+            self._observe(PullEnded(seconds, error=error if isinstance(error, Exception) else None))
+            if not isinstance(error, Exception):
+                drop_tracebacks(error)  # anyio's frames keep a cancellation, and it would keep the caller's frames
             raise
         self._observe(PullEnded(report.seconds, report))
         return report
@@ -220,16 +203,23 @@ class _Pull:
                     with anyio.CancelScope(shield=True):  # each of its steps has a deadline
                         await self._relay.retract(self._role, reason="its own pull failed", within=_RELAY_RETRACTION)
             finally:
-                if self._memory_in_use is not None:
-                    raise self._memory_in_use
-        if self._error is not None:
-            raise self._error
+                self._raise(self._memory_in_use)
+        self._raise(self._error)
         if not self._pull.ledger.complete:
             raise NetloaderError(
                 "the pull ended before every block was verified: a CancelledError ended one of its tasks",
                 hint="this is a bug in netloader, in a transport or in an observer",
             )
         return self._final_report()
+
+    def _raise(self, error: Exception | None) -> None:
+        """Raise `error`, if there is one, and forget it: the frames of its traceback would be in a cycle with it."""
+        if error is not None:
+            self._error = self._memory_in_use = None
+            try:
+                raise error
+            finally:
+                del error
 
     @property
     def _role(self) -> Role:
@@ -246,9 +236,12 @@ class _Pull:
             self._changed = anyio.Event()
             wake_at = self._pull.wake_at(time.monotonic())
             until = last if wake_at is None else min(wake_at, last)
-            with anyio.move_on_after(max(0.0, until - time.monotonic())) as waited:
+            report_at = self._clock.due() or until
+            with anyio.move_on_after(max(0.0, min(until, report_at) - time.monotonic())) as waited:
                 await self._changed.wait()
-            if waited.cancelled_caught:
+            if wait := self._clock.report(time.monotonic()):
+                self._observe(SourceWaiting(*wait))
+            if waited.cancelled_caught and until <= report_at:
                 self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
 
     def _tell(self, event: p.Event) -> None:
@@ -260,6 +253,7 @@ class _Pull:
         try:
             while self._events:
                 event, before = self._events.popleft(), self._verified()
+                self._clock.take(event, time.monotonic())
                 commands = self._pull.handle(event, time.monotonic())
                 if isinstance(event, p.BlocksArrived):  # before the commands: the last blocks end the transfer
                     self._tell_progress(event.session, before)
@@ -272,6 +266,7 @@ class _Pull:
         for command in commands:
             match command:
                 case p.Connect():
+                    self._clock.connecting(command)
                     self._start(partial(self._session_with, command))
                 case p.Allocate():
                     self._start(partial(self._allocate, command))
@@ -280,6 +275,7 @@ class _Pull:
                 case p.Log(level, text):
                     _log.log(_LEVELS[level], "%s", text)
                 case p.Succeed():
+                    self._clock.stop(time.monotonic())
                     self._end_sessions()
                 case p.Fail(error):
                     self._error = self._error or error
@@ -299,10 +295,12 @@ class _Pull:
         try:
             await anyio.to_thread.run_sync(self._destination.adopt, command.manifest, command.metadata)
         except NetloaderError as caught:
+            drop_tracebacks(caught)
             error = caught
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback
             _log.exception("unexpected error while allocating memory for what a source announced")
-            error = _unexpected_error(bug)
+            error = unexpected(bug)
+            drop_tracebacks(error)
         self._tell(p.MemoryAllocated(command.session, error))
 
     async def _session_with(self, command: p.Connect) -> None:
@@ -314,6 +312,7 @@ class _Pull:
         try:
             session = await self._open_session(command, began)
         except PeerLost as error:
+            drop_tracebacks(error)
             ended = error
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
             ended = _unexpected(source, bug)
@@ -417,7 +416,7 @@ class _Pull:
             return
         try:
             self._relay.add(
-                _RelayedHolding(own, _RelayedMemory(self._destination), self._destination.device), self._supply
+                RelayedHolding(own, RelayedMemory(self._destination), self._destination.device), self._supply
             )
         except Exception as error:  # noqa: BLE001 - no fault of a server may end a pull
             _log.warning(
@@ -466,17 +465,13 @@ class _Pull:
         report.nbytes, report.blocks = ledger.verified_bytes, ledger.verified_blocks
         report.tensors = 0 if ledger.plan is None else len(ledger.plan.manifest.tensors)
         report.seconds = time.monotonic() - self._began
+        report.waited, report.transfer_seconds = self._clock.waited, self._clock.transferred
         report.sources, report.retries, report.attempts = self._pull.shares, self._pull.retries, self._pull.attempts
         return report
 
 
 def _unexpected(source: str, bug: Exception) -> NetloaderError:
     _log.error("source %s: unexpected error, the source is left", source, exc_info=bug)
-    return _unexpected_error(bug)
-
-
-def _unexpected_error(bug: Exception) -> NetloaderError:
-    return NetloaderError(
-        f"unexpected {type(bug).__name__}: {bug}",
-        hint="this is a bug in netloader: the log has the details",
-    )
+    made = unexpected(bug)
+    drop_tracebacks(made)
+    return made

@@ -43,10 +43,10 @@ class ConfigErrors(ConfigError):
             the first.
     """
 
-    def __init__(self, problems: Sequence[ConfigError]) -> None:
+    def __init__(self, problems: Sequence[ConfigError], what: str = "fields of the configuration") -> None:
         first = problems[0]
         super().__init__(field=first.field, value=first.value, allowed=first.allowed, reason=first.reason)
-        lines = [f"{len(problems)} fields of the configuration are not valid"]
+        lines = [f"{len(problems)} {what} are not valid"]
         lines += [f"  {number}. {problem}" for number, problem in enumerate(problems, 1)]
         self.args = ("\n".join(lines),)
         self.problems = tuple(problems)
@@ -55,11 +55,15 @@ class ConfigErrors(ConfigError):
 class Faults:
     """Collects the errors of several values. Each value is read in a ``with`` block of its own, which its error ends.
 
+    Args:
+        what: What the values are, for the message.
+
     Attributes:
         found: The errors, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "fields of the configuration") -> None:
+        self._what = what
         self.found: list[ConfigError] = []
 
     def __enter__(self) -> None:
@@ -74,9 +78,14 @@ class Faults:
     def raise_all(self) -> None:
         """Raise a single error as it is, and several errors as :class:`ConfigErrors`."""
         if len(self.found) > 1:
-            raise ConfigErrors(self.found)
+            raise ConfigErrors(self.found, self._what)
         if self.found:
             raise self.found[0]
+
+
+def is_root(value: object) -> bool:
+    """Whether `value` is a root as text."""
+    return isinstance(value, str) and _ROOT.fullmatch(value) is not None
 
 
 def key_text(key: object) -> str:
@@ -141,11 +150,11 @@ class Field(msgspec.Struct, frozen=True):
 
     def reject(self, value: object, reason: str | None = None, hint: str = "") -> NoReturn:
         """Raise the error for `value`."""
-        seen = _Hidden(self.show(value)) if self.secret else value
+        seen = Hidden(self.show(value)) if self.secret else value
         raise ConfigError(field=self.name, value=seen, allowed=self.allowed, reason=reason, hint=hint)
 
 
-class _Hidden:
+class Hidden:
     """Replaces a secret value in an error."""
 
     def __init__(self, text: str) -> None:
@@ -290,7 +299,7 @@ def _transport(field: Field, value: str | list[str]) -> tuple[str, ...] | None:
 
 
 def _expect_root(field: Field, value: object) -> str:
-    if not isinstance(value, str) or not _ROOT.fullmatch(value):
+    if not isinstance(value, str) or not is_root(value):
         field.reject(value, hint="a server logs its root when it starts to serve")
     return value.lower()
 

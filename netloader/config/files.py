@@ -16,8 +16,8 @@ from netloader.errors import ConfigError, shown
 __all__ = ["Token", "from_file", "read_config_file", "read_token"]
 
 _MOST_CONFIG_BYTES = 16 << 20
-_MOST_TOKEN_BYTES = 4096
-_LEAST_TOKEN_BYTES = 16
+MOST_TOKEN_BYTES = 4096
+LEAST_TOKEN_BYTES = 16
 
 # Matches a string as a whole, so that a NaN inside it is not mistaken for the constant.
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(?P<constant>NaN|-?Infinity)', re.DOTALL)
@@ -147,15 +147,15 @@ def read_token(path: str, warnings: list[str]) -> Token:
     """
 
     def wrong(reason: str, hint: str = "") -> ConfigError:
-        allowed = f"a file with a secret of {_LEAST_TOKEN_BYTES} to {_MOST_TOKEN_BYTES} bytes"
+        allowed = f"a file with a secret of {LEAST_TOKEN_BYTES} to {MOST_TOKEN_BYTES} bytes"
         return ConfigError(field="TOKEN_FILE", value=path, allowed=allowed, reason=reason, hint=hint)
 
     try:
-        data, mode = _read_file(path, _MOST_TOKEN_BYTES)
+        data, mode = _read_file(path, MOST_TOKEN_BYTES)
     except OSError as error:
         raise wrong(f"it cannot be read: {error.strerror or error}") from error
     secret = data.strip()
-    if len(secret) < _LEAST_TOKEN_BYTES:
+    if len(secret) < LEAST_TOKEN_BYTES:
         raise wrong(f"it holds {len(secret)} bytes", "make one with: openssl rand -hex 32")
     if mode & 0o077:
         # Only a warning: secrets mounted into a container are often readable by all, and the container has one user.

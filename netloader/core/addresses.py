@@ -5,8 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator
-
-import msgspec
+from typing import Self
 
 from netloader.errors import ConfigError
 
@@ -35,30 +34,45 @@ _HIGHEST_PORT = 65535
 _LONGEST_NAME = 253
 
 
-class Address(msgspec.Struct, frozen=True, order=True):
-    """Where a server listens.
+class Address(str):
+    """Where a server listens: the text ``host:port``, which is also a valid key of ``PullReport.sources``.
 
-    Different spellings of one address are equal: host names are stored in lower case, and IPv6 addresses in their
-    shortest form. :func:`parse_address` reads ``str(address)`` back.
+    Different spellings of one address are equal: host names are written in lower case, and IPv6 addresses in their
+    shortest form, in brackets. :func:`parse_address` reads the text back.
 
-    Attributes:
-        host: IPv4 address, IPv6 address (no brackets, zone after ``%``) or host name.
+    Args:
+        host: IPv4 address, IPv6 address (zone after ``%``) or host name.
         port: 1 to 65535.
 
     Raises:
         ConfigError: `host` or `port` is not valid.
     """
 
-    host: str
-    port: int
+    __slots__ = ()
+    __match_args__ = ("host", "port")
 
-    def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "host", parse_host(self.host))
-        if type(self.port) is not int or not 1 <= self.port <= _HIGHEST_PORT:  # a bool is an int to isinstance
-            raise ConfigError(field="port", value=self.port, allowed=f"an integer from 1 to {_HIGHEST_PORT}")
+    def __new__(cls, host: str, port: int) -> Self:
+        """Make an address of its two parts."""
+        plain = parse_host(host)
+        if type(port) is not int or not 1 <= port <= _HIGHEST_PORT:  # a bool is an int to isinstance
+            raise ConfigError(field="port", value=port, allowed=f"an integer from 1 to {_HIGHEST_PORT}")
+        return super().__new__(cls, f"[{plain}]:{port}" if ":" in plain else f"{plain}:{port}")
 
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+    @property
+    def host(self) -> str:
+        """IPv4 address, IPv6 address (no brackets, zone after ``%``) or host name."""
+        return self.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+    @property
+    def port(self) -> int:
+        """1 to 65535."""
+        return int(self.rpartition(":")[2])
+
+    def __repr__(self) -> str:
+        return f"Address(host={self.host!r}, port={self.port})"
+
+    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override]  # for copies and pickles
+        return self.host, self.port
 
 
 def parse_address(text: object, *, field: str = "address") -> Address:

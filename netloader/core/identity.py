@@ -148,35 +148,8 @@ def check_sendable(identity: ModelIdentity) -> None:
         allowed = (
             f"what a peer accepts: valid Unicode, at most {MAX_MODEL} characters for a name, {MAX_WORD} for others"
         )
-        raise ConfigError(field=f"{field} of the identity", value=value, allowed=allowed, reason=reason)
-
-
-def check_sendable(identity: ModelIdentity) -> None:
-    """Check that every text of an identity may be sent: a peer refuses texts that are too long or no valid Unicode.
-
-    Raises:
-        ConfigError: One may not.
-    """
-    for name, value in msgspec.structs.asdict(identity).items():
-        if not isinstance(value, str):
-            continue
-        most = {"model": MAX_MODEL, "fingerprint": MAX_DIGEST, "load": MAX_DIGEST}.get(name, MAX_WORD)
-        reason = None if _is_text(value) else "it has characters that are no valid Unicode (lone surrogates)"
-        if len(value) > most:
-            reason = f"it has {len(value)} characters"
-        if reason:
-            hint = "give a name of your own" if name == "model" else ""
-            raise ConfigError(
-                field=name.upper(), value=value, allowed=f"text of at most {most} characters", reason=reason, hint=hint
-            )
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        hint = "give a name of your own" if field == "model" else ""
+        raise ConfigError(field=field.upper(), value=value, allowed=allowed, reason=reason, hint=hint)
 
 
 def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:

@@ -228,8 +228,8 @@ class Pull:
         if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
             if not self._session_count and self._search_until > -math.inf:
                 none = f"no source appeared within {now - self._began:.3g} s"
-                yield self._search_failed(DiscoveryError(none, hint="raise WAIT"))
-            yield from self._fail()
+                yield self._search_failed(DiscoveryError(none))
+            yield from self._fail(self._failures.advice(self._options.wait))
 
     def _feed_parked(self, now: float) -> Iterator[p.Command]:
         """Give blocks that are pending again to parked sessions."""
@@ -404,11 +404,10 @@ class Pull:
                 yield p.CancelSession(session.number)
         yield p.Succeed()
 
-    def _fail(self) -> Iterator[p.Command]:
+    def _fail(self, advice: str = "") -> Iterator[p.Command]:
         self._over = True
-        yield p.Fail(
-            NoSourceLeft(self.attempts, verified=self.ledger.verified_bytes, total=self.ledger.total_bytes),
-        )
+        verified, total = self.ledger.verified_bytes, self.ledger.total_bytes
+        yield p.Fail(NoSourceLeft(self.attempts, verified=verified, total=total, advice=advice))
 
     def _deadline_passed(self, seconds: float) -> Iterator[p.Command]:
         late = TransferTimeout(f"the pull did not end within {seconds:g} s", hint="raise TIMEOUT")
@@ -496,4 +495,4 @@ class Pull:
     def _failed(self, source: Address | str, error: NetloaderError) -> p.Log:
         """Count a failed attempt. Only the first of its kind is a warning, because retries repeat the same error."""
         first = self._failures.add(str(source), error)
-        return p.Log("warning" if first else "debug", f"source {source}: {error}")
+        return p.Log("warning" if first else "debug", f"source {AttemptFailed(str(source), error)}")

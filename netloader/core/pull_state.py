@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 
 from netloader.core.addresses import Address
 from netloader.core.plan import Plan
-from netloader.errors import AttemptFailed, NetloaderError, RefusedError, VerificationError, shown
+from netloader.errors import (
+    AttemptFailed,
+    DiscoveryError,
+    NetloaderError,
+    RefusedError,
+    VerificationError,
+    next_step,
+    shown,
+)
 
 __all__ = ["Failures", "FirstFiles", "SessionState"]
 
@@ -70,6 +78,17 @@ class Failures:
 
     retries: int = 0
     by_kind: dict[tuple[str, str], AttemptFailed] = field(default_factory=dict)
+
+    def advice(self, wait: float) -> str:
+        """What to say of waiting, after a pull with these failures gave up; empty if waiting could not help.
+
+        Args:
+            wait: Seconds that the pull was allowed to wait.
+        """
+        causes = [failed.cause for failed in self.by_kind.values()]
+        if not any(isinstance(c, DiscoveryError) or next_step(c, progressed=False) == "later" for c in causes):
+            return ""
+        return f"WAIT ({wait:g} s) has passed" if wait > 0 else "set WAIT to wait for sources that are not there yet"
 
     def add(self, source: str, error: NetloaderError) -> bool:
         """Count a failure. Returns whether it is the first of its kind."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from netloader.core.identity import ModelIdentity
 from netloader.core.protocol.events import Announcement
 from netloader.core.texts import byte_text, one_line
-from netloader.errors import AttemptFailed
+from netloader.errors import AttemptFailed, without_source
 
 __all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare", "summary"]
 
@@ -20,8 +20,8 @@ _SHOWN_REASON = 120
 _WORTH_SAYING = 0.5
 """Seconds of waiting from which a summary mentions it."""
 
-
 _SHOWN_KEYS = 5
+"""Metadata entries up to which a report names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class PullReport:
         tensors: Tensors in the manifest.
         seconds: Duration of the whole pull.
         phases: Seconds by phase, summed over all sessions.
-        sources: What each source gave, by address, in the order of first use.
+        sources: What each source gave, by address (text, or an :class:`~netloader.Address`), in the order of first use.
         retries: Number of failed attempts.
         attempts: The failed attempts. Repeated failures of one kind at one source are one entry.
         identity: Identity that the first accepted source stated. All other sources hold the same weights.
@@ -186,5 +186,5 @@ def _some(items: Sequence[str]) -> str:
 
 def _failed(attempt: AttemptFailed) -> str:
     source, times = one_line(attempt.source, _SHOWN_NAME), f" {attempt.times} times" if attempt.times > 1 else ""
-    why = attempt.cause.message.removeprefix(f"{attempt.source} ").removeprefix("source ")
+    why = without_source(attempt.cause.message, attempt.source)
     return f"{source}{times} ({one_line(why, _SHOWN_REASON)})"

@@ -15,6 +15,7 @@ from netloader.observe.events import (
     SessionEnded,
     SourceChosen,
     SourceLeft,
+    SourceWaiting,
     TransportChosen,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "SessionEnded",
     "SourceChosen",
     "SourceLeft",
+    "SourceWaiting",
     "TransportChosen",
 ]

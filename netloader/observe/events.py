@@ -23,6 +23,7 @@ __all__ = [
     "SessionEnded",
     "SourceChosen",
     "SourceLeft",
+    "SourceWaiting",
     "TransportChosen",
 ]
 
@@ -87,6 +88,29 @@ class SourceLeft:
     session: int
     source: str
     error: NetloaderError | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWaiting:
+    """A pull waits, because no source has accepted it. Emitted about once per second while that lasts.
+
+    Attributes:
+        seconds: Seconds since the pull began.
+        source: Address of the source that is waited for; empty when no source is known.
+        reason: Why that source sends nothing yet, in one short line: what it answered, or that it does not answer.
+        waited: Seconds that this wait has taken so far.
+        limit: Seconds after which the pull stops waiting, counted as `waited`.
+    """
+
+    seconds: float
+    source: str
+    reason: str
+    waited: float
+    limit: float
+
+    def __str__(self) -> str:
+        who = self.source or "a source"
+        return f"waiting for {who}: {self.reason}, {self.waited:.0f} of {self.limit:.0f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +270,7 @@ Event = (
     | PullEnded
     | SourceChosen
     | SourceLeft
+    | SourceWaiting
     | BlocksVerified
     | SessionBegan
     | TransportChosen

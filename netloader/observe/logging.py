@@ -1,14 +1,23 @@
-"""The log lines of a server, written from its events, and a limit for log lines that peers can cause at will."""
+"""Log lines of pulls and servers, written from their events, and a limit for lines that peers can cause at will."""
 
 from __future__ import annotations
 
 import logging
 import time
 
+from netloader.core.report import PullReport, summary
 from netloader.errors import NetloaderError, RefusedError
-from netloader.observe.events import Event, ServingStarted, SessionEnded, TransportChosen
+from netloader.observe.events import (
+    Event,
+    PullEnded,
+    ServingStarted,
+    SessionEnded,
+    SourceWaiting,
+    TransportChosen,
+)
+from netloader.observe.progress import ProgressLog
 
-__all__ = ["RateLimitedLog", "ServerLog"]
+__all__ = ["PullLog", "RateLimitedLog", "ServerLog"]
 
 _log = logging.getLogger("netloader")
 
@@ -51,6 +60,21 @@ class RateLimitedLog:
             _log.log(self._level, "%s: %s", self._what, detail)
         else:
             self._suppressed += 1
+
+
+class PullLog:
+    """An observer that logs for what a pull waits, and the summary of a pull that succeeded."""
+
+    def __init__(self) -> None:
+        self._waits = ProgressLog(lambda line: _log.info("netloader: %s", line), every=10.0)
+
+    def __call__(self, event: Event) -> None:
+        """Log `event` if it is one of these."""
+        match event:
+            case SourceWaiting():
+                self._waits(event)
+            case PullEnded(report=PullReport() as report):
+                _log.info("netloader: %s", summary(report))
 
 
 class ServerLog:

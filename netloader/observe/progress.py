@@ -9,18 +9,20 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
 from netloader.core.report import Progress
 from netloader.core.texts import byte_text, time_text
-from netloader.observe.events import Event
+from netloader.observe.events import Event, SourceWaiting
 
-__all__ = ["ProgressBar", "ProgressLog", "Rate", "byte_text", "time_text"]
+__all__ = ["Display", "ProgressBar", "ProgressLog", "Rate", "byte_text", "time_text"]
 
 _SAMPLE_EVERY = 0.05
 _NARROWEST = 10
+_LONGEST_SILENCE = 30.0
+"""Most seconds between two lines about one wait, unless lines are asked for less often."""
 
 
 class Rate:
@@ -28,11 +30,12 @@ class Rate:
 
     Args:
         window: Length of the period in seconds.
+        begin: Time from which to count, and bytes verified by then.
     """
 
-    def __init__(self, window: float = 5.0) -> None:
+    def __init__(self, window: float = 5.0, *, begin: tuple[float, int] = (0.0, 0)) -> None:
         self._window = window
-        self._samples: deque[tuple[float, int]] = deque([(0.0, 0)])
+        self._samples: deque[tuple[float, int]] = deque([begin])
 
     def add(self, seconds: float, nbytes: int) -> None:
         """Record that `nbytes` in all were verified at time `seconds`. Times must not decrease."""
@@ -50,19 +53,33 @@ class Rate:
         return (after - before) / (end - begin) if end > begin else 0.0
 
 
-class _Display(ABC):
-    """The common base of both displays: the rate, and when to update."""
+class Display(ABC):
+    """The common base of both displays: the rate, and when to update.
+
+    The rate counts from the last time that the pull waited, so it is a rate of the transfer.
+    """
 
     def __init__(self, every: float) -> None:
         self._every = every
         self._rate = Rate()
         self._said = 0.0
         self._done = False
+        self._verified = 0
+        self._waited = 0.0  # in all waits
+        self._wait = 0.0  # in the last one
 
     def __call__(self, progress: Progress | Event) -> None:
-        """Record progress, and show it if an update is due. Events other than `BlocksVerified` are ignored."""
+        """Record progress or a wait, and show it if an update is due. Other events are ignored."""
+        if isinstance(progress, SourceWaiting):
+            again = progress.waited >= self._wait
+            self._waited += progress.waited - (self._wait if again else 0.0)
+            self._wait = progress.waited
+            self._rate = Rate(begin=(progress.seconds, self._verified))
+            if not self._done:
+                self.show_wait(progress)
         if not isinstance(progress, Progress):
             return
+        self._verified = progress.verified
         self._rate.add(progress.seconds, progress.verified)
         if self._done:
             return
@@ -75,38 +92,62 @@ class _Display(ABC):
     def show(self, progress: Progress) -> None:
         """Write `progress` to the display."""
 
+    @abstractmethod
+    def show_wait(self, wait: SourceWaiting) -> None:
+        """Write for what the pull waits to the display. Called about once per second."""
+
     def _speed(self, progress: Progress) -> tuple[str, str]:
         """The rate, and the estimated time left; the latter is empty when it is not known."""
         rate, left = self._rate.per_second, progress.total - progress.verified
-        if self._done and progress.seconds > 0:  # the average over the whole pull
-            rate = progress.verified / progress.seconds
+        seconds = progress.seconds - self._waited
+        if self._done and seconds > 0:  # the average over the whole pull, without its waits
+            rate = progress.verified / seconds
         return f"{byte_text(rate)}/s", time_text(left / rate) if rate > 0 and progress.total else ""
 
 
-class ProgressLog(_Display):
+class ProgressLog(Display):
     """Plain lines: one every few seconds, and one at the end.
+
+    While a pull waits, the lines say for what. Their distance grows to half a minute, if the reason stays the same.
 
     Args:
         emit: Takes a line, for example ``logger.info``.
         every: Seconds between two lines.
-        verb: First word of each line.
+        verb: First word of each line about bytes.
+        last: Whether to write a line at the end. Without it, nothing repeats the summary of the pull.
     """
 
-    def __init__(self, emit: Callable[[str], object], *, every: float = 5.0, verb: str = "pulled") -> None:
+    def __init__(
+        self, emit: Callable[[str], object], *, every: float = 5.0, verb: str = "pulled", last: bool = True
+    ) -> None:
         super().__init__(every)
         self._emit = emit
         self._verb = verb
+        self._last = last
+        self._pause = every
+        self._reason = ""
 
     def show(self, progress: Progress) -> None:
         """Emit a line."""
+        if self._done and not self._last:
+            return
         rate, left = self._speed(progress)
         share = f" ({100 * progress.verified // progress.total}%)" if progress.total else ""
         rest = "" if self._done or not left else f", {left} left"
         of_all = f"{byte_text(progress.verified)} of {byte_text(progress.total)}{share}"
         self._emit(f"{self._verb} {of_all}, {rate}{rest}")
 
+    def show_wait(self, wait: SourceWaiting) -> None:
+        """Emit a line if enough time has passed since the last one."""
+        if wait.reason != self._reason:
+            self._pause, self._reason = self._every, wait.reason
+        if wait.seconds - self._said >= self._pause:
+            self._said = wait.seconds
+            self._pause = max(self._every, min(2 * self._pause, _LONGEST_SILENCE))
+            self._emit(str(wait))
 
-class ProgressBar(_Display):
+
+class ProgressBar(Display):
     """A bar in the last line of a terminal. A context manager: leaving it moves the cursor to the next line.
 
     Args:
@@ -141,11 +182,22 @@ class ProgressBar(_Display):
         """Draw the bar."""
         rate, left = self._speed(progress)
         share = progress.verified / progress.total if progress.total else 0.0
-        text = f"{byte_text(progress.verified)} of {byte_text(progress.total)}  {rate}  {left or '-:--'} left"
-        room = self._columns() - len(text) - len(" 100% || ") - 1
+        begin, left = f"{int(100 * share):4}%", f"{left or '-:--'} left"
+        whole = f"{byte_text(progress.verified)} of {byte_text(progress.total)}  {rate}  {left}"
+        room = self._columns() - len(f"{begin} || {whole}") - 1
         if room >= _NARROWEST:
             filled = int(share * room)
-            text = f"|{'#' * filled}{'-' * (room - filled)}| {text}"
-        self._stream.write(f"\r\x1b[K{int(100 * share):4}% {text}"[: self._columns() + len("\x1b[K")])
+            whole = f"|{'#' * filled}{'-' * (room - filled)}| {whole}"
+        self._draw([f"{begin} {whole}", f"{begin} {rate}  {left}", f"{begin} {left}", begin.lstrip()])
+
+    def show_wait(self, wait: SourceWaiting) -> None:
+        """Write for what the pull waits, in place of the bar."""
+        times = f"{wait.waited:.0f} of {wait.limit:.0f} s"
+        self._draw([str(wait), f"waiting for {wait.source or 'a source'}, {times}", f"waiting, {times}", times])
+
+    def _draw(self, texts: Sequence[str]) -> None:
+        """Draw the first of `texts` that fits: fields are left out, because a number that is cut looks like another."""
+        text = next((text for text in texts if len(text) <= self._columns()), "")
+        self._stream.write(f"\r\x1b[K{text}")
         self._stream.flush()
         self._drawn = True

@@ -54,7 +54,7 @@ class Holdings:
 
     def expect(self, role: Role, layout: Layout, reason: str, retry_after: float) -> None:
         """Refuse clients with "not ready" until :meth:`add`. Does nothing while a holding is served."""
-        reply = NotHeld("not-ready", reason, hint="try again, or set WAIT on the client", retry_after=retry_after)
+        reply = NotHeld("not-ready", reason, hint="a client tries again while its WAIT lasts", retry_after=retry_after)
         # A new load replaces the refusal or retraction of the previous one.
         if isinstance(self._entries.get((role, layout)), _Absent | None):
             self._entries[role, layout] = _Absent(reply)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
@@ -45,6 +45,12 @@ def _tune(raw: socket.socket) -> None:
             raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
+def _host_of(address: tuple[Any, ...]) -> str:
+    """The host of a socket's address. A link-local IPv6 address is of no use without its zone, which is kept."""
+    host, zone = unmapped(str(address[0])), address[3] if len(address) > 3 else 0  # noqa: PLR2004 - host, port, flow, zone
+    return f"{host}%{socket.if_indextoname(zone)}" if zone else host
+
+
 def _broken(error: Exception) -> PeerLost:
     cause = error.__cause__ if error.__cause__ is not None else error
     return PeerLost(f"the control connection broke: {str(cause) or type(cause).__name__}")
@@ -69,6 +75,8 @@ class ControlConnection(Generic[M]):
         try:
             _tune(raw)
             peer, local = raw.getpeername(), raw.getsockname()
+            self.local_host = _host_of(local)
+            self.peer_host, self.peer_port = _host_of(peer), int(peer[1])
         except OSError as error:
             raise PeerLost(
                 f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"
@@ -81,8 +89,6 @@ class ControlConnection(Generic[M]):
                 f"there is no descriptor for the control connection: {error}", hint="raise the limit of open files"
             ) from error
         self._direct.setblocking(False)
-        self.local_host = unmapped(str(local[0]))
-        self.peer_host, self.peer_port = unmapped(str(peer[0])), int(peer[1])
 
     async def receive(self) -> list[M]:
         """The next messages; waits for at least one.

@@ -24,7 +24,14 @@ from netloader.core.protocol import FINAL, Session, Side, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.core.protocol.announcement import examine
-from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
+from netloader.errors import (
+    LocalProtocolError,
+    NetloaderError,
+    PeerLost,
+    RemoteProtocolError,
+    TransportError,
+    unexpected,
+)
 from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import LentMemory, drop_tracebacks
@@ -53,8 +60,6 @@ _ABANDONED_FAREWELL = 0.05
 
 _EXPLANATION = 0.25
 """Seconds to wait for the message with which a peer explains why it closed the channel."""
-
-_SHOWN_ERROR = 500
 
 
 class SessionDriver(Generic[M]):
@@ -307,12 +312,7 @@ class SessionDriver(Generic[M]):
         if isinstance(error, NetloaderError):
             return _as_event(error)
         _log.error("%s: unexpected error, the session ends", self.label, exc_info=error)
-        explained = NetloaderError(
-            f"unexpected {type(error).__name__}: {error}"[:_SHOWN_ERROR],
-            hint="this is a bug in netloader or in a transport: the log has the details",
-        )
-        explained.__cause__ = error
-        return _as_event(explained)
+        return _as_event(unexpected(error, "netloader or in a transport"))
 
     # --- channel ----------------------------------------------------------------------------------------------------
 

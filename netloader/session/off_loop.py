@@ -1,4 +1,4 @@
-"""Runs block lookups in a thread when they would block the event loop, and names what is too much for the loop."""
+"""Runs work in a thread that would block the event loop, and names what is too much for the loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import anyio
 
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "few_spans", "look_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "few_spans", "in_thread", "look_up"]
 
 R = TypeVar("R")
 
@@ -32,3 +32,24 @@ async def look_up(lookup: Callable[[Plan, Sequence[int]], R], plan: Plan, number
     if few_spans(plan, numbers):
         return lookup(plan, numbers)
     return await anyio.to_thread.run_sync(lookup, plan, numbers)
+
+
+async def in_thread(call: Callable[[], R]) -> R:
+    """Call a function in a worker thread.
+
+    Its error is raised without a reference cycle, which anyio's own frames would form: the frames in its traceback
+    would keep the tensors that the function was given until the next garbage collection.
+    """
+    results: list[R] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    await anyio.to_thread.run_sync(run)
+    if errors:
+        raise errors.pop()
+    return results.pop()

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from netloader.errors import TORCH_HINT
+
+try:
+    import torch  # noqa: F401 - all of this package needs it; the error says where it comes from
+except ModuleNotFoundError as error:
+    error.add_note(f"netloader: {TORCH_HINT}")
+    raise
+
 from netloader.tensors.describe import DTYPES, describe
 from netloader.tensors.destination import Allocate, Destination, destination
 from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_blocks, digest_of, digest_plan

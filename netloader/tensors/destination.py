@@ -111,6 +111,12 @@ class Destination:
                 ) from error
         return tensors
 
+    def weaken(self) -> None:
+        """Hold the tensors by weak references from now on; see :meth:`~netloader.tensors.TensorMemory.weaken`."""
+        self._tensors = {}
+        if self._memory is not None:
+            self._memory.weaken()
+
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order; see :meth:`~netloader.tensors.TensorMemory.views`."""
         return self.memory.views(plan, numbers)

@@ -195,6 +195,16 @@ class TensorMemory:
         # The placements of blocks of one plan.
         self._cache: tuple[Plan | None, dict[int, _Placement]] = (None, {})
 
+    def weaken(self) -> None:
+        """Hold the tensors by weak references from now on, so that they are freed when their owner drops them.
+
+        For the end of a pull or of serving. Objects of the sessions may be in reference cycles, which exist until the
+        next garbage collection, and must not keep the memory until then.
+        """
+        if self._tensors:
+            self._references = [weakref.ref(tensor) for tensor in self._tensors]
+        self._keep, self._tensors, self._cache = False, [], (None, {})
+
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order.
 

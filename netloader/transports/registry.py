@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
-from netloader.errors import TransportUnavailable
+from netloader.errors import TORCH_HINT, TransportUnavailable
 from netloader.transports.base import Transport
 from netloader.transports.contract_0_1 import adapted
 
@@ -149,6 +149,6 @@ def available(device: str, wanted: str | Sequence[str] = AUTO) -> Available:
 def _remedy(entry: EntryPoint) -> str:
     extra = _EXTRAS.get(entry.name)
     if extra is not None and entry.value == _OURS.get(entry.name):
-        return f"pip install 'netloader[{extra}]'"
+        return TORCH_HINT if extra == "torch" else f"pip install 'netloader[{extra}]'"
     package = entry.dist.name if entry.dist is not None else entry.module
     return f"install what {package} needs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 
 __all__ = ["join_vllm_log"]
 
@@ -11,12 +12,19 @@ THEIRS = "vllm"
 
 
 class _Forward(logging.Handler):
-    """Passes each record to vLLM's logger, with its level, handlers, format and process prefix."""
+    """Passes each record to vLLM's logger, with its level, handlers, format and process prefix.
+
+    vLLM's format has no name of the logger. So each line begins with ``netloader: ``, by which it can be found.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger(THEIRS)
-        if theirs.isEnabledFor(record.levelno):
-            theirs.handle(record)
+        if not theirs.isEnabledFor(record.levelno):
+            return
+        if not record.getMessage().startswith(OURS):
+            record = copy(record)
+            record.msg, record.args = f"{OURS}: {record.getMessage()}", None
+        theirs.handle(record)
 
 
 def join_vllm_log() -> None:

@@ -78,7 +78,7 @@ REFUSED = {
 @pytest.mark.parametrize("has_token", ["both", "server", "client"])
 def test_a_token_is_refused_by_name_between_protocols_1_and_2(pair: Pair, has_token: str) -> None:
     server, client = (release.agent("first") for release in pair)
-    served, pulled = (("secret" if has_token in ("both", side) else None) for side in ("server", "client"))
+    served, pulled = (("one of the secrets" if has_token in ("both", side) else None) for side in ("server", "client"))
     address = server.ask("serve", name="secret", transport="tcp", token=served)["address"]
     client.ask("pull", **pull("tcp", pulled, "secret", address))
     failed = client.ask("result", name="secret")["failed"]

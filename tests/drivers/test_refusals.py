@@ -297,7 +297,7 @@ async def _retracted(server: kit.WatchedServer) -> None:
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
-        (_loading, "the model is still being loaded (try again, or set WAIT on the client)"),
+        (_loading, "the model is still being loaded (a client tries again while its WAIT lasts)"),
         (_failed, "the model could not be loaded: no file (pull from another source)"),
         (_retracted, "the weights are about to change (sleep) (pull from another source)"),
     ],

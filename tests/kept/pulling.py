@@ -386,8 +386,10 @@ def _told(play: Play, session: Session) -> list[str]:
 
 
 def _log(play: Play, lines: Sequence[str], attempts: Sequence[str]) -> list[str]:
-    """What was logged, besides one warning for each attempt that failed. Hints are left out."""
-    found = [play.plain(line) for line in lines]
+    """What was logged, besides one warning for each attempt that failed. Hints are left out, and so is the summary:
+    it tells the outcome again, with seconds in it.
+    """
+    found = [play.plain(line) for line in lines if not line.startswith("INFO: netloader: pulled ")]
     for attempt in attempts:
         told = next(line for line in found if line.startswith("WARNING: source " + attempt.partition(": ")[2]))
         found.remove(told)

@@ -17,6 +17,7 @@ Script = tuple[Step, ...]
 OPENED: Script = ("welcome", "accept", "offer")
 GOOD: Script = (*OPENED, "serve")
 DOWN: tuple[Script, ...] = ()
+TOKEN = b"a secret, long enough"
 
 
 def refusing(code: str, **more: Any) -> Script:
@@ -36,9 +37,9 @@ ONE: dict[str, Scenario] = {
     "down at first, waited for": Scenario({"a": [("cut",), refusing("not-ready"), GOOD]}, pull={"wait": 60.0}),
     "a queue": Scenario({"a": [("welcome", "identify", ("wait", 2), ("wait", 1), *OPENED[1:], "serve")]}),
     "it wants a token": Scenario({"a": [refusing("auth")]}),
-    "a token": Scenario({"a": [(("welcome", {"token": b"t"}), *GOOD[1:])]}, pull={"token": b"t"}),
-    "another token": Scenario({"a": [(("welcome", {"token": b"x"}),)]}, pull={"token": b"t"}),
-    "no token there": Scenario({"a": [GOOD]}, pull={"token": b"t"}),
+    "a token": Scenario({"a": [(("welcome", {"token": TOKEN}), *GOOD[1:])]}, pull={"token": TOKEN}),
+    "another token": Scenario({"a": [(("welcome", {"token": b"another one, long"}),)]}, pull={"token": TOKEN}),
+    "no token there": Scenario({"a": [GOOD]}, pull={"token": TOKEN}),
     "another protocol": Scenario({"a": [(("welcome", {"protocol": 3}),)]}),
     "no common transport": Scenario({"a": [(("welcome", {"abilities": [{"name": "carrier"}]}), "accept")]}),
     "another model than it should": Scenario({"a": [("welcome", ("accept", {"identity": {"dtype": "float8"}}))]}),

@@ -24,7 +24,7 @@ from tests.kept import by_hand, records
 from tests.kept.by_hand import KEY_BYTES, NONCE, DataPort, Message, Weights, Wire
 
 HOST = "127.0.0.1"
-TOKEN = b"a secret"
+TOKEN = b"a secret, long enough"
 SMALL = Weights()
 LARGE = Weights(rows=5 << 10, block_bytes=1 << 20)
 """Of which a server makes six blocks by itself."""

@@ -54,7 +54,7 @@ def choose_transport(ours: Sequence[Ability], theirs: Sequence[Ability]) -> tupl
 def why_not_chosen(
     chosen: str, ours: Sequence[Ability], theirs: Sequence[Ability], unavailable: Mapping[str, str]
 ) -> list[str]:
-    """Why each of the other transports was not chosen, for the log.
+    """Why other transports could not be chosen, for the log. Those that are only less preferred are left out.
 
     Args:
         chosen: The chosen transport.
@@ -68,8 +68,9 @@ def why_not_chosen(
         other = offered.pop(ability.name, None)
         if ability.name == chosen:
             continue
-        why = "the peer does not have it" if other is None else _apart(ability, other) or f"{chosen} is preferred"
-        reasons.append(f"{ability.name}: {why}")
+        why = "the peer does not have it" if other is None else _apart(ability, other)
+        if why:  # otherwise it would have worked too, and is only less preferred
+            reasons.append(f"{ability.name}: {why}")
     reasons += [f"{name}: {why}" for name, why in unavailable.items() if name != chosen]
     return reasons + [f"{name}: not used on this side" for name in offered if name not in unavailable]
 

@@ -134,7 +134,7 @@ class Device:
             raise RefusedError(
                 "busy",
                 f"no HCCL group can be made on {self.name} now: {reason}",
-                hint="it is over soon: set WAIT on the client",
+                hint="it is over soon: a client tries again while its WAIT lasts",
                 retry_after=retry_after,
             )
 

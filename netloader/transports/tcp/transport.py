@@ -260,4 +260,4 @@ def _reject(connection: socket.socket, expected: str) -> str | None:
         host = unmapped(str(connection.getpeername()[0]))
     except OSError as error:
         return f"it was closed: {error}"
-    return None if host == unmapped(expected) else f"it comes from {host}"
+    return None if host == unmapped(expected.partition("%")[0]) else f"it comes from {host}"
