@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+
+import msgspec
 
 from netloader.config.files import read_token
 from netloader.core.report import ProgressCallback
@@ -20,6 +23,7 @@ from netloader.errors import (
     RefusedError,
     TransportUnavailable,
     VerificationError,
+    legible,
 )
 from netloader.observe.progress import ProgressBar, ProgressLog
 
@@ -30,6 +34,7 @@ __all__ = [
     "progress_shown",
     "report_error",
     "say",
+    "say_json",
     "set_up_logging",
     "token_from",
     "whole_error",
@@ -114,11 +119,19 @@ def error_lines(error: BaseException) -> tuple[str, str]:
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Print a line: results to standard output, messages about progress to standard error."""
+    """Print a line: results to standard output, messages about progress to standard error.
+
+    What a terminal would obey instead of showing it is escaped, because the line may hold text of a peer.
+    """
     try:
-        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        print(legible(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
     except BrokenPipeError:
         sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
+
+
+def say_json(data: object) -> None:
+    """Print `data` as one line of JSON. Characters outside of ASCII are escaped, as in :func:`say`."""
+    say(json.dumps(msgspec.to_builtins(data)))
 
 
 def set_up_logging(level: str) -> None:

@@ -10,7 +10,7 @@ import anyio
 import msgspec
 
 from netloader import api
-from netloader.cli.console import Exit, say, token_from
+from netloader.cli.console import Exit, say, say_json, token_from
 from netloader.client.probe import Probe
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import compare
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> Exit:
         reasons = _other_than(probe, options.against)
     asked = options.root is not None or options.against is not None
     if options.json:
-        say(msgspec.json.encode(_as_data(probe, reasons if asked else None)).decode())
+        say_json(_as_data(probe, reasons if asked else None))
     else:
         for line in _lines(probe):
             say(line)

@@ -13,7 +13,7 @@ import anyio.to_thread
 import msgspec
 
 from netloader import api, checkpoint
-from netloader.cli.console import Exit, error_lines, exit_for, progress_shown, say, token_from, whole_error
+from netloader.cli.console import Exit, error_lines, exit_for, progress_shown, say, say_json, token_from, whole_error
 from netloader.core.report import PullReport
 from netloader.errors import ConfigError, DigestMismatch, NoSourceLeft
 
@@ -31,12 +31,12 @@ def run(options: argparse.Namespace) -> Exit:
     except Exception as wrapped:  # noqa: BLE001 - printed as JSON if asked for, and raised again
         error = whole_error(wrapped)
         if options.json:
-            _print_json({"ok": False, "exit": exit_for(error), **_error_as_data(error)})
+            say_json({"ok": False, "exit": exit_for(error), **_error_as_data(error)})
         elif isinstance(error, NoSourceLeft):
             _print_corruption(error)
         raise error from None
     if options.json:
-        _print_json({"ok": True, "exit": Exit.OK, **_report_as_data(report), "files": [str(file) for file in files]})
+        say_json({"ok": True, "exit": Exit.OK, **_report_as_data(report), "files": [str(file) for file in files]})
     else:
         for line in report.lines():
             say(line)
@@ -101,10 +101,6 @@ def _print_corruption(error: NoSourceLeft) -> None:
 
 
 # --- as JSON ----------------------------------------------------------------------------------------------------------
-
-
-def _print_json(data: Mapping[str, object]) -> None:
-    say(msgspec.json.encode(data).decode())
 
 
 def _report_as_data(report: PullReport) -> dict[str, object]:

@@ -164,7 +164,7 @@ class FrameDecoder(Generic[M]):
         try:
             return self._in_parts(body) if len(body) > LARGE_FRAME else self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise self._explained(body, error) from error
+            raise self._explained(body, error) from None  # its text quotes the peer
 
     def _in_parts(self, body: bytes) -> M:
         """Decode a manifest in parts of some thousand tensors, so that other threads can run in between."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from netloader.errors import NetloaderError, RefusedError
+from netloader.errors import NetloaderError, RefusedError, legible
 from netloader.observe.events import Event, ServingStarted, SessionEnded, TransportChosen
 
 __all__ = ["RateLimitedLog", "ServerLog"]
@@ -100,8 +100,5 @@ def _label(event: TransportChosen | SessionEnded) -> str:
 
 
 def _one_line(error: NetloaderError) -> str:
-    """An error as one line of limited length, without control characters: part of it may be text of a peer."""
-    text = str(error)
-    if len(text) > _SHOWN:
-        text = text[: _SHOWN - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """An error as one line of limited length: part of it may be text of a peer."""
+    return legible(str(error), _SHOWN)

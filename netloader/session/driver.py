@@ -30,6 +30,7 @@ from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import LentMemory, drop_tracebacks
 from netloader.session.connection import ControlConnection
+from netloader.session.notes import SessionNotes
 from netloader.session.off_loop import FEW_TENSORS, encoded
 from netloader.session.phase_clock import PhaseClock
 from netloader.session.setup_mailbox import SetupMailbox
@@ -116,7 +117,7 @@ class SessionDriver(Generic[M]):
         self._farewell_until = math.inf  # time of the event loop after which the session does not wait for the peer
         self._send_scope = anyio.CancelScope()
         self._farewell_scope = anyio.CancelScope()
-        self._last_note = ""
+        self._notes = SessionNotes(label)
         self._tasks: TaskGroup | None = None
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -227,8 +228,7 @@ class SessionDriver(Generic[M]):
             case f.SetTimer(seconds):
                 self._set_timer(seconds)
             case f.Note(text):
-                _log.log(logging.DEBUG if text == self._last_note else logging.INFO, "%s: %s", self.label, text)
-                self._last_note = text
+                self._notes.add(text)
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
             case f.NoteQueued():
@@ -434,7 +434,7 @@ class SessionDriver(Generic[M]):
                 self.feed(message)
                 while len(self._outbox) > _OUTBOX_LIMIT:
                     await self._outbox_shrank.wait()
-            await anyio.lowlevel.checkpoint()
+                await anyio.lowlevel.checkpoint()  # after each message: thousands of short ones may come at once
 
     async def _write(self) -> None:
         """Send the frames of the outbox. Most sessions never need this task."""
