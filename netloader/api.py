@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import anyio.to_thread
 
-from netloader.client.probe import Probe, probe_source
+from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
 from netloader.core.addresses import Address, is_wildcard
 from netloader.core.identity import Layout, ModelIdentity, Role
@@ -122,7 +122,8 @@ class Server(HoldingServer):
             software=software(),
         )
         carriers = _transports(_device_of(tensors, device), transport)[0]
-        super().__init__(carriers, options, observers=observers)
+        asked = PullOptions(token=token, software=options.software)
+        super().__init__(carriers, options, observers=observers, check_relay=partial(relay_at, options=asked))
         self._first = None if tensors is None else (tensors, identity)
 
     async def __aenter__(self) -> Self:

@@ -31,7 +31,7 @@ from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import LentMemory, drop_tracebacks
 from netloader.session.connection import ControlConnection
 from netloader.session.notes import SessionNotes
-from netloader.session.off_loop import FEW_TENSORS, encoded
+from netloader.session.off_loop import FEW_TENSORS, encoded, examined_quickly
 from netloader.session.phase_clock import PhaseClock
 from netloader.session.setup_mailbox import SetupMailbox
 from netloader.transports.base import Channel, Setup
@@ -249,8 +249,7 @@ class SessionDriver(Generic[M]):
 
         The thread only computes, so a session that ends does not wait for it.
         """
-        manifest = question.announce.manifest or question.terms.manifest
-        if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+        if examined_quickly(question.announce, question.terms.manifest):
             self.feed(e.Examined(examine(question)))
             return
         work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)

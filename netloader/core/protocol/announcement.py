@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from netloader.core.identity import ModelIdentity
-from netloader.core.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
+from netloader.core.manifest import DIGEST_BYTES, Manifest, check_sizes, compare, compute_root, manifest_digest
 from netloader.core.plan import make_plan
 from netloader.core.protocol.effects import Examine
 from netloader.core.protocol.events import Announcement
-from netloader.errors import ManifestError, RemoteProtocolError, RootMismatch
+from netloader.errors import ManifestError, RemoteProtocolError, RootMismatch, plural
 
 __all__ = ["examine"]
 
@@ -22,6 +22,9 @@ def examine(question: Examine) -> Announcement:
     """
     event, terms = question.announce, question.terms
     manifest, digest = _manifest(question)
+    least = manifest.nbytes // event.block_bytes
+    if not least <= len(event.digests) // DIGEST_BYTES <= least + len(manifest.tensors) + 1:  # before the plan is made
+        raise RemoteProtocolError(f"{least} blocks or more came with {len(event.digests)} bytes of digests")
     plan = make_plan(manifest, event.block_bytes)
     if plan.digest != event.plan:
         raise RemoteProtocolError(
@@ -46,15 +49,17 @@ def _manifest(question: Examine) -> tuple[Manifest, str]:
         if terms.manifest is None:
             raise RemoteProtocolError("the server announced no manifest, and this client has none of its own")
         return terms.manifest, terms.manifest_digest
-    announced.check()
     if terms.manifest is not None and not question.probing:
+        check_sizes(announced.tensors)
         found = compare(terms.manifest, announced)
         if found:
             raise ManifestError(
-                f"{len(found)} tensors differ from what the server holds",
+                f"{plural(len(found), 'tensor')} here and at the server {'differs' if len(found) == 1 else 'differ'}",
                 problems=[str(mismatch) for mismatch in found],
                 hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
             )
+        return terms.manifest, terms.manifest_digest or manifest_digest(terms.manifest)
+    announced.check()
     if announced.nbytes > terms.options.max_bytes:
         raise ManifestError(
             f"the server holds {announced.nbytes} bytes, this client takes at most {terms.options.max_bytes}",
