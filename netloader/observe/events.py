@@ -178,6 +178,7 @@ class SessionEnded:
         blocks: Blocks that were verified (client) or sent (server).
         nbytes: Their bytes.
         error: Why it failed; a refusal is a :class:`~netloader.RefusedError` with a code, on both sides.
+        probe: Whether the client only asked what is held (server side).
     """
 
     side: str
@@ -189,6 +190,7 @@ class SessionEnded:
     blocks: int
     nbytes: int
     error: NetloaderError | None = field(default=None, compare=False)
+    probe: bool = False
 
     @property
     def stray(self) -> bool:

@@ -19,7 +19,8 @@ _SHOWN = 500
 
 _ROUTINE_CODES = ("not-ready", "busy", "done")
 """Codes logged at debug level: the refusals that waiting clients receive repeatedly, and the goodbye of a client that
-received every block from other sources."""
+received every block from other sources. So is every refusal of a client that only asks what is held: a server asks
+each client of its own that relays, before it sends others there."""
 
 
 class RateLimitedLog:
@@ -87,7 +88,7 @@ class ServerLog:
         error, label = event.error, _label(event)
         if error is None:
             _log.info("%s: done, %d blocks, %.1f MB", label, event.blocks, event.nbytes / 1e6)
-        elif isinstance(error, RefusedError) and error.code in _ROUTINE_CODES:
+        elif isinstance(error, RefusedError) and (error.code in _ROUTINE_CODES or event.probe):
             _log.debug("%s: %s", label, _one_line(error))
         elif event.stray:
             self._strays.happened(f"{label}: {_one_line(error)}")

@@ -26,7 +26,7 @@ CheckRelay = Callable[[Address, Announcement], Awaitable[str]]
 _SECONDS = 3.0
 """Seconds that one attempt may take."""
 
-_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_PAUSES = (0.02, 0.05, 0.05, 0.1, 0.2, 0.2, 0.5, 0.5, 1.0, 2.0, 5.0)
 """Seconds before each attempt: the client may still be verifying its first block."""
 
 _AT_ONCE = 8

@@ -375,6 +375,7 @@ class HoldingServer:
             blocks=info.blocks,
             nbytes=info.nbytes,
             error=session.session.error,
+            probe=session.session.probing,
         )
         if ended.stray:
             self._accept_delay += _STRAY_PAUSE

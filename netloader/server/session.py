@@ -376,6 +376,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         return lambda: self.retract(reason, sources)
 
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
+        self._begin_relay_check()
         try:
             await self.channel().send(views)
         finally:
@@ -386,12 +387,11 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._blocks += len(batch)
             self._nbytes += nbytes
             self.feed(e.BlocksSent(to_ranges(batch)))
-            self._begin_relay_check()
 
         return account
 
     def _begin_relay_check(self) -> None:
-        """The client has blocks now: if it says that it relays, find out whether it does."""
+        """The client gets its first blocks: if it says that it relays, find out whether it does."""
         identify = self.session.identify
         if self._relay_checked or identify is None or not identify.relay:
             return
