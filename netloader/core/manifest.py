@@ -319,7 +319,7 @@ def compare(ours: Manifest, theirs: Manifest) -> tuple[Mismatch, ...]:
         if name in other and spec != other[name]:
             found.append(Mismatch(name, _difference(spec, other[name]) if len(found) < _DETAILED else "it differs too"))
     found += [Mismatch(name, "the server does not hold it") for name in mine if name not in other]
-    found += [Mismatch(name, "the server holds it, and nothing here takes it") for name in other if name not in mine]
+    found += [Mismatch(name, "it is not expected here") for name in other if name not in mine]
     if not found and len(ours.tensors) != len(theirs.tensors):  # only possible when a name is not unique
         found.append(Mismatch("(all)", f"{len(ours.tensors)} tensors here and {len(theirs.tensors)} at the server"))
     if not found:

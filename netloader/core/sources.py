@@ -91,7 +91,7 @@ class Sources:
         tries: Sessions with one source that may fail after they delivered blocks.
         until: Time at which waiting for sources that are not ready ends.
         rng: Randomises pauses, so that clients that wait for one source don't all retry at once.
-        max_hops: Most redirections that may lead to one relay.
+        max_hops: Most relays that may lead to a relay.
 
     Attributes:
         follow: Whether redirections are followed; see :meth:`leave_relays`.
@@ -325,7 +325,7 @@ class Sources:
 
     def _named(self, by: _Candidate, relays: Sequence[Address], via: Address, now: float) -> frozenset[Address]:
         """Add the relays that a source named, within the bounds. Returns those that are known then."""
-        if not self.follow or by.hops >= self._max_hops:
+        if not self.follow or by.hops > self._max_hops:
             return frozenset()
         if by.via is not None:  # a relay has few clients, and this one needs one of them
             relays = relays[:_RELAYS_OF_RELAY]

@@ -24,7 +24,11 @@ def examine(question: Examine) -> Announcement:
     manifest, digest = _manifest(question)
     least = manifest.nbytes // event.block_bytes
     if not least <= len(event.digests) // DIGEST_BYTES <= least + len(manifest.tensors) + 1:  # before the plan is made
-        raise RemoteProtocolError(f"{least} blocks or more came with {len(event.digests)} bytes of digests")
+        raise RemoteProtocolError(
+            f"both sides derived different blocks (plan of at least {least} blocks here, "
+            f"{len(event.digests) // DIGEST_BYTES} digests at the server)",
+            hint="run the same netloader release on both sides",
+        )
     plan = make_plan(manifest, event.block_bytes)
     if plan.digest != event.plan:
         raise RemoteProtocolError(
@@ -54,7 +58,7 @@ def _manifest(question: Examine) -> tuple[Manifest, str]:
         found = compare(terms.manifest, announced)
         if found:
             raise ManifestError(
-                f"{plural(len(found), 'tensor')} here and at the server {'differs' if len(found) == 1 else 'differ'}",
+                f"{plural(len(found), 'tensor')} {'differs' if len(found) == 1 else 'differ'} from what the server holds",
                 problems=[str(mismatch) for mismatch in found],
                 hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
             )
