@@ -246,6 +246,7 @@ class World:
                 case p.LeaveSource(session, reason):
                     self._talks[session].left = True
                     if not self._talks[session].source.unreachable:  # a connection that is not there can't be ended
+                        self._talks[session].over = False  # it may have been going to end later
                         self._end(session, NetloaderError(reason))
                 case p.Finish(session) | p.CancelSession(session):
                     self._end(session, None)
