@@ -157,7 +157,14 @@ def test_each_differing_field_is_named_with_both_values() -> None:
     theirs = Manifest((A, TensorSpec("b", "float16", (6,), (1,), "nz", "a")))
     (found,) = compare(Manifest((A, B)), theirs)
     assert found.name == "b"
-    for text in ("dtype is 'float32' here and 'float16' at", "(5,)", "(6,)", "strides (1,) at", "'nz'", "shares the memory of 'a'"):
+    for text in (
+        "dtype is 'float32' here and 'float16' at",
+        "(5,)",
+        "(6,)",
+        "strides (1,) at",
+        "'nz'",
+        "shares the memory of 'a'",
+    ):
         assert text in found.reason
 
 

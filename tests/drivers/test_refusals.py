@@ -131,7 +131,10 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "one too many": ({"c": torch.zeros(1)}, "c: it is not expected here"),
     "another dtype": ({"b": torch.ones(3, dtype=torch.float16)}, "b: dtype is 'bfloat16' here and 'float16'"),
     "another shape": ({"a": torch.zeros(6, 4)}, "a: shape is (4, 6) here and (6, 4) at the server"),
-    "another order": ({"a": torch.zeros(6, 4).t()}, "a: in memory it is in row-major order here and in the order of strides (1, 4) at the server"),
+    "another order": (
+        {"a": torch.zeros(6, 4).t()},
+        "a: in memory it is in row-major order here and in the order of strides (1, 4) at the server",
+    ),
     "tied here only": ({"also tied": torch.zeros(8)}, "also tied: "),
 }
 

@@ -29,8 +29,8 @@ from netloader.errors import NetloaderError, PeerLost, RefusedError
 from netloader.server import session as server_session
 from netloader.server.relay_check import RelayCheck
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport, Side
-from tests.core.pull_world import World, announcement
 from tests.core.pull_world import Source as Simulated
+from tests.core.pull_world import World, announcement
 from tests.drivers import jumping, kit
 from tests.drivers.test_relays import Replica, held_seed, replica
 
