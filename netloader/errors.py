@@ -42,7 +42,7 @@ _SHOWN_REFUSAL = 2000
 
 
 def legible(text: str, limit: int | None = None) -> str:
-    """`text` as one line without characters that a terminal or a log obeys instead of showing them.
+    r"""`text` as one line without characters that a terminal or a log obeys instead of showing them.
 
     Every error passes its texts through here, because much of what an error says may be text of a peer. The same
     function is applied to notes of a session and to each line that a command prints.
@@ -53,7 +53,7 @@ def legible(text: str, limit: int | None = None) -> str:
 
     Returns:
         The text with control characters, line breaks, escape sequences, direction marks and invisible characters
-        written as escapes (``\\n``, ``\\x1b``, ``\\u202e``), cut at `limit`.
+        written as escapes (``\n``, ``\x1b``, ``\u202e``), cut at `limit`.
     """
     if limit is not None and len(text) > limit:
         text = f"{text[: limit - 3]}..."

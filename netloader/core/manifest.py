@@ -170,8 +170,9 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
         """Check a peer's manifest for everything that the plan relies on.
 
         Raises:
-            ManifestError: There are too many tensors or dimensions, a name is empty or not unique, a dtype is unknown, a shape is impossible, a stride is not
-                dense, or an alias names no earlier tensor of the same dtype, shape, stride and format.
+            ManifestError: There are too many tensors or dimensions, a name is empty or not unique, a dtype is unknown,
+                a shape is impossible, a stride is not dense, or an alias names no earlier tensor of the same dtype,
+                shape, stride and format.
         """
         if len(self.tensors) > MAX_TENSORS:
             raise ManifestError(f"the manifest has {len(self.tensors)} tensors, at most {MAX_TENSORS} are allowed")

@@ -92,6 +92,7 @@ class Pull:
         self._unfit: dict[Address, set[str]] = {}
         self._failures = Failures()
         self._over = False
+        self._total: int | None = None  # bytes of what was announced last
         self._last_source = ""
 
     # --- queries ----------------------------------------------------------------------------------------------------
@@ -390,7 +391,9 @@ class Pull:
     def _fail(self) -> Iterator[p.Command]:
         self._over = True
         yield p.Fail(
-            NoSourceLeft(self.attempts, verified=self.ledger.verified_bytes, total=self.ledger.total_bytes),
+            NoSourceLeft(
+                self.attempts, verified=self.ledger.verified_bytes, total=self.ledger.total_bytes or self._total
+            ),
         )
 
     def _deadline_passed(self, seconds: float) -> Iterator[p.Command]:
@@ -402,6 +405,7 @@ class Pull:
         """A session ended: decide what to do with its source."""
         source, error = session.source, event.error
         self.ledger.lose(session.number)
+        self._total = self.ledger.total_bytes or self._total
         pins = self._pinning.pins
         yield from self._pinning.ended(session)
         if self._pinning.pins != pins:

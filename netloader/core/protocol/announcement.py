@@ -7,7 +7,7 @@ from netloader.core.manifest import DIGEST_BYTES, Manifest, check_sizes, compare
 from netloader.core.plan import make_plan
 from netloader.core.protocol.effects import Examine
 from netloader.core.protocol.events import Announcement
-from netloader.errors import ManifestError, RemoteProtocolError, RootMismatch, plural
+from netloader.errors import ManifestError, RemoteProtocolError, RootMismatch
 
 __all__ = ["examine"]
 
@@ -57,8 +57,9 @@ def _manifest(question: Examine) -> tuple[Manifest, str]:
         check_sizes(announced.tensors)
         found = compare(terms.manifest, announced)
         if found:
+            one = "1 tensor differs from what the server holds"
             raise ManifestError(
-                f"{plural(len(found), 'tensor')} {'differs' if len(found) == 1 else 'differ'} from what the server holds",
+                one if len(found) == 1 else f"{len(found)} tensors differ from what the server holds",
                 problems=[str(mismatch) for mismatch in found],
                 hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
             )

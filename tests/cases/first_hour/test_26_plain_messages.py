@@ -5,7 +5,7 @@ from __future__ import annotations
 from netloader.core.manifest import Manifest, TensorSpec, compare, manifest_digest
 from netloader.errors import ManifestError
 from tests.core.pair import Pair, Weights, client_terms, run, server_terms
-from tests.core.test_session_stories import error_of
+from tests.core.stories import error_of
 
 SAME = Weights()
 

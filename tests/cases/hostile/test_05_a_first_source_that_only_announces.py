@@ -8,8 +8,8 @@ from netloader.core import messages as m
 from netloader.core import pull_events as p
 from netloader.core.report import PullReport
 from netloader.errors import NoSourceLeft
-from tests.core.pull_world import Source, World
-from tests.core.test_pull import ONE, TWO, announcement, begun
+from tests.core.pull_world import Source, World, announcement
+from tests.core.test_pull import ONE, TWO, begun
 from tests.drivers import kit
 from tests.drivers.test_completion import HUB
 

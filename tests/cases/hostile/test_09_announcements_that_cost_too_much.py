@@ -65,7 +65,12 @@ def test_of_any_number_of_differences_and_faults_some_are_explained(monkeypatch:
     assert len({mismatch.reason for mismatch in found[100:]}) == 1
     checked: list[str] = []
     problem = manifests._problem
-    monkeypatch.setattr(manifests, "_problem", lambda spec, seen: checked.append(spec.name) or problem(spec, seen))
+
+    def counted(spec: TensorSpec, seen: dict[str, TensorSpec]) -> str:
+        checked.append(spec.name)
+        return problem(spec, seen)
+
+    monkeypatch.setattr(manifests, "_problem", counted)
     with pytest.raises(ManifestError, match="at least 100 unusable tensors"):
         Manifest(tuple(TensorSpec(f"t{number}", "?", (4,)) for number in range(500))).check()
     assert len(checked) == 100

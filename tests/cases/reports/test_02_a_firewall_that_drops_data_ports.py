@@ -82,7 +82,7 @@ async def test_a_dropped_data_port_is_noticed_in_seconds_named_with_the_hint_and
             server.add(HOLDING)
             assert await _pull(into, server, tcp.TcpTransport(), hub.transport) == "memory"
             assert kit.contents(into) == kit.contents(SOURCE)
-            with pytest.raises(NoSourceLeft, match="did not answer within 0.2 s") as caught:
+            with pytest.raises(NoSourceLeft, match=r"did not answer within 0\.2 s") as caught:
                 await _pull(into, server, tcp.TcpTransport())
             await kit.until(lambda: len(server.ended) == 3, "the server waits no longer than the client")
     (attempt,) = caught.value.attempts
