@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from netloader.client.arguments import check_asked, check_pull, check_tensors, check_transport
-from netloader.client.probe import Probe, probe_source
+from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
 from netloader.config.arguments import Arguments
 from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
@@ -134,7 +134,8 @@ class Server(HoldingServer):
             software=software(),
         )
         carriers = _transports(_device_of(tensors, device), transport)[0]
-        super().__init__(carriers, options, observers=observers)
+        asked = PullOptions(token=token, software=options.software)
+        super().__init__(carriers, options, observers=observers, check_relay=partial(relay_at, options=asked))
         self._first = None if tensors is None else (tensors, identity)
         self._warn_if_exposed = token is None
         self._held: list[TensorHolding] = []

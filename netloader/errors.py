@@ -45,6 +45,36 @@ TORCH_HINT = (
 _SHOWN_PROBLEMS = 20
 _SHOWN_NAMES = 3
 _SHOWN_UNEXPECTED = 500
+_SHOWN_REFUSAL = 2000
+"""Most characters of what a peer gave as a reason or as advice."""
+
+
+def legible(text: str, limit: int | None = None) -> str:
+    r"""`text` as one line without characters that a terminal or a log obeys instead of showing them.
+
+    Every error passes its texts through here, because much of what an error says may be text of a peer. The same
+    function is applied to notes of a session and to each line that a command prints.
+
+    Args:
+        text: Any text.
+        limit: Most characters of the result; None for no limit.
+
+    Returns:
+        The text with control characters, line breaks, escape sequences, direction marks and invisible characters
+        written as escapes (``\n``, ``\x1b``, ``\u202e``), cut at `limit`.
+    """
+    if limit is not None and len(text) > limit:
+        text = f"{text[: limit - 3]}..."
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        if limit is not None and len(text) > limit:  # the escapes are longer than what they stand for
+            text = f"{text[: limit - 3]}..."
+    return text
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 tensor``, ``2 tensors``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 class NetloaderError(Exception):
@@ -60,8 +90,8 @@ class NetloaderError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(legible(message))
+        self.hint = legible(hint)
         self.story: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -233,7 +263,7 @@ class RefusedError(NetloaderError):
         retry_after: float | None = None,
         sources: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(legible(message, _SHOWN_REFUSAL), hint=legible(hint, _SHOWN_REFUSAL))
         self.code = code
         self.retry_after = retry_after
         self.sources = sources

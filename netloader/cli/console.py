@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import json
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ from netloader.errors import (
     RefusedError,
     TransportUnavailable,
     VerificationError,
+    legible,
     remedy_for,
 )
 from netloader.observe.progress import ProgressBar, ProgressLog
@@ -208,8 +210,8 @@ def _attempt(attempt: AttemptFailed, options: argparse.Namespace) -> dict[str, o
 
 
 def print_json(data: Mapping[str, object]) -> None:
-    """Print one object on standard output."""
-    say(msgspec.json.encode(data).decode())
+    """Print one object on standard output. Characters outside of ASCII are escaped, as in :func:`say`."""
+    say(json.dumps(msgspec.to_builtins(data)))
 
 
 def have_streams() -> None:
@@ -229,9 +231,12 @@ def have_streams() -> None:
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Print a line: results to standard output, messages about progress to standard error."""
+    """Print a line: results to standard output, messages about progress to standard error.
+
+    What a terminal would obey instead of showing it is escaped, because the line may hold text of a peer.
+    """
     try:
-        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        print(legible(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
     except BrokenPipeError:
         sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
 

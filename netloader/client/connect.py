@@ -7,9 +7,11 @@ from collections.abc import Iterable
 
 import anyio
 
-from netloader.codecs.frames import server_messages
+from netloader.codecs.frames import SERVER_FRAME_CAP, server_messages
 from netloader.core.addresses import Address
+from netloader.core.manifest import DIGEST_BYTES, Manifest
 from netloader.core.messages import Ability, ServerMessage
+from netloader.core.plan import MAX_BLOCKS
 from netloader.errors import PeerLost
 from netloader.session.connection import ControlConnection
 from netloader.transports.base import Transport
@@ -19,13 +21,35 @@ __all__ = ["abilities_of", "connect"]
 _NOT_THERE = "is the server running, and is this address the one in its log?"
 
 
+_OTHER_BYTES = DIGEST_BYTES * MAX_BLOCKS + (1 << 20)
+"""Bytes of an announcement besides the tensors: the digests of all blocks, and all other fields."""
+
+_TENSOR_BYTES = 2048
+"""Bytes that an announcement may take for each tensor of the client: much more than any real one does. The server's
+manifest may be another one, and the client should still be able to say in what it differs."""
+
+
 def abilities_of(transports: Iterable[Transport], device: str) -> tuple[Ability, ...]:
     """The abilities to announce to a server: those of `transports` that can run for tensors on `device`."""
     return tuple(Ability(t.name, dict(t.facts(device))) for t in transports if t.missing(device) is None)
 
 
-async def connect(source: Address, timeout: float) -> ControlConnection[ServerMessage]:
+def _frame_cap(manifest: Manifest | None) -> int:
+    """Most bytes to accept in one frame: a client that knows its tensors need not hold a much longer announcement."""
+    if manifest is None:
+        return SERVER_FRAME_CAP
+    return min(SERVER_FRAME_CAP, _OTHER_BYTES + _TENSOR_BYTES * len(manifest.tensors))
+
+
+async def connect(
+    source: Address, timeout: float, manifest: Manifest | None = None
+) -> ControlConnection[ServerMessage]:
     """Open a control connection to `source`.
+
+    Args:
+        source: The source.
+        timeout: Seconds that connecting may take.
+        manifest: The tensors that the client fills; None if it takes what the source holds.
 
     Raises:
         PeerLost: The source cannot be reached, or did not answer within `timeout` seconds.
@@ -38,7 +62,7 @@ async def connect(source: Address, timeout: float) -> ControlConnection[ServerMe
     except OSError as error:
         raise PeerLost(f"{source} cannot be reached: {_reason(error)}", hint=_NOT_THERE) from error
     try:
-        return ControlConnection(stream, server_messages())
+        return ControlConnection(stream, server_messages(_frame_cap(manifest)))
     except PeerLost as error:
         await anyio.aclose_forcefully(stream)
         raise PeerLost(f"{source} cannot be reached: {error.message}", hint=_NOT_THERE) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 
@@ -16,11 +16,12 @@ from netloader.core.options import PullOptions
 from netloader.core.protocol import ClientTerms, Session, Side
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
-from netloader.errors import TransferTimeout
+from netloader.core.protocol.events import Announcement
+from netloader.errors import RootMismatch, TransferTimeout
 from netloader.session.driver import SessionDriver
 from netloader.transports.base import Transport
 
-__all__ = ["Probe", "probe_source"]
+__all__ = ["Probe", "probe_source", "relay_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +33,23 @@ class Probe:
         software: Name and version of its software.
         seconds: Duration of the probe.
         transports: Names of the transports that it can use, preferred first.
+        node: Its name among relays; empty when it holds everything itself.
     """
 
-    announcement: e.Announcement
+    announcement: Announcement
     software: str
     seconds: float
     transports: tuple[str, ...] = ()
+    node: str = ""
 
 
 class _ProbeSession(SessionDriver[ServerMessage]):
     """A client session that ends after the announcement."""
+
+    node = ""
+
+    def chain(self, node: str, relays: tuple[str, ...]) -> None:  # noqa: ARG002 - part of the contract
+        self.node = node
 
     def perform(self, effect: f.Effect) -> None:
         match effect:
@@ -52,7 +60,11 @@ class _ProbeSession(SessionDriver[ServerMessage]):
 
 
 async def probe_source(
-    source: Address, identity: ModelIdentity | None, transports: Sequence[Transport], options: PullOptions
+    source: Address,
+    identity: ModelIdentity | None,
+    transports: Sequence[Transport],
+    options: PullOptions,
+    known: Announcement | None = None,
 ) -> Probe:
     """Ask a source what it holds, without taking a turn.
 
@@ -62,6 +74,7 @@ async def probe_source(
             compares the answer.
         transports: Announced to the server as abilities.
         options: Deadlines, token, role and layouts.
+        known: What it is expected to hold: it need not send the same manifest again.
 
     Returns:
         The answer of the source.
@@ -71,13 +84,38 @@ async def probe_source(
     """
     began = time.monotonic()
     with anyio.move_on_after(options.timeout):
-        connection = await connect(source, options.connect_timeout)
-        terms = ClientTerms(options, identity, abilities=abilities_of(transports, "cpu"), probe=True)
+        manifest, digest = (None, "") if known is None else (known.manifest, known.manifest_digest)
+        connection = await connect(source, options.connect_timeout, manifest)
+        abilities = abilities_of(transports, "cpu")
+        terms = ClientTerms(options, identity, manifest, digest, abilities=abilities, probe=True)
         session = Session(Side.CLIENT, client=terms)
-        await _ProbeSession(session, connection, device="cpu", label=f"source {source}").run()
+        driver = _ProbeSession(session, connection, device="cpu", label=f"source {source}")
+        await driver.run()
         if session.error is not None:
             raise session.error
         if session.announcement is not None:
             seconds = time.monotonic() - began
-            return Probe(session.announcement, session.peer_software, seconds, session.peer_transports)
+            return Probe(session.announcement, session.peer_software, seconds, session.peer_transports, driver.node)
     raise TransferTimeout(f"{source} did not say what it holds within {options.timeout:g} s")
+
+
+async def relay_at(address: Address, known: Announcement, options: PullOptions) -> str:
+    """Ask the relay at `address` for its name.
+
+    Args:
+        address: Where it listens.
+        known: What it relays.
+        options: Deadlines and token.
+
+    Returns:
+        The name that its announcement has; empty when it is no relay.
+
+    Raises:
+        NetloaderError: It cannot be reached, refused, or relays something else.
+    """
+    identity = known.identity
+    asked = replace(options, role=identity.role, layouts=(identity.layout,))
+    probe = await probe_source(address, None, (), asked, known)
+    if probe.announcement.root != known.root:
+        raise RootMismatch(known.root, probe.announcement.root, "this server")
+    return probe.node

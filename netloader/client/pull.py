@@ -107,7 +107,7 @@ async def pull_from(
         digest: Computes the digest of a block.
         options: Deadlines, limits and requirements.
         progress: Called after blocks were verified.
-        relay: Server of this process that serves the verified blocks, from the time when the first source is accepted.
+        relay: Server of this process that serves the verified blocks, from the time when the first one is verified.
             It serves them after the pull too: retract the role there before the memory changes.
         observers: Receive the events of the pull.
 
@@ -270,6 +270,8 @@ class _Pull:
                     self._start(partial(self._session_with, command))
                 case p.Allocate():
                     self._start(partial(self._allocate, command))
+                case p.FreeMemory():
+                    self._destination.free()
                 case p.StartRelaying(announcement):
                     self._pass_on(announcement)
                 case p.Log(level, text):
@@ -368,7 +370,7 @@ class _Pull:
         Raises:
             PeerLost: The source cannot be reached.
         """
-        connection = await connect(command.source, self._options.connect_timeout)
+        connection = await connect(command.source, self._options.connect_timeout, self._destination.manifest)
         session: ClientSession | None = None
         try:
             if not self._pull.over:
@@ -394,7 +396,7 @@ class _Pull:
 
     def _terms(self, command: p.Connect, transports: Iterable[Transport]) -> ClientTerms:
         return ClientTerms(
-            self._options,
+            self._options if command.follow else replace(self._options, follow=False),
             identity=self._identity,
             manifest=self._destination.manifest,
             manifest_digest=self._manifest_digest,
@@ -407,8 +409,9 @@ class _Pull:
         )
 
     def _pass_on(self, announcement: e.Announcement) -> None:
-        """The first source was accepted: begin to relay, if there is a server for it."""
-        self._manifest_digest = announcement.manifest_digest  # not known before, if the pull has no tensors of its own
+        """The first block is verified: begin to relay, if there is a server for it."""
+        if not self._manifest_digest:  # a pull that adopts what its source holds has tensors of its own from now on
+            self._manifest_digest = announcement.manifest_digest
         theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)

@@ -20,7 +20,7 @@ from netloader.core.plan import Plan, to_ranges
 from netloader.core.protocol import Session, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
-from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, TransportError
+from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, RemoteProtocolError, TransportError
 from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded
 from netloader.session.block_queue import BlockQueue
@@ -42,6 +42,9 @@ reports would cost throughput, because the threads that move bytes wait for the 
 _OPEN_GRANTS = 1 << 16
 """Most grants that may wait for their blocks. A server answers a request with one grant or a few."""
 
+_WAITING_AT_ONCE, _WAITING_RATE = 1000, 10.0
+"""How often a source may send Waiting: in all, and in addition for each second."""
+
 SessionCommand = p.Accept | p.Reject | p.RequestBlocks | p.Finish | p.LeaveSource | p.CancelSession
 """A command of the pull to one session."""
 
@@ -61,6 +64,10 @@ class PullDestination(Protocol):
 
     def adopt(self, manifest: Manifest, metadata: Mapping[str, str] | None) -> None:
         """Allocate memory for a manifest that the server announced, with the metadata of its weight files."""
+        ...
+
+    def free(self) -> None:
+        """Free the memory that :meth:`adopt` allocated."""
         ...
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
@@ -137,6 +144,8 @@ class ClientSession(SessionDriver[ServerMessage]):
         self._rejected: DigestMismatch | None = None
         self._granted = BlockQueue(_OPEN_GRANTS, f"the source sent more than {_OPEN_GRANTS} grants ahead")
         self._verify_seconds = 0.0
+        self._began = time.monotonic()
+        self._queued = 0
 
     async def run(self) -> None:
         """Run the session to its end."""
@@ -185,7 +194,12 @@ class ClientSession(SessionDriver[ServerMessage]):
                 super().perform(effect)
 
     def queued(self) -> None:
-        """The source queued this session."""
+        """The source queued this session. One that says so without end is left, because it only costs time."""
+        self._queued += 1
+        if self._queued > _WAITING_AT_ONCE + _WAITING_RATE * (time.monotonic() - self._began):
+            flood = f"the source sent Waiting {self._queued} times"
+            self.feed(e.Failed(RemoteProtocolError(flood, hint="a server sends it every few seconds")))
+            return
         self._tell(p.SessionQueued(self.number))
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:

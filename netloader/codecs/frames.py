@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 import msgspec
 
 from netloader.core.keys import MAC_BYTES, FrameSeal
-from netloader.core.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header
+from netloader.core.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header, check_sizes
 from netloader.core.messages import (
     PROTOCOL,
     Agree,
@@ -28,7 +28,7 @@ from netloader.core.messages import (
     Welcome,
     wire_body,
 )
-from netloader.errors import LocalProtocolError, RemoteProtocolError, shown
+from netloader.errors import LocalProtocolError, ManifestError, RemoteProtocolError, shown
 
 __all__ = [
     "CLIENT_FRAME_CAP",
@@ -77,7 +77,6 @@ class _RawManifest(msgspec.Struct, array_like=True):
 _FIELDS = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _MANIFEST = msgspec.msgpack.Decoder(_RawManifest)
 _TENSORS = msgspec.msgpack.Decoder(list[TensorSpec])
-_NIL = b"\xc0"
 
 
 def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
@@ -195,17 +194,25 @@ class FrameDecoder(Generic[M]):
         try:
             return self._in_parts(body) if len(body) > LARGE_FRAME else self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise self._explained(body, error) from error
+            raise self._explained(body, error) from None  # its text quotes the peer
 
     def _in_parts(self, body: bytes | memoryview) -> M:
         """Decode a manifest in parts of some thousand tensors, so that other threads can run in between."""
         fields = _FIELDS.decode(body)
         manifest = fields.pop("manifest", None)
-        if manifest is None or bytes(manifest) == _NIL or _NAME.decode(body).type != Announce.__name__:
+        name = bytes(fields.get("type", b""))[1:]
+        if manifest is None or memoryview(manifest).nbytes == 1 or name != Announce.__name__.encode():
             return self._decoder.decode(body)
         tensors = _MANIFEST.decode(manifest).tensors
         parts = (tensors[at : at + TENSORS_AT_ONCE] for at in range(0, len(tensors), TENSORS_AT_ONCE))
-        specs = [spec for part in parts for spec in _TENSORS.decode(array_header(len(part)) + b"".join(part))]
+        specs: list[TensorSpec] = []
+        sizes = 0
+        for part in parts:
+            specs += (more := _TENSORS.decode(array_header(len(part)) + b"".join(part)))
+            try:
+                sizes = check_sizes(more, sizes)
+            except ManifestError as error:
+                raise RemoteProtocolError(error.message) from None
         message: Any = self._decoder.decode(_ENCODER.encode(fields))
         whole: M = msgspec.structs.replace(message, manifest=Manifest(tuple(specs)))
         return whole
@@ -233,6 +240,6 @@ def client_messages() -> FrameDecoder[ClientMessage]:
     return FrameDecoder(msgspec.msgpack.Decoder(ClientMessage), _names(ClientMessage), CLIENT_FRAME_CAP)
 
 
-def server_messages() -> FrameDecoder[ServerMessage]:
-    """A decoder for the messages of servers, for use by a client."""
-    return FrameDecoder(msgspec.msgpack.Decoder(ServerMessage), _names(ServerMessage), SERVER_FRAME_CAP)
+def server_messages(cap: int = SERVER_FRAME_CAP) -> FrameDecoder[ServerMessage]:
+    """A decoder for the messages of servers, for use by a client that accepts frames of at most `cap` bytes."""
+    return FrameDecoder(msgspec.msgpack.Decoder(ServerMessage), _names(ServerMessage), cap)

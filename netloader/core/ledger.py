@@ -78,6 +78,7 @@ class Ledger:
     def __init__(self, root: str = "", pinned_by: str = "") -> None:
         self._root = root
         self._pinned_by = pinned_by
+        self._required = (root, pinned_by)
         self._plan: Plan | None = None
         self._digests = b""
         self._states = bytearray()
@@ -100,6 +101,11 @@ class Ledger:
     def pinned_by(self) -> str:
         """Where the pinned root comes from."""
         return self._pinned_by
+
+    @property
+    def root_required(self) -> bool:
+        """Whether the root was required from the start."""
+        return bool(self._required[0])
 
     @property
     def plan(self) -> Plan | None:
@@ -179,6 +185,18 @@ class Ledger:
         self._plan, self._digests = plan, digests
         self._states = bytearray(len(plan.blocks))
         self._queue = _Queue(len(plan.blocks), range(len(plan.blocks)))
+
+    def unpin(self) -> None:
+        """Forget what was pinned: no block of it was verified, and no session fetches one. Does nothing if unpinned.
+
+        Raises:
+            LocalProtocolError: Blocks were verified, or are in flight.
+        """
+        if self._verified_blocks or any(self._in_flight.values()):
+            raise LocalProtocolError("a pin was to be taken back after blocks of it were verified or requested")
+        self._root, self._pinned_by = self._required
+        self._plan, self._digests = None, b""
+        self._states, self._queue = bytearray(), _Queue(0, ())
 
     def assign(self, session: SessionId, max_bytes: int) -> Ranges:
         """Assign the lowest pending blocks that its server did not deny to a session.

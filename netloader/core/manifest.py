@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from netloader.errors import ManifestError, shown
+from netloader.errors import ManifestError, plural, shown
 
 __all__ = [
     "DIGEST_BYTES",
@@ -23,12 +23,14 @@ __all__ = [
     "MAX_DIMS",
     "MAX_ELEMENTS",
     "MAX_NAME",
+    "MAX_SIZES",
     "MAX_TENSORS",
     "TENSORS_AT_ONCE",
     "Manifest",
     "Mismatch",
     "TensorSpec",
     "array_header",
+    "check_sizes",
     "compare",
     "compute_root",
     "manifest_digest",
@@ -42,6 +44,9 @@ MAX_DIMS = 64
 
 MAX_TENSORS = 1 << 20
 """Tensors in one manifest. A peer's manifest is decoded before it can be checked, so its length has a limit."""
+
+MAX_SIZES = 4 * MAX_TENSORS
+"""Sizes and strides of all tensors of one manifest together. Published models have two or three for each tensor."""
 
 MAX_ELEMENTS = 1 << 62
 """Most elements of one tensor, not counting dimensions of size 0: their bytes still fit into 64 bits."""
@@ -115,6 +120,13 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return 0 if self.alias_of else self.nbytes
 
 
+_MOST_PROBLEMS = 100
+"""Unusable tensors after which a manifest is not examined further."""
+
+_DETAILED = 100
+"""Mismatches that are explained; a peer could make any number of them."""
+
+
 class _BytesOf(dict[tuple[int, ...], int]):
     """Cache of tensor sizes in bytes by shape, for one dtype: a model has few distinct shapes."""
 
@@ -158,24 +170,48 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
         """Check a peer's manifest for everything that the plan relies on.
 
         Raises:
-            ManifestError: A name is empty or not unique, a dtype is unknown, a shape is impossible, a stride is not
-                dense, or an alias names no earlier tensor of the same dtype, shape, stride and format.
+            ManifestError: There are too many tensors or dimensions, a name is empty or not unique, a dtype is unknown,
+                a shape is impossible, a stride is not dense, or an alias names no earlier tensor of the same dtype,
+                shape, stride and format.
         """
         if len(self.tensors) > MAX_TENSORS:
             raise ManifestError(f"the manifest has {len(self.tensors)} tensors, at most {MAX_TENSORS} are allowed")
+        check_sizes(self.tensors)
         problems: list[str] = []
         seen: dict[str, TensorSpec] = {}
         for spec in self.tensors:
             problem = _problem(spec, seen)
             if problem:
                 problems.append(f"{shown(spec.name, 80)}: {problem}")
+                if len(problems) == _MOST_PROBLEMS:
+                    break
             seen[spec.name] = spec
         if problems:
+            least = "at least " if len(problems) == _MOST_PROBLEMS else ""
             raise ManifestError(
-                f"the manifest has {len(problems)} unusable tensors",
+                f"the manifest has {least}{plural(len(problems), 'unusable tensor')}",
                 problems=problems,
                 hint="such tensors cannot be sent: leave them out, or pull from another source",
             )
+
+
+def check_sizes(tensors: Sequence[TensorSpec], before: int = 0) -> int:
+    """Count sizes and strides, which a peer's manifest may have a limited number of.
+
+    Args:
+        tensors: Some tensors of the manifest.
+        before: How many the tensors before these have.
+
+    Returns:
+        How many there are, those before included.
+
+    Raises:
+        ManifestError: There are more than :data:`MAX_SIZES`.
+    """
+    sizes = before + sum([len(spec.shape) + len(spec.stride) for spec in tensors])
+    if sizes > MAX_SIZES:
+        raise ManifestError(f"the tensors of the manifest have more than {MAX_SIZES} sizes and strides together")
+    return sizes
 
 
 def _problem(spec: TensorSpec, seen: dict[str, TensorSpec]) -> str:
@@ -268,8 +304,9 @@ def compare(ours: Manifest, theirs: Manifest) -> tuple[Mismatch, ...]:
         theirs: The manifest that the server announced.
 
     Returns:
-        All mismatches, missing tensors first; empty when the manifests are equal. When only the order differs, the
-        first place where it does.
+        All mismatches; empty when the manifests are equal. First the tensors that both sides have and that differ,
+        because they show best what was set up differently, then those that are missing here or there. When only the
+        order differs, the first place where it does.
     """
     if len(ours.tensors) == len(theirs.tensors) and all(
         ours.tensors[at : at + TENSORS_AT_ONCE] == theirs.tensors[at : at + TENSORS_AT_ONCE]
@@ -278,22 +315,42 @@ def compare(ours: Manifest, theirs: Manifest) -> tuple[Mismatch, ...]:
         return ()
     mine = {t.name: t for t in ours.tensors}
     other = {t.name: t for t in theirs.tensors}
-    found = [Mismatch(name, "the server does not hold it") for name in mine if name not in other]
-    found += [Mismatch(name, "it is not expected here") for name in other if name not in mine]
+    found: list[Mismatch] = []
     for name, spec in mine.items():
         if name in other and spec != other[name]:
-            fields = [
-                f"{f} is {shown(getattr(spec, f))} here and {shown(getattr(other[name], f))} at the server"
-                for f in TensorSpec.__struct_fields__
-                if getattr(spec, f) != getattr(other[name], f)
-            ]
-            found.append(Mismatch(name, ", ".join(fields)))
+            found.append(Mismatch(name, _difference(spec, other[name]) if len(found) < _DETAILED else "it differs too"))
+    found += [Mismatch(name, "the server does not hold it") for name in mine if name not in other]
+    found += [Mismatch(name, "it is not expected here") for name in other if name not in mine]
     if not found and len(ours.tensors) != len(theirs.tensors):  # only possible when a name is not unique
         found.append(Mismatch("(all)", f"{len(ours.tensors)} tensors here and {len(theirs.tensors)} at the server"))
     if not found:
         at, (a, b) = next((i, ab) for i, ab in enumerate(zip(ours.tensors, theirs.tensors, strict=True)) if ne(*ab))
         found.append(Mismatch(a.name, f"the server has {b.name!r} at position {at}"))
     return tuple(found)
+
+
+def _difference(ours: TensorSpec, theirs: TensorSpec) -> str:
+    """In what two tensors of the same name differ, with both values."""
+    found = []
+    for field in TensorSpec.__struct_fields__:
+        mine, other = getattr(ours, field), getattr(theirs, field)
+        if mine == other:
+            continue
+        if field == "stride":
+            found.append(f"in memory it is {_order(mine)} here and {_order(other)} at the server")
+        elif field == "alias_of":
+            found.append(f"here it {_sharing(mine)}, at the server it {_sharing(other)}")
+        else:
+            found.append(f"{field} is {shown(mine)} here and {shown(other)} at the server")
+    return ", ".join(found)
+
+
+def _order(stride: tuple[int, ...]) -> str:
+    return f"in the order of strides {shown(stride)}" if stride else "in row-major order"
+
+
+def _sharing(owner: str) -> str:
+    return f"shares the memory of {shown(owner)}" if owner else "has memory of its own"
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -20,8 +20,9 @@ from netloader.core.addresses import Address, valid_addresses
 from netloader.core.ledger import Ledger
 from netloader.core.messages import MAX_SOURCES, Outcome
 from netloader.core.options import PullOptions
-from netloader.core.protocol.events import Announcement
-from netloader.core.pull_state import Failures, FirstFiles, SessionState
+from netloader.core.pull_pinning import Pinning
+from netloader.core.pull_state import Failures, SessionState
+from netloader.core.redirect_budget import RedirectBudget
 from netloader.core.report import SourceShare
 from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import (
@@ -29,7 +30,6 @@ from netloader.errors import (
     DigestMismatch,
     DiscoveryError,
     LocalProtocolError,
-    ManifestError,
     MemoryStillInUse,
     NetloaderError,
     NoSourceLeft,
@@ -46,6 +46,8 @@ _REQUEST_PART = 2
 """More blocks are requested once 1 / this of the window is free."""
 
 _TAKEN_OVER = "its blocks are taken over by faster sources"
+
+_TOO_SLOW = "this relay delivers too little, and its server can serve instead"
 
 
 class Pull:
@@ -78,7 +80,10 @@ class Pull:
         self.shares: dict[str, SourceShare] = {}
         self._options = options
         self._began = began
-        self._sources = Sources(sources, tries=options.tries, until=began + options.wait, rng=rng)
+        until, hops = began + options.wait, options.max_hops
+        self._sources = Sources(sources, tries=options.tries, until=until, rng=rng, max_hops=hops)
+        self._budget = RedirectBudget()
+        self._pinning = Pinning(self.ledger, adopts=adopts)
         searching = -math.inf if listing is None else max(options.wait, listing)
         self._search_until = began + searching  # until then having no source left is no end
         self._left_out = False
@@ -86,12 +91,8 @@ class Pull:
         self._session_count = 0
         self._unfit: dict[Address, set[str]] = {}
         self._failures = Failures()
-        self._adopts = adopts
-        self._adopted = ""  # digest of the manifest that memory was provided for
-        self._first_files = FirstFiles()
-        self._allocating: SessionState | None = None
-        self._to_pin: list[tuple[SessionState, Announcement]] = []
         self._over = False
+        self._total: int | None = None  # bytes of what was announced last
         self._last_source = ""
 
     # --- queries ----------------------------------------------------------------------------------------------------
@@ -121,6 +122,7 @@ class Pull:
             due = [self._search_until]
         if plan is not None and any(s.parked for s in self._sessions.values()):
             due += [s.overdue_at(plan) for s in self._active()]
+        due.append(self._budget.ends_at)
         times = [at for at in due if at is not None]
         return min(times) if times else None
 
@@ -156,9 +158,10 @@ class Pull:
             case p.SessionEnded():
                 session = self._sessions.pop(event.session, None)
                 if session is not None:
+                    session.ended = True
                     yield from self._ended(session, event, now)
-            case p.MemoryAllocated(number, error):
-                yield from self._allocated(self._sessions.get(number), error)
+            case p.MemoryAllocated(_, error):
+                yield from self._pinning.allocated(error)
             case _:
                 session = self._sessions.get(event.session)
                 if session is not None:
@@ -194,12 +197,13 @@ class Pull:
         match event:
             case p.SessionStarted():
                 self.shares.setdefault(str(session.source), SourceShare())
+                if session.abandoned:  # while it was being connected
+                    yield p.LeaveSource(session.number, _TOO_SLOW)
             case p.SessionQueued():
                 session.queued = True
             case p.HoldingAnnounced(_, announcement):
                 session.queued = False
-                self._to_pin.append((session, announcement))
-                yield from self._pin_next()
+                yield from self._pinning.announced(session, announcement)
             case p.SessionReady():
                 session.open = True
                 session.began = session.moved = now
@@ -219,12 +223,14 @@ class Pull:
         if self.ledger.complete:
             yield from self._complete()
             return
+        yield from self._spend(now)
         yield from self._feed_parked(now)
         while not (self._full() or self._waits_for_first()):
             source = self._sources.take(now, work=self.ledger.plan is None or self.ledger.idle)
             if source is None:
                 break
             yield self._connect(source)
+        yield from self._spend(now)
         if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
             if not self._session_count and self._search_until > -math.inf:
                 none = f"no source appeared within {now - self._began:.3g} s"
@@ -237,7 +243,7 @@ class Pull:
             yield from self._give_work(session, now)
 
     def _full(self) -> bool:
-        return len(self._sessions) >= max(1, self._options.stripe)
+        return sum(not s.abandoned for s in self._sessions.values()) >= max(1, self._options.stripe)
 
     def _waits_for_first(self) -> bool:
         """Whether a second source has to wait.
@@ -245,13 +251,16 @@ class Pull:
         The first accepted source decides the root, so until then sources are tried one at a time. A source that only
         keeps this client in its queue does not hold up the next one.
         """
-        return self.ledger.plan is None and any(not session.queued for session in self._sessions.values())
+        return self.ledger.plan is None and any(not (s.queued or s.abandoned) for s in self._sessions.values())
 
     def _connect(self, source: Address) -> p.Connect:
         self._session_count += 1
         self._last_source = str(source)
-        self._sessions[self._session_count] = SessionState(self._session_count, source)
         labels, named_by = self._sources.told_of(source)
+        self._sessions[self._session_count] = session = SessionState(
+            self._session_count, source, relay=named_by is not None
+        )
+        self._pinning.constrain(session)
         return p.Connect(
             self._session_count,
             source,
@@ -261,54 +270,24 @@ class Pull:
             unfit=frozenset(self._unfit.get(source, ())),
             labels=labels,
             named_by=named_by,
+            follow=self._options.follow and self._sources.follow,
         )
 
-    # --- pinning ----------------------------------------------------------------------------------------------------
+    # --- relays -----------------------------------------------------------------------------------------------------
 
-    def _pin_next(self) -> Iterator[p.Command]:
-        """Accept or reject announcements one by one, because the first accepted one decides the root."""
-        while self._to_pin and self._allocating is None:
-            session, announcement = self._to_pin[0]
-            if session.number not in self._sessions:
-                self._to_pin.pop(0)
-                continue
-            if self._adopts:
-                self._allocating = session
-                yield p.Allocate(session.number, announcement.manifest, announcement.metadata)
-                return
-            self._to_pin.pop(0)
-            yield from self._pin(session, announcement)
-
-    def _allocated(self, session: SessionState | None, error: NetloaderError | None) -> Iterator[p.Command]:
-        if self._allocating is None:
-            raise LocalProtocolError("memory was allocated without an Allocate command")
-        self._allocating = None
-        asked, announcement = self._to_pin[0]
-        if error is None:
-            self._adopts, self._adopted = False, announcement.manifest_digest
-            self._first_files.pin(announcement.metadata)
-        elif session is asked:
-            self._to_pin.pop(0)
-            yield p.Reject(asked.number, error)
-        yield from self._pin_next()
-
-    def _pin(self, session: SessionState, announcement: Announcement) -> Iterator[p.Command]:
-        first = self.ledger.plan is None
-        try:
-            if self._adopted and announcement.manifest_digest != self._adopted:
-                raise ManifestError(
-                    "the source holds other tensors than those that memory was allocated for",
-                    hint="give sources of one checkpoint only",
-                )
-            note = self._first_files.compare(announcement.metadata)
-            self.ledger.pin(announcement.root, announcement.plan, announcement.digests, str(session.source))
-        except NetloaderError as error:
-            yield p.Reject(session.number, error)
+    def _spend(self, now: float) -> Iterator[p.Command]:
+        """Account for the time that relays take, and leave all of them once it is used up."""
+        relays = [s for s in self._sessions.values() if s.relay and not s.abandoned]
+        idle = bool(relays) and all(s.parked for s in relays)
+        running = self._sources.could_serve_instead and not (idle or self._pinning.allocating)
+        self._budget.run(running=running, now=now)
+        if not self._budget.used_up(now):
             return
-        yield p.Accept(session.number)
-        yield from (p.Log("info", f"{session.source}: {text}") for text in note)
-        if first:
-            yield p.StartRelaying(announcement)
+        self._sources.leave_relays()
+        yield p.Log("warning", "the relays delivered too little: from now on the servers that named them are asked")
+        for session in relays:
+            session.leaving = session.abandoned = True
+            yield p.LeaveSource(session.number, _TOO_SLOW)
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
@@ -338,6 +317,11 @@ class Pull:
             session.nbytes += nbytes
             share.blocks += 1
             share.nbytes += nbytes
+            if session.relay:
+                self._budget.earn(nbytes, plan.block_bytes)
+            if self.ledger.verified_blocks == 1:
+                self._sources.drop_held()
+                yield from self._pinning.proven()
         session.moved = now
 
     def _give_work(self, session: SessionState, now: float) -> Iterator[p.Command]:
@@ -406,7 +390,7 @@ class Pull:
 
     def _fail(self, advice: str = "") -> Iterator[p.Command]:
         self._over = True
-        verified, total = self.ledger.verified_bytes, self.ledger.total_bytes
+        verified, total = self.ledger.verified_bytes, self.ledger.total_bytes or self._total
         yield p.Fail(NoSourceLeft(self.attempts, verified=verified, total=total, advice=advice))
 
     def _deadline_passed(self, seconds: float) -> Iterator[p.Command]:
@@ -418,6 +402,11 @@ class Pull:
         """A session ended: decide what to do with its source."""
         source, error = session.source, event.error
         self.ledger.lose(session.number)
+        self._total = self.ledger.total_bytes or self._total
+        pins = self._pinning.pins
+        yield from self._pinning.ended(session)
+        if self._pinning.pins != pins:
+            self._sources.try_held(now)
         if event.transport:
             self.shares.setdefault(str(source), SourceShare()).transport = event.transport
         if isinstance(error, MemoryStillInUse):  # no other source may fill this memory
@@ -433,6 +422,10 @@ class Pull:
             hint = "add a source that holds all of them"
             error = RefusedError("gone", text, hint=hint, sources=session.elsewhere)
             error.story = event.story
+        if session.abandoned:
+            yield self._failed(source, error or NetloaderError(_TOO_SLOW))
+            self._sources.drop(source)
+            return
         if self._other_transport_may_work(event):
             self._unfit.setdefault(source, set()).add(event.transport)
             yield p.Log("warning", f"source {source}: not by {event.transport}: {error}")
@@ -444,6 +437,10 @@ class Pull:
         if session.slow and error.message == _TAKEN_OVER:  # not a failure: it stays the last resort
             yield self._failed(source, error)
             self._sources.demote(source, now)
+            return
+        if self._pinning.concerns(session, error):
+            yield self._failed(source, error)
+            self._sources.hold(source, now, until_unpinned=session.pin == self._pinning.pins)
             return
         yield from self._handle_failure(source, error, now, progressed=session.blocks > 0)
 

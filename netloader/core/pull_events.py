@@ -30,6 +30,7 @@ __all__ = [
     "Event",
     "Fail",
     "Finish",
+    "FreeMemory",
     "HoldingAnnounced",
     "LeaveSource",
     "Listed",
@@ -219,6 +220,7 @@ class Connect:
         unfit: Transports that could not be set up with this source.
         labels: What the search told about it.
         named_by: The source that named it; None when the search found it.
+        follow: Whether the source may redirect this client to relays.
     """
 
     session: int
@@ -229,6 +231,7 @@ class Connect:
     unfit: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     named_by: Address | None = None
+    follow: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,11 @@ class Allocate:
     session: int
     manifest: Manifest
     metadata: Mapping[str, str] | None = field(default=None, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """Free the memory that was allocated: its source delivered nothing, and another one may hold other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +283,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class LeaveSource:
-    """End the session: the source is slow, and faster ones take over its blocks."""
+    """End the session: the source is slow, and others take over its blocks. It may have no connection yet."""
 
     session: int
     reason: str
@@ -290,7 +298,7 @@ class CancelSession:
 
 @dataclass(frozen=True, slots=True)
 class StartRelaying:
-    """The first announcement was accepted: other clients may now pull verified blocks from this one."""
+    """The first block is verified: other clients may now pull verified blocks of what was announced from this one."""
 
     announcement: Announcement
 
@@ -318,6 +326,7 @@ class Fail:
 Command = (
     Connect
     | Allocate
+    | FreeMemory
     | Accept
     | Reject
     | RequestBlocks

@@ -40,10 +40,14 @@ class SessionState:
 
     number: int
     source: Address
+    relay: bool = False  # reached by redirection
+    pin: int | None = None  # number of the pin that decides what its source has to hold
     queued: bool = False
     open: bool = False
     finished: bool = False
     leaving: bool = False
+    abandoned: bool = False  # a relay that was too slow: neither its turn nor its announcement counts any more
+    ended: bool = False
     slow: bool = False
     dismissed: bool = False
     parked: bool = False  # nothing to do until blocks of other sessions become pending again

@@ -21,6 +21,9 @@ _RELAY_PAUSE = 0.05
 _RELAY_WAIT = 5.0
 """Seconds after which a relay that is still not ready is dropped."""
 
+_RELAYS_OF_RELAY = 4
+"""Most relays that are taken from one relay; any number may be taken from a server that the search found."""
+
 MAX_KNOWN = 4096
 """Most sources that one pull remembers, because a provider can find and servers can name any number of them."""
 
@@ -65,6 +68,8 @@ class _Candidate:
     lost: bool = False  # no longer offered: dropped when its session ends
     resting: bool = False  # its session ran out of blocks; tried again when blocks become pending again
     last_resort: bool = False  # slower than others; tried again when none of those is left
+    hops: int = 0  # how many redirections led to it
+    held: bool = False  # it holds other weights than an unproven source; tried again if that one proves false
     waits_for: frozenset[Address] = frozenset()  # relays that it named; tried again when they are gone
 
     @property
@@ -86,9 +91,17 @@ class Sources:
         tries: Sessions with one source that may fail after they delivered blocks.
         until: Time at which waiting for sources that are not ready ends.
         rng: Randomises pauses, so that clients that wait for one source don't all retry at once.
+        max_hops: Most relays that may lead to a relay.
+
+    Attributes:
+        follow: Whether redirections are followed; see :meth:`leave_relays`.
     """
 
-    def __init__(self, sources: Iterable[Source], *, tries: int, until: float, rng: random.Random) -> None:
+    def __init__(
+        self, sources: Iterable[Source], *, tries: int, until: float, rng: random.Random, max_hops: int = 32
+    ) -> None:
+        self.follow = True
+        self._max_hops = max_hops
         self._tries = tries
         self._until = until
         self._rng = rng
@@ -147,6 +160,51 @@ class Sources:
         candidate = self._known.get(source)
         return candidate is not None and candidate.via is not None and candidate.via in self._known
 
+    @property
+    def could_serve_instead(self) -> bool:
+        """Whether there are relays, and a source that was not reached by redirection could be asked instead of them."""
+        relays = direct = False
+        for candidate in self._known.values():
+            if candidate.via is not None:
+                relays = True
+            elif not (candidate.running or candidate.resting or candidate.held):
+                direct = True
+        return relays and direct
+
+    def leave_relays(self) -> None:
+        """Follow no redirection from now on, and hold no source back for its relays.
+
+        A relay that runs is dropped by :meth:`drop` when its session has ended.
+        """
+        self.follow = False
+        for source, candidate in list(self._known.items()):
+            candidate.waits_for = frozenset()
+            if candidate.via is not None and not candidate.running:
+                self.drop(source)
+
+    def hold(self, source: Address, now: float, *, until_unpinned: bool) -> None:
+        """It holds other weights than a source that has delivered nothing yet: try it again when that one has failed.
+
+        Args:
+            source: The source.
+            now: The time.
+            until_unpinned: False if that has happened already.
+        """
+        candidate = self._known[source]
+        candidate.running, candidate.held, candidate.due = False, until_unpinned, now
+        self._drop_lost(source)
+
+    def try_held(self, now: float) -> None:
+        """The source that decided what others have to hold has failed: try those again that hold something else."""
+        for candidate in self._known.values():
+            if candidate.held:
+                candidate.held, candidate.due = False, now
+
+    def drop_held(self) -> None:
+        """What sources have to hold is final now: drop those that hold something else."""
+        for source in [source for source, candidate in self._known.items() if candidate.held]:
+            self.drop(source)
+
     def take(self, now: float, *, work: bool) -> Address | None:
         """Take the source to try now, and mark it as running. None when no source is due.
 
@@ -156,7 +214,7 @@ class Sources:
         """
         alone = not self.running
         for source, candidate in sorted(self._known.items(), key=lambda item: item[1].rank):
-            if candidate.running or candidate.due > now or self._held_back(candidate):
+            if candidate.running or candidate.held or candidate.due > now or self._held_back(candidate):
                 continue
             if candidate.last_resort and not alone:
                 continue
@@ -173,7 +231,7 @@ class Sources:
         waiting = [
             c.due
             for c in self._known.values()
-            if not (c.running or c.resting or self._held_back(c)) and (alone or not c.last_resort)
+            if not (c.running or c.resting or c.held or self._held_back(c)) and (alone or not c.last_resort)
         ]
         return max(now, min(waiting)) if waiting else None
 
@@ -238,12 +296,7 @@ class Sources:
         """
         candidate = self._known[source]
         usable = [r for r in relays if r != source and r not in self._failed and not self._waits_in_cycle(r, candidate)]
-        for relay in usable:
-            if relay not in self._known and len(self._known) < MAX_KNOWN:
-                self._known[relay] = _Candidate(
-                    self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=source, due=now
-                )
-        candidate.waits_for = frozenset(r for r in usable if r in self._known)
+        candidate.waits_for = self._named(candidate, usable, source, now)
         if not candidate.waits_for:
             return False
         candidate.running = False
@@ -260,18 +313,28 @@ class Sources:
             now: The time.
             at_least: Least pause in seconds, when the source asked for one.
         """
-        via = self._known[source].via
+        candidate = self._known[source]
+        via = candidate.via
         if via is None:
             self.later(source, now, at_least)
         else:
             self.drop(source)
         # A known source keeps its pause. Otherwise two sources that name each other would be tried in an endless loop.
-        for other in others:
-            new = other != source and other not in self._known and other not in self._failed
-            if new and len(self._known) < MAX_KNOWN:
-                self._known[other] = _Candidate(
-                    self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next(), via=via or source, due=now
+        new = [r for r in others if r != source and r not in self._known and r not in self._failed]
+        self._named(candidate, new, via or source, now)
+
+    def _named(self, by: _Candidate, relays: Sequence[Address], via: Address, now: float) -> frozenset[Address]:
+        """Add the relays that a source named, within the bounds. Returns those that are known then."""
+        if not self.follow or by.hops > self._max_hops:
+            return frozenset()
+        if by.via is not None:  # a relay has few clients, and this one needs one of them
+            relays = relays[:_RELAYS_OF_RELAY]
+        for relay in relays:
+            if relay not in self._known and len(self._known) < MAX_KNOWN:
+                self._known[relay] = _Candidate(
+                    *(self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next()), via=via, hops=by.hops + 1, due=now
                 )
+        return frozenset(relay for relay in relays if relay in self._known)
 
     def drop(self, source: Address) -> None:
         """It is of no more use. If it is a relay, servers are told to name another one."""

@@ -203,6 +203,7 @@ class SessionEnded:
         nbytes: Their bytes.
         error: Why it failed; a refusal is a :class:`~netloader.RefusedError` with a code, on both sides.
         unfinished: Blocks that were being sent when the session failed (server). Some of them may have arrived.
+        probe: Whether the client only asked what is held (server side).
     """
 
     side: str
@@ -215,6 +216,7 @@ class SessionEnded:
     nbytes: int
     error: NetloaderError | None = field(default=None, compare=False)
     unfinished: int = 0
+    probe: bool = False
 
     @property
     def stray(self) -> bool:

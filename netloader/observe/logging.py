@@ -6,7 +6,7 @@ import logging
 import time
 
 from netloader.core.report import PullReport, summary
-from netloader.errors import NetloaderError, RefusedError
+from netloader.errors import NetloaderError, RefusedError, legible
 from netloader.observe.events import (
     Event,
     PullEnded,
@@ -28,7 +28,8 @@ _SHOWN = 500
 
 _ROUTINE_CODES = ("not-ready", "busy", "done")
 """Codes logged at debug level: the refusals that waiting clients receive repeatedly, and the goodbye of a client that
-received every block from other sources."""
+received every block from other sources. So is every refusal of a client that only asks what is held: a server asks
+each client of its own that relays, before it sends others there."""
 
 
 class RateLimitedLog:
@@ -111,7 +112,7 @@ class ServerLog:
         error, label = event.error, _label(event)
         if error is None:
             _log.info("%s: done, %d blocks, %.1f MB", label, event.blocks, event.nbytes / 1e6)
-        elif isinstance(error, RefusedError) and error.code in _ROUTINE_CODES:
+        elif isinstance(error, RefusedError) and (error.code in _ROUTINE_CODES or event.probe):
             _log.debug("%s: %s", label, _one_line(error))
         elif event.stray:
             self._strays.happened(f"{label}: {_one_line(error)}")
@@ -125,8 +126,5 @@ def _label(event: TransportChosen | SessionEnded) -> str:
 
 
 def _one_line(error: NetloaderError) -> str:
-    """An error as one line of limited length, without control characters: part of it may be text of a peer."""
-    text = str(error)
-    if len(text) > _SHOWN:
-        text = text[: _SHOWN - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """An error as one line of limited length: part of it may be text of a peer."""
+    return legible(str(error), _SHOWN)

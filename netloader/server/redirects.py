@@ -10,22 +10,27 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import anyio
+
 from netloader.core.addresses import Address, seen_from
 
 __all__ = ["Redirects"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Relay:
-    """A client that is being served and relays the blocks it has."""
+    """A client that is being served and says that it relays the blocks it has."""
 
     holding: object
     host: str
     port: int
+    checked: bool = False
 
 
 class Redirects:
     """The clients that a server serves, and which of them are relays.
+
+    A client is named as a relay only after :meth:`confirm`: it has received blocks, and was reached as a relay.
 
     Args:
         fan_out: Clients served directly before further ones are redirected; 0 redirects no client.
@@ -35,6 +40,7 @@ class Redirects:
         self._fan_out = fan_out
         self._served: dict[Hashable, object] = {}
         self._relays: dict[Hashable, _Relay] = {}
+        self._changed = anyio.Event()
 
     def join(self, session: Hashable, holding: object, host: str, port: int) -> None:
         """Add a client that is being served.
@@ -43,16 +49,28 @@ class Redirects:
             session: Its session.
             holding: The holding it pulls.
             host: Its host.
-            port: Port on which it relays; 0 when it does not.
+            port: Port on which it says that it relays; 0 when it does not.
         """
         self._served[session] = holding
         if port:
             self._relays[session] = _Relay(holding, host, port)
 
+    def confirm(self, session: Hashable) -> None:
+        """The client relays at its address: name it to new clients. Does nothing if it has left."""
+        relay = self._relays.get(session)
+        if relay is not None:
+            relay.checked = True
+            self._notify()
+
+    def deny(self, session: Hashable) -> None:
+        """The client does not relay at its address: don't name it. It is served as before. Idempotent."""
+        if self._relays.pop(session, None) is not None:
+            self._notify()
+
     def leave(self, session: Hashable) -> None:
         """Remove a client that is not served any more. Idempotent."""
         self._served.pop(session, None)
-        self._relays.pop(session, None)
+        self.deny(session)
 
     def relays_for(self, holding: object, avoid: Sequence[str], peer_host: str, local_host: str) -> tuple[str, ...]:
         """Relays to redirect a new client to, newest first; empty when it is to be served here.
@@ -63,12 +81,30 @@ class Redirects:
             peer_host: Host of the client.
             local_host: Host of this server, as the client sees it. A relay on this host has the same.
         """
-        direct = sum(served is holding for served in self._served.values())
-        if self._fan_out == 0 or direct < self._fan_out:
+        if not self._full(holding):
             return ()
         found = []
         for relay in reversed(self._relays.values()):
-            if relay.holding is not holding:
+            if relay.holding is not holding or not relay.checked:
                 continue
             found.append(seen_from(str(Address(relay.host, relay.port)), peer_host, local_host))
         return tuple(name for name in dict.fromkeys(found) if name not in avoid)
+
+    def undecided(self, holding: object) -> bool:
+        """Whether a new client would be redirected if one of the clients that are being served proved to be a relay."""
+        ours = [relay for relay in self._relays.values() if relay.holding is holding]
+        return self._full(holding) and bool(ours) and not any(relay.checked for relay in ours)
+
+    async def decided(self, holding: object, within: float) -> None:
+        """Wait while :meth:`undecided`, for `within` seconds at most."""
+        with anyio.move_on_after(within):
+            while self.undecided(holding):
+                await self._changed.wait()
+
+    def _full(self, holding: object) -> bool:
+        direct = sum(served is holding for served in self._served.values())
+        return self._fan_out != 0 and direct >= self._fan_out
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()

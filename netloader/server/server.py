@@ -29,6 +29,7 @@ from netloader.observe.logging import RateLimitedLog, ServerLog
 from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
+from netloader.server.relay_check import CheckRelay, RelayCheck
 from netloader.server.session import ServerSession, SessionInfo
 from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
@@ -91,13 +92,19 @@ class HoldingServer:
         transports: Transports it may use, preferred first.
         options: Limits, deadlines and the token.
         observers: Receive the events of the server and its sessions.
+        check_relay: Asks a client that says that it relays for its name as a relay. Without it no client is redirected.
 
     Raises (on entering):
         ConfigError: The address can't be bound.
     """
 
     def __init__(
-        self, transports: Sequence[Transport], options: ServeOptions, *, observers: Sequence[Observer] = ()
+        self,
+        transports: Sequence[Transport],
+        options: ServeOptions,
+        *,
+        observers: Sequence[Observer] = (),
+        check_relay: CheckRelay | None = None,
     ) -> None:
         self._transports = {transport.name: transport for transport in transports}
         self._options = options
@@ -106,6 +113,7 @@ class HoldingServer:
         self._unadmitted: dict[ServerSession, None] = {}
         self._changed = anyio.Event()
         self._relays = Redirects(options.fan_out)
+        self._relay_check = RelayCheck(check_relay)
         self._turns = Admission(options.max_clients, options.max_queue)
         self._probes = Admission(*_PROBES)
         self._log = ServerLog()
@@ -335,6 +343,7 @@ class HoldingServer:
             number=number,
             observers=self._observe,
             relays=self._relays,
+            check=self._relay_check,
             admitted=lambda: self._unadmitted.pop(session, None),
         )
         self._sessions.add(session)
@@ -367,6 +376,7 @@ class HoldingServer:
             nbytes=info.nbytes,
             error=session.session.error,
             unfinished=info.unfinished,
+            probe=session.session.probing,
         )
         if ended.stray:
             self._accept_delay += _STRAY_PAUSE

@@ -9,7 +9,7 @@ from functools import partial
 import anyio
 
 from netloader.codecs.block_view import BlockView
-from netloader.core.addresses import seen_from
+from netloader.core.addresses import Address, seen_from
 from netloader.core.messages import ClientMessage
 from netloader.core.plan import Ranges, expand, to_ranges
 from netloader.core.protocol import Session, State
@@ -25,6 +25,7 @@ from netloader.observe.base import Observers
 from netloader.server.admission import Admission
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
+from netloader.server.relay_check import RelayCheck
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
@@ -50,6 +51,9 @@ _RETRY_GONE = 5.0
 
 _RETRY_BUSY = 5.0
 """Seconds after which a client that was redirected, or found the queue full, may ask again."""
+
+_RELAY_DECISION = 1.0
+"""Most seconds that a new client waits until it is known whether a client that is being served is a relay."""
 
 _OPEN_REQUESTS = 4096
 """Most requests that one client may have open."""
@@ -97,6 +101,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         number: Number of the session at this server.
         observers: Receive the events of the session.
         relays: Decides whether a client is redirected.
+        check: Finds out whether the client is a relay.
         admitted: Called when the client has a turn or a place in the queue.
     """
 
@@ -112,6 +117,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         number: int,
         observers: Observers,
         relays: Redirects,
+        check: RelayCheck,
         admitted: Callable[[], None],
     ) -> None:
         peer = f"{connection.peer_host}:{connection.peer_port}"
@@ -122,6 +128,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._probes = probes
         self._transports = transports
         self._relays = relays
+        self._check_relay = check
+        self._relay_checked = False
         self._admitted = admitted
         self._host = connection.peer_host
         self._local_host = connection.local_host
@@ -210,6 +218,19 @@ class ServerSession(SessionDriver[ClientMessage]):
             self.spawn(lambda: self.make_calls(self._next_send), lambda _: None)
 
     def _take_turn(self, turns: Admission) -> None:
+        identify = self.session.identify
+        # A client that relays have failed already does not wait for another one.
+        follows = identify is not None and identify.follow and not (identify.probe or identify.avoid)
+        if follows and self._relays.undecided(self._serving()):
+            self.spawn(lambda: self._turn_when_decided(turns), lambda _: None)
+        else:
+            self._enter(turns)
+
+    async def _turn_when_decided(self, turns: Admission) -> None:
+        await self._relays.decided(self._serving(), _RELAY_DECISION)
+        self._enter(turns)
+
+    def _enter(self, turns: Admission) -> None:
         refusal = self._redirect()
         if refusal is not None:
             self.feed(refusal)
@@ -360,6 +381,7 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
         self._unfinished += len(batch)
+        self._begin_relay_check()
         try:
             await self.channel().send(views)
         finally:
@@ -373,6 +395,20 @@ class ServerSession(SessionDriver[ClientMessage]):
             self.feed(e.BlocksSent(to_ranges(batch)))
 
         return account
+
+    def _begin_relay_check(self) -> None:
+        """The client gets its first blocks: if it says that it relays, find out whether it does."""
+        identify = self.session.identify
+        if self._relay_checked or identify is None or not identify.relay:
+            return
+        self._relay_checked = True
+        address, known = Address(self._host, identify.relay), self._serving().announcement
+
+        async def check() -> None:
+            is_relay = await self._check_relay.is_relay(address, identify.node, known, self.label)
+            (self._relays.confirm if is_relay else self._relays.deny)(self)
+
+        self.spawn(check, lambda _: None)
 
     def _serving(self) -> Holding:
         if self._holding is None:

@@ -36,7 +36,8 @@ from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import LentMemory, drop_tracebacks
 from netloader.session.connection import ControlConnection
-from netloader.session.off_loop import FEW_TENSORS
+from netloader.session.notes import SessionNotes
+from netloader.session.off_loop import examined_quickly
 from netloader.session.outbox import Outbox
 from netloader.session.phase_clock import PhaseClock
 from netloader.session.setup_mailbox import SetupMailbox
@@ -118,7 +119,7 @@ class SessionDriver(Generic[M]):
         self._farewell_seconds = _FAREWELL
         self._farewell_until = math.inf  # time of the event loop after which the session does not wait for the peer
         self._farewell_scope = anyio.CancelScope()
-        self._last_note = ""
+        self._notes = SessionNotes(label)
         self._tasks: TaskGroup | None = None
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -226,8 +227,7 @@ class SessionDriver(Generic[M]):
             case f.SetTimer(seconds):
                 self._set_timer(seconds)
             case f.Note(text):
-                _log.log(logging.DEBUG if text == self._last_note else logging.INFO, "%s: %s", self.label, text)
-                self._last_note = text
+                self._notes.add(text)
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
             case f.NoteQueued():
@@ -248,8 +248,7 @@ class SessionDriver(Generic[M]):
 
         The thread only computes, so a session that ends does not wait for it.
         """
-        manifest = question.announce.manifest or question.terms.manifest
-        if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+        if examined_quickly(question.announce, question.terms.manifest):
             self.feed(e.Examined(examine(question)))
             return
         work = partial(anyio.to_thread.run_sync, examine, question, abandon_on_cancel=True)
@@ -422,7 +421,7 @@ class SessionDriver(Generic[M]):
             for message in messages:
                 self.feed(message)
                 await self._outbox.has_room()
-            await anyio.lowlevel.checkpoint()
+                await anyio.lowlevel.checkpoint()  # after each message: thousands of short ones may come at once
 
     def _connection_failed(self, reason: str) -> None:
         self._outbox.lose()

@@ -7,11 +7,19 @@ from typing import TypeVar
 
 import anyio
 
+from netloader.core.manifest import DIGEST_BYTES, Manifest
+from netloader.core.messages import Announce
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "few_spans", "in_thread", "look_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "examined_quickly", "few_spans", "in_thread", "look_up"]
 
 R = TypeVar("R")
+
+_FEW_BLOCKS = 4096
+"""Most blocks that are planned on the event loop."""
+
+_FEW_SIZES = 8
+"""Most sizes and strides for each of :data:`FEW_TENSORS` tensors that are examined on the event loop."""
 
 FEW_TENSORS = 2048
 """Most tensors of a manifest that is processed on the event loop; a larger one is processed in a thread. This many
@@ -20,6 +28,14 @@ tensors take about 5 ms."""
 FEW_SPANS = 512
 """Most spans that are looked up on the event loop; more are looked up in a thread. This many take 0.3 to 2.6 ms. A
 request for a model of large tensors has fewer."""
+
+
+def examined_quickly(announce: Announce, ours: Manifest | None) -> bool:
+    """Whether an announcement can be examined on the event loop, whatever its server wrote into it."""
+    tensors = (announce.manifest or ours or Manifest(())).tensors
+    if len(tensors) > FEW_TENSORS or len(announce.digests) > _FEW_BLOCKS * DIGEST_BYTES:
+        return False
+    return sum(len(spec.shape) + len(spec.stride) for spec in tensors) <= _FEW_SIZES * FEW_TENSORS
 
 
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:

@@ -117,6 +117,10 @@ class Destination:
         if self._memory is not None:
             self._memory.weaken()
 
+    def free(self) -> None:
+        """Free what :meth:`adopt` allocated, because the announcement is not pulled after all."""
+        self._memory, self._tensors, self._manifest = None, {}, None
+
     def views(self, plan: Plan, numbers: Sequence[int]) -> list[MemoryBlock]:
         """Views of these blocks, in this order; see :meth:`~netloader.tensors.TensorMemory.views`."""
         return self.memory.views(plan, numbers)

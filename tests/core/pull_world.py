@@ -68,6 +68,7 @@ class Source:
         salt: Which weights it holds.
         lies_at: Block that arrives with wrong bytes.
         silent: It sends nothing after the connection; `mute`: it never sends a block.
+        unreachable: Connecting to it neither succeeds nor fails for a long time.
         relays: Numbers of the relays to which it redirects new clients, before it serves them itself.
         only: The only transport that works with it; all do when empty.
     """
@@ -83,14 +84,15 @@ class Source:
     lies_at: int | None = None
     silent: bool = False
     mute: bool = False
+    unreachable: bool = False
     relays: tuple[int, ...] = ()
     only: str = ""
 
     @property
     def reliable(self) -> bool:
         """Whether it sends every block that it has to a client that waits long enough."""
-        faults = self.dies_after is not None or self.lies_at is not None or self.silent or self.mute
-        return not faults and self.dead_from == float("inf") and not self.salt and not self.relays
+        faults = self.dies_after is not None or self.lies_at is not None or self.silent or self.mute or self.unreachable
+        return not faults and self.dead_from == float("inf") and not self.salt
 
 
 TRANSPORTS = ("fast", "plain")
@@ -105,6 +107,7 @@ class _Talk:
     opened: bool = False
     sending: bool = False
     over: bool = False
+    left: bool = False
 
 
 @dataclass
@@ -137,11 +140,13 @@ class World:
         self.asked: Counter[int] = Counter()
         self.verified: Counter[int] = Counter()
         self.ended_at = self.last_block_at = 0.0
+        self.relaying = False
         self._count = itertools.count()
         self._queue: list[tuple[float, int, p.Event]] = []
         self._talks: dict[int, _Talk] = {}
         self._announced = {salt: announcement(self.blocks, salt) for salt in (b"", b"other")}
-        expect = self._announced[b""].root if any(s.salt for s in self.sources) else ""
+        delivers_others = any(s.salt and not s.mute for s in self.sources)
+        expect = self._announced[b""].root if delivers_others else ""
         options = PullOptions(stripe=self.stripe, wait=self.wait, expect_root=expect)
         offered = [Offered(self._address(n)) for n in self.given]
         self.pull = Pull(
@@ -239,14 +244,24 @@ class World:
                 case p.Reject(session, error):
                     self._end(session, error)
                 case p.LeaveSource(session, reason):
-                    self._end(session, NetloaderError(reason))
+                    self._talks[session].left = True
+                    if not self._talks[session].source.unreachable:  # a connection that is not there can't be ended
+                        self._talks[session].over = False  # it may have been going to end later
+                        self._end(session, NetloaderError(reason))
                 case p.Finish(session) | p.CancelSession(session):
                     self._end(session, None)
                 case p.Succeed():
                     self.outcome = command
                 case p.Fail(NoSourceLeft() as error):
                     self.outcome = error
-                case p.StartRelaying() | p.Log():
+                case p.StartRelaying():
+                    assert self.pull.ledger.verified_blocks or not self.blocks, "passed on before anything was verified"
+                    assert not self.relaying, "passed on twice"
+                    self.relaying = True
+                case p.FreeMemory():
+                    assert self.adopts
+                    assert not self.pull.ledger.verified_blocks
+                case p.Log():
                     pass
 
     def _end(self, number: int, error: NetloaderError | None, seconds: float = LATENCY) -> None:
@@ -271,19 +286,23 @@ class World:
         index = command.source.port - 1000
         source, number = self.sources[index], command.session
         self.connects[index] += 1
-        assert sum(not talk.over for talk in self._talks.values()) < max(1, self.stripe), "more sources than allowed"
+        running = sum(not (talk.over or talk.left) for talk in self._talks.values())
+        assert running < max(1, self.stripe), "more sources than allowed"
         usable = [name for name in TRANSPORTS if name not in command.unfit]
         talk = self._talks[number] = _Talk(source, "")
         gone = self.now >= source.dead_from or (source.absent and self.now < source.ready_at)
         if gone:
             self._end(number, PeerLost("nobody is there"))
             return
+        if source.unreachable:
+            self._end(number, PeerLost("it did not answer"), SILENCE)
+            return
         self._later(0.0, p.SessionStarted(number))
         if source.silent:
             self._end(number, TransferTimeout("it says nothing"), SILENCE)
         elif self.now < source.ready_at:
             self._end(number, RefusedError("not-ready", f"loading, {self.now} s", retry_after=1.0))
-        elif any(str(self._address(relay)) not in command.avoid for relay in source.relays):
+        elif command.follow and any(str(self._address(relay)) not in command.avoid for relay in source.relays):
             named = tuple(str(self._address(relay)) for relay in source.relays)
             self._end(number, RefusedError("busy", "others pass it on", retry_after=5.0, sources=named))
         elif command.root and command.root != self._announced[source.salt].root:

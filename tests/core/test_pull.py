@@ -50,6 +50,7 @@ def worlds(draw: st.DrawFn) -> World:
                 lies_at=st.none() | st.none() | st.integers(0, 5),
                 silent=st.sampled_from([False, False, False, True]),
                 mute=st.sampled_from([False, False, False, True]),
+                unreachable=st.sampled_from([False, False, False, False, True]),
                 relays=st.just(()) | st.lists(st.integers(0, count - 1), max_size=2, unique=True).map(tuple),
                 only=st.sampled_from(["", "", "plain"]),
             )
@@ -261,9 +262,8 @@ def test_the_next_source_is_told_the_pinned_root_and_the_failed_relays() -> None
     pull, _ = begun(ONE, TWO, stripe=2)
     known = announcement(3)
     commands = pull.handle(p.HoldingAnnounced(1, known), 0.1)
-    accepted, passed_on, connect = commands
+    accepted, connect = commands
     assert isinstance(accepted, p.Accept)
-    assert isinstance(passed_on, p.StartRelaying)
     assert isinstance(connect, p.Connect)
     assert (connect.root, connect.pinned_by) == (known.root, str(ONE))
 
@@ -274,10 +274,20 @@ def test_memory_is_allocated_for_one_source_and_the_next_has_to_hold_the_same_te
     (allocate,) = pull.handle(p.HoldingAnnounced(1, announcement(3)), 0.1)
     assert isinstance(allocate, p.Allocate)
     assert pull.handle(p.HoldingAnnounced(2, announcement(4)), 0.2) == []
+    accepted, refused = pull.handle(p.MemoryAllocated(1), 0.4)
+    assert accepted == p.Accept(1)
+    assert isinstance(refused, p.Reject)
+    assert refused.session == 2
+    assert "other tensors" in str(refused.error)
+
+
+def test_memory_whose_source_has_gone_meanwhile_is_freed_and_allocated_for_the_next_one() -> None:
+    pull, _ = begun(ONE, TWO, adopts=True)
+    pull.handle(p.SessionQueued(1), 0.0)
+    pull.handle(p.HoldingAnnounced(1, announcement(3)), 0.1)
+    pull.handle(p.HoldingAnnounced(2, other := announcement(4)), 0.2)
     pull.handle(p.SessionEnded(1, PeerLost("gone")), 0.3)
-    refused = [c for c in pull.handle(p.MemoryAllocated(1), 0.4) if isinstance(c, p.Reject)]
-    assert [c.session for c in refused] == [2]
-    assert "other tensors" in str(refused[0].error)
+    assert pull.handle(p.MemoryAllocated(1), 0.4) == [p.FreeMemory(), p.Allocate(2, other.manifest)]
 
 
 def test_a_slow_source_that_sent_wrong_bytes_is_dropped_and_not_kept_as_a_last_resort() -> None:

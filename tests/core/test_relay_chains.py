@@ -122,16 +122,28 @@ def test_a_newcomer_is_sent_to_the_newest_relay_of_the_same_holding() -> None:
     relays.join("b", draft, "10.0.0.3", 7001)
     relays.join("c", target, "10.0.0.4", 7002)
     relays.join("d", target, "10.0.0.5", 0)  # does not pass anything on
+    relays.join("e", target, "10.0.0.6", 7003)  # says so, and was not found there
+    assert relays.undecided(target)
+    for session in "abc":
+        relays.confirm(session)
+    assert not relays.undecided(target)
     assert relays.relays_for(target, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.4:7002", "10.0.0.2:7000")
     assert relays.relays_for(target, ("10.0.0.4:7002",), "10.0.0.9", "10.0.0.1") == ("10.0.0.2:7000",)
     relays.leave("a")
     assert relays.relays_for(target, ("10.0.0.4:7002",), "10.0.0.9", "10.0.0.1") == ()
+    relays.leave("c")
+    assert relays.undecided(target)
+    relays.deny("e")
+    assert not relays.undecided(target)
+    relays.confirm("e")  # it has been denied
+    assert relays.relays_for(target, (), "10.0.0.9", "10.0.0.1") == ()
 
 
 def test_a_relay_on_the_servers_own_host_is_named_by_the_address_that_others_can_reach() -> None:
     relays = Redirects(fan_out=1)
     holding = object()
     relays.join("a", holding, "127.0.0.1", 7000)
+    relays.confirm("a")
     assert relays.relays_for(holding, (), "10.0.0.9", "10.0.0.1") == ("10.0.0.1:7000",)
     assert relays.relays_for(holding, (), "127.0.0.1", "127.0.0.1") == ("127.0.0.1:7000",)
     assert relays.relays_for(holding, (), "::1", "fd00::1") == ("127.0.0.1:7000",)

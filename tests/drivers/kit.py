@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableSequence, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -16,6 +17,7 @@ import pytest
 import torch
 from anyio.abc import SocketAttribute, SocketStream
 
+from netloader.client.probe import relay_at
 from netloader.client.pull import pull_from
 from netloader.codecs.frames import FrameDecoder, client_messages, encode_frame, seal_frame, server_messages
 from netloader.core import messages as m
@@ -165,7 +167,9 @@ async def serving(
 ) -> AsyncIterator[WatchedServer]:
     """A server on the loopback address. On exit, checks that no session and no turn is left."""
     chosen = {"host": "127.0.0.1", "timings": timings, **options}
-    server = WatchedServer([transport], ServeOptions(**chosen, software="test"), observers=observers)
+    made = ServeOptions(**chosen, software="test")
+    check = partial(relay_at, options=PullOptions(token=made.token, timings=timings))
+    server = WatchedServer([transport], made, observers=observers, check_relay=check)
     async with server:
         for holding in holdings:
             server.add(holding)

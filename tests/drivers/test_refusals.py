@@ -131,7 +131,10 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "one too many": ({"c": torch.zeros(1)}, "c: it is not expected here"),
     "another dtype": ({"b": torch.ones(3, dtype=torch.float16)}, "b: dtype is 'bfloat16' here and 'float16'"),
     "another shape": ({"a": torch.zeros(6, 4)}, "a: shape is (4, 6) here and (6, 4) at the server"),
-    "another order": ({"a": torch.zeros(6, 4).t()}, "a: stride is () here and (1, 4) at the server"),
+    "another order": (
+        {"a": torch.zeros(6, 4).t()},
+        "a: in memory it is in row-major order here and in the order of strides (1, 4) at the server",
+    ),
     "tied here only": ({"also tied": torch.zeros(8)}, "also tied: "),
 }
 
@@ -141,7 +144,7 @@ async def test_tensors_that_differ_are_refused_by_name(case: str, refused: Refus
     hub, (changed, reason) = kit.Hub(), TENSORS[case]
     async with kit.serving(hub.transport, kit.held(_tensors(**changed))) as server:
         line = await refused(kit.at(server), hub, _tensors())
-    assert "1 tensors differ from what the server holds; " in line
+    assert "1 tensor differs from what the server holds; " in line
     assert reason in line
     assert "both sides have to build the model alike" in line
 

@@ -14,13 +14,14 @@ import pytest
 from anyio.abc import TaskGroup
 
 from netloader.client.pull import pull_from
-from netloader.core import pull_state
+from netloader.core import pull_state, redirect_budget
 from netloader.core.addresses import Address, seen_from
 from netloader.core.options import PullOptions
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
 from netloader.discovery.fixed import FixedSources
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
+from netloader.server import session as server_session
 from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
 from netloader.transports.base import Transport
@@ -33,6 +34,13 @@ BLOCKS = len(HOLDING.announcement.plan.blocks)
 HELD_AFTER = 7
 CARRIERS = ("memory", "gloo", "tcp", "shm")
 """What carries blocks between CPUs. Tests that are not about moving blocks take the first one only."""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients do not leave relays that deliver nothing: here these are held on purpose, and machines are busy."""
+    monkeypatch.setattr(redirect_budget, "_SECONDS", kit.PATIENCE)
+    monkeypatch.setattr(server_session, "_RELAY_DECISION", kit.PATIENCE)
 
 
 @pytest.fixture

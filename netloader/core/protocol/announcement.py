@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from netloader.core.identity import ModelIdentity
-from netloader.core.manifest import DIGEST_BYTES, Manifest, compare, compute_root, manifest_digest
+from netloader.core.manifest import DIGEST_BYTES, Manifest, check_sizes, compare, compute_root, manifest_digest
 from netloader.core.messages import MAX_METADATA_BYTES, metadata_bytes
 from netloader.core.plan import make_plan
 from netloader.core.protocol.effects import Examine
@@ -23,6 +23,13 @@ def examine(question: Examine) -> Announcement:
     """
     event, terms = question.announce, question.terms
     manifest, digest = _manifest(question)
+    least = manifest.nbytes // event.block_bytes
+    if not least <= len(event.digests) // DIGEST_BYTES <= least + len(manifest.tensors) + 1:  # before the plan is made
+        raise RemoteProtocolError(
+            f"both sides derived different blocks (plan of at least {least} blocks here, "
+            f"{len(event.digests) // DIGEST_BYTES} digests at the server)",
+            hint="run the same netloader release on both sides",
+        )
     plan = make_plan(manifest, event.block_bytes)
     if plan.digest != event.plan:
         raise RemoteProtocolError(
@@ -51,15 +58,18 @@ def _manifest(question: Examine) -> tuple[Manifest, str]:
         if terms.manifest is None:
             raise RemoteProtocolError("the server announced no manifest, and this client has none of its own")
         return terms.manifest, terms.manifest_digest
-    announced.check()
     if terms.manifest is not None and not question.probing:
+        check_sizes(announced.tensors)
         found = compare(terms.manifest, announced)
         if found:
+            one = "1 tensor differs from what the server holds"
             raise ManifestError(
-                f"{len(found)} tensors differ from what the server holds",
+                one if len(found) == 1 else f"{len(found)} tensors differ from what the server holds",
                 problems=[str(mismatch) for mismatch in found],
                 hint="both sides have to build the model alike: same dtype, quantisation, parallel sizes and release",
             )
+        return terms.manifest, terms.manifest_digest or manifest_digest(terms.manifest)
+    announced.check()
     if announced.nbytes > terms.options.max_bytes:
         raise ManifestError(
             f"the server holds {announced.nbytes} bytes, this client takes at most {terms.options.max_bytes}",

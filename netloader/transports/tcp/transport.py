@@ -19,7 +19,7 @@ import anyio.lowlevel
 import msgspec
 
 from netloader.core.addresses import unmapped
-from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.errors import PeerLost, TransferTimeout, TransportError, TransportUnavailable
 from netloader.transports.base import BlockView, Channel, Landed, Pending, Setup
 from netloader.transports.io.channel_state import ChannelState
 from netloader.transports.io.listener import (
@@ -40,6 +40,12 @@ __all__ = ["TcpTransport"]
 
 _MOST_LANES = 16
 _MANY_PROCESSORS = 16
+
+_CONNECT_SECONDS = 5.0
+"""Seconds that connecting to a data port may take. The port is open before the client hears of it, and the control
+connection shows that the host can be reached, so only something that drops packets takes longer."""
+
+_FIREWALL = "a firewall between both hosts has to let the client reach the server's data ports"
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
@@ -207,7 +213,7 @@ class TcpTransport:
                 raise TransferTimeout(
                     f"the server's data port {wanted.port} at {setup.peer_host} did not answer within "
                     f"{setup.timeout:g} s",
-                    hint="a firewall between both hosts has to let the client reach the server's data ports",
+                    hint=_FIREWALL,
                 ) from None
             raise
         return self._channel(connections, setup)
@@ -235,6 +241,7 @@ def _lanes_for() -> int:
 
 async def _connect_all(connections: list[socket.socket], offer: _TcpOffer, setup: Setup) -> None:
     """Open the connections that the offer asks for, adding each to `connections` before it is used."""
+    where = f"the server's data port {offer.port} at {setup.peer_host}"
     family, address = socket_address(setup.peer_host, offer.port)
     _, own = socket_address(setup.local_host, 0)
     waited_for: list[socket.socket] = []
@@ -246,13 +253,13 @@ async def _connect_all(connections: list[socket.socket], offer: _TcpOffer, setup
             sock.bind(own)  # the server accepts only the address that the control connection comes from
             if start_connecting(sock, address):
                 waited_for.append(sock)
-        for sock in waited_for:
-            await wait_connected(sock)
+        with anyio.move_on_after(_CONNECT_SECONDS) as connecting:
+            for sock in waited_for:
+                await wait_connected(sock)
     except OSError as error:
-        raise PeerLost(
-            f"the server's data port {offer.port} at {setup.peer_host} can't be reached: {error}",
-            hint="a firewall between both hosts has to let the client reach the server's data ports",
-        ) from error
+        raise PeerLost(f"{where} can't be reached: {error}", hint=_FIREWALL) from error
+    if connecting.cancelled_caught:  # the control connection is up, so this host is: another transport may work
+        raise TransportUnavailable(f"{where} did not answer within {_CONNECT_SECONDS:g} s", hint=_FIREWALL)
 
 
 def _reject(connection: socket.socket, expected: str) -> str | None:
