@@ -8,6 +8,7 @@ state transitions of the failed session. Neither contains tensor data.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -309,6 +310,25 @@ class NoSourceLeft(NetloaderError):
         self.attempts = tuple(attempts)
         self.verified = verified
         self.total = total
+
+
+_EXHAUSTED = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files of this host (fs.file-max)",
+    errno.ENOBUFS: "this host has no memory left for sockets",
+    errno.ENOMEM: "this host has no memory left",
+}
+"""Errors of the system that mean that a process or its host has run out of something -> what to do."""
+
+
+def shortage(error: BaseException) -> TransportError | None:
+    """The error for a user, if `error` means that this process can't have more threads, files or memory; else None."""
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        hint = "raise the limit of threads and processes (ulimit -u, or the pids limit of the container)"
+        return TransportError("this process can't start another thread", hint=hint)
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        return TransportError(f"this process has run out of resources: {error}", hint=_EXHAUSTED[error.errno])
+    return None
 
 
 TRANSIENT_CODES = frozenset({"not-ready", "busy", "gone"})

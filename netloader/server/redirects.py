@@ -7,7 +7,7 @@ Serving each client directly takes one transfer per client.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from netloader.core.addresses import Address, seen_from
@@ -54,7 +54,14 @@ class Redirects:
         self._served.pop(session, None)
         self._relays.pop(session, None)
 
-    def relays_for(self, holding: object, avoid: Sequence[str], peer_host: str, local_host: str) -> tuple[str, ...]:
+    def relays_for(
+        self,
+        holding: object,
+        avoid: Sequence[str],
+        peer_host: str,
+        local_host: str,
+        moves: Callable[[Hashable], bool],
+    ) -> tuple[str, ...]:
         """Relays to redirect a new client to, newest first; empty when it is to be served here.
 
         Args:
@@ -62,13 +69,14 @@ class Redirects:
             avoid: Relays that failed for this client.
             peer_host: Host of the client.
             local_host: Host of this server, as the client sees it. A relay on this host has the same.
+            moves: Whether the client of a session takes its blocks. One that does not is neither named nor counted.
         """
-        direct = sum(served is holding for served in self._served.values())
+        direct = sum(served is holding and moves(session) for session, served in self._served.items())
         if self._fan_out == 0 or direct < self._fan_out:
             return ()
         found = []
-        for relay in reversed(self._relays.values()):
-            if relay.holding is not holding:
+        for session, relay in reversed(self._relays.items()):
+            if relay.holding is not holding or not moves(session):
                 continue
             found.append(seen_from(str(Address(relay.host, relay.port)), peer_host, local_host))
         return tuple(name for name in dict.fromkeys(found) if name not in avoid)

@@ -25,7 +25,7 @@ from netloader.core.protocol import FINAL, Session, Side, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.core.protocol.announcement import examine
-from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError
+from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, RemoteProtocolError, TransportError, shortage
 from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded, TransportChosen
 from netloader.session.closing import LentMemory, drop_tracebacks
@@ -59,8 +59,6 @@ _SEND_LIMIT = 30.0
 
 _EXPLANATION = 0.25
 """Seconds to wait for the message with which a peer explains why it closed the channel."""
-
-_SHOWN_ERROR = 500
 
 
 class SessionDriver(Generic[M]):
@@ -320,9 +318,11 @@ class SessionDriver(Generic[M]):
                 await self._closing.wait()
         if isinstance(error, NetloaderError):
             return _as_event(error)
+        if scarce := shortage(error):
+            return _as_event(scarce)
         _log.error("%s: unexpected error, the session ends", self.label, exc_info=error)
         explained = NetloaderError(
-            f"unexpected {type(error).__name__}: {error}"[:_SHOWN_ERROR],
+            f"unexpected {type(error).__name__}: {error}"[:500],
             hint="this is a bug in netloader or in a transport: the log has the details",
         )
         explained.__cause__ = error
@@ -441,8 +441,8 @@ class SessionDriver(Generic[M]):
         while self._outbox:
             try:
                 frame = await encoded(self._outbox.popleft())
-            except LocalProtocolError as error:
-                self.feed(_as_event(error))
+            except (LocalProtocolError, RuntimeError) as error:  # RuntimeError: no thread starts
+                self.feed(await self._failed(error))
                 continue
             if not await self._write_frame(frame):
                 return
