@@ -12,7 +12,7 @@ session that has been below the least rate for longest is ended with "busy".
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 import anyio
@@ -192,8 +192,9 @@ class Admission:
     def leave(self, client: Hashable, now: float) -> None:
         """Remove `client` from the turns or the queue. A turn that becomes free goes to the next client. Idempotent."""
         self._waiting.pop(client, None)
-        if self._places.pop(client, None) is not None:
-            self._fill(now)
+        place = self._places.pop(client, None)
+        if place is not None:
+            self._fill(now, used=place.until >= now)
 
     def pass_on(self, now: float) -> list[Hashable]:
         """Put clients aside whose turn is not in use, while others wait, and give the turns to those.
@@ -208,11 +209,7 @@ class Admission:
             if place.turn and place.until < now:
                 place.turn = False
                 put.append(client)
-                if self.taken < self.total:
-                    # Clients that do nothing may have come in large numbers. So the newest client and the oldest one
-                    # are called alternately, and neither waits for all of them.
-                    self._newest = not self._newest
-                    self._call(self._newest_waiting() if self._newest else self._oldest_waiting(), now)
+                self._fill(now, used=False)
         return put
 
     def overdue(self, now: float) -> Hashable | None:
@@ -236,38 +233,35 @@ class Admission:
         place.until = now + (_AHEAD if place.channel else _ANSWER)
         self._places[client] = place
 
-    def _call(self, client: Hashable | None, now: float) -> None:
-        if client is None:
-            return
+    def _call(self, client: Hashable, now: float) -> None:
         place = self._waiting.pop(client)
         self._give(client, place, now)
         place.called.set()
 
-    def _fill(self, now: float) -> None:
-        """Give the turns that are free to the clients that have waited longest."""
+    def _fill(self, now: float, *, used: bool = True) -> None:
+        """Give the turns that are free to clients that wait.
+
+        A turn that was in use goes to the client that has waited longest. Clients that do nothing may have come in
+        large numbers. So turns that were not `used` go alternately to the newest client and to the oldest one, and
+        neither waits for all the others.
+        """
         while self._waiting and self.taken < self.total:
-            client = self._oldest_waiting()
-            if client is None:
+            full = self.channels >= self._channels  # then nobody can go on who needs a channel at once
+            able = [client for client, place in self._waiting.items() if not (full and place.given)]
+            if not able:
                 return
-            self._call(client, now)
+            self._newest = not (used or self._newest)
+            self._call(self._newest_of(able) if self._newest else self._oldest_of(able), now)
 
-    def _able(self) -> list[tuple[int, Hashable]]:
-        """The clients that can go on, by order of arrival: all, or those that don't need a channel at once."""
-        full = self.channels >= self._channels
-        return sorted(
-            ((place.number, client) for client, place in self._waiting.items() if not (full and place.given)),
-            key=lambda one: one[0],
-        )
+    def _oldest_of(self, able: Iterable[Hashable]) -> Hashable:
+        return min(able, key=lambda client: self._waiting[client].number)
 
-    def _oldest_waiting(self) -> Hashable | None:
-        able = self._able()
-        return able[0][1] if able else None
-
-    def _newest_waiting(self) -> Hashable | None:
+    def _newest_of(self, able: Iterable[Hashable]) -> Hashable:
         """The newest client of the address that has the fewest clients here."""
-        able = self._able()
-        if not able:
-            return None
-        everyone = [*self._waiting.values(), *self._places.values()]
-        of_each = Counter(place.address for place in everyone)
-        return min(able, key=lambda one: (of_each[self._waiting[one[1]].address], -one[0]))[1]
+        of_each = Counter(place.address for place in (*self._waiting.values(), *self._places.values()))
+
+        def order(client: Hashable) -> tuple[int, int]:
+            place = self._waiting[client]
+            return of_each[place.address], -place.number
+
+        return min(able, key=order)

@@ -79,7 +79,7 @@ def limits_for(options: ServeOptions, descriptors: int) -> Limits:
     connections = min(wanted, max(_LEAST_CONNECTIONS, ours - channels * _CHANNEL_DESCRIPTORS))
 
     def part(limit: int, least: int) -> int:
-        return min(limit, max(least, limit * connections // wanted))
+        return min(limit, max(least, limit * (connections - channels) // (wanted - channels)))
 
     return Limits(
         connections=connections,
