@@ -60,7 +60,7 @@ class Redirects:
         avoid: Sequence[str],
         peer_host: str,
         local_host: str,
-        moves: Callable[[Hashable], bool],
+        moves: Callable[[Hashable], bool] = lambda _: True,
     ) -> tuple[str, ...]:
         """Relays to redirect a new client to, newest first; empty when it is to be served here.
 

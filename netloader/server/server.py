@@ -23,7 +23,7 @@ from netloader.core.identity import Layout, Role
 from netloader.core.messages import Ability
 from netloader.core.options import ServeOptions
 from netloader.core.protocol import ServerTerms, Session, Side, State
-from netloader.errors import LocalProtocolError, MemoryStillInUse, PeerLost
+from netloader.errors import LocalProtocolError, MemoryStillInUse, PeerLost, shortage
 from netloader.observe.base import Observer, Observers
 from netloader.observe.events import ServingStarted, ServingStopped, SessionBegan, SessionEnded
 from netloader.observe.logging import RateLimitedLog, ServerLog
@@ -290,8 +290,13 @@ class HoldingServer:
         except PeerLost as error:
             self._accept_delay += _STRAY_PAUSE
             self._log.stray(f"{label}: {error.message}")
-        except Exception:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
-            _log.exception("%s: unexpected error, the session is closed", label)
+        except Exception as error:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
+            scarce = shortage(error)
+            if scarce is None:
+                _log.exception("%s: unexpected error, the session is closed", label)
+            else:
+                self._unaccepted.happened(str(scarce))
+                self._accept_delay += _ACCEPT_PAUSE
         finally:
             if session is not None:
                 self._connections.leave(session)

@@ -101,9 +101,8 @@ class World:
             client.turn_at = now
         if client.kind is Kind.SILENT or now - client.turn_at < client.answers_after:
             return
-        if not turns.holds_channel(client):
-            if turns.queued(client) or not turns.take_channel(client, now):
-                return
+        if not turns.holds_channel(client) and (turns.queued(client) or not turns.take_channel(client, now)):
+            return
         if client.kind is Kind.HALF:
             return
         if not client.block:

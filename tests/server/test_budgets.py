@@ -19,9 +19,7 @@ EVICTABLE = (Stage.STRANGER, Stage.PROBE, Stage.ASIDE)
     queue=st.integers(0, 5000),
     strangers=st.integers(1, 5000),
 )
-def test_at_least_half_of_the_descriptors_stay_free(
-    descriptors: int, clients: int, queue: int, strangers: int
-) -> None:
+def test_at_least_half_of_the_descriptors_stay_free(descriptors: int, clients: int, queue: int, strangers: int) -> None:
     limits = limits_for(ServeOptions(max_clients=clients, max_queue=queue, max_strangers=strangers), descriptors)
     # A channel needs 8 at most; the least limits need 12 with any number of descriptors.
     assert limits.connections + 8 * limits.channels <= max(12, descriptors // 2)

@@ -35,8 +35,12 @@ async def test_a_client_is_served_at_once_while_silent_hellos_hold_all_places(to
 
 async def test_whoever_is_turned_away_is_told_busy_and_when_to_come_again() -> None:
     hub = kit.Hub()
-    async with kit.serving(hub.transport, HOLDING, max_strangers=1) as server:
-        async with kit.fake_client(server) as oldest, kit.fake_client(server):
-            (refusal,) = await oldest.hear_all()
+    async with (
+        kit.serving(hub.transport, HOLDING, max_strangers=1) as server,
+        kit.fake_client(server) as oldest,
+        kit.fake_client(server),
+    ):
+        (refusal,) = await oldest.hear_all()
     assert isinstance(refusal, m.Refusal)
     assert (refusal.code, refusal.retry_after) == ("busy", 1.0)
+    assert refusal.message == "others want to connect, and this client has waited longest"

@@ -7,18 +7,22 @@ from typing import Any
 
 import anyio
 import pytest
+import torch
 
 from netloader.core import messages as m
 from netloader.errors import RefusedError
 from netloader.server import admission
+from netloader.server import session as server_session
 from netloader.server.budgets import Stage
+from netloader.tensors import hold
 from netloader.transports.tcp import TcpTransport
 from tests.drivers import kit
 from tests.strangers.kinds import KINDS, Kind, identify, probe, read_slowly, strangers
 
 SOURCE = kit.weights()
 HOLDING = kit.held(SOURCE)
-LARGE = kit.weights(rows=40_000)
+LARGE = {"large": torch.arange(5 << 20, dtype=torch.int64)}
+LARGE_HOLDING = hold(LARGE, kit.IDENTITY)
 TCP = TcpTransport(lanes=1)
 
 
@@ -40,28 +44,30 @@ async def test_silent_clients_in_all_turns_and_in_the_queue_do_not_keep_a_client
 
 
 async def test_slow_readers_in_all_turns_do_not_keep_a_client_out_and_go_on() -> None:
-    holding, into = kit.held(LARGE), kit.blank(LARGE)
+    into = kit.blank(LARGE)
     async with (
-        kit.serving(TCP, holding, max_clients=2) as server,
+        kit.serving(TCP, LARGE_HOLDING, max_clients=2) as server,
         strangers([Kind(2, read_slowly, secret=True)], "127.0.0.1", server.port),
     ):
         await kit.until(lambda: server._turns.channels == 2)
         await kit.pull(into, [kit.at(server)], TCP)
-        assert len(server.sessions) == 2, "a slow client is not ended while there is a channel for others"
+        await kit.until(lambda: server.ended)
+        assert len(server.ended) == 1, "a slow client is not ended while there is a channel for others"
     assert kit.contents(into) == kit.contents(LARGE)
 
 
 async def test_when_all_channels_stand_still_the_slowest_is_told_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_ARREARS", 0.2)
     monkeypatch.setattr(admission, "LEAST_RATE", 1 << 30)
-    holding, into = kit.held(LARGE), kit.blank(LARGE)
+    into = kit.blank(LARGE)
     async with (
-        kit.serving(TCP, holding, max_clients=1, stop_within=0.1) as server,
+        kit.serving(TCP, LARGE_HOLDING, max_clients=1, stop_within=0.1) as server,
         strangers([Kind(2, read_slowly, secret=True)], "127.0.0.1", server.port),
     ):
         await kit.pull(into, [kit.at(server)], TCP)
         assert kit.contents(into) == kit.contents(LARGE)
-        error = server.ended[0].session.error
+        await kit.until(lambda: any(session.session.error for session in server.ended))
+        error = next(session.session.error for session in server.ended if session.session.error)
         assert isinstance(error, RefusedError)
         assert (error.code, error.retry_after) == ("busy", 1.0)
         assert "others wait, and this client took less than" in error.message
@@ -82,6 +88,23 @@ async def test_a_client_that_is_slow_to_answer_is_served_although_its_turn_passe
         await second.hear_until(m.ChannelOffer)
         await slow.say(kit.agree(HOLDING, hub.transport))
         await slow.hear_until(m.ChannelOffer)
+
+
+async def test_a_client_without_a_channel_in_time_is_told_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_session, "_RETURN_WAIT", 0.1)
+    hub = kit.Hub()
+    async with kit.serving(hub.transport, HOLDING, max_clients=1) as server, contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(kit.fake_client(server)) for _ in range(3)]
+        for wire in wires:  # each is announced, because the one before it does not answer
+            await wire.say(kit.hello(hub.transport), m.Identify(identity=kit.IDENTITY, follow=False))
+            await wire.hear_until(m.Announce)
+        for wire in wires[:2]:
+            await wire.say(kit.agree(HOLDING, hub.transport))
+            await wire.hear_until(m.ChannelOffer)
+        await wires[2].say(kit.agree(HOLDING, hub.transport))
+        refusal = await wires[2].hear_until(m.Refusal)
+    assert (refusal.code, refusal.retry_after) == ("busy", 1.0)
+    assert "others took this client's turn before it answered" in refusal.message
 
 
 async def test_silent_probers_do_not_stop_probes_or_pulls() -> None:
