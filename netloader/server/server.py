@@ -44,11 +44,13 @@ _log = logging.getLogger("netloader")
 
 _ACCEPT_PAUSE = 0.1
 _STRAY_PAUSE = 0.002
-"""Seconds to wait before the next accept for each stray connection, each probe, and each connection that was turned
-away: about the time that one costs. So these, however frequent, leave half of the event loop's time to clients and to
-the engine."""
+"""Seconds from one stray connection to the next, and the same for probes and connections that were turned away: twice
+the time that one costs. So these, however frequent, leave half of the time of the event loop to clients and the engine."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of `accept` that mean that this host has run out of resources. Trying again at once would only spin."""
+
+_BURST = 0.5
+"""Seconds of such pauses that may be left out after a time without: many that come at once do not delay a client."""
 
 _PACE_CHECK = 0.1
 """Seconds between two checks, while clients wait, whether turns are in use."""
@@ -93,7 +95,7 @@ class HoldingServer:
         self._turned_away = RateLimitedLog("a connection was closed to make room for others", logging.WARNING, 1)
         self._unpaced = RateLimitedLog("a session was ended because it moved too little", logging.WARNING, 5)
         self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # memory that ended sessions may still read
-        self._accept_delay = 0.0  # seconds of pause before the next connection
+        self._accept_at = 0.0  # when the next connection is accepted, by the monotonic clock
         self._listening: Listening | None = None
         self._listeners: list[SocketListener] = []
         self._tasks: TaskGroup | None = None
@@ -259,9 +261,9 @@ class HoldingServer:
         if self._tasks is None:
             raise LocalProtocolError("the server is not running")
         while True:
-            delay, self._accept_delay = self._accept_delay, 0.0
-            if delay:
-                await anyio.sleep(delay)
+            pause = self._accept_at - time.monotonic()
+            if pause > 0:
+                await anyio.sleep(pause)
             try:
                 stream = await listener.accept()
             except anyio.ClosedResourceError:
@@ -274,6 +276,10 @@ class HoldingServer:
                     await anyio.sleep(_ACCEPT_PAUSE)
                 continue
             self._tasks.start_soon(self._serve, stream)
+
+    def _pause_accepting(self, seconds: float) -> None:
+        """Accept the next connection later, by `seconds` on average."""
+        self._accept_at = max(self._accept_at, time.monotonic() - _BURST) + seconds
 
     async def _serve(self, stream: SocketStream) -> None:
         """Serve one client. No error of it affects another client or the server."""
@@ -288,7 +294,7 @@ class HoldingServer:
             self._observe(SessionBegan("server", session.number, session.peer))
             await session.run()
         except PeerLost as error:
-            self._accept_delay += _STRAY_PAUSE
+            self._pause_accepting(_STRAY_PAUSE)
             self._log.stray(f"{label}: {error.message}")
         except Exception as error:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
             scarce = shortage(error)
@@ -296,7 +302,7 @@ class HoldingServer:
                 _log.exception("%s: unexpected error, the session is closed", label)
             else:
                 self._unaccepted.happened(str(scarce))
-                self._accept_delay += _ACCEPT_PAUSE
+                self._pause_accepting(_BURST + _ACCEPT_PAUSE)
         finally:
             if session is not None:
                 self._connections.leave(session)
@@ -349,7 +355,7 @@ class HoldingServer:
             count, limits = len(self._connections), self._limits
             text = f"{count} are connected, this server allows {limits.connections} and {limits.strangers} strangers"
             self._turned_away.happened(f"{session.label}: {text}")
-            self._accept_delay += _STRAY_PAUSE
+            self._pause_accepting(_STRAY_PAUSE)
             session.turn_away("others want to connect, and this client has waited longest", quickly=True)
 
     async def _pass_turns_on(self) -> None:
@@ -392,5 +398,5 @@ class HoldingServer:
             error=session.session.error,
         )
         if ended.stray or session.session.probing:
-            self._accept_delay += _STRAY_PAUSE
+            self._pause_accepting(_STRAY_PAUSE)
         self._observe(ended)
