@@ -45,7 +45,7 @@ _log = logging.getLogger("netloader")
 _ACCEPT_PAUSE = 0.1
 _STRAY_PAUSE = 0.002
 """Seconds from one stray connection to the next, and the same for probes and connections that were turned away: twice
-the time that one costs. So these, however frequent, leave half of the time of the event loop to clients and the engine."""
+the time that one costs. So they leave half of the time of the event loop to clients and to the engine."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of `accept` that mean that this host has run out of resources. Trying again at once would only spin."""
 
