@@ -126,6 +126,11 @@ class Admission:
         place = self._places.get(client)
         return place is not None and place.until >= now
 
+    def moves(self, client: Hashable, now: float) -> bool:
+        """Whether `client` answered, or still may, and is not far below the least rate: others can depend on it."""
+        place = self._places.get(client)
+        return place is not None and place.until + (_ARREARS if place.channel else 0.0) >= now
+
     def holds_channel(self, client: Hashable) -> bool:
         """Whether `client` holds a channel."""
         place = self._places.get(client)

@@ -272,7 +272,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         return None
 
     def _moves(self, session: Hashable) -> bool:
-        return self._turns.in_use(session, time.monotonic())
+        return self._turns.moves(session, time.monotonic())
 
     def _turn(self) -> e.TurnTaken:
         """Begin to serve the client, which has a turn now."""
