@@ -230,7 +230,7 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     def state_changed(self, after: State) -> None:
         """Start the sending task when the channel is open. Free the turn at the end, however long closing takes."""
-        if after in FINAL:
+        if after is State.FINALIZE or after in FINAL:
             self._account(Stage.ENDING)
             self._free_turn()
         if after is State.TRANSFER:

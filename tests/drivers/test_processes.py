@@ -117,7 +117,9 @@ async def test_connections_that_stop_after_hello_do_not_keep_a_new_client_out(to
                 assert kit.contents(into) == kit.contents(SOURCE)
             tasks.cancel_scope.cancel()
         heard = await first.hear_all()
-        assert [message.code for message in heard if isinstance(message, m.Goodbye)] == ["busy"]
+        assert [(message.code, message.retry_after) for message in heard if isinstance(message, m.Refusal)] == [
+            ("busy", 1.0)
+        ]
 
 
 async def test_an_evicted_client_tries_again_within_its_wait() -> None:
