@@ -9,6 +9,7 @@
 #   make bench       every benchmark, the table of goals and a plot; wants root, an idle machine and half an hour
 #   make bench-vllm  seconds to the first token of a new replica (needs `.venv-vllm`)
 #   make deep        the tests of `make test` with many more examples per property
+#   make strangers   what strangers hold at a server, and how soon a client is served (root, iproute2)
 #   make diagram     docs/state-machine.md and the tables of docs/protocol.md, from the code
 #   make lint / make format
 # ARGS="..." is handed to pytest or to the demo.
@@ -39,18 +40,22 @@ PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend hccl-real coexist bench bench-vllm clean
+.PHONY: help test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend hccl-real coexist bench bench-vllm strangers clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,14p' Makefile | cut -c3-
+	@sed -n '2,15p' Makefile | cut -c3-
 
 # The types are checked beside the tests: one process, and the tests leave a processor idle now and then.
 test: style
 	@$(MAKE) --no-print-directory --jobs 2 types tests
 
 tests: setup
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+# Hosts are network namespaces: root and iproute2.
+strangers: setup
+	$(VENV)/bin/python -m pytest -s tests/strangers $(ARGS)
 
 lint: style types
 

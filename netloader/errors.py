@@ -136,9 +136,12 @@ _FEW_FILES = "raise the limit of open files (ulimit -n)"
 _REMEDIES = {
     errno.EMFILE: _FEW_FILES,
     errno.ENFILE: _FEW_FILES,
+    errno.ENOBUFS: "free memory on this host: there is none left for sockets",
     errno.ENOMEM: "free memory on this host, or raise the limit of the container",
     errno.EAGAIN: "raise the limit of threads and processes (ulimit -u, or pids.max of the container)",
 }
+
+_EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 def remedy_for(error: BaseException) -> str:
@@ -428,6 +431,15 @@ class NoSourceLeft(NetloaderError):
         self.attempts = tuple(attempts)
         self.verified = verified
         self.total = total
+
+
+def shortage(error: BaseException) -> TransportError | None:
+    """The error for a user, if `error` means that this process can't have more threads, files or memory; else None."""
+    if isinstance(error, RuntimeError) and str(error).startswith(_NO_THREAD):
+        return TransportError("this process can't start another thread", hint=remedy_for(error))
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        return TransportError(f"this process has run out of resources: {error}", hint=remedy_for(error))
+    return None
 
 
 TRANSIENT_CODES = frozenset({"not-ready", "busy", "gone"})

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,9 +45,13 @@ class Serving:
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[Serving]:
+def serving(*arguments: object, host: str = "127.0.0.1", within: Sequence[str] = ()) -> Iterator[Serving]:
+    """A server; `within` another command, such as one that limits it, in a fresh process."""
+    whole = command("serve", *arguments, "--host", host)
+    if within:
+        whole[0] = sys.executable
     process = subprocess.Popen(
-        command("serve", *arguments, "--host", "127.0.0.1"),
+        [*within, *whole],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ Serving each client directly takes one transfer per client.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -72,7 +72,14 @@ class Redirects:
         self._served.pop(session, None)
         self.deny(session)
 
-    def relays_for(self, holding: object, avoid: Sequence[str], peer_host: str, local_host: str) -> tuple[str, ...]:
+    def relays_for(
+        self,
+        holding: object,
+        avoid: Sequence[str],
+        peer_host: str,
+        local_host: str,
+        moves: Callable[[Hashable], bool] = lambda _: True,
+    ) -> tuple[str, ...]:
         """Relays to redirect a new client to, newest first; empty when it is to be served here.
 
         Args:
@@ -80,12 +87,13 @@ class Redirects:
             avoid: Relays that failed for this client.
             peer_host: Host of the client.
             local_host: Host of this server, as the client sees it. A relay on this host has the same.
+            moves: Whether the client of a session takes its blocks. One that does not is neither named nor counted.
         """
-        if not self._full(holding):
+        if not self._full(holding, moves):
             return ()
         found = []
-        for relay in reversed(self._relays.values()):
-            if relay.holding is not holding or not relay.checked:
+        for session, relay in reversed(self._relays.items()):
+            if relay.holding is not holding or not relay.checked or not moves(session):
                 continue
             found.append(seen_from(str(Address(relay.host, relay.port)), peer_host, local_host))
         return tuple(name for name in dict.fromkeys(found) if name not in avoid)
@@ -101,8 +109,8 @@ class Redirects:
             while self.undecided(holding):
                 await self._changed.wait()
 
-    def _full(self, holding: object) -> bool:
-        direct = sum(served is holding for served in self._served.values())
+    def _full(self, holding: object, moves: Callable[[Hashable], bool] = lambda _: True) -> bool:
+        direct = sum(served is holding and moves(session) for session, served in self._served.items())
         return self._fan_out != 0 and direct >= self._fan_out
 
     def _notify(self) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
+import resource
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -22,12 +23,14 @@ from netloader.core.identity import Layout, Role
 from netloader.core.messages import Ability
 from netloader.core.options import ServeOptions
 from netloader.core.protocol import ServerTerms, Session, Side, State
-from netloader.errors import ConfigError, LocalProtocolError, MemoryStillInUse, PeerLost
+from netloader.errors import LocalProtocolError, MemoryStillInUse, PeerLost, shortage
 from netloader.observe.base import Observer, Observers
 from netloader.observe.events import ServingStarted, ServingStopped, SessionBegan, SessionEnded
 from netloader.observe.logging import RateLimitedLog, ServerLog
-from netloader.server.admission import Admission
+from netloader.server.admission import LEAST_RATE, Admission
+from netloader.server.budgets import Connections, Stage, limits_for
 from netloader.server.catalog import Holdings
+from netloader.server.listening import Listening
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import CheckRelay, RelayCheck
 from netloader.server.session import ServerSession, SessionInfo
@@ -40,49 +43,26 @@ __all__ = ["HoldingServer"]
 
 _log = logging.getLogger("netloader")
 
-_BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
 _STRAY_PAUSE = 0.002
-"""Seconds to wait before the next accept for each stray connection: about the time that one costs. So stray
-connections, however frequent, leave half of the event loop's time to clients and to the engine."""
+"""Seconds from one stray connection to the next, and the same for probes and connections that were turned away: twice
+the time that one costs. So they leave half of the time of the event loop to clients and to the engine."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of `accept` that mean that this host has run out of resources. Trying again at once would only spin."""
 
-_PROBES = (8, 128)
-"""Probes served at once, and probes that may wait."""
+_BURST = 0.5
+"""Seconds of such pauses that may be left out after a time without: many that come at once do not delay a client."""
+
+_PACE_CHECK = 0.1
+"""Seconds between two checks, while clients wait, whether turns are in use."""
+
+_MANY_FILES = 1 << 20
 
 
-def _bind(host: str | None, port: int) -> list[socket.socket]:
-    """Bind the listening sockets. For all addresses: one dual-stack socket, or an IPv4 socket on a host without IPv6.
-
-    Raises:
-        ConfigError: The address can't be bound.
-    """
-    try:
-        if host is None:
-            if socket.has_dualstack_ipv6():
-                try:
-                    return [_listening(socket.AF_INET6, ("", port), dualstack=True)]
-                except OSError as error:
-                    _log.debug("no dual-stack socket, using IPv4 only: %s", error)
-            return [_listening(socket.AF_INET, ("", port))]
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
-        )[0]
-        return [_listening(family, address)]
-    except OSError as error:
-        port_is_wrong = error.errno in (errno.EADDRINUSE, errno.EACCES) or (host is None and port)
-        raise ConfigError(
-            field="LISTEN_PORT" if port_is_wrong else "LISTEN_HOST",
-            value=f"{host or '*'}:{port}",
-            allowed="an address of this machine with a free port",
-            reason=str(error),
-            hint="choose another port, or omit it for a free one" if port_is_wrong else "omit it for all addresses",
-        ) from error
-
-
-def _listening(family: socket.AddressFamily, address: tuple[object, ...], *, dualstack: bool = False) -> socket.socket:
-    return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dualstack)
+def _open_files_limit() -> int:
+    """How many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MANY_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class HoldingServer:
@@ -110,17 +90,21 @@ class HoldingServer:
         self._options = options
         self._holdings = Holdings()
         self._sessions: set[ServerSession] = set()
-        self._unadmitted: dict[ServerSession, None] = {}
         self._changed = anyio.Event()
         self._relays = Redirects(options.fan_out)
         self._relay_check = RelayCheck(check_relay)
-        self._turns = Admission(options.max_clients, options.max_queue)
-        self._probes = Admission(*_PROBES)
+        self._limits = limits_for(options, _open_files_limit())
+        self._connections = Connections(self._limits)
+        self._turns = Admission(self._limits.turns, self._limits.queue, self._limits.channels)
+        self._some_wait = anyio.Event()
         self._log = ServerLog()
         self._observe = Observers((self._log, *observers))
         self._unaccepted = RateLimitedLog("a connection could not be accepted", logging.WARNING, 1)
+        self._turned_away = RateLimitedLog("a connection was closed to make room for others", logging.WARNING, 1)
+        self._unpaced = RateLimitedLog("a session was ended because it moved too little", logging.WARNING, 5)
         self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # memory that ended sessions may still read
-        self._accept_delay = 0.0  # seconds of pause before the next connection
+        self._accept_at = 0.0  # when the next connection is accepted, by the monotonic clock
+        self._listening: Listening | None = None
         self._listeners: list[SocketListener] = []
         self._tasks: TaskGroup | None = None
         self._stack: AsyncExitStack | None = None
@@ -134,18 +118,19 @@ class HoldingServer:
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
             raise LocalProtocolError("the server was started before", hint="make a new one")
-        sockets = await anyio.to_thread.run_sync(_bind, self._options.host, self._options.port)
-        self._host, self._port = sockets[0].getsockname()[:2]
+        listening = await anyio.to_thread.run_sync(Listening, self._options.host, self._options.port)
+        self._host, self._port = listening.sockets[0].getsockname()[:2]
         async with AsyncExitStack() as stack:
-            for raw in sockets:
-                stack.callback(raw.close)
-            for raw in sockets:
+            stack.callback(listening.close)
+            for raw in listening.sockets:
                 listener = await SocketListener.from_socket(raw)
                 await stack.enter_async_context(listener)
                 self._listeners.append(listener)
             self._tasks = await stack.enter_async_context(anyio.create_task_group())
             for listener in self._listeners:
                 self._tasks.start_soon(self._accept, listener)
+            self._tasks.start_soon(self._pass_turns_on)
+            self._listening = listening
             self._stack = stack.pop_all()
         return self
 
@@ -157,6 +142,8 @@ class HoldingServer:
             raise LocalProtocolError("the server is not running")
         self._stopping = True
         with anyio.CancelScope(shield=True):
+            if self._listening is not None:
+                self._listening.close()
             for listener in self._listeners:
                 await listener.aclose()
             for session in list(self._sessions):
@@ -282,19 +269,25 @@ class HoldingServer:
         if self._tasks is None:
             raise LocalProtocolError("the server is not running")
         while True:
-            delay, self._accept_delay = self._accept_delay, 0.0
-            if delay:
-                await anyio.sleep(delay)
+            pause = self._accept_at - time.monotonic()
+            if pause > 0:
+                await anyio.sleep(pause)
             try:
                 stream = await listener.accept()
             except anyio.ClosedResourceError:
                 return
             except OSError as error:  # the client closed, or no descriptors are left: go on accepting
+                if self._stopping:
+                    return
                 self._unaccepted.happened(str(error))
                 if error.errno in _EXHAUSTED:
                     await anyio.sleep(_ACCEPT_PAUSE)
                 continue
             self._tasks.start_soon(self._serve, stream)
+
+    def _pause_accepting(self, seconds: float) -> None:
+        """Accept the next connection later, by `seconds` on average."""
+        self._accept_at = max(self._accept_at, time.monotonic() - _BURST) + seconds
 
     async def _serve(self, stream: SocketStream) -> None:
         """Serve one client. No error of it affects another client or the server."""
@@ -309,13 +302,18 @@ class HoldingServer:
             self._observe(SessionBegan("server", session.number, session.peer))
             await session.run()
         except PeerLost as error:
-            self._accept_delay += _STRAY_PAUSE
+            self._pause_accepting(_STRAY_PAUSE)
             self._log.stray(f"{label}: {error.message}")
-        except Exception:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
-            _log.exception("%s: unexpected error, the session is closed", label)
+        except Exception as error:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
+            scarce = shortage(error)
+            if scarce is None:
+                _log.exception("%s: unexpected error, the session is closed", label)
+            else:
+                self._unaccepted.happened(str(scarce))
+                self._pause_accepting(_BURST + _ACCEPT_PAUSE)
         finally:
             if session is not None:
-                self._unadmitted.pop(session, None)
+                self._connections.leave(session)
                 self._sessions.discard(session)
                 if session.lent.in_use is not None and session.holding is not None:
                     self._in_use = [(holding, error) for holding, error in self._in_use if error.lasts]
@@ -327,7 +325,7 @@ class HoldingServer:
                 await anyio.aclose_forcefully(stream)
 
     def _session(self, stream: SocketStream, number: int) -> ServerSession:
-        """Make the session for a new connection. Drops the oldest waiting connection when there are too many.
+        """Make the session for a new connection. Turns others away when there are too many.
 
         Raises:
             PeerLost: The client has closed the connection already.
@@ -338,21 +336,53 @@ class HoldingServer:
             connection,
             holdings=self._holdings,
             turns=self._turns,
-            probes=self._probes,
             transports=self._transports,
             number=number,
             observers=self._observe,
             relays=self._relays,
             check=self._relay_check,
-            admitted=lambda: self._unadmitted.pop(session, None),
+            account=lambda stage: self._account(session, stage),
         )
         self._sessions.add(session)
-        self._unadmitted[session] = None
-        if len(self._unadmitted) > self._options.max_strangers:
-            oldest = next(iter(self._unadmitted))
-            del self._unadmitted[oldest]
-            oldest.abandon("others want to connect, and this client has waited longest to be accepted", "busy")
+        self._connections.enter(session, connection.peer_host)
+        self._make_room()
         return session
+
+    def _account(self, session: ServerSession, stage: Stage) -> None:
+        """The connection of a session is for something else now."""
+        self._connections.move(session, stage)
+        if stage is Stage.QUEUED or stage is Stage.ASIDE:
+            self._some_wait.set()
+        if stage is not Stage.ENDING:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Turn connections away until there are no more than the limits allow."""
+        while (session := self._connections.surplus()) is not None:
+            if not isinstance(session, ServerSession):
+                raise LocalProtocolError("a connection without a session was accounted for")
+            count, limits = len(self._connections), self._limits
+            text = f"{count} are connected, this server allows {limits.connections} and {limits.strangers} strangers"
+            self._turned_away.happened(f"{session.label}: {text}")
+            self._pause_accepting(_STRAY_PAUSE)
+            session.turn_away("others want to connect, and this client has waited longest", quickly=True)
+
+    async def _pass_turns_on(self) -> None:
+        """While clients wait, pass turns on that are not in use, and end the session that keeps no pace."""
+        while True:
+            await self._some_wait.wait()
+            self._some_wait = anyio.Event()
+            while self._turns.waiting:
+                now = time.monotonic()
+                for client in self._turns.pass_on(now):
+                    if isinstance(client, ServerSession) and not self._turns.holds_channel(client):
+                        self._account(client, Stage.ASIDE)
+                late = self._turns.overdue(now)
+                if isinstance(late, ServerSession):
+                    text = f"others wait, and this client took less than {LEAST_RATE >> 10} KiB/s"
+                    self._unpaced.happened(f"{late.label}: {text}")
+                    late.turn_away(text, quickly=False)
+                await anyio.sleep(_PACE_CHECK)
 
     def _abilities(self) -> list[Ability]:
         devices = {holding.device for holding in self._holdings.held()} or {"cpu"}
@@ -378,6 +408,6 @@ class HoldingServer:
             unfinished=info.unfinished,
             probe=session.session.probing,
         )
-        if ended.stray:
-            self._accept_delay += _STRAY_PAUSE
+        if ended.stray or session.session.probing:
+            self._pause_accepting(_STRAY_PAUSE)
         self._observe(ended)

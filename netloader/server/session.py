@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from netloader.codecs.block_view import BlockView
 from netloader.core.addresses import Address, seen_from
 from netloader.core.messages import ClientMessage
 from netloader.core.plan import Ranges, expand, to_ranges
-from netloader.core.protocol import Session, State
+from netloader.core.protocol import FINAL, Session, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
 from netloader.errors import (
@@ -23,6 +24,7 @@ from netloader.errors import (
 )
 from netloader.observe.base import Observers
 from netloader.server.admission import Admission
+from netloader.server.budgets import Stage
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import RelayCheck
@@ -54,15 +56,28 @@ _RETRY_BUSY = 5.0
 
 _RELAY_DECISION = 1.0
 """Most seconds that a new client waits until it is known whether a client that is being served is a relay."""
+_RETRY_FULL = 1.0
+"""Seconds after which a client may come again that was turned away because too many are connected."""
+
+_RETURN_WAIT = 30.0
+"""Seconds that a client waits for a channel that was slow to answer the announcement. It waits for the offer meanwhile,
+and has a deadline for that."""
 
 _OPEN_REQUESTS = 4096
 """Most requests that one client may have open."""
+
+_TENSOR_BYTES = 100
+"""About how many bytes of an announcement are about one tensor."""
 
 _OTHER_SOURCE = "pull from another source"
 
 _SEND_BYTES = 256 << 20
 """Most bytes in one call of the channel. A client's request window is about half a second at its rate, so a call
 takes no longer than that. A retraction takes effect between two calls."""
+
+_FIRST_BYTES = 4 << 20
+"""Most bytes in a call until more have been sent. A call may last as long as its bytes take at the least rate, so a
+client that takes none must not hold its channel for a large one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +111,12 @@ class ServerSession(SessionDriver[ClientMessage]):
         connection: The client's control connection.
         holdings: The catalog of the server.
         turns: Admission of pulls.
-        probes: Admission of probes.
         transports: Transports by name.
         number: Number of the session at this server.
         observers: Receive the events of the session.
         relays: Decides whether a client is redirected.
         check: Finds out whether the client is a relay.
-        admitted: Called when the client has a turn or a place in the queue.
+        account: Called when the connection is for something else from now on.
     """
 
     def __init__(
@@ -112,25 +126,23 @@ class ServerSession(SessionDriver[ClientMessage]):
         *,
         holdings: Holdings,
         turns: Admission,
-        probes: Admission,
         transports: Mapping[str, Transport],
         number: int,
         observers: Observers,
         relays: Redirects,
         check: RelayCheck,
-        admitted: Callable[[], None],
+        account: Callable[[Stage], None],
     ) -> None:
         peer = f"{connection.peer_host}:{connection.peer_port}"
         label = f"session {number} with {peer}"
         super().__init__(session, connection, device="cpu", label=label, number=number, peer=peer, observers=observers)
         self._holdings = holdings
         self._turns = turns
-        self._probes = probes
         self._transports = transports
         self._relays = relays
         self._check_relay = check
         self._relay_checked = False
-        self._admitted = admitted
+        self._account = account
         self._host = connection.peer_host
         self._local_host = connection.local_host
         self._supply: Supply | None = None
@@ -150,9 +162,12 @@ class ServerSession(SessionDriver[ClientMessage]):
         finally:
             self._sending = 0
             self._granted.close()
-            self._relays.leave(self)
-            self._turns.leave(self)
-            self._probes.leave(self)
+            self._free_turn()
+
+    def _free_turn(self) -> None:
+        """Free the turn and the place among the relays. Idempotent."""
+        self._relays.leave(self)
+        self._turns.leave(self, time.monotonic())
 
     def info(self) -> SessionInfo:
         """A snapshot of the session."""
@@ -186,6 +201,18 @@ class ServerSession(SessionDriver[ClientMessage]):
         self.retract(reason)
         self.feed(e.Cancelled(reason, "gone"))
 
+    def turn_away(self, reason: str, *, quickly: bool) -> None:
+        """End the session with "busy" and a time to come again. Does nothing if the session is ending already.
+
+        Args:
+            reason: Reason given to the client.
+            quickly: Whether its connection is needed at once. Then the client gets very little time to read the reason.
+        """
+        self._account(Stage.ENDING)
+        self.feed(e.NotHeld("busy", reason, hint="try again, or set WAIT on the client", retry_after=_RETRY_FULL))
+        if quickly:
+            self.abandon(reason, "busy")
+
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of the server's side."""
         match effect:
@@ -198,7 +225,7 @@ class ServerSession(SessionDriver[ClientMessage]):
                     reply = replace(reply, sources=named)
                 self.feed(reply)
             case f.TakeTurn():
-                self._take_turn(self._probes if self.session.probing else self._turns)
+                self._take_turn()
             case f.AcceptChannel(transport, peer_facts):
                 self.spawn(lambda: self._accept(transport, peer_facts), lambda event: event)
             case f.CheckBlocks(ranges):
@@ -213,38 +240,47 @@ class ServerSession(SessionDriver[ClientMessage]):
         return e.Cancelled("the server is stopping", "gone")
 
     def state_changed(self, after: State) -> None:
-        """Start the sending task when the channel is open."""
+        """Start the sending task when the channel is open. Free the turn at the end, however long closing takes."""
+        if after is State.FINALIZE or after in FINAL:
+            self._account(Stage.ENDING)
+            self._free_turn()
         if after is State.TRANSFER:
             self.spawn(lambda: self.make_calls(self._next_send), lambda _: None)
 
-    def _take_turn(self, turns: Admission) -> None:
+    def _take_turn(self) -> None:
+        if self.session.probing:  # it takes no turn: it is told what is held, and has to go before others
+            self._account(Stage.PROBE)
+            self.feed(self._turn())
+            return
         identify = self.session.identify
         # A client that relays have failed already does not wait for another one.
-        follows = identify is not None and identify.follow and not (identify.probe or identify.avoid)
+        follows = identify is not None and identify.follow and not identify.avoid
         if follows and self._relays.undecided(self._serving()):
-            self.spawn(lambda: self._turn_when_decided(turns), lambda _: None)
+            self._account(Stage.QUEUED)
+            self.spawn(self._turn_when_decided, lambda _: None)
         else:
-            self._enter(turns)
+            self._enter()
 
-    async def _turn_when_decided(self, turns: Admission) -> None:
+    async def _turn_when_decided(self) -> None:
         await self._relays.decided(self._serving(), _RELAY_DECISION)
-        self._enter(turns)
+        self._enter()
 
-    def _enter(self, turns: Admission) -> None:
+    def _enter(self) -> None:
         refusal = self._redirect()
         if refusal is not None:
             self.feed(refusal)
             return
-        if not turns.enter(self):
+        turns = self._turns
+        if not turns.enter(self, time.monotonic(), self._host):
             reason = f"{turns.taken} clients are being served and {turns.waiting} wait"
             hint = "raise MAX_CLIENTS on the server, or give the client more sources"
             self.feed(e.NotHeld("busy", reason, hint=hint, retry_after=_RETRY_BUSY))
             return
-        self._admitted()
         if turns.has(self):
             self.feed(self._turn())
         else:
-            self.spawn(lambda: self._wait_for_turn(turns), lambda event: event)
+            self._account(Stage.QUEUED)
+            self.spawn(self._wait_for_turn, lambda event: event)
 
     def _redirect(self) -> e.NotHeld | None:
         """The refusal for a client that is redirected, or that asks a relay which has no source now; None otherwise."""
@@ -255,14 +291,20 @@ class ServerSession(SessionDriver[ClientMessage]):
         if supply is not None and not supply.live:
             return e.NotHeld("not-ready", "this relay is looking for a source itself", retry_after=_RETRY_RELAY)
         if identify.follow:
-            relays = self._relays.relays_for(holding, identify.avoid, self._host, self._local_host)
+            relays = self._relays.relays_for(holding, identify.avoid, self._host, self._local_host, self._moves)
             if relays:
                 return e.NotHeld("busy", "others pass it on", retry_after=_RETRY_BUSY, sources=relays)
         return None
 
+    def _moves(self, session: Hashable) -> bool:
+        return self._turns.moves(session, time.monotonic())
+
     def _turn(self) -> e.TurnTaken:
         """Begin to serve the client, which has a turn now."""
         holding, identify = self._serving(), self.session.identify
+        if not self.session.probing:
+            self._account(Stage.SERVED)
+            self._turns.answer_takes(self, _announced_bytes(holding))
         self._supply = supply = self._holdings.supply_of(holding)
         if identify is not None and not identify.probe:
             self._relays.join(self, holding, self._host, identify.relay)
@@ -272,11 +314,14 @@ class ServerSession(SessionDriver[ClientMessage]):
         self.spawn(lambda: self._follow_upstream(supply), lambda event: event)
         return e.TurnTaken(supply.node, self._chain)
 
-    async def _wait_for_turn(self, turns: Admission) -> e.Event:
-        while not turns.has(self):
+    async def _wait_for_turn(self) -> e.Event | None:
+        turns = self._turns
+        while turns.queued(self):
             self.feed(e.Queued(f"all {turns.total} turns are taken", turns.before(self)))
             with anyio.move_on_after(_QUEUE_UPDATE):
                 await turns.wait(self)
+        if not turns.has(self):  # the session has ended meanwhile
+            return None
         if self._holding is None or not self._holdings.holds(self._holding):
             return e.NotHeld("gone", "it was retracted while the client waited", _OTHER_SOURCE, _RETRY_GONE)
         return self._turn()
@@ -291,12 +336,14 @@ class ServerSession(SessionDriver[ClientMessage]):
             arrived = {number for number in self._absent if supply.has(number)}
             if arrived:
                 self._absent -= arrived
+                self._note_absent()
                 self._grant(arrived)
             wait = None if supply.live or not self._absent else _ORPHAN_WAIT
             with anyio.move_on_after(wait) as scope:
                 await supply.wait()
             if scope.cancelled_caught and not supply.live and self._absent:
                 gone, self._absent = to_ranges(self._absent), set()
+                self._note_absent()
                 self.feed(e.BlocksGone(gone, "this relay has lost its own source"))
 
     async def _accept(self, transport: str, peer_facts: dict[str, str]) -> e.Event | None:
@@ -305,6 +352,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             why = carrier.missing(self._device)
             if why is not None:
                 raise TransportUnavailable(f"transport {transport} cannot serve this: {why}")
+            await self._take_channel()
             pending = await carrier.offer(self.setup(peer_facts))
             try:
                 self.feed(e.ChannelOffered(pending.offer))
@@ -317,6 +365,21 @@ class ServerSession(SessionDriver[ClientMessage]):
         except RefusedError as error:  # the transport cannot be used now, but can be later
             return e.NotHeld("busy", error.message, hint=error.hint, retry_after=error.retry_after)
 
+    async def _take_channel(self) -> None:
+        """Take a channel; wait for one if this client was put aside and all are taken.
+
+        Raises:
+            RefusedError: None became free in time.
+        """
+        if not self._turns.take_channel(self, time.monotonic()):
+            self._account(Stage.ASIDE)
+            with anyio.move_on_after(_RETURN_WAIT):
+                await self._turns.wait(self)
+        if not self._turns.holds_channel(self):
+            text = "others took this client's turn before it answered, and all channels are taken"
+            raise RefusedError("busy", text, hint="try again, or set WAIT on the client", retry_after=_RETRY_FULL)
+        self._account(Stage.SERVED)
+
     def _check(self, ranges: Ranges) -> None:
         if not self._holdings.holds(self._serving()):
             reason, sources = self._holdings.why_gone(self._serving())
@@ -327,10 +390,15 @@ class ServerSession(SessionDriver[ClientMessage]):
         if self._supply is not None:
             absent = {number for number in numbers if not self._supply.has(number)}
             self._absent |= absent
+            self._note_absent()
             numbers -= absent
             if absent:
                 self._supply.notify()  # wakes _follow_upstream, which limits the wait for a relay without a source
         self._grant(numbers)
+
+    def _note_absent(self) -> None:
+        """Note whether the client waits for blocks that this relay does not have yet: then it need not keep a pace."""
+        self._turns.excuse(self, time.monotonic(), excused=bool(self._absent))
 
     def _grant(self, numbers: set[int]) -> None:
         """Grant the blocks that can be served, and report the others as gone."""
@@ -362,7 +430,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         if not self._holdings.holds(holding):
             self._granted.drop()
             return partial(self._report_gone, *self._holdings.why_gone(holding))
-        batch = self._granted.take(holding.announcement.plan, _SEND_BYTES)
+        batch = self._granted.take(holding.announcement.plan, min(max(_FIRST_BYTES, self._nbytes), _SEND_BYTES))
         self._sending += 1
         try:
             views = await look_up(holding.memory.views, holding.announcement.plan, batch)
@@ -382,14 +450,16 @@ class ServerSession(SessionDriver[ClientMessage]):
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
         self._unfinished += len(batch)
         self._begin_relay_check()
+        nbytes = sum(view.nbytes for view in views)
+        self._turns.call_began(self, nbytes, time.monotonic())
         try:
             await self.channel().send(views)
         finally:
             self._sending -= 1
         self._unfinished -= len(batch)
-        nbytes = sum(view.nbytes for view in views)
 
         def account() -> None:
+            self._turns.call_ended(self, nbytes, time.monotonic())
             self._blocks += len(batch)
             self._nbytes += nbytes
             self.feed(e.BlocksSent(to_ranges(batch)))
@@ -414,3 +484,9 @@ class ServerSession(SessionDriver[ClientMessage]):
         if self._holding is None:
             raise LocalProtocolError("blocks were asked for before anything was found")
         return self._holding
+
+
+def _announced_bytes(holding: Holding) -> int:
+    """About how many bytes the announcement of `holding` has."""
+    known = holding.announcement
+    return len(known.digests) + _TENSOR_BYTES * len(known.manifest.tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any, Generic, TypeVar
 
@@ -64,7 +65,7 @@ class ControlConnection(Generic[M]):
         decoder: Decoder for the messages of the peer.
 
     Raises:
-        PeerLost: The peer has closed the connection already, or this process has no file descriptor left.
+        PeerLost: The peer has closed the connection already.
     """
 
     def __init__(self, stream: SocketStream, decoder: FrameDecoder[M]) -> None:
@@ -81,14 +82,7 @@ class ControlConnection(Generic[M]):
             raise PeerLost(
                 f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"
             ) from error
-        try:
-            # A descriptor of our own: the number of the stream's is reused as soon as the stream closes it.
-            self._direct = socket.fromfd(raw.fileno(), raw.family, raw.type)
-        except OSError as error:
-            raise PeerLost(
-                f"there is no descriptor for the control connection: {error}", hint="raise the limit of open files"
-            ) from error
-        self._direct.setblocking(False)
+        self._raw = raw
 
     async def receive(self) -> list[M]:
         """The next messages; waits for at least one.
@@ -129,7 +123,8 @@ class ControlConnection(Generic[M]):
         Not while :meth:`send` runs. This saves a change of tasks for each message, at both ends (decision 45).
         """
         try:
-            return frame[self._direct.send(frame) :]
+            # By its number, which is -1 once the stream has closed it: asyncio hands out no socket that sends.
+            return frame[os.write(self._raw.fileno(), frame) :]
         except OSError:  # the buffer is full, or the connection broke: `send` finds out which
             return frame
 
@@ -161,5 +156,4 @@ class ControlConnection(Generic[M]):
 
     async def aclose(self) -> None:
         """Close the connection at once. Idempotent. Bytes that the peer has not received are lost."""
-        self._direct.close()
         await anyio.aclose_forcefully(self._stream)

@@ -30,6 +30,7 @@ from netloader.errors import (
     PeerLost,
     RemoteProtocolError,
     TransportError,
+    shortage,
     unexpected,
 )
 from netloader.observe.base import Observers
@@ -310,6 +311,8 @@ class SessionDriver(Generic[M]):
                 await self._closing.wait()
         if isinstance(error, NetloaderError):
             return _as_event(error)
+        if scarce := shortage(error):
+            return _as_event(scarce)
         _log.error("%s: unexpected error, the session ends", self.label, exc_info=error)
         return _as_event(unexpected(error, "netloader or in a transport"))
 

@@ -11,7 +11,7 @@ import anyio
 from netloader.codecs.frames import LARGE_FRAME, encode_frame, seal_frame
 from netloader.core.keys import FrameSeal
 from netloader.core.messages import Announce, ClientMessage, ServerMessage
-from netloader.errors import LocalProtocolError, PeerLost
+from netloader.errors import LocalProtocolError, NetloaderError, PeerLost, shortage
 from netloader.session.connection import ControlConnection
 from netloader.session.off_loop import FEW_TENSORS
 
@@ -34,7 +34,7 @@ class Outbox:
         connection: Where to send.
         start: Starts :meth:`write` as a task; returns whether it did.
         lost: Called with the reason when the connection is lost.
-        failed: Called with the error when a queued message can't be encoded.
+        failed: Called with the error when a queued message can't be encoded, or no thread starts that encodes it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Outbox:
         *,
         start: Callable[[], bool],
         lost: Callable[[str], None],
-        failed: Callable[[LocalProtocolError], None],
+        failed: Callable[[NetloaderError], None],
     ) -> None:
         self._connection = connection
         self._start = start
@@ -119,6 +119,12 @@ class Outbox:
                 frame = await self._next()
             except LocalProtocolError as error:
                 self._tell_failed(error)
+                continue
+            except RuntimeError as error:
+                scarce = shortage(error)  # no thread starts that could encode it
+                if scarce is None:
+                    raise
+                self._tell_failed(scarce)
                 continue
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + self._seconds) as self._scope:
                 try:

@@ -175,8 +175,8 @@ async def serving(
             server.add(holding)
         yield server
     assert server.sessions == ()
-    assert (server._turns.taken, server._turns.waiting, server._probes.taken, server._probes.waiting) == (0, 0, 0, 0)
-    assert not server._unadmitted
+    assert (server._turns.taken, server._turns.waiting, server._turns.channels) == (0, 0, 0)
+    assert not len(server._connections)
 
 
 def at(server: HoldingServer) -> Address:

@@ -29,6 +29,7 @@ from netloader.errors import (
     TransportError,
 )
 from netloader.server import session as server_session
+from netloader.server.budgets import Stage
 from netloader.transports.base import Channel
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
@@ -413,11 +414,11 @@ async def test_silent_connections_are_limited_and_do_not_keep_a_client_out(*, gr
             silent.append(wire)
         await kit.until(lambda: len(server.ended) == 22)
         assert len(server.sessions) == 8
-        # The oldest is evicted, with a code that makes a client try again.
+        # The oldest is turned away, with a time at which the client comes again.
         for wire in silent[:22]:
-            (goodbye,) = await wire.hear_all()
-            assert isinstance(goodbye, m.Goodbye)
-            assert goodbye.code == "busy"
+            (refusal,) = await wire.hear_all()
+            assert isinstance(refusal, m.Refusal)
+            assert (refusal.code, refusal.retry_after) == ("busy", 1.0)
         # The newest is kept: it may just be slow.
         await kit.pull(into, [kit.at(server)], hub.transport)
         if not greets:
@@ -454,8 +455,9 @@ async def test_probes_cannot_keep_a_pull_from_its_turn() -> None:
         for _ in range(40):
             wire = await stack.enter_async_context(kit.fake_client(server))
             await wire.say(kit.hello(hub.transport), probe)
-        await kit.until(lambda: server._probes.waiting == 32)
-        assert server._probes.taken == 8
+            await wire.hear_until(m.Announce)
+        assert server._connections.count(Stage.PROBE) == 40
+        assert server._turns.taken == 0
         await kit.pull(into, [kit.at(server)], hub.transport)
     assert kit.contents(into) == kit.contents(SOURCE)
 

@@ -118,7 +118,8 @@ async def test_connections_that_stop_after_hello_do_not_keep_a_new_client_out(to
         if secret is not None:
             first.authenticate(secret, first_welcome)
         heard = await first.hear_all()
-        assert [message.code for message in heard if isinstance(message, m.Goodbye)] == ["busy"]
+        refusals = [message for message in heard if isinstance(message, m.Refusal)]
+        assert [(refusal.code, refusal.retry_after) for refusal in refusals] == [("busy", 1.0)]
 
 
 async def test_an_evicted_client_tries_again_within_its_wait() -> None:

@@ -5,6 +5,7 @@ Everything here runs on an event loop with non-blocking sockets. Moving bytes af
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import socket
@@ -218,6 +219,8 @@ class Listener:
         if self._closed:
             return
         self._closed = True
+        with contextlib.suppress(OSError):  # a forked process may have a copy, in which nobody would accept
+            self._listener.shutdown(socket.SHUT_RDWR)
         for one in (self._listener, *self._unauthenticated, *self._accepted):
             if one is not None:
                 anyio.notify_closing(one)

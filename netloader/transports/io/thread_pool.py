@@ -50,17 +50,18 @@ class ThreadPool:
 
         Raises:
             MemoryStillInUse: After a failure or a cancellation a thread did not return.
+            TransportError: No more threads can be started.
             BaseException: The first error of a thread.
         """
         workers = self._workers.setdefault(direction, {})
         jobs: list[tuple[Worker, Job[None]]] = []
-        for place, work in enumerate(works):
-            if work is None:
-                continue
-            if place not in workers:  # threads are started on demand, because a small call needs fewer
-                workers[place] = Worker(f"netloader-{self._name}-{direction}-{place}", self._cut)
-            jobs.append((workers[place], workers[place].start(partial(operation.run, work))))
         try:
+            for place, work in enumerate(works):
+                if work is None:
+                    continue
+                if place not in workers:  # threads are started on demand, because a small call needs fewer
+                    workers[place] = Worker(f"netloader-{self._name}-{direction}-{place}", self._cut)
+                jobs.append((workers[place], workers[place].start(partial(operation.run, work))))
             for _, job in jobs:
                 while not (job.over.is_set() or operation.failed or self._closing):
                     with anyio.move_on_after(_LOOK):

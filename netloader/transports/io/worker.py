@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import anyio
 import anyio.lowlevel
 
-from netloader.errors import ChannelClosed
+from netloader.errors import ChannelClosed, shortage
 from netloader.transports.io.channel_state import LoopEvent, finished_within
 
 __all__ = ["Job", "Worker"]
@@ -79,6 +79,9 @@ class Worker:
         name: Name of the thread.
         free: Makes the running call return soon; callable from any thread, must not block.
 
+    Raises:
+        TransportError: No more threads can be started.
+
     Attributes:
         closing: Whether it accepts no more calls.
         stuck: Whether a wait for it timed out.
@@ -95,7 +98,10 @@ class Worker:
         self._left = False
         self._gone = LoopEvent()
         self.thread = threading.Thread(target=self._main, name=name, daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            raise shortage(error) or error from error
 
     @property
     def name(self) -> str:

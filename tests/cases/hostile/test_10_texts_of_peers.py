@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import time
@@ -137,7 +138,7 @@ def test_whatever_a_peer_says_errors_hints_and_notes_are_harmless(text: str) -> 
                 assert_harmless(session.error.hint)
                 left = NoSourceLeft([AttemptFailed("h:1", session.error)])
                 assert_harmless(str(left))
-                for line in console.error_lines(left):
+                for line in console.error_lines(left, argparse.Namespace()):
                     assert_harmless(line)
 
 
