@@ -11,6 +11,7 @@ import anyio.from_thread
 import anyio.to_thread
 
 from netloader.transports.base import Signals
+from netloader.transports.gloo import GlooTransport
 from netloader.transports.gloo import transport as gloo
 from netloader.transports.gloo.addresses import Address
 from netloader.transports.gloo.group import Group
@@ -25,11 +26,13 @@ class BareGloo:
     Attributes:
         group: The group.
         wire: Its connection, once there is one.
+        sent: Gloo's handle of what an attacker sent.
     """
 
     def __init__(self, rank: int, signals: Signals) -> None:
         self.group = Group(rank, HOST, HOST, 5.0)
         self.wire: socket.socket | None = None
+        self.sent: object = None  # gloo drops a message whose handle nobody holds
         self._signals = signals
         self._published = anyio.Event()
         self._ours: Address | None = None
@@ -94,3 +97,13 @@ def address_of(message: bytes) -> Address:
     note = gloo._decode(message)
     assert isinstance(note, Address)
     return note
+
+
+def started() -> GlooTransport:
+    """A transport whose helper process runs, so that a test sees only what its own sessions start."""
+    transport = GlooTransport()
+    process = transport._spawner.start()
+    process.kill()
+    assert process.gone(60.0)
+    process.close()
+    return transport

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import struct
@@ -24,12 +25,16 @@ from netloader.transports.conformance import (
 )
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
+from netloader.transports.gloo import messages as m
 from netloader.transports.gloo import packet_filter as guard
 from netloader.transports.gloo import transport as gloo
 from netloader.transports.gloo.addresses import Address, plain_host
+from netloader.transports.gloo.link import GlooLink
+from netloader.transports.gloo.processes import SessionProcess, Spawner
 from netloader.transports.gloo.rendezvous import from_blob, to_blob
 from tests.preloaded import PYTHON
 from tests.transports import peer
+from tests.transports.bare_gloo import CLIENT, BareGloo
 from tests.transports.pairs import opened, setup_for
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +161,8 @@ async def test_gloo_connects_only_to_the_peer() -> None:
         gloo._encode(Address("127.0.0.1", 70_000, (2, 3))),
         gloo._encode(Address("127.0.0.1", 80, (2,))),
         gloo._encode(Address("localhost", 80, (2, 3))),
+        gloo._encode(Address("127.0.0.1", 80, (2**64 - 1, 3))),
+        gloo._encode(Address("127.0.0.1", 80, (2, 3), dials_from="localhost")),
     ],
 )
 async def test_an_invalid_message_ends_the_set_up(note: bytes) -> None:
@@ -434,9 +441,8 @@ async def test_without_filters_it_works_and_says_so(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_port_without_a_filter_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    process = scripted(m.Published(Address("127.0.0.1", 1234, (2, 3)), "no filters here"))
-    link = GlooLink(cast("Any", process))
-    link.open(m.Open(0, "127.0.0.1", "127.0.0.1", 1.0))
+    link = GlooLink(Scripted(m.Published(Address("127.0.0.1", 1234, (2, 3)), "no filters here")))
+    link.open(OPEN)
     link.close()
     assert "the kernel can't filter connections to gloo's port 1234: no filters here" in caplog.text
 
@@ -541,3 +547,137 @@ async def test_conformance_of_the_ipv6_kind() -> None:
 def test_gloo_moves_host_memory_only() -> None:
     assert GLOO.missing("cpu") is None
     assert "npu:3" in str(GLOO.missing("npu:3"))
+
+
+# --- the process in which gloo runs -----------------------------------------------------------------------------------
+
+OPEN = m.Open(0, "127.0.0.1", "127.0.0.1", 1.0)
+
+
+class Scripted(Spawner):
+    """Starts nothing, and gives this answer to the first command."""
+
+    def __init__(self, reply: m.Reply | bytes) -> None:
+        super().__init__()
+        self.sending, self._end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._end.send(reply if isinstance(reply, bytes) else m.encode(reply))
+
+    def start(self) -> SessionProcess:
+        return self  # type: ignore[return-value]
+
+    def kill(self) -> None:
+        self._end.close()
+
+    def gone(self, within: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.sending.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (m.Failed("lost", "gone", "look"), PeerLost("gone", hint="look")),
+        (m.Failed("timeout", "late"), TransferTimeout("late")),
+        (m.Failed("error", "no"), TransportError("no")),
+        (m.Done(), TransportError("gloo's process answered Done, not Published")),
+        (b"\xc1", TransportError("gloo's process gave an answer that can't be read")),
+    ],
+)
+def test_every_answer_but_the_right_one_is_an_error(reply: m.Reply | bytes, error: TransportError) -> None:
+    link = GlooLink(Scripted(reply))
+    with pytest.raises(TransportError) as caught:
+        link.open(OPEN)
+    assert type(caught.value) is type(error)
+    assert caught.value.message.startswith(error.message)
+    assert caught.value.hint == error.hint
+    link.close()
+
+
+def processes_of(transport: GlooTransport) -> list[int]:
+    """The processes of sessions that run."""
+    running = transport._spawner._running
+    assert running is not None
+    process = running.end.peek()
+    assert process is not None
+    spawner = process[2][0].pid
+    return [int(pid) for pid in Path(f"/proc/{spawner}/task/{spawner}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSEGV, "was ended by SIGSEGV")]
+)
+async def test_a_process_that_ends_in_the_middle_is_named_with_the_reason(number: signal.Signals, says: str) -> None:
+    async with opened(GLOO) as (server, client):
+        await carry(server, client)
+        before = processes_of(GLOO)
+        async with anyio.create_task_group() as tasks:
+
+            async def receive() -> None:
+                with pytest.raises(TransportError, match=says) as caught:
+                    await client.recv(empty())
+                assert "other sessions are not affected" in caught.value.hint
+
+            tasks.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            os.kill(max(before), number)  # the client's, which was started last
+        with pytest.raises(PeerLost):
+            await server.recv(empty())
+
+
+def test_the_last_line_of_a_process_is_in_the_error() -> None:
+    spawner = Spawner()
+    process = spawner.start()
+    process.sending.send(b"\xc1 not a command")
+    said = process.obituary(60.0)
+    process.close()
+    assert said.startswith('ended with exit code 1: "msgspec.DecodeError: MessagePack data is malformed')
+
+
+async def test_a_closed_channel_leaves_no_process() -> None:
+    async with opened(GLOO) as (server, client):
+        await carry(server, client)
+        mine = processes_of(GLOO)
+        assert len(mine) == 2
+    assert not set(mine) & set(processes_of(GLOO))
+
+
+async def test_a_stopped_process_of_gloo_does_not_delay_closing() -> None:
+    async with opened(GLOO) as (server, client):
+        await carry(server, client)
+        for pid in processes_of(GLOO):
+            os.kill(pid, signal.SIGSTOP)
+        with anyio.fail_after(5):
+            await client.aclose()
+            await server.aclose()
+    assert not processes_of(GLOO)
+
+
+async def test_a_spawner_that_ended_is_replaced(no_leaked_descriptors: None) -> None:
+    transport = GlooTransport()
+    async with opened(transport) as (server, client):
+        await carry(server, client)
+        running = transport._spawner._running
+        assert running is not None
+        first = running.end.peek()
+        assert first is not None
+        os.kill(first[2][0].pid, signal.SIGKILL)
+        with pytest.raises(TransportError, match="could not be started, or was ended with its spawner"):
+            await client.recv(empty())
+    async with opened(transport) as (server, client):
+        await carry(server, client)
+    assert transport._spawner._running is not running
+
+
+def test_without_a_python_to_start_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    with pytest.raises(TransportError, match=r"sys\.executable"):
+        Spawner().start()
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(TransportError, match=r"can't be started.*/nowhere/python"):
+        Spawner().start()
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    process = Spawner().start()
+    assert "could not be started" in process.obituary(60)
+    process.close()
