@@ -27,7 +27,7 @@ from netloader.transports.process_group import Link
 
 __all__ = ["GlooLink"]
 
-_SLOT = 4 << 20
+_SLOT = 1 << 20
 """Least size of staging memory: blocks of most models fit, so that staging memory is reused."""
 
 _GONE = 5.0
