@@ -77,7 +77,7 @@ class Server(HoldingServer):
         identity: Identity of the tensors.
         host: Address to bind; None for all.
         port: Port to bind; 0 for a free one.
-        transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
+        transport: Transports that may be used. ``auto`` leaves out gloo, which is slower than tcp.
         token: Shared secret that clients must know.
         max_clients: Clients served at once; others wait for their turn.
         fan_out: Clients served directly before further ones are redirected to relays; 0 redirects no client.
@@ -288,7 +288,7 @@ async def pull(
             stalls or fails, the pull continues from the next one and keeps the verified blocks. Or a
             :class:`~netloader.discovery.SourceProvider`, whose sources may appear and vanish during the pull. The pull
             waits until it has listed the available sources (at most 10 seconds), and for `wait` seconds in all.
-        transport: Transports that may be used. ``auto`` leaves out gloo, whose peer can end this process.
+        transport: Transports that may be used. ``auto`` leaves out gloo, which is slower than tcp.
         timeout: Seconds that the whole pull may take; None means one day.
         wait: Seconds to keep trying sources that are down or answer "not ready" or "busy", and to wait for a provider
             to find one.

@@ -1,24 +1,21 @@
 """An attacker without a token can end its own session only, against the command line with its defaults.
 
 The attacker is this process; the server and the client are `netloader serve` and `netloader pull` in other processes.
-The attack over gloo runs wherever gloo is accepted. The last test is the control: the attack ends a server that was
-configured to use gloo.
+The attack over gloo runs wherever gloo is accepted. What it does where both sides name gloo is in
+tests/cases/hostile/test_01_gloo_ends_no_process.py and the file after it.
 """
 
 from __future__ import annotations
 
-import signal
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
-import torch
 
 from netloader import ModelIdentity
 from netloader.checkpoint import make_demo_checkpoint, open_checkpoint
@@ -28,11 +25,11 @@ from netloader.core import messages as m
 from netloader.core.plan import make_plan
 from netloader.errors import PeerLost
 from netloader.tensors import hold
-from netloader.transports.base import Setup
 from netloader.transports.gloo import GlooTransport
-from netloader.transports.gloo.transport import _MARK, _RECEIPT, _tag
+from tests.cases.hostile.gloo_attacks import Attack, mark, receipt, zeros
 from tests.commands import PATIENCE, Serving, command, serving
 from tests.drivers import kit
+from tests.transports.bare_gloo import CLIENT, SERVER, BareGloo
 
 GLOO = GlooTransport()
 BYTES = 2 << 20
@@ -53,10 +50,6 @@ class _WireSignals:
         except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
             raise PeerLost("the victim closed") from error
         return signalled.data
-
-
-def setup(wire: kit.Wire[Any]) -> Setup:
-    return replace(kit.setup(), signals=_WireSignals(wire))
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +73,6 @@ def narrow(model: Path) -> Iterator[Serving]:
         yield process
 
 
-@pytest.fixture
-def named(model: Path) -> Iterator[Serving]:
-    """A server that is configured to use gloo."""
-    with serving(model, "--transport", "gloo") as process:
-        yield process
-
-
 @asynccontextmanager
 async def connected(address: str) -> AsyncIterator[kit.Wire[m.ServerMessage]]:
     host, _, port = address.rpartition(":")
@@ -106,23 +92,6 @@ async def pulled(model: Path, folder: Path, *sources: str) -> None:
 
 # --- attacks over gloo ------------------------------------------------------------------------------------------------
 
-Attack = Callable[[Any, kit.Wire[m.ServerMessage], int], Awaitable[None]]
-
-
-async def receipt(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> None:
-    """A receipt of 16 bytes where one without any is expected."""
-    sending = link._group.send([torch.zeros(16, dtype=torch.uint8)], 1, _tag(_RECEIPT, nbytes))
-    await wire.say(m.Want(ranges=((0, 1),)))
-    await wire.closed()
-    del sending  # gloo drops messages without a receiver
-
-
-async def zeros(link: Any, wire: kit.Wire[m.ServerMessage], nbytes: int) -> None:
-    """Bytes that are no message of gloo's, and silence."""
-    del nbytes
-    await wire.say(m.Want(ranges=((0, 1),)))
-    await anyio.to_thread.run_sync(link._wire.sendall, bytes(4096))
-
 
 async def ask_for_gloo(address: str, attack: Attack) -> m.ServerMessage:
     """Choose gloo, whatever the server listed, and attack if the server accepts; return the server's answer."""
@@ -132,12 +101,15 @@ async def ask_for_gloo(address: str, attack: Attack) -> m.ServerMessage:
         await wire.say(m.Agree(plan=known.plan, transport="gloo"))
         answer = await wire.hear()
         if isinstance(answer, m.ChannelOffer):
-            channel: Any = await GLOO.connect(answer.offer, setup(wire))
+            gloo = BareGloo(CLIENT, _WireSignals(wire))
+            await gloo.connect(answer.offer)
             try:
                 assert known.manifest is not None
-                await attack(channel._link, wire, make_plan(known.manifest, known.block_bytes).blocks[0].nbytes)
+                await attack(gloo, make_plan(known.manifest, known.block_bytes).blocks[0].nbytes)
+                await wire.say(m.Want(ranges=((0, 1),)))
+                await wire.closed()
             finally:
-                await channel.aclose()
+                await gloo.aclose()
         return answer
 
 
@@ -188,18 +160,15 @@ class Rogue:
         await wire.say(m.Accepted(identity=announcement.identity), kit.announce(self._holding))
         self.answer = await wire.hear()
         if isinstance(self.answer, m.Agree):
-            pending = await GLOO.offer(setup(wire))
-            await wire.say(m.ChannelOffer(transport="gloo", offer=pending.offer))
-            channel: Any = await pending.accept()
-            try:
-                nbytes = announcement.plan.blocks[0].nbytes
-                sending = channel._link._group.send([torch.zeros(16, dtype=torch.uint8)], 0, _tag(_MARK, nbytes))
+            async with anyio.create_task_group() as tasks:
+                gloo = BareGloo(SERVER, _WireSignals(wire))
+                await wire.say(m.ChannelOffer(transport="gloo", offer=await gloo.offer(tasks)))
+                await gloo.accept()
+                await mark(gloo, announcement.plan.blocks[0].nbytes)
                 wanted: m.Want = await wire.hear_until(m.Want)
                 await wire.say(m.Grant(ranges=wanted.ranges))
                 await wire.closed()
-                del sending
-            finally:
-                await channel.aclose()
+                await gloo.aclose()
 
 
 async def test_a_server_that_offers_gloo_only_is_left_for_the_next_source(
@@ -219,14 +188,3 @@ async def test_a_server_that_offers_gloo_only_is_left_for_the_next_source(
             await rogue.over.wait()
     assert isinstance(rogue.answer, m.Goodbye), "gloo was used"
     assert rogue.answer.code == "transport"
-
-
-# --- where gloo is configured -----------------------------------------------------------------------------------------
-
-
-async def test_a_server_configured_for_gloo_trusts_its_clients(named: Serving) -> None:
-    answer = await ask_for_gloo(named.address, receipt)
-    assert isinstance(answer, m.ChannelOffer)
-    told = await anyio.to_thread.run_sync(named.read_to_end)
-    assert named.process.returncode == -signal.SIGABRT
-    assert "gloo::EnforceNotMet" in told

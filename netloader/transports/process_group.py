@@ -160,6 +160,10 @@ class _Staging:
         self.used -= tensor.numel()
         self._free.append(tensor)
 
+    def clear(self) -> None:
+        """Free what is not in use. The traceback of a kept error may keep this object alive."""
+        self._free.clear()
+
 
 class LinkChannel:
     """A :class:`~netloader.transports.base.Channel` over a link.
@@ -217,7 +221,8 @@ class LinkChannel:
     async def _free(self) -> None:
         with suppress(MemoryStillInUse):  # its thread is named below
             await self._state.idle()
-        self._staging.clear()
+        for staging in self._staging.values():
+            staging.clear()
         # In the worker thread, because a library's own threads need some milliseconds to end.
         freeing = self._workers[0].start(partial(self._close_link, [blocks for _, blocks in self._lent.values()]))
         for worker in self._workers:

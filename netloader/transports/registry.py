@@ -30,8 +30,8 @@ _EXTRAS = {"gloo": "torch"}
 """Which extra of this package installs what a transport of this package imports."""
 
 _PREFERENCE = ("shm", "tcp", "hccl")
-"""The transports of ``auto``, best first. All others are used only when they are named: `gloo`, because a peer that
-violates its protocol can end this process, `memory`, and transports of other packages."""
+"""The transports of ``auto``, best first. All others are used only when they are named: `gloo`, which does what `tcp`
+does but slower and with helper processes, `memory`, and transports of other packages."""
 
 _log = logging.getLogger(__name__)
 

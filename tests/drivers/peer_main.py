@@ -52,6 +52,11 @@ def footprint() -> dict[str, int]:
     }
 
 
+def token_of(options: dict[str, Any]) -> bytes | None:
+    token = options.get("token")
+    return None if token is None else token.encode()
+
+
 def timings(options: dict[str, Any]) -> Timings:
     return Timings(**options.get("timings", {}))
 
@@ -59,8 +64,7 @@ def timings(options: dict[str, Any]) -> Timings:
 async def serve(options: dict[str, Any], ask: Any) -> None:
     holding = kit.held(kit.weights(options.get("seed", 0), options.get("rows", 40)))
     transport = transport_of(options, Side.SEND)
-    token = options.get("token")
-    chosen = {**options.get("server", {}), "token": None if token is None else token.encode()}
+    chosen = {**options.get("server", {}), "token": token_of(options)}
     async with kit.serving(transport, holding, timings=timings(options), **chosen) as server:
         server.ended = deque(maxlen=20)
         say(port=server.port, root=holding.announcement.root, **footprint())
@@ -89,6 +93,7 @@ async def pull(options: dict[str, Any]) -> None:
             transport_of(options, Side.RECV),
             progress=progress,
             timings=timings(options),
+            token=token_of(options),
             **options.get("client", {}),
         )
     except NoSourceLeft as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import struct
@@ -24,14 +25,21 @@ from netloader.transports.conformance import (
 )
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
+from netloader.transports.gloo import messages as m
 from netloader.transports.gloo import packet_filter as guard
 from netloader.transports.gloo import transport as gloo
-from netloader.transports.gloo.rendezvous import Address, from_blob, plain_host, to_blob
+from netloader.transports.gloo.addresses import Address, plain_host
+from netloader.transports.gloo.link import GlooLink
+from netloader.transports.gloo.processes import SessionProcess, Spawner
+from netloader.transports.gloo.rendezvous import from_blob, to_blob
 from tests.preloaded import PYTHON
 from tests.transports import peer
+from tests.transports.bare_gloo import CLIENT, BareGloo
 from tests.transports.pairs import opened, setup_for
 
 ROOT = Path(__file__).parents[2]
+GLOO = GlooTransport()
+"""One for all tests, because its first session takes a second."""
 MIB = 1 << 20
 BLOCKS = [TensorBlockView(number, [bytes([number + 1]) * size]) for number, size in enumerate((1, 3 * MIB, 70_000))]
 
@@ -47,6 +55,16 @@ def have_ipv6() -> bool:
 
 def empty() -> list[TensorBlockView]:
     return [TensorBlockView.zeros(block.number, block.nbytes) for block in BLOCKS]
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether no process listens at this address."""
+    with socket.socket() as sock:
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 async def carry(server: Channel, client: Channel) -> None:
@@ -91,52 +109,21 @@ def test_hosts_are_compared_in_canonical_form() -> None:
 
 @pytest.mark.skipif(not have_ipv6(), reason="no IPv6 here")
 async def test_gloo_works_over_ipv6() -> None:
-    async with opened(GlooTransport(), host="::1") as (server, client):
+    async with opened(GLOO, host="::1") as (server, client):
         await carry(server, client)
 
 
 async def test_it_listens_at_the_address_of_the_control_connection_only() -> None:
     ours, theirs = local_signals()
-    pending = await GlooTransport().offer(setup_for(ours, host="127.0.0.7"))
+    pending = await GLOO.offer(setup_for(ours, host="127.0.0.7"))
     address = parsed(pending.offer)
     assert address.host == "127.0.0.7"
-    listening = await anyio.to_thread.run_sync(guard.find_listener, "127.0.0.7", address.port)
-    assert listening is not None
-    listening.close()
+    assert not is_free("127.0.0.7", address.port)
+    assert is_free("127.0.0.8", address.port)
     await pending.aclose()
-    assert await anyio.to_thread.run_sync(guard.find_listener, "127.0.0.7", address.port) is None
+    assert is_free("127.0.0.7", address.port)
     ours.close()
     theirs.close()
-
-
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not have_ipv6(), reason="no IPv6"))]
-)
-def test_a_connection_that_ended_silently_is_reset_by_the_closed_listener(host: str) -> None:
-    """The first reset may be lost or outdated, so the next packet of the remote end needs another reset."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as listening, socket.socket(family) as far:
-        far.settimeout(30.0)
-        far.bind((host, 0))  # a port of its own: connecting may share one with connections that have just ended
-        far.connect(listening.getsockname()[:2])
-        taken, name = listening.accept()
-        guard.close_listener(listening, (name[0], name[1]))
-        guard._attach(far, [(0x06, 0, 0, guard._DROP)])  # it receives nothing more
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        taken.close()
-        guard.remove_filter(far)
-        far.send(b"still there?")
-        with pytest.raises(ConnectionResetError):
-            far.recv(1)
-        here = far.getsockname()
-        far.close()
-        for port in (here[1], 0):  # no connection is accepted, from any port
-            with socket.socket(family) as stranger:
-                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                stranger.bind((host, port))
-                stranger.settimeout(0.3)
-                with pytest.raises(TimeoutError):
-                    stranger.connect(listening.getsockname()[:2])
 
 
 async def test_gloo_connects_only_to_the_peer() -> None:
@@ -144,7 +131,7 @@ async def test_gloo_connects_only_to_the_peer() -> None:
     with socket.create_server(("127.0.0.2", 0)) as elsewhere:
         elsewhere.setblocking(False)
         ours, theirs = local_signals()
-        transport = GlooTransport()
+        transport = GLOO
         pending = await transport.offer(setup_for(ours))
         await theirs.post(gloo._encode(Address("127.0.0.2", elsewhere.getsockname()[1], (2, 3))))
         with pytest.raises(TransportError, match=r"127\.0\.0\.2.*127\.0\.0\.1"):
@@ -174,11 +161,13 @@ async def test_gloo_connects_only_to_the_peer() -> None:
         gloo._encode(Address("127.0.0.1", 70_000, (2, 3))),
         gloo._encode(Address("127.0.0.1", 80, (2,))),
         gloo._encode(Address("localhost", 80, (2, 3))),
+        gloo._encode(Address("127.0.0.1", 80, (2**64 - 1, 3))),
+        gloo._encode(Address("127.0.0.1", 80, (2, 3), dials_from="localhost")),
     ],
 )
 async def test_an_invalid_message_ends_the_set_up(note: bytes) -> None:
     ours, theirs = local_signals()
-    transport = GlooTransport()
+    transport = GLOO
     pending = await transport.offer(setup_for(ours))
     await theirs.post(note)
     with pytest.raises(TransportError):
@@ -194,7 +183,7 @@ async def test_an_invalid_message_ends_the_set_up(note: bytes) -> None:
 
 async def test_a_client_that_does_not_connect_times_out() -> None:
     ours, theirs = local_signals()
-    transport = GlooTransport()
+    transport = GLOO
     pending = await transport.offer(setup_for(ours, timeout=0.1))
     with pytest.raises(TransferTimeout):
         await pending.accept()
@@ -205,7 +194,7 @@ async def test_a_client_that_does_not_connect_times_out() -> None:
 
 async def test_a_client_whose_control_connection_ends() -> None:
     ours, theirs = local_signals()
-    transport = GlooTransport()
+    transport = GLOO
     pending = await transport.offer(setup_for(ours))
     theirs.close()
     with pytest.raises(PeerLost):
@@ -216,7 +205,7 @@ async def test_a_client_whose_control_connection_ends() -> None:
 async def test_a_peer_that_sends_its_address_and_never_connects() -> None:
     """Gloo can't be interrupted while it connects, so the time for that is short."""
     ours, theirs = local_signals()
-    transport = GlooTransport()
+    transport = GLOO
     with socket.create_server(("127.0.0.1", 0)) as silent:
         pending = await transport.offer(setup_for(ours, timeout=0.3))
         await theirs.post(gloo._encode(Address("127.0.0.1", silent.getsockname()[1], parsed(pending.offer).pairs)))
@@ -228,7 +217,7 @@ async def test_a_peer_that_sends_its_address_and_never_connects() -> None:
 
 async def test_a_set_up_that_waits_for_the_peers_connection_can_be_cancelled() -> None:
     ours, theirs = local_signals()
-    transport = GlooTransport()
+    transport = GLOO
     pending = await transport.offer(setup_for(ours))
     # The side with the lower address waits: 65535 is the highest port.
     await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, parsed(pending.offer).pairs)))
@@ -265,7 +254,7 @@ class Counted:
 async def set_up_cancelled(at: int) -> bool:
     ours, theirs = local_signals()
     uses: list[int] = []
-    transport = GlooTransport()
+    transport = GLOO
     channels: list[Channel] = []
     with anyio.CancelScope() as scope:
         pending = await transport.offer(setup_for(Counted(ours, uses, at, scope)))
@@ -292,45 +281,6 @@ async def test_cancelled_at_any_point_of_the_set_up_nothing_is_left(no_leaked_de
     while await set_up_cancelled(at):
         at += 1
     assert at >= 6  # address, two ends compared, the final message: each sent and received
-
-
-async def test_a_connection_before_the_port_was_published_ends_the_set_up_and_leaves_no_descriptor(
-    no_leaked_descriptors: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Like the connection to its own listener by which a set-up is cancelled that is about to listen."""
-    early: list[socket.socket] = []
-    original = guard.guard_listener
-
-    def connect_first(listening: socket.socket, peer: str, number: int) -> None:
-        if early:
-            original(listening, peer, number)
-            return
-        here = listening.getsockname()
-        early.append(socket.create_connection(here[:2], timeout=5))
-        while not (copies := guard.connections(local=here[:2])):  # until gloo has taken it
-            pass
-        for copy, _, _ in copies:
-            copy.close()
-        original(listening, peer, number)
-
-    monkeypatch.setattr(guard, "guard_listener", connect_first)
-    ours, theirs = local_signals()
-    transport = GlooTransport()
-    await theirs.post(gloo._encode(Address("127.0.0.1", 65_535, (0, 0))))
-
-    async def set_up() -> None:  # either end may get the error
-        pending = await transport.offer(setup_for(ours))
-        try:
-            await pending.accept()
-        finally:
-            await pending.aclose()
-
-    with anyio.fail_after(30), pytest.raises(TransportError, match="an unknown process connected to gloo's port"):
-        await set_up()
-    for sock in early:
-        sock.close()
-    ours.close()
-    theirs.close()
 
 
 # --- unauthenticated peers --------------------------------------------------------------------------------------------
@@ -380,8 +330,8 @@ async def test_an_unauthenticated_peer_that_connects_first_ends_this_session_at_
     """At the ports of both ends, before the peer. Without protection gloo would end this process in some cases."""
     strangers: list[socket.socket] = []
     visit = before_the_peer(strangers, reset, kind)
-    async with opened(GlooTransport()) as (other_server, other_client):
-        transport = GlooTransport()
+    async with opened(GLOO) as (other_server, other_client):
+        transport = GLOO
         ours, theirs = local_signals()
         pending = await transport.offer(setup_for(ours, timeout=2))
         await anyio.to_thread.run_sync(visit, parsed(pending.offer))
@@ -422,7 +372,7 @@ async def test_an_unauthenticated_peer_that_connects_first_ends_this_session_at_
 async def test_an_open_channel_accepts_no_more_connections() -> None:
     addresses: list[Address] = []
     ours, theirs = local_signals()
-    transport = GlooTransport()
+    transport = GLOO
     pending = await transport.offer(setup_for(ours))
 
     class Watched:
@@ -459,7 +409,7 @@ async def test_an_open_channel_accepts_no_more_connections() -> None:
 
 async def test_an_unauthenticated_peer_on_another_host_gets_no_answer() -> None:
     ours, theirs = local_signals()
-    pending = await GlooTransport().offer(setup_for(ours))
+    pending = await GLOO.offer(setup_for(ours))
     address = parsed(pending.offer)
     with socket.socket() as sock:
         sock.bind(("127.0.0.3", 0))  # not the peer's address
@@ -472,16 +422,29 @@ async def test_an_unauthenticated_peer_on_another_host_gets_no_answer() -> None:
     theirs.close()
 
 
-async def test_without_filters_it_logs_a_warning_and_works(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_without_filters_it_works_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(sock: socket.socket, program: object) -> None:
         raise OSError("no filters here")
 
     monkeypatch.setattr(guard, "_attach", refuse)
-    async with opened(GlooTransport()) as (server, client):
-        await carry(server, client)
-    assert "can't filter connections" in caplog.text
+    ours, theirs = local_signals()
+    pending = await GLOO.offer(setup_for(ours))
+    client = BareGloo(CLIENT, theirs)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(client.connect, pending.offer)
+        channel = await pending.accept()
+    assert client.group.unfiltered == "no filters here"
+    await channel.aclose()
+    await client.aclose()
+    ours.close()
+    theirs.close()
+
+
+def test_a_port_without_a_filter_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    link = GlooLink(Scripted(m.Published(Address("127.0.0.1", 1234, (2, 3)), "no filters here")))
+    link.open(OPEN)
+    link.close()
+    assert "the kernel can't filter connections to gloo's port 1234: no filters here" in caplog.text
 
 
 # --- what the peer does -----------------------------------------------------------------------------------------------
@@ -491,10 +454,10 @@ async def test_without_filters_it_logs_a_warning_and_works(
 async def test_blocks_of_other_lengths_than_expected_end_the_session_only(kind: FaultKind) -> None:
     """Without protection gloo ends the process when more bytes arrive than were requested."""
     faults = Faults([Fault(kind, 0, byte=1, other=1)])
-    faulty = FaultyTransport(GlooTransport(), faults)
+    faulty = FaultyTransport(GLOO, faults)
     sent = [TensorBlockView(0, [b"12"]), TensorBlockView(1, [b"345"]), TensorBlockView(2, [b"6"])]
     into = [TensorBlockView.zeros(block.number, block.nbytes) for block in sent]
-    async with opened(faulty, GlooTransport(), stall=0.3) as (server, client), anyio.create_task_group() as tasks:
+    async with opened(faulty, GLOO, stall=0.3) as (server, client), anyio.create_task_group() as tasks:
 
         async def send() -> None:
             with suppress(TransportError):
@@ -519,7 +482,7 @@ async def other_process() -> AsyncIterator[tuple[anyio.abc.Process, Channel]]:
             await anyio.wait_readable(listener)
             async with await anyio.abc.SocketStream.from_socket(listener.accept()[0]) as stream:
                 setup = peer.setup_over(stream, stall=1.0)
-                channel = await GlooTransport().connect(await setup.signals.fetch(), setup)
+                channel = await GLOO.connect(await setup.signals.fetch(), setup)
                 try:
                     yield process, channel
                 finally:
@@ -578,9 +541,143 @@ async def test_a_stopped_peer_is_given_up() -> None:
 async def test_conformance_of_the_ipv6_kind() -> None:
     if not have_ipv6():
         pytest.skip("no IPv6 here")
-    await check_transport(pair_maker(GlooTransport(), host="::1"))
+    await check_transport(pair_maker(GLOO, host="::1"))
 
 
 def test_gloo_moves_host_memory_only() -> None:
-    assert GlooTransport().missing("cpu") is None
-    assert "npu:3" in str(GlooTransport().missing("npu:3"))
+    assert GLOO.missing("cpu") is None
+    assert "npu:3" in str(GLOO.missing("npu:3"))
+
+
+# --- the process in which gloo runs -----------------------------------------------------------------------------------
+
+OPEN = m.Open(0, "127.0.0.1", "127.0.0.1", 1.0)
+
+
+class Scripted(Spawner):
+    """Starts nothing, and gives this answer to the first command."""
+
+    def __init__(self, reply: m.Reply | bytes) -> None:
+        super().__init__()
+        self.sending, self._end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._end.send(reply if isinstance(reply, bytes) else m.encode(reply))
+
+    def start(self) -> SessionProcess:
+        return self  # type: ignore[return-value]
+
+    def kill(self) -> None:
+        self._end.close()
+
+    def gone(self, within: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.sending.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (m.Failed("lost", "gone", "look"), PeerLost("gone", hint="look")),
+        (m.Failed("timeout", "late"), TransferTimeout("late")),
+        (m.Failed("error", "no"), TransportError("no")),
+        (m.Done(), TransportError("gloo's process answered Done, not Published")),
+        (b"\xc1", TransportError("gloo's process gave an answer that can't be read")),
+    ],
+)
+def test_every_answer_but_the_right_one_is_an_error(reply: m.Reply | bytes, error: TransportError) -> None:
+    link = GlooLink(Scripted(reply))
+    with pytest.raises(TransportError) as caught:
+        link.open(OPEN)
+    assert type(caught.value) is type(error)
+    assert caught.value.message.startswith(error.message)
+    assert caught.value.hint == error.hint
+    link.close()
+
+
+def processes_of(transport: GlooTransport) -> list[int]:
+    """The processes of sessions that run."""
+    running = transport._spawner._running
+    assert running is not None
+    process = running.end.peek()
+    assert process is not None
+    spawner = process[2][0].pid
+    return [int(pid) for pid in Path(f"/proc/{spawner}/task/{spawner}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSEGV, "was ended by SIGSEGV")]
+)
+async def test_a_process_that_ends_in_the_middle_is_named_with_the_reason(number: signal.Signals, says: str) -> None:
+    async with opened(GLOO) as (server, client):
+        await carry(server, client)
+        before = processes_of(GLOO)
+        async with anyio.create_task_group() as tasks:
+
+            async def receive() -> None:
+                with pytest.raises(TransportError, match=says) as caught:
+                    await client.recv(empty())
+                assert "other sessions are not affected" in caught.value.hint
+
+            tasks.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            os.kill(max(before), number)  # the client's, which was started last
+        with pytest.raises(PeerLost):
+            await server.recv(empty())
+
+
+def test_the_last_line_of_a_process_is_in_the_error() -> None:
+    spawner = Spawner()
+    process = spawner.start()
+    process.sending.send(b"\xc1 not a command")
+    said = process.obituary(60.0)
+    process.close()
+    assert said.startswith('ended with exit code 1: "msgspec.DecodeError: MessagePack data is malformed')
+
+
+async def test_a_closed_channel_leaves_no_process() -> None:
+    async with opened(GLOO) as (server, client):
+        await carry(server, client)
+        mine = processes_of(GLOO)
+        assert len(mine) == 2
+    assert not set(mine) & set(processes_of(GLOO))
+
+
+async def test_a_stopped_process_of_gloo_does_not_delay_closing() -> None:
+    async with opened(GLOO) as (server, client):
+        await carry(server, client)
+        for pid in processes_of(GLOO):
+            os.kill(pid, signal.SIGSTOP)
+        with anyio.fail_after(5):
+            await client.aclose()
+            await server.aclose()
+    assert not processes_of(GLOO)
+
+
+async def test_a_spawner_that_ended_is_replaced(no_leaked_descriptors: None) -> None:
+    transport = GlooTransport()
+    async with opened(transport) as (server, client):
+        await carry(server, client)
+        running = transport._spawner._running
+        assert running is not None
+        first = running.end.peek()
+        assert first is not None
+        os.kill(first[2][0].pid, signal.SIGKILL)
+        with pytest.raises(TransportError, match="could not be started, or was ended with its spawner"):
+            await client.recv(empty())
+    async with opened(transport) as (server, client):
+        await carry(server, client)
+    assert transport._spawner._running is not running
+
+
+def test_without_a_python_to_start_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    with pytest.raises(TransportError, match=r"sys\.executable"):
+        Spawner().start()
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(TransportError, match=r"can't be started.*/nowhere/python"):
+        Spawner().start()
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    process = Spawner().start()
+    assert "could not be started" in process.obituary(60)
+    process.close()

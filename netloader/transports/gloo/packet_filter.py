@@ -1,9 +1,9 @@
 """Packet filters that protect gloo's sockets from unauthenticated connections.
 
-Gloo accepts the first connection that sends the expected number as its peer. An unexpected message ends the process.
-So its listening socket gets a packet filter as soon as it is known. The filter passes only packets of the peer's host,
-and no data except that number until both sides have compared the addresses of their connection. After that it accepts
-no further connection. Filters are classic BPF, which needs no privilege.
+Gloo accepts the first connection that sends the expected number as its peer. An unexpected message ends its process,
+and so the session. Therefore its listening socket gets a packet filter as soon as it is known. The filter passes only
+packets of the peer's host, and no data except that number until both sides have compared the addresses of their
+connection. After that it accepts no further connection. Filters are classic BPF, which needs no privilege.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import os
+import resource
 import socket
+import stat
 import struct
 from collections.abc import Iterator
-from pathlib import Path
+
+from netloader.transports.gloo.addresses import Endpoint
 
 __all__ = [
-    "Endpoint",
     "close_listener",
-    "connect_to_self",
     "connections",
     "find_listener",
     "guard_listener",
@@ -33,20 +34,22 @@ _PASS, _DROP = 0x7FFFFFFF, 0
 _MOVED = struct.Struct("=QQ")
 _MOVED_AT = 120  # tcpi_bytes_acked, tcpi_bytes_received in struct tcp_info (Linux 4.1)
 
+_DESCRIPTORS = 1024
+"""Descriptors that are looked at. The process of a session opens some twenty, and the system gives the lowest ones."""
+
 Instruction = tuple[int, int, int, int]
-Endpoint = tuple[str, int]
-"""Numeric host and port."""
 
 
 def _sockets() -> Iterator[socket.socket]:
-    """Duplicates of all TCP sockets of this process. The kernel lists descriptors, which gloo does not expose."""
-    for descriptor in Path("/proc/self/fd").iterdir():
+    """Duplicates of all TCP sockets of this process. Gloo does not expose its descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(min(limit, _DESCRIPTORS) if limit >= 0 else _DESCRIPTORS):
         try:
-            if not str(descriptor.readlink()).startswith("socket:"):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
                 continue
-            copy = socket.socket(fileno=os.dup(int(descriptor.name)))
+            copy = socket.socket(fileno=os.dup(number))
         except OSError:
-            continue  # closed meanwhile
+            continue  # not open
         if copy.family in {socket.AF_INET, socket.AF_INET6} and copy.type == socket.SOCK_STREAM:
             yield copy
         else:
@@ -76,7 +79,7 @@ def connections(
             copy.close()
             continue
         wanted = (local is None or here == local) and (remote is None or there == remote)
-        # A connection may have several descriptors, because other threads make duplicates too.
+        # A connection may have several descriptors, because there are duplicates.
         if wanted and (here, there) not in found:
             found[here, there] = copy
         else:
@@ -93,33 +96,13 @@ def guard_listener(listening: socket.socket, peer: str, number: int) -> None:
     _attach(listening, [*_from(peer), *_only_number(number)])
 
 
-def close_listener(listening: socket.socket, taken: Endpoint | None) -> None:
+def close_listener(listening: socket.socket) -> None:
     """Accept no more connections.
-
-    Args:
-        listening: The listener.
-        taken: Remote endpoint of the connection that it accepted, if any. When that connection is closed here, the
-            kernel passes its packets to the listener. Only the listener's answer (a reset) informs the remote end.
 
     Raises:
         OSError: This kernel has no such filters.
     """
-    _attach(listening, [(0x06, 0, 0, _DROP)] if taken is None else [*_from(taken[0]), *_established_from(taken[1])])
-
-
-def connect_to_self(listening: socket.socket, number: int) -> None:
-    """Connect to this process's own guarded listener, send the number, and disconnect. Does not block.
-
-    Raises:
-        OSError: It is not possible; then nobody else could connect either.
-    """
-    host, _, *zone = here = listening.getsockname()
-    guard_listener(listening, _end(here)[0], number)
-    with socket.socket(listening.family) as visitor:
-        visitor.setblocking(False)
-        visitor.bind((host, 0, *zone))
-        visitor.connect_ex(here)
-        visitor.send(struct.pack("=q", number))
+    _attach(listening, [(0x06, 0, 0, _DROP)])
 
 
 def remove_filter(connection: socket.socket) -> None:
@@ -153,18 +136,6 @@ def _from(peer: str) -> list[Instruction]:
     for index, word in enumerate(struct.unpack(">4I", ip.packed)):
         program += [(0x20, 0, 0, _NET + 8 + 4 * index), (0x15, 1, 0, word), (0x06, 0, 0, _DROP)]
     return program
-
-
-def _established_from(port: int) -> list[Instruction]:
-    """Pass packets of an existing connection from this port, but none that would open one."""
-    return [
-        (0x28, 0, 0, 0),  # source port
-        (0x15, 0, 3, port),
-        (0x30, 0, 0, 13),  # flags
-        (0x45, 1, 0, 0x02),  # SYN
-        (0x06, 0, 0, _PASS),
-        (0x06, 0, 0, _DROP),
-    ]
 
 
 def _only_number(number: int) -> list[Instruction]:

@@ -1,4 +1,4 @@
-"""The rendezvous of a gloo group of two, without a store that listens on a port.
+"""The rendezvous of a gloo group of two, without a store that listens on a port. It runs in the process of the session.
 
 A group asks its store for one value of the peer: the address of its listening socket. This store returns this side's
 address, and waits for the peer's. Both are sent over the control connection as plain data. What gloo reads is built
@@ -10,52 +10,23 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import msgspec
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from netloader.errors import PeerLost, TransferTimeout, TransportError
+from netloader.errors import TransportError
+from netloader.transports.gloo.addresses import Address
 
-__all__ = ["Address", "LocalStore", "Rendezvous", "from_blob", "plain_host", "to_blob"]
+__all__ = ["LocalStore", "Rendezvous", "from_blob", "to_blob"]
 
 _SIZE = struct.Struct("=Q")
 _SOCKADDR = 128  # struct sockaddr_storage
 _DEVICE = _SOCKADDR + 8  # and the number of a pair, -1 in the address of a device
 _V4 = struct.Struct("=H2s4s")
 _V6 = struct.Struct("=H2s4s16sI")
-
-
-class Address(msgspec.Struct, frozen=True, tag=True, tag_field="is"):
-    """The address at which one side's gloo listens.
-
-    Attributes:
-        host: Numeric address, without zone.
-        port: The port.
-        pairs: For each rank, the number that identifies it when it connects.
-    """
-
-    host: str
-    port: int
-    pairs: tuple[int, ...]
-
-
-def plain_host(host: str) -> str:
-    """A numeric address in canonical form, so that two of them can be compared.
-
-    Raises:
-        TransportError: It is not a numeric address.
-    """
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError as error:
-        raise TransportError(f"{host!r} is not a numeric address") from error
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(address if mapped is None else mapped)
 
 
 def from_blob(blob: bytes) -> Address:
@@ -121,7 +92,7 @@ class LocalStore(Store):
         return self._values[_short(key)]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Does nothing: all keys are set already, or :meth:`get` raises an error."""
+        """Does nothing: all keys are set already, or :meth:`get` waits."""
 
     def has_extended_api(self) -> bool:
         """False: there are only the basic operations."""
@@ -133,28 +104,18 @@ class Rendezvous(LocalStore):
 
     Args:
         rank: Rank of this side, 0 or 1.
-        timeout: Seconds to wait for the peer's address.
-        published: Called with this side's address, in gloo's thread, before any other process knows it.
+        published: Called with this side's address, before any other process knows it.
+        peer: Waits for the peer's address, which was checked, and the number of its interface. What it raises comes out
+            of the constructor of the group.
     """
 
-    def __init__(self, rank: int, timeout: float, published: Callable[[Address], None]) -> None:
+    def __init__(
+        self, rank: int, published: Callable[[Address], None], peer: Callable[[], tuple[Address, int]]
+    ) -> None:
         super().__init__()
         self._ours, self._theirs = str(rank), str(1 - rank)
-        self._timeout = timeout
         self._published = published
-        self._met = threading.Event()
-        self._error: TransportError | None = None
-
-    def set_peer(self, address: Address, zone: int = 0) -> None:
-        """Give gloo the peer's address, after it was checked."""
-        self._values[self._theirs] = to_blob(address, zone)
-        self._met.set()
-
-    def abort(self) -> None:
-        """End the wait for the peer's address."""
-        if not self._met.is_set():
-            self._error = PeerLost("setting up was cancelled")
-            self._met.set()
+        self._peer = peer
 
     def set(self, key: str, value: Any) -> None:
         """Called by gloo with its own address."""
@@ -164,11 +125,8 @@ class Rendezvous(LocalStore):
 
     def get(self, key: str) -> bytes:
         """Called by gloo for an address: this side's or the peer's."""
-        if _short(key) == self._theirs:
-            if not self._met.wait(self._timeout):
-                raise TransferTimeout(f"the peer did not send the address of its gloo within {self._timeout:g} s")
-            if self._error is not None:
-                raise self._error
+        if _short(key) == self._theirs and self._theirs not in self._values:
+            self._values[self._theirs] = to_blob(*self._peer())
         return super().get(key)
 
 
