@@ -21,6 +21,7 @@ from netloader.client.pull import pull_from
 from netloader.config.arguments import Arguments
 from netloader.core.addresses import Address, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.manifest import Manifest
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
@@ -33,7 +34,7 @@ from netloader.observe.progress import Display
 from netloader.server.own_address import own_host
 from netloader.server.own_task import OwnTask
 from netloader.server.server import HoldingServer
-from netloader.session.off_loop import FEW_SPANS, in_thread
+from netloader.session.off_loop import FEW_SPANS, FEW_TENSORS, in_thread
 from netloader.transports import registry
 from netloader.transports.base import Transport
 from netloader.transports.contract_0_1 import adapted
@@ -41,7 +42,7 @@ from netloader.transports.contract_0_1 import adapted
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Destination, TensorHolding
+    from netloader.tensors import Destination, TensorHolding, TensorMemory
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -159,7 +160,7 @@ class Server(HoldingServer):
                 await super().__aexit__(None, None, None)
             finally:
                 for holding in self._held:
-                    holding.memory.weaken()
+                    await _weaken(holding.memory, holding.announcement.manifest)
 
     async def _hold_first(self) -> None:
         first, self._first = self._first, None
@@ -205,15 +206,24 @@ class Server(HoldingServer):
         try:
             await super().retract(role, reason=reason, within=within, sources=sources)
         finally:
-            self._let_go()
+            await self._let_go()
 
-    def _let_go(self) -> None:
+    async def _let_go(self) -> None:
         """Hold the tensors of what is not served any more by weak references only."""
         served = self.holdings.held()
         gone = [holding for holding in self._held if not any(holding is one for one in served)]
         self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
         for holding in gone:
-            holding.memory.weaken()
+            await _weaken(holding.memory, holding.announcement.manifest)
+
+
+async def _weaken(memory: Destination | TensorMemory, manifest: Manifest | None) -> None:
+    """Hold tensors by weak references from now on: in a thread if there are many."""
+    if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+        memory.weaken()
+        return
+    with anyio.CancelScope(shield=True):  # takes milliseconds
+        await anyio.to_thread.run_sync(memory.weaken)
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
@@ -415,7 +425,7 @@ async def _pull_into(
         raise
     finally:
         if not needed:
-            filled.weaken()
+            await _weaken(filled, filled.manifest)
         if prefaulter.running:
             with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
                 await anyio.to_thread.run_sync(prefaulter.stop)
