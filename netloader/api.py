@@ -22,6 +22,7 @@ from netloader.client.pull import pull_from
 from netloader.config.arguments import Arguments
 from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
+from netloader.core.manifest import Manifest
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
@@ -35,7 +36,7 @@ from netloader.server.own_address import own_host
 from netloader.server.own_task import OwnTask
 from netloader.server.server import HoldingServer
 from netloader.session.holding import Holding
-from netloader.session.off_loop import FEW_SPANS, in_thread
+from netloader.session.off_loop import FEW_SPANS, FEW_TENSORS, in_thread
 from netloader.session.relay_progress import Supply
 from netloader.transports import registry
 from netloader.transports.base import Transport
@@ -44,7 +45,7 @@ from netloader.transports.contract_0_1 import adapted
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Allocate, Destination, TensorHolding
+    from netloader.tensors import Allocate, Destination, TensorHolding, TensorMemory
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -169,7 +170,7 @@ class Server(HoldingServer):
                 await super().__aexit__(None, None, None)
             finally:
                 for holding in self._held:
-                    holding.memory.weaken()
+                    await _weaken(holding.memory, holding.announcement.manifest)
 
     async def _hold_first(self) -> None:
         first, self._first = self._first, None
@@ -226,15 +227,24 @@ class Server(HoldingServer):
         try:
             await super().retract(role, reason=reason, within=within, sources=sources)
         finally:
-            self._let_go()
+            await self._let_go()
 
-    def _let_go(self) -> None:
+    async def _let_go(self) -> None:
         """Hold the tensors of what is not served any more by weak references only."""
         served = self.holdings.held()
         gone = [holding for holding in self._held if not any(holding is one for one in served)]
         self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
         for holding in gone:
-            holding.memory.weaken()
+            await _weaken(holding.memory, holding.announcement.manifest)
+
+
+async def _weaken(memory: Destination | TensorMemory, manifest: Manifest | None) -> None:
+    """Hold tensors by weak references from now on: in a thread if there are many."""
+    if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+        memory.weaken()
+        return
+    with anyio.CancelScope(shield=True):  # takes milliseconds
+        await anyio.to_thread.run_sync(memory.weaken)
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
@@ -441,7 +451,7 @@ async def _pull_into(
         raise
     finally:
         if not needed:
-            filled.weaken()
+            await _weaken(filled, filled.manifest)
         if prefaulter.running:
             with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
                 await anyio.to_thread.run_sync(prefaulter.stop)

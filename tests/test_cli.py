@@ -316,7 +316,7 @@ def test_pull_without_a_reachable_source_fails(
     assert main(["pull", unused_address, "-o", str(tmp_path / "copy"), "--wait", "0.1"]) == 1
     shown = capsys.readouterr()
     assert "verified" not in shown.out
-    assert f"{unused_address} cannot be reached" in shown.err
+    assert f"{unused_address}: cannot be reached" in shown.err
     assert not (tmp_path / "copy").exists()
 
 

@@ -47,7 +47,7 @@ def test_a_pull_of_many_tensors_never_holds_up_the_loop(longest: list[tuple[floa
     """Server, pull and relay share one loop, as in a worker; then a pull without a manifest of its own."""
     identity, source, into = ModelIdentity(model="many"), small_tensors(1.0), small_tensors(0.0)
 
-    async def story() -> None:
+    async def story() -> object:
         async with (
             netloader.Server(host="127.0.0.1", token=TOKEN) as server,
             netloader.Server(host="127.0.0.1", token=TOKEN) as relay,
@@ -62,6 +62,8 @@ def test_a_pull_of_many_tensors_never_holds_up_the_loop(longest: list[tuple[floa
             made, _ = await netloader.pull_new(sources=sources, layouts=("raw",), token=TOKEN)
             assert len(made) == TENSORS
             assert all(float(tensors[f"layers.{TENSORS - 1}.weight"][1]) == 1.0 for tensors in (into, made))
+            return made
 
-    anyio.run(story)
+    made = anyio.run(story)  # freed outside of the loop: to drop so many tensors takes its owner a while
+    assert made
     assert longest[0][0] <= LONGEST, longest[0][1]

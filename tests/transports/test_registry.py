@@ -89,7 +89,7 @@ def test_the_packages_own_transports_name_the_missing_extra(
     installed: list[EntryPoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "netloader.transports.gloo", None)
-    with pytest.raises(TransportUnavailable, match=r"netloader\[torch\]"):
+    with pytest.raises(TransportUnavailable, match=r"extra `torch`"):
         registry.load("gloo")
 
 
