@@ -310,7 +310,7 @@ def test_a_reload_from_a_source_with_another_model(
     seeds: Seeds, models: ModelStore, live: Callable[[str], torch.nn.Module], log_lines: LogLines
 ) -> None:
     model = live("llama-bf16")
-    with source_of(seeds.get("llama-bf16").holding, model="another") as source:
+    with source_of(seeds.get("llama-bf16").holding, names={"MODEL": "another"}) as source:
         line = _refused(model, config_of(models, "llama-bf16", source), log_lines)
     assert "the identities differ: model is 'another' at the server" in line
 
