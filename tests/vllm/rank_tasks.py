@@ -92,7 +92,7 @@ def stories(models: dict[str, str], arguments: dict[str, Any], prefix: str) -> d
     with ExitStack() as stack:
         good = stack.enter_context(source_of(seed))
         strange = stack.enter_context(source_of(other))
-        wrong = stack.enter_context(source_of(seed, model="another"))
+        wrong = stack.enter_context(source_of(seed, names={"MODEL": "another"}))
         # Sources that announce no fingerprint, or neither fingerprint nor load.
         vague = stack.enter_context(source_of(other, fingerprint=""))
         silent = [stack.enter_context(source_of(each, fingerprint="", load="")) for each in (seed, other)]

@@ -50,6 +50,7 @@ def test_embeddings_that_are_tied_on_one_side_only(seeds: Seeds, models: ModelSt
 def test_every_field_that_a_pull_compares_has_a_case_with_its_line() -> None:
     """A field that is added to the identity needs a case, here or among REFUSALS."""
     elsewhere = {
+        "model": "REFUSALS, where the field is `names`: a difference of names is told as one of `model`",
         "tied": test_embeddings_that_are_tied_on_one_side_only,
         "layout": "test_fallback.test_a_checkpoint_server_is_refused_with_a_hint",
         "role": "test_pull.test_a_draft_model_that_the_source_does_not_have_is_loaded_by_default",
@@ -75,6 +76,7 @@ def _value(field: str, which: int) -> Any:
         "role": ("target", "draft"),
         "tied": (True, False),
         "load_state": ({"a": True}, {"a": False}),
+        "names": ({"MODEL": "a"}, {"MODEL": "b"}),
     }
     numbers = ("tp_size", "tp_rank", "pp_size", "pp_rank", "ep_size", "ep_rank")
     return known.get(field, (7, 8) if field in numbers else ("a", "b"))[which]
@@ -312,7 +314,7 @@ def test_a_reload_from_a_source_with_another_model(
     seeds: Seeds, models: ModelStore, live: Callable[[str], torch.nn.Module], log_lines: LogLines
 ) -> None:
     model = live("llama-bf16")
-    with source_of(seeds.get("llama-bf16").holding, model="another") as source:
+    with source_of(seeds.get("llama-bf16").holding, names={"MODEL": "another"}) as source:
         line = _refused(model, config_of(models, "llama-bf16", source), log_lines)
     assert "the identities differ: model is 'another' at the server" in line
 
