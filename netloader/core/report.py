@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, name_of
 from netloader.core.protocol.events import Announcement
 from netloader.core.texts import byte_text, one_line
 from netloader.errors import AttemptFailed, without_source
@@ -165,7 +165,8 @@ def summary(report: PullReport) -> str:
         for source, share in report.sources.items()
         if share.blocks
     ]
-    of = f" of {one_line(identity.model, _SHOWN_NAME)}" if identity.model else ""
+    name = name_of(identity)
+    of = f" of {one_line(name, _SHOWN_NAME)}" if name else ""
     text = f"pulled {byte_text(report.nbytes)}{of} ({what}) in {report.seconds:.2f} s ({', '.join(spent)})"
     if gave:
         text += f" from {_some(gave)}"

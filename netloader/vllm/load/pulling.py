@@ -190,7 +190,7 @@ def _options(sources: Sequence[Address], config: Config, spent: float) -> dict[s
         "stripe": config.stripe,
         "token": _token(config),
         "expect_root": config.expect_root,
-        "progress": ProgressLog(lambda line: log.info("netloader: %s", line)),
+        "progress": ProgressLog(lambda line: log.info("netloader: %s", line), last=False),
     }
 
 
