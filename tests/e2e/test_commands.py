@@ -106,11 +106,13 @@ def test_the_two_commands_work_as_pasted(pasted: Pasted, server: Engine, models:
         for engine, host, how in ((server, FIRST, "loaded "), (client, SECOND, "pulled ")):
             (line,) = summaries(engine)
             assert f"target: {how}" in line
+            assert len(engine.lines("netloader: pulled ")) == 0, "nothing repeats the summary"
             assert " INFO " in line
             assert engine.wait_addresses() == {0: f"127.0.0.1:{pasted.ports[host]}"}
             assert not engine.lines("netloader serves at"), "a token is set, so nothing warns of strangers"
             ours = engine.lines("netloader")
             assert not [line for line in ours if " ERROR " in line or " WARNING " in line]
+        assert f" of {NAME} (target, " in summaries(client)[0]
         assert f" from 127.0.0.1:{pasted.ports[FIRST]} over " in summaries(client)[0]
         assert not client.lines("the default loader (auto) loads")
         assert client.answers(PROMPTS) == server.answers(PROMPTS)
@@ -125,7 +127,8 @@ def test_a_client_without_the_name_is_refused_by_name_and_told_what_to_set(
     with pasted.start(second, models.bare("llama-bf16"), "unnamed", old=without, new="--enforce-eager") as client:
         assert client.wait_ended() != 0
         (line,) = client.lines("the default loader (auto) loads the target: could not pull")
-        assert "model is 'tiny' (--served-model-name) at the server and " in line
+        assert f"model is '{NAME}' at the server and '{models.bare('llama-bf16')}' at the client" in line
+        assert "the server has its name from its --served-model-name, the client from its path, which is no name" in line
         assert "set MODEL to one name on both sides" in line
         assert client.lines("Cannot find any model weights")
         assert not summaries(client)
