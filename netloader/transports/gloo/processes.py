@@ -176,7 +176,8 @@ class Spawner:
             try:
                 return SessionProcess(running)
             except OSError as error:
-                raise TransportError(f"the process in which gloo runs can't be started: {error}") from error
+                why = f"{error}{_quoted(running.words)}"
+                raise TransportError(f"the process in which gloo runs can't be started: {why}") from error
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, words: int, owner: int) -> None:
