@@ -403,16 +403,16 @@ class Pull:
         source, error = session.source, event.error
         self.ledger.lose(session.number)
         self._total = self.ledger.total_bytes or self._total
+        if isinstance(error, MemoryStillInUse):  # no source may fill this memory, and it must not be freed
+            self._over = True
+            yield p.Fail(error)
+            return
         pins = self._pinning.pins
         yield from self._pinning.ended(session)
         if self._pinning.pins != pins:
             self._sources.try_held(now)
         if event.transport:
             self.shares.setdefault(str(source), SourceShare()).transport = event.transport
-        if isinstance(error, MemoryStillInUse):  # no other source may fill this memory
-            self._over = True
-            yield p.Fail(error)
-            return
         if self._over:
             if error is not None and not session.dismissed:
                 yield self._failed(source, error)
