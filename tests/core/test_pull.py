@@ -179,7 +179,7 @@ def _drops_at_once(self: Sources, source: Address, now: float, *, last: bool = F
     self.drop(source)
 
 
-def _retries_without_pause(self: Sources, source: Address, now: float, at_least: float | None = None) -> None:
+def _retries_without_pause(self: Sources, source: Address, *_: object, **__: object) -> None:
     self._known[source].running = False
 
 
