@@ -29,6 +29,8 @@ from netloader.server.server import HoldingServer
 if TYPE_CHECKING:
     import torch
 
+    from netloader.tensors import Allocate
+
 __all__ = ["SyncServer", "probe", "pull", "pull_new", "serve"]
 
 R = TypeVar("R")
@@ -94,6 +96,7 @@ def pull_new(
     token: bytes | None = None,
     expect_root: str | None = None,
     max_bytes: int = 1 << 44,
+    allocate: Allocate | None = None,
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
@@ -111,6 +114,7 @@ def pull_new(
         token=token,
         expect_root=expect_root,
         max_bytes=max_bytes,
+        allocate=allocate,
         progress=progress,
         observers=observers,
     )

@@ -20,6 +20,7 @@ import msgspec
 from netloader.config import ConfigErrors
 from netloader.config.files import read_token
 from netloader.core.report import ProgressCallback
+from netloader.core.texts import findable
 from netloader.errors import (
     TORCH_HINT,
     AttemptFailed,
@@ -231,12 +232,12 @@ def have_streams() -> None:
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Print a line: results to standard output, messages about progress to standard error.
+    """Print a line: results to standard output; to standard error what is found in a log by one word.
 
     What a terminal would obey instead of showing it is escaped, because the line may hold text of a peer.
     """
     try:
-        print(legible(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        print(legible(findable(text) if to_stderr else text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
     except BrokenPipeError:
         sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
 
@@ -252,6 +253,11 @@ class _Formatter(logging.Formatter):
         """The record as text."""
         return in_words_of(self._options, super().format(record))
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name in `logging`
+        """Its line."""
+        record.message = findable(record.message)
+        return super().formatMessage(record)
+
 
 def set_up_logging(options: argparse.Namespace) -> None:
     """Send netloader's log to standard error, one line per record."""
@@ -265,13 +271,16 @@ def set_up_logging(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def progress_shown(every: float, verb: str) -> Iterator[ProgressCallback]:
-    """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds."""
+def progress_shown(every: float, verb: str, *, last: bool = True) -> Iterator[ProgressCallback]:
+    """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
+
+    `last`: whether to print a line at the end. A summary that follows makes it unneeded.
+    """
     if sys.stderr.isatty():
         with ProgressBar(sys.stderr) as bar:
             yield bar
     else:
-        yield ProgressLog(partial(say, to_stderr=True), every=every, verb=verb)
+        yield ProgressLog(partial(say, to_stderr=True), every=every, verb=verb, last=last)
 
 
 def token_from(path: str | None) -> bytes | None:

@@ -109,7 +109,7 @@ async def _into_files(options: argparse.Namespace, stop: Stop) -> _Pulled:
 
 
 async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport:
-    with progress_shown(options.progress_every, "pulled") as progress:
+    with progress_shown(options.progress_every, "pulled", last=False) as progress:
         try:
             _, report = await api.pull_new(
                 sources=options.sources,

@@ -29,8 +29,9 @@ from netloader.core.options import PullOptions
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull
-from netloader.core.pull_clock import PullClock
+from netloader.core.pull_clock import PullClock, Wait
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.core.texts import LINE, one_line
 from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, unexpected
 from netloader.observe.base import Observer, Observers
@@ -241,9 +242,15 @@ class _Pull:
             with anyio.move_on_after(max(0.0, min(until, report_at) - time.monotonic())) as waited:
                 await self._changed.wait()
             if wait := self._clock.report(time.monotonic()):
-                self._observe(SourceWaiting(*wait))
+                self._observe(SourceWaiting(*self._with_place(wait)))
             if waited.cancelled_caught and until <= report_at:
                 self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
+
+    def _with_place(self, wait: Wait) -> Wait:
+        """`wait`; if it is for a turn at a source, with the place in its queue."""
+        places = (session.place for session in self._sessions.values() if session.source == wait.source)
+        place = next(filter(None, places), "")
+        return wait._replace(reason=place) if place else wait
 
     def _tell(self, event: p.Event) -> None:
         """Give the pull an event and carry out its commands. Events that this causes are given to it afterwards."""
@@ -276,7 +283,7 @@ class _Pull:
                 case p.StartRelaying(announcement):
                     self._pass_on(announcement)
                 case p.Log(level, text):
-                    _log.log(_LEVELS[level], "%s", text)
+                    _log.log(_LEVELS[level], "%s", one_line(text, LINE))
                 case p.Succeed():
                     self._clock.stop(time.monotonic())
                     self._end_sessions()

@@ -140,9 +140,9 @@ def check_sendable(identity: ModelIdentity) -> None:
         try:
             msgspec.msgpack.decode(msgspec.msgpack.encode({field: value}), type=ModelIdentity)
         except UnicodeEncodeError:
-            reason = "it holds half of a surrogate pair"
+            reason = "it has characters that are no valid Unicode (lone surrogates)"
         except msgspec.ValidationError as error:
-            reason = str(error).partition(" - ")[0]
+            reason = f"it has {len(value)} characters" if isinstance(value, str) else str(error).partition(" - ")[0]
         else:
             continue
         allowed = (

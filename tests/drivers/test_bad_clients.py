@@ -303,8 +303,9 @@ async def test_a_client_that_never_reads_its_control_connection_times_out() -> N
     holding = kit.held(many)
     hub = kit.Hub()
     async with kit.serving(hub.transport, holding, timings=kit.QUICK, max_clients=1) as server:
-        for listener in server._listeners:
-            listener.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        assert server._listening is not None
+        for listener in server._listening.sockets:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.setblocking(False)
@@ -412,7 +413,7 @@ async def test_silent_connections_are_limited_and_do_not_keep_a_client_out(*, gr
                 await wire.say(kit.hello(hub.transport))
                 await wire.hear_until(m.Welcome)
             silent.append(wire)
-        await kit.until(lambda: len(server.ended) == 22)
+        await kit.until(lambda: server.gone == 22)
         assert len(server.sessions) == 8
         # The oldest is turned away, with a time at which the client comes again.
         for wire in silent[:22]:
@@ -442,7 +443,7 @@ async def test_clients_that_have_a_turn_or_wait_for_one_are_not_evicted() -> Non
             await kit.until(lambda: sum(bool(s.role) for s in server.sessions) == count + 1)  # noqa: B023
         for _ in range(10):
             await stack.enter_async_context(kit.fake_client(server))
-        await kit.until(lambda: len(server.ended) == 9)
+        await kit.until(lambda: server.gone == 9)
         assert sum(bool(s.role) for s in server.sessions) == 4
         faults.release()
     assert all(kit.contents(into) == kit.contents(SOURCE) for into in blanks)
@@ -488,7 +489,7 @@ async def test_the_server_pauses_after_a_stray_connection(
         async with kit.fake_client(server) as wire:
             await wire.raw(b"GET / HTTP/1.1\r\n\r\n")
             await wire.closed()
-        await kit.pull(into, [kit.at(server)], hub.transport)  # accepted by the call that was already waiting
+        await kit.until(lambda: server.ended[3:])
         with anyio.move_on_after(0.5) as scope:
             await kit.pull(into, [kit.at(server)], hub.transport)
         assert scope.cancelled_caught, "a new connection was accepted at once"
