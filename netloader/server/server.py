@@ -126,6 +126,7 @@ class HoldingServer:
             stack.callback(listening.close)
             self._newcomers = Newcomers(
                 self._connections,
+                strangers=self._limits.strangers,
                 hello=self._options.timings.hello,
                 pace=self._pace,
                 begin=self._begin,
