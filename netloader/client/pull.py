@@ -24,7 +24,7 @@ from netloader.client.search import search
 from netloader.client.session import ClientSession, Digest, PullDestination
 from netloader.core import pull_events as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
-from netloader.core.manifest import manifest_digest
+from netloader.core.manifest import Manifest, manifest_digest
 from netloader.core.options import PullOptions
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
@@ -145,6 +145,7 @@ class _Pull:
         self._progress = progress
         self._relay = relay
         self._relaying = False
+        self._manifest: Manifest | None = None  # None until it is final, if it is taken from a source
         self._manifest_digest = ""
         self._report = PullReport()
         self._observe = Observers((self._add_phase, *observers))
@@ -180,7 +181,7 @@ class _Pull:
             setattr(phases, event.phase, getattr(phases, event.phase) + event.seconds)
 
     async def _run(self, sources: SourceProvider) -> PullReport:
-        manifest = self._destination.manifest
+        self._manifest = manifest = self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
             self._manifest_digest = (
@@ -377,7 +378,7 @@ class _Pull:
         Raises:
             PeerLost: The source cannot be reached.
         """
-        connection = await connect(command.source, self._options.connect_timeout, self._destination.manifest)
+        connection = await connect(command.source, self._options.connect_timeout, self._manifest)
         session: ClientSession | None = None
         try:
             if not self._pull.over:
@@ -405,7 +406,7 @@ class _Pull:
         return ClientTerms(
             self._options if command.follow else replace(self._options, follow=False),
             identity=self._identity,
-            manifest=self._destination.manifest,
+            manifest=self._manifest,
             manifest_digest=self._manifest_digest,
             abilities=abilities_of(transports, self._destination.device),
             root=command.root,
@@ -417,8 +418,8 @@ class _Pull:
 
     def _pass_on(self, announcement: e.Announcement) -> None:
         """The first block is verified: begin to relay, if there is a server for it."""
-        if not self._manifest_digest:  # a pull that adopts what its source holds has tensors of its own from now on
-            self._manifest_digest = announcement.manifest_digest
+        if self._manifest is None:  # a pull that adopts what its source holds has tensors of its own from now on
+            self._manifest, self._manifest_digest = announcement.manifest, announcement.manifest_digest
         theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)

@@ -59,9 +59,9 @@ _RELAY_DECISION = 1.0
 _RETRY_FULL = 1.0
 """Seconds after which a client may come again that was turned away because too many are connected."""
 
-_RETURN_WAIT = 30.0
+_RETURN_WAIT = 90.0
 """Seconds that a client waits for a channel that was slow to answer the announcement. It waits for the offer meanwhile,
-and has a deadline for that."""
+and its deadline for that is 120 s from the announcement."""
 
 _OPEN_REQUESTS = 4096
 """Most requests that one client may have open."""
