@@ -23,6 +23,7 @@ from netloader.client.probe import Probe
 from netloader.core.addresses import Address
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.errors import shortage
 from netloader.observe.base import Observer
 from netloader.server.server import HoldingServer
 
@@ -237,10 +238,13 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
     try:
         thread.start()  # an interrupt may arrive here when the call has begun already
         over.wait()
-    except BaseException as error:
-        if not isinstance(error, RuntimeError):  # with that one, no thread was started
-            with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
-                running.result(_LOOP_START)()
+    except RuntimeError as error:  # no thread was started
+        if (scarce := shortage(error)) is None:
+            raise
+        raise scarce from error
+    except BaseException:
+        with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
+            running.result(_LOOP_START)()
         raise
     finally:
         if thread.ident is not None:

@@ -10,16 +10,18 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 
 import msgspec
 
+from netloader.cli.signals import Stop
 from netloader.config import ConfigErrors
 from netloader.config.files import read_token
-from netloader.core.report import ProgressCallback
+from netloader.core.report import Progress, ProgressCallback
 from netloader.core.texts import findable
 from netloader.errors import (
     TORCH_HINT,
@@ -52,6 +54,7 @@ __all__ = [
     "say",
     "set_up_logging",
     "token_from",
+    "watched",
     "whole_error",
 ]
 
@@ -165,7 +168,7 @@ def error_lines(error: BaseException, options: argparse.Namespace) -> tuple[str,
     elif isinstance(error, ImportError):
         message, hint = str(error), TORCH_HINT
     elif isinstance(error, MemoryError):
-        message, hint = f"no memory is left: {error}", "free memory, or use a larger host"
+        message, hint = f"no memory is left: {error}", remedy_for(error)
     elif isinstance(error, OSError | Interrupted):
         message, hint = str(error), ""
     else:
@@ -281,6 +284,21 @@ def progress_shown(every: float, verb: str, *, last: bool = True) -> Iterator[Pr
             yield bar
     else:
         yield ProgressLog(partial(say, to_stderr=True), every=every, verb=verb, last=last)
+
+
+def watched(shown: ProgressCallback, what: str, stop: Stop) -> Callable[[int, int], None]:
+    """A callback for work on files in a thread: it shows the bytes that are done, from now on, or stops the work.
+
+    Raises (when called):
+        Stopped: The command was told to stop.
+    """
+    began = time.monotonic()
+
+    def done(nbytes: int, total: int) -> None:
+        stop.check()
+        shown(Progress(nbytes, total, time.monotonic() - began, what))
+
+    return done
 
 
 def token_from(path: str | None) -> bytes | None:

@@ -142,9 +142,8 @@ class PullReport:
             by = f" over {share.transport}" if share.transport else ""
             text.append(f"source {source}: {share.blocks} blocks, {share.nbytes / 1e6:.1f} MB{by}")
         if self.metadata is not None:
-            entries = len(self.metadata)
-            names = f" ({', '.join(sorted(self.metadata)[:_SHOWN_KEYS])})" if 0 < entries <= _SHOWN_KEYS else ""
-            text.append(f"metadata: {entries} {'entry' if entries == 1 else 'entries'}{names}")
+            names = f" ({', '.join(sorted(self.metadata))})" if 0 < len(self.metadata) <= _SHOWN_KEYS else ""
+            text.append(f"metadata: {plural(len(self.metadata), 'entry', 'entries')}{names}")
         text.extend(f"failed before: {attempt}" for attempt in self.attempts)
         return text
 

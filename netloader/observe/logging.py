@@ -47,8 +47,8 @@ class RateLimitedLog:
         self._suppressed = 0
         self._until = 0.0
 
-    def happened(self, detail: str) -> None:
-        """Log one occurrence, or only count it."""
+    def happened(self, detail: str, level: int | None = None) -> None:
+        """Log one occurrence, or only count it. `level`: if it is not that of the other lines."""
         now = time.monotonic()
         if now >= self._until:
             if self._suppressed:
@@ -56,7 +56,7 @@ class RateLimitedLog:
             self._shown, self._suppressed, self._until = 0, 0, now + _MINUTE
         if self._shown < self._lines:
             self._shown += 1
-            _log.log(self._level, "%s: %s", self._what, detail)
+            _log.log(self._level if level is None else level, "%s: %s", self._what, detail)
         else:
             self._suppressed += 1
 
