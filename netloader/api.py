@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import anyio
 import anyio.to_thread
 
-from netloader.client.arguments import check_asked, check_pull, check_tensors, check_transport
+from netloader.client.arguments import check_asked, check_identity, check_pull, check_tensors, check_transport
 from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
 from netloader.config.arguments import Arguments
 from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
-from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
+from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import Manifest
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
@@ -57,7 +57,7 @@ Sources = Sequence[str | Address | Source] | SourceProvider
 
 _DAY = 86_400.0
 
-log = logging.getLogger("netloader")
+_log = logging.getLogger("netloader")
 
 
 def software() -> str:
@@ -86,17 +86,13 @@ class Server(HoldingServer):
         device: Device of the tensors, when none are given yet.
         observers: Receive the events of the server and its sessions (:mod:`netloader.observe`).
 
-    Raises:
-        ConfigError: Arguments are not valid; the message names all of them. Or, on entering, the address cannot be
-            bound.
-
-    Raises (on entering):
+    Raises (on entering, but for arguments that are not valid):
+        ConfigError: Arguments are not valid, and the message names all of them; or the address cannot be bound.
         ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
     """
 
-    # What to do about a server that every host can pull from, in the words of its user.
-    _exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"
+    _exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"  # in its users' words
 
     def __init__(
         self,
@@ -187,7 +183,7 @@ class Server(HoldingServer):
         super().add(holding, supply)
         if self._warn_if_exposed and not is_loopback(self.host):
             self._warn_if_exposed = False
-            log.warning(
+            _log.warning(
                 "netloader serves at %s to every host that can reach it, because no token is set (%s)",
                 Address(self.host, self.port),
                 self._exposed_hint,
@@ -345,8 +341,6 @@ async def pull(
         timings=Timings(stall=stall_timeout),
         software=software(),
     )
-    if identity is not None:
-        check_sendable(identity)
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
@@ -381,6 +375,7 @@ async def pull_new(
         max_bytes: Largest model to accept, in bytes.
         allocate: Makes the tensors for the manifest (and the metadata) that the source announces, instead of new ones
             in memory: for example :meth:`netloader.checkpoint.OutputFolder.allocate`, whose tensors are views of files.
+            Called again for another source if the first one delivers nothing; earlier tensors are not used then.
         transport: As for :func:`pull`.
         timeout: As for :func:`pull`.
         wait: As for :func:`pull`.
@@ -488,7 +483,7 @@ async def probe(
     check = Arguments()
     with check.reading():
         source = parse_address(source, field="source")
-    check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
+    check_identity(check, identity)
     check_asked(check, role, layouts)
     check.seconds("timeout", timeout, positive=True)
     check.token("token", token)

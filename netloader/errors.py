@@ -72,9 +72,9 @@ def legible(text: str, limit: int | None = None) -> str:
     return text
 
 
-def plural(count: int, noun: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def plural(count: int, noun: str, several: str = "") -> str:
+    """``1 tensor``, ``2 tensors``. `several`: the plural, if it is not the noun with an s."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
 class NetloaderError(Exception):
@@ -141,7 +141,8 @@ _REMEDIES = {
     errno.EAGAIN: "raise the limit of threads and processes (ulimit -u, or pids.max of the container)",
 }
 
-_EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+_EXHAUSTED = _REMEDIES.keys() - {errno.EAGAIN}
+"""Errors that mean a shortage in every call; EAGAIN does so only where a thread or process is started."""
 
 
 def remedy_for(error: BaseException) -> str:

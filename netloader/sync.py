@@ -23,11 +23,14 @@ from netloader.client.probe import Probe
 from netloader.core.addresses import Address
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.errors import shortage
 from netloader.observe.base import Observer
 from netloader.server.server import HoldingServer
 
 if TYPE_CHECKING:
     import torch
+
+    from netloader.tensors import Allocate
 
 __all__ = ["SyncServer", "probe", "pull", "pull_new", "serve"]
 
@@ -94,6 +97,7 @@ def pull_new(
     token: bytes | None = None,
     expect_root: str | None = None,
     max_bytes: int = 1 << 44,
+    allocate: Allocate | None = None,
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
@@ -111,6 +115,7 @@ def pull_new(
         token=token,
         expect_root=expect_root,
         max_bytes=max_bytes,
+        allocate=allocate,
         progress=progress,
         observers=observers,
     )
@@ -233,10 +238,13 @@ def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
     try:
         thread.start()  # an interrupt may arrive here when the call has begun already
         over.wait()
-    except BaseException as error:
-        if not isinstance(error, RuntimeError):  # with that one, no thread was started
-            with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
-                running.result(_LOOP_START)()
+    except RuntimeError as error:  # no thread was started
+        if (scarce := shortage(error)) is None:
+            raise
+        raise scarce from error
+    except BaseException:
+        with suppress(RuntimeError, TimeoutError):  # the loop has just ended, or never started
+            running.result(_LOOP_START)()
         raise
     finally:
         if thread.ident is not None:

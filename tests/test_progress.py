@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netloader.core.report import Progress
-from netloader.observe import BlocksVerified, PullBegan, PullEnded
+from netloader.observe import BlocksVerified, PhaseEnded, PullBegan, PullEnded
 from netloader.observe.progress import ProgressBar, ProgressLog, Rate, byte_text, time_text
 
 MB = 1_000_000
@@ -108,6 +108,16 @@ def test_the_activity_can_be_named() -> None:
     lines: list[str] = []
     ProgressLog(lines.append, every=0, verb="hashed")(at(1, MB))
     assert lines == ["hashed 1.00 MB of 100 MB (1%), 1.00 MB/s, 1:39 left"]
+
+
+def test_the_rate_counts_from_the_open_channel() -> None:
+    lines: list[str] = []
+    log = ProgressLog(lines.append, every=1.0)
+    log(PhaseEnded("client", 1, "h:1", "connect", 1.0))
+    log(PhaseEnded("client", 1, "h:1", "plan", 5.0))
+    log(Progress(100_000_000, 200_000_000, 7.0, "h:1"))
+    log(Progress(200_000_000, 200_000_000, 8.0, "h:1"))
+    assert lines == ["pulled 100 MB of 200 MB (50%), 100 MB/s, 0:01 left", "pulled 200 MB of 200 MB (100%), 100 MB/s"]
 
 
 def test_an_unknown_total_does_not_divide_by_zero() -> None:

@@ -94,6 +94,7 @@ def test_an_unchanged_tensor_is_live_and_a_replaced_one_is_kept() -> None:
     assert set(located.kept) == {"up.weight"}
     assert torch.equal(located.kept["up.weight"], before["up.weight"])
     assert located.kept_bytes == before["up.weight"].nbytes
+    assert kept_text(located) == f"originals kept: KEEP_RAW: {64 * 128 * 4} bytes on cpu (false frees them)"
     assert set(located.live) == set(before) - {"up.weight"}
 
 

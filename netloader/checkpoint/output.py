@@ -117,11 +117,7 @@ class OutputFolder:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def _remove(self) -> None:
-        for file in self._files:
-            file.part.remove()
-        if self._index is not None:
-            self._index.remove()
-        self._files, self._index = [], None
+        self._remove_files()
         for folder in reversed(self._made):
             try:
                 folder.rmdir()
@@ -129,10 +125,17 @@ class OutputFolder:
                 break
         self._made = []
 
+    def _remove_files(self) -> None:
+        for file in self._files:
+            file.part.remove()
+        if self._index is not None:
+            self._index.remove()
+        self._files, self._index, self._strided, self.error = [], None, [], None
+
     # --- before the pull ----------------------------------------------------------------------------------------------
 
     def allocate(self, manifest: Manifest, metadata: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
-        """Make the files for `manifest`, with space for every byte.
+        """Make the files for `manifest`, with space for every byte, in place of those of an earlier call.
 
         Args:
             manifest: The tensors.
@@ -144,6 +147,7 @@ class OutputFolder:
         Raises:
             CheckpointError: The file system has too little space, or safetensors files can't hold the tensors.
         """
+        self._remove_files()
         try:
             return self._allocate(manifest, {"format": "pt"} if metadata is None else metadata)
         except CheckpointError as error:

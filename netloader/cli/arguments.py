@@ -8,6 +8,8 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from netloader.config.fields import is_root
+
 __all__ = ["make_parser", "size"]
 
 _EXIT_CODES = """\
@@ -69,7 +71,7 @@ def _names(text: str) -> list[str]:
 
 
 def _root(text: str) -> str:
-    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+    if not is_root(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a root: 64 hexadecimal digits")
     return text.lower()
 

@@ -10,16 +10,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 
 import msgspec
 
+from netloader.cli.signals import Stop
 from netloader.config import ConfigErrors
 from netloader.config.files import read_token
-from netloader.core.report import ProgressCallback
+from netloader.core.report import Progress, ProgressCallback
+from netloader.core.texts import findable
 from netloader.errors import (
     TORCH_HINT,
     AttemptFailed,
@@ -51,6 +54,7 @@ __all__ = [
     "say",
     "set_up_logging",
     "token_from",
+    "watched",
     "whole_error",
 ]
 
@@ -164,7 +168,7 @@ def error_lines(error: BaseException, options: argparse.Namespace) -> tuple[str,
     elif isinstance(error, ImportError):
         message, hint = str(error), TORCH_HINT
     elif isinstance(error, MemoryError):
-        message, hint = f"no memory is left: {error}", "free memory, or use a larger host"
+        message, hint = f"no memory is left: {error}", remedy_for(error)
     elif isinstance(error, OSError | Interrupted):
         message, hint = str(error), ""
     else:
@@ -231,12 +235,12 @@ def have_streams() -> None:
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Print a line: results to standard output, messages about progress to standard error.
+    """Print a line: results to standard output; to standard error what is found in a log by one word.
 
     What a terminal would obey instead of showing it is escaped, because the line may hold text of a peer.
     """
     try:
-        print(legible(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        print(legible(findable(text) if to_stderr else text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
     except BrokenPipeError:
         sys.stdout = sys.stderr  # the reader closed the pipe; the command continues
 
@@ -252,6 +256,11 @@ class _Formatter(logging.Formatter):
         """The record as text."""
         return in_words_of(self._options, super().format(record))
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name in `logging`
+        """Its line."""
+        record.message = findable(record.message)
+        return super().formatMessage(record)
+
 
 def set_up_logging(options: argparse.Namespace) -> None:
     """Send netloader's log to standard error, one line per record."""
@@ -265,13 +274,31 @@ def set_up_logging(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def progress_shown(every: float, verb: str) -> Iterator[ProgressCallback]:
-    """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds."""
+def progress_shown(every: float, verb: str, *, last: bool = True) -> Iterator[ProgressCallback]:
+    """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
+
+    `last`: whether to print a line at the end. A summary that follows makes it unneeded.
+    """
     if sys.stderr.isatty():
         with ProgressBar(sys.stderr) as bar:
             yield bar
     else:
-        yield ProgressLog(partial(say, to_stderr=True), every=every, verb=verb)
+        yield ProgressLog(partial(say, to_stderr=True), every=every, verb=verb, last=last)
+
+
+def watched(shown: ProgressCallback, what: str, stop: Stop) -> Callable[[int, int], None]:
+    """A callback for work on files in a thread: it shows the bytes that are done, from now on, or stops the work.
+
+    Raises (when called):
+        Stopped: The command was told to stop.
+    """
+    began = time.monotonic()
+
+    def done(nbytes: int, total: int) -> None:
+        stop.check()
+        shown(Progress(nbytes, total, time.monotonic() - began, what))
+
+    return done
 
 
 def token_from(path: str | None) -> bytes | None:

@@ -16,7 +16,7 @@ from netloader.cli.console import Exit, print_json, say, token_from
 from netloader.client.probe import Probe
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import compare
-from netloader.errors import shown
+from netloader.errors import plural, shown
 from netloader.observe.progress import byte_text
 
 __all__ = ["run"]
@@ -129,7 +129,7 @@ def _lines(probe: Probe) -> list[str]:
 def _metadata(metadata: Mapping[str, str] | None) -> str:
     if metadata is None:
         return "not stated"
-    return f"{len(metadata)} {'entry' if len(metadata) == 1 else 'entries'}"
+    return plural(len(metadata), "entry", "entries")
 
 
 def _identity(identity: ModelIdentity) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +23,15 @@ from netloader.cli.console import (
     progress_shown,
     say,
     token_from,
+    watched,
     whole_error,
 )
-from netloader.cli.signals import Stop, ending_signals, stop_on_signal
-from netloader.core.report import Progress, ProgressCallback, PullReport
-from netloader.errors import ConfigError, DigestMismatch, NoSourceLeft
+from netloader.cli.signals import Stop, Stopped, ending_signals, stop_on_signal
+from netloader.core.report import PullReport
+from netloader.errors import ConfigError, DigestMismatch, NoSourceLeft, plural
 from netloader.observe.progress import byte_text
 
 __all__ = ["run"]
-
-
-class _Stopped(Exception):
-    """A signal came while the files were being written to the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +75,7 @@ async def _pull(options: argparse.Namespace) -> _Pulled:
     with ending_signals() as signals:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stop_on_signal, signals, tasks.cancel_scope, stop)
-            with suppress(_Stopped):  # the scope is cancelled then
+            with suppress(Stopped):  # the scope is cancelled then
                 done.append(await _into_files(options, stop))
             tasks.cancel_scope.cancel()
     if not done:
@@ -98,7 +94,7 @@ async def _into_files(options: argparse.Namespace, stop: Stop) -> _Pulled:
         report = await _fill(options, output)
         arrived = time.monotonic()
         with progress_shown(options.progress_every, "written") as progress:
-            await anyio.to_thread.run_sync(output.sync, _watched(progress, arrived, str(options.output), stop))
+            await anyio.to_thread.run_sync(output.sync, watched(progress, str(options.output), stop))
         await anyio.lowlevel.checkpoint()  # the last moment at which a signal leaves nothing
         with anyio.CancelScope(shield=True):
             files = await anyio.to_thread.run_sync(output.publish)
@@ -109,7 +105,7 @@ async def _into_files(options: argparse.Namespace, stop: Stop) -> _Pulled:
 
 
 async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport:
-    with progress_shown(options.progress_every, "pulled") as progress:
+    with progress_shown(options.progress_every, "pulled", last=False) as progress:
         try:
             _, report = await api.pull_new(
                 sources=options.sources,
@@ -130,15 +126,6 @@ async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport
     return report
 
 
-def _watched(progress: ProgressCallback, began: float, what: str, stop: Stop) -> Callable[[int, int], None]:
-    def written(nbytes: int, total: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        progress(Progress(nbytes, total, time.monotonic() - began, what))
-
-    return written
-
-
 def _check_output(folder: Path, *, overwrite: bool) -> None:
     """Check that the output folder can be used, before any byte is pulled.
 
@@ -154,10 +141,10 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
 
 
 def _print_result(pulled: _Pulled, folder: Path) -> None:
-    count, report = len(pulled.files), pulled.report
+    report = pulled.report
     nbytes = sum(file.stat().st_size for file in pulled.files)
     say(
-        f"wrote {count} file{'s' * (count != 1)} ({byte_text(nbytes)}) to {folder}: "
+        f"wrote {plural(len(pulled.files), 'file')} ({byte_text(nbytes)}) to {folder}: "
         f"{pulled.write_seconds:.2f} s after the last block, {pulled.seconds:.2f} s in all"
     )
     if report.metadata is None:

@@ -20,13 +20,13 @@ import anyio.to_thread
 from netloader import checkpoint
 from netloader.api import Server
 from netloader.checkpoint.cache import find_folder, model_name
-from netloader.cli.console import Exit, progress_shown, say, token_from
-from netloader.cli.signals import Stop, ending_signals
+from netloader.cli.console import Exit, progress_shown, say, token_from, watched
+from netloader.cli.signals import Stop, Stopped, ending_signals, stop_on_signal
 from netloader.core.identity import ModelIdentity, check_sendable, name_of
 from netloader.core.protocol import State
 from netloader.core.report import Progress
 from netloader.discovery.address_file import AddressFile
-from netloader.errors import ConfigError
+from netloader.errors import ConfigError, plural
 from netloader.observe.events import Event, PhaseEnded
 from netloader.observe.progress import ProgressLog
 from netloader.tensors import hold
@@ -41,10 +41,6 @@ __all__ = ["run"]
 
 _SHORTEST_PAUSE = 0.05
 """Least seconds between two checks of the sessions."""
-
-
-class _Stopped(Exception):
-    """The command was stopped while files were being hashed."""
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -74,7 +70,7 @@ async def _serve(
     with ending_signals() as signals:
         async with server, anyio.create_task_group() as tasks:
             # Only the body of this scope is cancelled. The server then sends its clients a Goodbye when it closes.
-            tasks.start_soon(_stop_on_signal, signals, tasks.cancel_scope, stop)
+            tasks.start_soon(stop_on_signal, signals, tasks.cancel_scope, stop, _say_signal)
             if options.stop_on_eof:
                 tasks.start_soon(_stop_on_eof, tasks.cancel_scope, stop)
             server.expect("target", "checkpoint", reason="its files are being read and hashed")
@@ -98,7 +94,7 @@ async def _serve_until_cancelled(
     announced = holding.announcement
     say(f"root {announced.root}")
     if announced.metadata:
-        say(f"metadata: {len(announced.metadata)} {'entry' if len(announced.metadata) == 1 else 'entries'}")
+        say(f"metadata: {plural(len(announced.metadata), 'entry', 'entries')}")
     async with _written(address_file, str(server.address)):
         say(f"serving {name_of(announced.identity)} at {server.address}")
         await transfers.show(server, announced.plan.nbytes)
@@ -114,17 +110,11 @@ def _read(folder: Path, identity: ModelIdentity, options: argparse.Namespace, st
     files = checkpoint.open_checkpoint(folder)
     for line in files.left_out:
         say(f"left out: {line}", to_stderr=True)
-    began = time.monotonic()
     with progress_shown(options.progress_every, "hashed") as shown:
-
-        def hashed(nbytes: int, total: int) -> None:
-            if stop.is_set():
-                raise _Stopped
-            shown(Progress(nbytes, total, time.monotonic() - began, str(folder)))
-
         try:
-            return hold(files.tensors, identity, progress=hashed, metadata=files.metadata)
-        except _Stopped:
+            progress = watched(shown, str(folder), stop)
+            return hold(files.tensors, identity, progress=progress, metadata=files.metadata)
+        except Stopped:
             return None
 
 
@@ -189,12 +179,8 @@ class _Transfer:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-async def _stop_on_signal(signals: AsyncIterator[Signals], scope: anyio.CancelScope, stop: Stop) -> None:
-    async for number in signals:
-        say(f"stopping on {number.name}")
-        stop.set(number)
-        scope.cancel()
-        return
+def _say_signal(number: Signals) -> None:
+    say(f"stopping on {number.name}")
 
 
 async def _stop_on_eof(scope: anyio.CancelScope, stop: Stop) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
 import anyio
 
-__all__ = ["ENDING", "Stop", "ending_signals", "stop_on_signal"]
+__all__ = ["ENDING", "Stop", "Stopped", "ending_signals", "stop_on_signal"]
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(Exception):
+    """The command was told to stop. Raised in its threads."""
 
 
 class Stop:
@@ -30,9 +34,14 @@ class Stop:
         self.number = number
         self._event.set()
 
-    def is_set(self) -> bool:
-        """Whether it was told to stop."""
-        return self._event.is_set()
+    def check(self) -> None:
+        """Return if the command goes on.
+
+        Raises:
+            Stopped: It was told to stop.
+        """
+        if self._event.is_set():
+            raise Stopped
 
 
 @contextmanager
@@ -43,9 +52,16 @@ def ending_signals() -> Iterator[AsyncIterator[signal.Signals]]:
         yield signals
 
 
-async def stop_on_signal(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope, stop: Stop) -> None:
-    """Wait for a signal, then stop the command: set `stop`, and cancel `scope`."""
+async def stop_on_signal(
+    signals: AsyncIterator[signal.Signals],
+    scope: anyio.CancelScope,
+    stop: Stop,
+    tell: Callable[[signal.Signals], None] | None = None,
+) -> None:
+    """Wait for a signal, then stop the command: call `tell`, set `stop`, and cancel `scope`."""
     async for number in signals:
+        if tell is not None:
+            tell(number)
         stop.set(number)
         scope.cancel()
         return

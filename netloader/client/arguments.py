@@ -6,19 +6,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from netloader.config.arguments import Arguments
-from netloader.core.identity import Layout, ModelIdentity, Role
+from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
 from netloader.transports.base import Transport
 
-__all__ = ["check_asked", "check_pull", "check_tensors", "check_transport"]
+__all__ = ["check_asked", "check_identity", "check_pull", "check_tensors", "check_transport"]
 
 
 def check_tensors(check: Arguments, tensors: object, identity: object, *, none: bool = False) -> None:
     """Check `tensors` and `identity`. `none`: there may be no tensors."""
     if not (none and tensors is None):
         check.kind("tensors", tensors, Mapping, "a mapping of names to tensors", "pass model.state_dict()")
+    check_identity(check, identity)
+
+
+def check_identity(check: Arguments, identity: object) -> None:
+    """Check `identity`: a peer would refuse texts that are too long or not valid Unicode."""
     check.kind("identity", identity, (ModelIdentity, type(None)), "a netloader.ModelIdentity, or None")
+    if isinstance(identity, ModelIdentity):
+        with check.reading():
+            check_sendable(identity)
 
 
 def check_transport(check: Arguments, transport: object) -> None:

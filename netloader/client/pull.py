@@ -24,13 +24,14 @@ from netloader.client.search import search
 from netloader.client.session import ClientSession, Digest, PullDestination
 from netloader.core import pull_events as p
 from netloader.core.identity import ModelIdentity, Role, passed_on
-from netloader.core.manifest import manifest_digest
+from netloader.core.manifest import Manifest, manifest_digest
 from netloader.core.options import PullOptions
 from netloader.core.protocol import ClientTerms, Session, Side, State
 from netloader.core.protocol import events as e
 from netloader.core.pull import Pull
-from netloader.core.pull_clock import PullClock
+from netloader.core.pull_clock import PullClock, Wait
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.core.texts import LINE, one_line
 from netloader.discovery.base import SourceProvider
 from netloader.errors import LocalProtocolError, MemoryStillInUse, NetloaderError, PeerLost, unexpected
 from netloader.observe.base import Observer, Observers
@@ -144,6 +145,7 @@ class _Pull:
         self._progress = progress
         self._relay = relay
         self._relaying = False
+        self._manifest: Manifest | None = None  # None until it is final, if it is taken from a source
         self._manifest_digest = ""
         self._report = PullReport()
         self._observe = Observers((self._add_phase, *observers))
@@ -179,7 +181,7 @@ class _Pull:
             setattr(phases, event.phase, getattr(phases, event.phase) + event.seconds)
 
     async def _run(self, sources: SourceProvider) -> PullReport:
-        manifest = self._destination.manifest
+        self._manifest = manifest = self._destination.manifest
         if manifest is not None:
             few = len(manifest.tensors) <= FEW_TENSORS
             self._manifest_digest = (
@@ -240,9 +242,15 @@ class _Pull:
             with anyio.move_on_after(max(0.0, min(until, report_at) - time.monotonic())) as waited:
                 await self._changed.wait()
             if wait := self._clock.report(time.monotonic()):
-                self._observe(SourceWaiting(*wait))
+                self._observe(SourceWaiting(*self._with_place(wait)))
             if waited.cancelled_caught and until <= report_at:
                 self._tell(p.DeadlinePassed(self._options.timeout) if until == last else p.TimerFired())
+
+    def _with_place(self, wait: Wait) -> Wait:
+        """`wait`; if it is for a turn at a source, with the place in its queue."""
+        places = (session.place for session in self._sessions.values() if session.source == wait.source)
+        place = next(filter(None, places), "")
+        return wait._replace(reason=place) if place else wait
 
     def _tell(self, event: p.Event) -> None:
         """Give the pull an event and carry out its commands. Events that this causes are given to it afterwards."""
@@ -275,7 +283,7 @@ class _Pull:
                 case p.StartRelaying(announcement):
                     self._pass_on(announcement)
                 case p.Log(level, text):
-                    _log.log(_LEVELS[level], "%s", text)
+                    _log.log(_LEVELS[level], "%s", one_line(text, LINE))
                 case p.Succeed():
                     self._clock.stop(time.monotonic())
                     self._end_sessions()
@@ -370,7 +378,7 @@ class _Pull:
         Raises:
             PeerLost: The source cannot be reached.
         """
-        connection = await connect(command.source, self._options.connect_timeout, self._destination.manifest)
+        connection = await connect(command.source, self._options.connect_timeout, self._manifest)
         session: ClientSession | None = None
         try:
             if not self._pull.over:
@@ -398,7 +406,7 @@ class _Pull:
         return ClientTerms(
             self._options if command.follow else replace(self._options, follow=False),
             identity=self._identity,
-            manifest=self._destination.manifest,
+            manifest=self._manifest,
             manifest_digest=self._manifest_digest,
             abilities=abilities_of(transports, self._destination.device),
             root=command.root,
@@ -410,8 +418,8 @@ class _Pull:
 
     def _pass_on(self, announcement: e.Announcement) -> None:
         """The first block is verified: begin to relay, if there is a server for it."""
-        if not self._manifest_digest:  # a pull that adopts what its source holds has tensors of its own from now on
-            self._manifest_digest = announcement.manifest_digest
+        if self._manifest is None:  # a pull that adopts what its source holds has tensors of its own from now on
+            self._manifest, self._manifest_digest = announcement.manifest, announcement.manifest_digest
         theirs = self._report.identity = announcement.identity
         identity = theirs if self._identity is None else passed_on(self._identity, theirs)
         own = self._report.announcement = replace(announcement, identity=identity)

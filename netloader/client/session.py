@@ -20,6 +20,7 @@ from netloader.core.plan import Plan, to_ranges
 from netloader.core.protocol import Session, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
+from netloader.core.texts import one_line
 from netloader.errors import DigestMismatch, LocalProtocolError, MemoryStillInUse, RemoteProtocolError, TransportError
 from netloader.observe.base import Observers
 from netloader.observe.events import PhaseEnded
@@ -101,6 +102,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         transports: As given.
         blocks: Blocks that were verified, as the pull counts them.
         nbytes: Their bytes.
+        place: Where this client is in the queue of the source, and why; empty if it was not queued.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class ClientSession(SessionDriver[ServerMessage]):
         self.source = source
         self.blocks = 0
         self.nbytes = 0
+        self.place = ""
         self._ledger = ledger
         self._tell = tell
         self._destination = destination
@@ -193,13 +196,14 @@ class ClientSession(SessionDriver[ServerMessage]):
             case _:
                 super().perform(effect)
 
-    def queued(self) -> None:
+    def queued(self, position: int, reason: str) -> None:
         """The source queued this session. One that says so without end is left, because it only costs time."""
         self._queued += 1
         if self._queued > _WAITING_AT_ONCE + _WAITING_RATE * (time.monotonic() - self._began):
             flood = f"the source sent Waiting {self._queued} times"
             self.feed(e.Failed(RemoteProtocolError(flood, hint="a server sends it every few seconds")))
             return
+        self.place = one_line(f"number {position + 1} in its queue: {reason}")
         self._tell(p.SessionQueued(self.number))
 
     def chain(self, node: str, relays: tuple[str, ...]) -> None:

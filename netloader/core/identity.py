@@ -141,9 +141,9 @@ def check_sendable(identity: ModelIdentity) -> None:
         try:
             msgspec.msgpack.decode(msgspec.msgpack.encode({field: value}), type=ModelIdentity)
         except UnicodeEncodeError:
-            reason = "it holds half of a surrogate pair"
+            reason = "it has characters that are no valid Unicode (lone surrogates)"
         except msgspec.ValidationError as error:
-            reason = str(error).partition(" - ")[0]
+            reason = f"it has {len(value)} characters" if isinstance(value, str) else str(error).partition(" - ")[0]
         else:
             continue
         allowed = (
@@ -207,9 +207,10 @@ def _commits(repository: str) -> tuple[str, str]:
     return name, commit
 
 
-def _same_repository(one: str, other: str) -> bool:
+def _same_repository(one: str, other: str, *, same_revision: bool) -> bool:
     (name, commit), (other_name, other_commit) = _commits(one), _commits(other)
-    return name == other_name != "" and (commit == other_commit or not commit or not other_commit)
+    same_commit = commit == other_commit if commit and other_commit else same_revision
+    return name == other_name != "" and same_commit
 
 
 def _same_name(ours: ModelIdentity, theirs: ModelIdentity) -> bool | None:
@@ -217,24 +218,28 @@ def _same_name(ours: ModelIdentity, theirs: ModelIdentity) -> bool | None:
 
     MODEL decides if both sides were given it. Else the repository decides if both know theirs: one commit of one
     repository is one model, whatever it is served as, and two are two. Else MODEL of one side has to be a name that the
-    other side has from elsewhere; without MODEL, both engines have to serve under one name. A path is no name.
+    other side has from elsewhere; without MODEL, both engines have to serve under one name. A path is no name. Unless
+    MODEL or the commits decide, both sides have to ask for one revision.
 
     Returns:
         None when no name is equal, so that something else has to show that the models are. False when the users stated
         different names.
     """
     if ours.names is None or theirs.names is None:
-        return ours.model == theirs.model  # nothing is known of its origin, so it counts as what the user stated
+        # Of a text whose origin is not known, it is assumed that the user stated it.
+        path = any(side.names is not None and not _names(side).keys() & {MODEL, REPOSITORY} for side in (ours, theirs))
+        return None if path and ours.model == theirs.model else ours.model == theirs.model
     mine, other = _names(ours), _names(theirs)
+    same_revision = ours.revision == theirs.revision
     if MODEL in mine and MODEL in other:
         return mine[MODEL] == other[MODEL]
     if REPOSITORY in mine and REPOSITORY in other:
-        equal = _same_repository(mine[REPOSITORY], other[REPOSITORY])
+        equal = _same_repository(mine[REPOSITORY], other[REPOSITORY], same_revision=same_revision)
     elif MODEL in mine or MODEL in other:
         (given, elsewhere) = (mine[MODEL], other) if MODEL in mine else (other[MODEL], mine)
         equal = given in (elsewhere.get(SERVED), _commits(elsewhere.get(REPOSITORY, ""))[0])
     else:
-        equal = SERVED in mine and mine[SERVED] == other.get(SERVED)
+        equal = SERVED in mine and mine[SERVED] == other.get(SERVED) and same_revision
     return True if equal else None
 
 
@@ -248,7 +253,9 @@ def _model_difference(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: 
     same = _same_name(ours, theirs)
     if same:
         return None
-    proven = same_root or bool(ours.fingerprint and ours.fingerprint == theirs.fingerprint)
+    # Two repositories or commits may differ in a few bytes, which the fingerprint, made of samples, does not show.
+    contradict = REPOSITORY in _names(ours) and REPOSITORY in _names(theirs)
+    proven = same_root or (not contradict and bool(ours.fingerprint and ours.fingerprint == theirs.fingerprint))
     severity = Severity.WARN if same is None and proven else Severity.REFUSE
     if ours.names is None or theirs.names is None:
         return Difference("model", ours.model, theirs.model, severity)
@@ -289,8 +296,8 @@ def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severit
 def differences(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool = False) -> tuple[Difference, ...]:
     """Find each field in which two identities differ.
 
-    The names of the models are compared under the field `model`. If no name is equal, equal fingerprints or one root
-    show that the models are equal, unless both sides were given MODEL.
+    The names of the models are compared under the field `model`. If no name is equal, one root shows that the models
+    are equal, unless both sides were given MODEL. So do equal fingerprints, unless both repositories are known.
 
     Args:
         ours: Identity of this side.

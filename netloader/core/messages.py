@@ -97,7 +97,7 @@ RefusalCode = Literal[
     "plan",  # both sides derived different blocks
     "transport",  # no common transport
     "not-ready",  # it is not held yet, and will be later
-    "busy",  # all turns are taken, and the queue is full too
+    "busy",  # there is no room for this client now, or its relays are to be asked instead
     "gone",  # it was held, and no longer is
     "relay",  # this relay can't be used: it pulls from this client, or it is too far from the seed
     "timeout",  # the peer took too long

@@ -403,16 +403,16 @@ class Pull:
         source, error = session.source, event.error
         self.ledger.lose(session.number)
         self._total = self.ledger.total_bytes or self._total
+        if isinstance(error, MemoryStillInUse):  # no source may fill this memory, and it must not be freed
+            self._over = True
+            yield p.Fail(error)
+            return
         pins = self._pinning.pins
         yield from self._pinning.ended(session)
         if self._pinning.pins != pins:
             self._sources.try_held(now)
         if event.transport:
             self.shares.setdefault(str(source), SourceShare()).transport = event.transport
-        if isinstance(error, MemoryStillInUse):  # no other source may fill this memory
-            self._over = True
-            yield p.Fail(error)
-            return
         if self._over:
             if error is not None and not session.dismissed:
                 yield self._failed(source, error)
@@ -469,14 +469,14 @@ class Pull:
                 yield p.Log("info", f"source {source}: {error.message}; going on to {others}")
                 return
         yield self._failed(source, error)
-        gone = isinstance(error, RefusedError) and error.code == "gone"
-        if self._sources.can_be_spared(source) and (gone or isinstance(error, PeerLost)):
+        code = error.code if isinstance(error, RefusedError) else ""
+        if self._sources.can_be_spared(source) and (code == "gone" or isinstance(error, PeerLost)):
             # A relay that its server named has gone. Retrying it would only delay asking that server again.
             self._sources.drop(source)
             return
         match next_step(error, progressed=progressed):
             case "later":
-                self._sources.later(source, now, retry_after)
+                self._sources.later(source, now, retry_after, put_off=progressed and code == "busy")
             case "again":
                 self._sources.again(source, now)
             case "last":

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from netloader.core.identity import ModelIdentity, name_of
 from netloader.core.protocol.events import Announcement
-from netloader.core.texts import byte_text, one_line
-from netloader.errors import AttemptFailed, without_source
+from netloader.core.texts import LINE, byte_text, one_line
+from netloader.errors import AttemptFailed, plural, without_source
 
 __all__ = ["Phases", "Progress", "ProgressCallback", "PullReport", "SourceShare", "summary"]
 
 _NAMED = 3
-"""Sources, and failed ones, that a summary names. It counts the others."""
+"""Most sources, and most failed ones, that a summary names. It counts the others."""
 
 _SHOWN_NAME = 80
 _SHOWN_REASON = 120
@@ -142,50 +142,57 @@ class PullReport:
             by = f" over {share.transport}" if share.transport else ""
             text.append(f"source {source}: {share.blocks} blocks, {share.nbytes / 1e6:.1f} MB{by}")
         if self.metadata is not None:
-            entries = len(self.metadata)
-            names = f" ({', '.join(sorted(self.metadata)[:_SHOWN_KEYS])})" if 0 < entries <= _SHOWN_KEYS else ""
-            text.append(f"metadata: {entries} {'entry' if entries == 1 else 'entries'}{names}")
+            names = f" ({', '.join(sorted(self.metadata))})" if 0 < len(self.metadata) <= _SHOWN_KEYS else ""
+            text.append(f"metadata: {plural(len(self.metadata), 'entry', 'entries')}{names}")
         text.extend(f"failed before: {attempt}" for attempt in self.attempts)
         return text
 
 
 def summary(report: PullReport) -> str:
-    """One line about a pull that succeeded, of bounded length.
+    """One line about a pull that succeeded. It names each source once, and fewer of them if it would get too long.
 
     It says what was pulled, bytes, seconds, rate and waiting, from whom over which transport, and which sources were
     skipped or tried again and why.
     """
-    identity, spent = report.identity, [f"{byte_text(report.rate)}/s"]
-    what = f"{identity.role}, {report.tensors} tensors"
-    if report.waited >= _WORTH_SAYING:
-        spent.append(f"transfer {report.transfer_seconds:.2f} s")
-        spent.append(f"waited {report.waited:.2f} s")
-    gave = [
-        one_line(source, _SHOWN_NAME) + (f" over {share.transport}" if share.transport else "")
-        for source, share in report.sources.items()
-        if share.blocks
-    ]
-    name = name_of(identity)
-    of = f" of {one_line(name, _SHOWN_NAME)}" if name else ""
-    text = f"pulled {byte_text(report.nbytes)}{of} ({what}) in {report.seconds:.2f} s ({', '.join(spent)})"
-    if gave:
-        text += f" from {_some(gave)}"
-    used = {source for source, share in report.sources.items() if share.blocks}
-    for verb, attempts in (
-        ("skipped", [attempt for attempt in report.attempts if attempt.source not in used]),
-        ("tried again", [attempt for attempt in report.attempts if attempt.source in used]),
-    ):
-        if attempts:
-            text += f"; {verb} {_some([_failed(attempt) for attempt in attempts])}"
+    text = ""
+    for named in range(_NAMED, 0, -1):
+        text = _summary(report, named)
+        if len(text) <= LINE:
+            break
     return text
 
 
-def _some(items: Sequence[str]) -> str:
-    more = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def _summary(report: PullReport, named: int) -> str:
+    identity, spent = report.identity, [f"{byte_text(report.rate)}/s"]
+    if report.waited >= _WORTH_SAYING:
+        spent += [f"transfer {report.transfer_seconds:.2f} s", f"waited {report.waited:.2f} s"]
+    name = name_of(identity)
+    of = f" of {one_line(name, _SHOWN_NAME)}" if name else ""
+    what = f"{identity.role}, {plural(report.tensors, 'tensor')}"
+    text = f"pulled {byte_text(report.nbytes)}{of} ({what}) in {report.seconds:.2f} s ({', '.join(spent)})"
+    failed: dict[str, list[str]] = {}
+    for attempt in report.attempts:
+        failed.setdefault(attempt.source, []).append(_failed(attempt))
+    shares = {source: share for source, share in report.sources.items() if share.blocks}
+    gave = []
+    for source, share in shares.items():
+        over = f" over {share.transport}" if share.transport else ""
+        notes = [plural(share.blocks, "block")] if len(shares) > 1 else []
+        notes += [f"tried again: {why}" for why in failed.pop(source, ())]
+        gave.append(one_line(source, _SHOWN_NAME) + over + (f" ({'; '.join(notes)})" if notes else ""))
+    if gave:
+        text += f" from {_some(gave, named)}"
+    if failed:
+        skipped = [f"{one_line(source, _SHOWN_NAME)} ({'; '.join(whys)})" for source, whys in failed.items()]
+        text += f"; skipped {_some(skipped, named)}"
+    return text
+
+
+def _some(items: Sequence[str], named: int) -> str:
+    more = len(items) - named
+    return ", ".join(items[:named]) + (f" and {more} more" if more > 0 else "")
 
 
 def _failed(attempt: AttemptFailed) -> str:
-    source, times = one_line(attempt.source, _SHOWN_NAME), f" {attempt.times} times" if attempt.times > 1 else ""
-    why = without_source(attempt.cause.message, attempt.source)
-    return f"{source}{times} ({one_line(why, _SHOWN_REASON)})"
+    why = one_line(without_source(attempt.cause.message, attempt.source), _SHOWN_REASON)
+    return f"{why}, {attempt.times} times" if attempt.times > 1 else why

@@ -21,6 +21,9 @@ _RELAY_PAUSE = 0.05
 _RELAY_WAIT = 5.0
 """Seconds after which a relay that is still not ready is dropped."""
 
+_PUT_OFF = 60.0
+"""Seconds for which a source is waited for that delivered blocks and then sent this client away to serve others."""
+
 _RELAYS_OF_RELAY = 4
 """Most relays that are taken from one relay; any number may be taken from a server that the search found."""
 
@@ -264,16 +267,19 @@ class Sources:
         if candidate.tries <= 0 or candidate.via is not None or candidate.lost:
             self.drop(source)
 
-    def later(self, source: Address, now: float, at_least: float | None = None) -> None:
+    def later(self, source: Address, now: float, at_least: float | None = None, *, put_off: bool = False) -> None:
         """It is not ready: try it again after a pause, until the wait ends.
 
         Args:
             source: The source.
             now: The time.
             at_least: Least pause in seconds, when the source asked for one.
+            put_off: Whether it delivered blocks and then served others first: it is waited for anew, but not for long.
         """
         candidate = self._known[source]
         candidate.running = False
+        if put_off and candidate.via is None:
+            candidate.until = max(candidate.until, now + _PUT_OFF)
         if now >= candidate.until or candidate.lost:
             self.drop(source)
             return

@@ -1,10 +1,17 @@
-"""Short texts for people: bytes, times, and one line of bounded length from text of unknown origin."""
+"""Short texts for people: bytes, times, and lines of a log."""
 
 from __future__ import annotations
 
 import math
 
-__all__ = ["byte_text", "one_line", "time_text"]
+from netloader.errors import legible
+
+__all__ = ["LINE", "byte_text", "findable", "one_line", "time_text"]
+
+LINE = 300
+"""Most characters of a log line that holds text of a peer or of an error."""
+
+_WORD = "netloader"
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _STEP = 1000
@@ -27,7 +34,10 @@ def time_text(seconds: float) -> str:
 
 
 def one_line(text: str, limit: int = 160) -> str:
-    """`text` as one line: control characters are escaped, and what is longer than `limit` characters is cut."""
-    if len(text) > limit:
-        text = text[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[: 4 * limit]
+    """`text` as :func:`~netloader.errors.legible` writes it, cut at `limit` characters."""
+    return legible(text, limit)
+
+
+def findable(line: str) -> str:
+    """`line` with the word by which all lines of this package are found in a log, unless it begins with it."""
+    return line if line.startswith(_WORD) else f"{_WORD}: {line}"

@@ -6,7 +6,8 @@ import logging
 import time
 
 from netloader.core.report import PullReport, summary
-from netloader.errors import NetloaderError, RefusedError, legible
+from netloader.core.texts import LINE, one_line
+from netloader.errors import RefusedError
 from netloader.observe.events import (
     Event,
     PullEnded,
@@ -22,9 +23,6 @@ __all__ = ["PullLog", "RateLimitedLog", "ServerLog"]
 _log = logging.getLogger("netloader")
 
 _MINUTE = 60.0
-
-_SHOWN = 500
-"""Most characters of a log line about a session: part of it may be text of the client."""
 
 _ROUTINE_CODES = ("not-ready", "busy", "done")
 """Codes logged at debug level: the refusals that waiting clients receive repeatedly, and the goodbye of a client that
@@ -49,8 +47,8 @@ class RateLimitedLog:
         self._suppressed = 0
         self._until = 0.0
 
-    def happened(self, detail: str) -> None:
-        """Log one occurrence, or only count it."""
+    def happened(self, detail: str, level: int | None = None) -> None:
+        """Log one occurrence, or only count it. `level`: if it is not that of the other lines."""
         now = time.monotonic()
         if now >= self._until:
             if self._suppressed:
@@ -58,7 +56,7 @@ class RateLimitedLog:
             self._shown, self._suppressed, self._until = 0, 0, now + _MINUTE
         if self._shown < self._lines:
             self._shown += 1
-            _log.log(self._level, "%s: %s", self._what, detail)
+            _log.log(self._level if level is None else level, "%s: %s", self._what, detail)
         else:
             self._suppressed += 1
 
@@ -113,18 +111,13 @@ class ServerLog:
         if error is None:
             _log.info("%s: done, %d blocks, %.1f MB", label, event.blocks, event.nbytes / 1e6)
         elif isinstance(error, RefusedError) and (error.code in _ROUTINE_CODES or event.probe):
-            _log.debug("%s: %s", label, _one_line(error))
+            _log.debug("%s: %s", label, one_line(str(error), LINE))
         elif event.stray:
-            self._strays.happened(f"{label}: {_one_line(error)}")
+            self._strays.happened(f"{label}: {one_line(str(error), LINE)}")
         else:
             more = f" and while sending {event.unfinished} more" if event.unfinished else ""
-            self._failures.happened(f"{label}, after {event.blocks} blocks{more}: {_one_line(error)}")
+            self._failures.happened(f"{label}, after {event.blocks} blocks{more}: {one_line(str(error), LINE)}")
 
 
 def _label(event: TransportChosen | SessionEnded) -> str:
     return f"session {event.session} with {event.peer}"
-
-
-def _one_line(error: NetloaderError) -> str:
-    """An error as one line of limited length: part of it may be text of a peer."""
-    return legible(str(error), _SHOWN)

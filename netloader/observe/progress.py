@@ -15,7 +15,7 @@ from typing import Self, TextIO
 
 from netloader.core.report import Progress
 from netloader.core.texts import byte_text, time_text
-from netloader.observe.events import Event, SourceWaiting
+from netloader.observe.events import Event, PhaseEnded, SourceWaiting
 
 __all__ = ["Display", "ProgressBar", "ProgressLog", "Rate", "byte_text", "time_text"]
 
@@ -56,7 +56,8 @@ class Rate:
 class Display(ABC):
     """The common base of both displays: the rate, and when to update.
 
-    The rate counts from the last time that the pull waited, so it is a rate of the transfer.
+    The rate counts from the time when the first channel was open, or when the pull last waited: it is a rate of the
+    transfer.
     """
 
     def __init__(self, every: float) -> None:
@@ -67,9 +68,14 @@ class Display(ABC):
         self._verified = 0
         self._waited = 0.0  # in all waits
         self._wait = 0.0  # in the last one
+        self._prepared = 0.0  # connecting and opening channels, before the first block
 
     def __call__(self, progress: Progress | Event) -> None:
-        """Record progress or a wait, and show it if an update is due. Other events are ignored."""
+        """Record progress or a wait, and show it if an update is due. Most other events are ignored."""
+        if isinstance(progress, PhaseEnded):
+            if progress.side == "client" and progress.phase in ("connect", "plan") and not self._verified:
+                self._prepared += progress.seconds
+            return
         if isinstance(progress, SourceWaiting):
             again = progress.waited >= self._wait
             self._waited += progress.waited - (self._wait if again else 0.0)
@@ -79,6 +85,9 @@ class Display(ABC):
                 self.show_wait(progress)
         if not isinstance(progress, Progress):
             return
+        if progress.verified and not self._verified:
+            self._prepared = min(self._prepared, progress.seconds - self._waited)
+            self._rate = Rate(begin=(self._prepared + self._waited, 0))
         self._verified = progress.verified
         self._rate.add(progress.seconds, progress.verified)
         if self._done:
@@ -99,8 +108,8 @@ class Display(ABC):
     def _speed(self, progress: Progress) -> tuple[str, str]:
         """The rate, and the estimated time left; the latter is empty when it is not known."""
         rate, left = self._rate.per_second, progress.total - progress.verified
-        seconds = progress.seconds - self._waited
-        if self._done and seconds > 0:  # the average over the whole pull, without its waits
+        seconds = progress.seconds - self._waited - self._prepared
+        if self._done and seconds > 0:  # the average of the whole transfer
             rate = progress.verified / seconds
         return f"{byte_text(rate)}/s", time_text(left / rate) if rate > 0 and progress.total else ""
 

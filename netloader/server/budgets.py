@@ -5,6 +5,7 @@ Pure: no I/O and no clock. The server carries out what this module decides.
 The rules:
 
 * A connection whose client has not identified itself goes before one whose client has. Among equals the oldest goes.
+* Of those, silent ones and ones that have said something share the places: the oldest goes of the kind that has more.
 * An address is no reason to refuse anybody: a whole fleet may come from one. It only decides the order. The address
   with the most connections of a kind loses its oldest one first.
 * A client that waits in the queue, or that is being served, never has to go because others connect.
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from netloader.core.options import ServeOptions
 
@@ -36,6 +38,7 @@ _NEWCOMERS = 4
 class Stage(Enum):
     """What a connection is for. The values name it in messages."""
 
+    SILENT = "have said nothing"
     STRANGER = "have not identified themselves"
     PROBE = "have asked what is held"
     QUEUED = "wait for their turn"
@@ -91,8 +94,7 @@ def limits_for(options: ServeOptions, descriptors: int) -> Limits:
     )
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     address: str
     stage: Stage
 
@@ -106,8 +108,11 @@ class Connections:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._entries: dict[Hashable, _Entry] = {}  # oldest in its stage first
+        self._entries: dict[Hashable, _Entry] = {}
+        # By stage and address, the oldest in its stage first. The numbers say which of two is older.
+        self._order: dict[Stage, dict[str, dict[Hashable, int]]] = {stage: {} for stage in Stage}
         self._count: Counter[Stage] = Counter()
+        self._entered = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -116,26 +121,31 @@ class Connections:
         """Connections of a stage."""
         return self._count[stage]
 
-    def enter(self, connection: Hashable, address: str) -> None:
+    def enter(self, connection: Hashable, address: str, stage: Stage = Stage.STRANGER) -> None:
         """Add a new connection."""
-        self._entries[connection] = _Entry(address, Stage.STRANGER)
-        self._count[Stage.STRANGER] += 1
+        self._entered += 1
+        self._entries[connection] = _Entry(address, stage)
+        self._order[stage].setdefault(address, {})[connection] = self._entered
+        self._count[stage] += 1
 
     def move(self, connection: Hashable, stage: Stage) -> None:
         """A connection is for something else now. Does nothing for one that has left, or is being closed."""
         entry = self._entries.get(connection)
         if entry is None or entry.stage in (stage, Stage.ENDING):
             return
-        self._count[entry.stage] -= 1
-        self._count[stage] += 1
-        entry.stage = stage
-        self._entries[connection] = self._entries.pop(connection)
+        self.leave(connection)
+        self.enter(connection, entry.address, stage)
 
     def leave(self, connection: Hashable) -> None:
         """Remove a connection. Idempotent."""
         entry = self._entries.pop(connection, None)
-        if entry is not None:
-            self._count[entry.stage] -= 1
+        if entry is None:
+            return
+        self._count[entry.stage] -= 1
+        of_stage = self._order[entry.stage]
+        del of_stage[entry.address][connection]
+        if not of_stage[entry.address]:
+            del of_stage[entry.address]
 
     def surplus(self) -> Hashable | None:
         """The connection that has to be closed now, because a limit is passed; None if none has to.
@@ -143,23 +153,23 @@ class Connections:
         Move it to ENDING, and ask again.
         """
         limits, count = self._limits, self._count
-        for stage, most in (
-            (Stage.STRANGER, limits.strangers),
-            (Stage.PROBE, limits.probes),
-            (Stage.ASIDE, limits.queue),
-        ):
+        unknown = count[Stage.SILENT] + count[Stage.STRANGER]
+        newcomer = Stage.SILENT if count[Stage.SILENT] >= count[Stage.STRANGER] else Stage.STRANGER
+        if unknown > limits.strangers:
+            return self._first_to_go(newcomer)
+        for stage, most in ((Stage.PROBE, limits.probes), (Stage.ASIDE, limits.queue)):
             if count[stage] > most:
                 return self._first_to_go(stage)
         if len(self._entries) - count[Stage.ENDING] <= limits.connections:
             return None
-        order = [Stage.PROBE, Stage.ASIDE, Stage.STRANGER]
-        if count[Stage.STRANGER] > limits.connections // _NEWCOMERS:
-            order.insert(0, Stage.STRANGER)
+        order = [Stage.PROBE, Stage.ASIDE, newcomer]
+        if unknown > limits.connections // _NEWCOMERS:
+            order.insert(0, newcomer)
         return next((self._first_to_go(stage) for stage in order if count[stage]), None)
 
     def _first_to_go(self, stage: Stage) -> Hashable:
         """Of the connections of a stage, the oldest one of the address that has most of them."""
-        mine = [(connection, entry.address) for connection, entry in self._entries.items() if entry.stage is stage]
-        of_each = Counter(address for _, address in mine)
-        most = max(of_each.values())
-        return next(connection for connection, address in mine if of_each[address] == most)
+        of_each = self._order[stage].values()
+        most = max(map(len, of_each))
+        oldest = (next(iter(mine.items())) for mine in of_each if len(mine) == most)
+        return min(oldest, key=lambda item: item[1])[0]

@@ -30,7 +30,7 @@ class Listening:
         port: Port to bind, 0 for a free one.
 
     Attributes:
-        sockets: The sockets: one, which may be a dual-stack socket.
+        sockets: The sockets, which do not block: one, which may be a dual-stack socket.
 
     Raises:
         ConfigError: The address can't be bound.
@@ -90,4 +90,6 @@ def _bind(host: str | None, port: int) -> list[socket.socket]:
 
 
 def _listening(family: socket.AddressFamily, address: tuple[object, ...], *, dualstack: bool = False) -> socket.socket:
-    return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dualstack)
+    made = socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dualstack)
+    made.setblocking(False)
+    return made

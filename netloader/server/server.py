@@ -6,9 +6,9 @@ from tensors.
 
 from __future__ import annotations
 
-import errno
 import logging
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-from anyio.abc import SocketListener, SocketStream, TaskGroup
+from anyio.abc import SocketStream, TaskGroup
 
 from netloader.codecs.frames import client_messages
 from netloader.core.identity import Layout, Role, name_of
@@ -31,6 +31,8 @@ from netloader.server.admission import LEAST_RATE, Admission
 from netloader.server.budgets import Connections, Stage, limits_for
 from netloader.server.catalog import Holdings
 from netloader.server.listening import Listening
+from netloader.server.newcomers import TURNED_AWAY, Newcomer, Newcomers
+from netloader.server.pace import Pace
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import CheckRelay, RelayCheck
 from netloader.server.session import ServerSession, SessionInfo
@@ -43,12 +45,12 @@ __all__ = ["HoldingServer"]
 
 _log = logging.getLogger("netloader")
 
-_ACCEPT_PAUSE = 0.1
 _STRAY_PAUSE = 0.002
-"""Seconds from one stray connection to the next, and the same for probes and connections that were turned away: twice
-the time that one costs. So they leave half of the time of the event loop to clients and to the engine."""
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""Errors of `accept` that mean that this host has run out of resources. Trying again at once would only spin."""
+"""Seconds from one stray session to the next, and the same for probes and sessions that were turned away: twice the
+time that one costs. So they leave half of the time of the event loop to clients and to the engine."""
+
+_SCARCE_PAUSE = 0.6
+"""The same after a session for which this host had no resources left."""
 
 _BURST = 0.5
 """Seconds of such pauses that may be left out after a time without: many that come at once do not delay a client."""
@@ -103,9 +105,9 @@ class HoldingServer:
         self._turned_away = RateLimitedLog("a connection was closed to make room for others", logging.WARNING, 1)
         self._unpaced = RateLimitedLog("a session was ended because it moved too little", logging.WARNING, 5)
         self._in_use: list[tuple[Holding, MemoryStillInUse]] = []  # memory that ended sessions may still read
-        self._accept_at = 0.0  # when the next connection is accepted, by the monotonic clock
+        self._pace = Pace(_BURST)
         self._listening: Listening | None = None
-        self._listeners: list[SocketListener] = []
+        self._newcomers: Newcomers | None = None
         self._tasks: TaskGroup | None = None
         self._stack: AsyncExitStack | None = None
         self._stopping = False
@@ -122,14 +124,22 @@ class HoldingServer:
         self._host, self._port = listening.sockets[0].getsockname()[:2]
         async with AsyncExitStack() as stack:
             stack.callback(listening.close)
-            for raw in listening.sockets:
-                listener = await SocketListener.from_socket(raw)
-                await stack.enter_async_context(listener)
-                self._listeners.append(listener)
-            self._tasks = await stack.enter_async_context(anyio.create_task_group())
-            for listener in self._listeners:
-                self._tasks.start_soon(self._accept, listener)
-            self._tasks.start_soon(self._pass_turns_on)
+            self._newcomers = Newcomers(
+                self._connections,
+                strangers=self._limits.strangers,
+                hello=self._options.timings.hello,
+                pace=self._pace,
+                begin=self._begin,
+                make_room=self._make_room,
+                stray=self._log.stray,
+                failed=self._unaccepted.happened,
+            )
+            stack.callback(self._newcomers.close, "the server is stopping")
+            self._tasks = tasks = await stack.enter_async_context(anyio.create_task_group())
+            for listener in listening.sockets:
+                tasks.start_soon(self._accept, self._newcomers, listener)
+            tasks.start_soon(self._newcomers.begin_sessions)
+            tasks.start_soon(self._pass_turns_on)
             self._listening = listening
             self._stack = stack.pop_all()
         return self
@@ -143,9 +153,11 @@ class HoldingServer:
         self._stopping = True
         with anyio.CancelScope(shield=True):
             if self._listening is not None:
+                for listener in self._listening.sockets:
+                    anyio.notify_closing(listener)
                 self._listening.close()
-            for listener in self._listeners:
-                await listener.aclose()
+            if self._newcomers is not None:
+                self._newcomers.close("the server is stopping")
             for session in list(self._sessions):
                 session.stop("the server is stopping")
             with anyio.move_on_after(self._options.stop_within):
@@ -176,8 +188,10 @@ class HoldingServer:
 
     @property
     def sessions(self) -> tuple[SessionInfo, ...]:
-        """A snapshot of every open session."""
-        return tuple(session.info() for session in self._sessions)
+        """A snapshot of every open session, and of the connections that have not begun one."""
+        newcomers = () if self._newcomers is None else self._newcomers.peers
+        silent = (SessionInfo(peer, State.LISTEN, "", "", 0, 0) for peer in newcomers)
+        return (*(session.info() for session in self._sessions), *silent)
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
         """Serve `holding`; see :meth:`netloader.server.catalog.Holdings.add`."""
@@ -265,29 +279,17 @@ class HoldingServer:
             with anyio.move_on_after(0.05):  # the end of a send sets no event
                 await changed.wait()
 
-    async def _accept(self, listener: SocketListener) -> None:
+    async def _accept(self, newcomers: Newcomers, listener: socket.socket) -> None:
+        await newcomers.accept(listener)
+
+    def _pause(self, seconds: float) -> None:
+        """Begin the next session later, by `seconds` on average."""
+        self._pace.spend(seconds, time.monotonic())
+
+    def _begin(self, stream: SocketStream) -> None:
         if self._tasks is None:
             raise LocalProtocolError("the server is not running")
-        while True:
-            pause = self._accept_at - time.monotonic()
-            if pause > 0:
-                await anyio.sleep(pause)
-            try:
-                stream = await listener.accept()
-            except anyio.ClosedResourceError:
-                return
-            except OSError as error:  # the client closed, or no descriptors are left: go on accepting
-                if self._stopping:
-                    return
-                self._unaccepted.happened(str(error))
-                if error.errno in _EXHAUSTED:
-                    await anyio.sleep(_ACCEPT_PAUSE)
-                continue
-            self._tasks.start_soon(self._serve, stream)
-
-    def _pause_accepting(self, seconds: float) -> None:
-        """Accept the next connection later, by `seconds` on average."""
-        self._accept_at = max(self._accept_at, time.monotonic() - _BURST) + seconds
+        self._tasks.start_soon(self._serve, stream)
 
     async def _serve(self, stream: SocketStream) -> None:
         """Serve one client. No error of it affects another client or the server."""
@@ -302,7 +304,7 @@ class HoldingServer:
             self._observe(SessionBegan("server", session.number, session.peer))
             await session.run()
         except PeerLost as error:
-            self._pause_accepting(_STRAY_PAUSE)
+            self._pause(_STRAY_PAUSE)
             self._log.stray(f"{label}: {error.message}")
         except Exception as error:  # noqa: BLE001 - a bug may end this session, but not the process of the engine
             scarce = shortage(error)
@@ -310,7 +312,7 @@ class HoldingServer:
                 _log.exception("%s: unexpected error, the session is closed", label)
             else:
                 self._unaccepted.happened(str(scarce))
-                self._pause_accepting(_BURST + _ACCEPT_PAUSE)
+                self._pause(_SCARCE_PAUSE)
         finally:
             if session is not None:
                 self._connections.leave(session)
@@ -358,14 +360,18 @@ class HoldingServer:
 
     def _make_room(self) -> None:
         """Turn connections away until there are no more than the limits allow."""
-        while (session := self._connections.surplus()) is not None:
-            if not isinstance(session, ServerSession):
-                raise LocalProtocolError("a connection without a session was accounted for")
+        while (one := self._connections.surplus()) is not None:
             count, limits = len(self._connections), self._limits
             text = f"{count} are connected, this server allows {limits.connections} and {limits.strangers} strangers"
-            self._turned_away.happened(f"{session.label}: {text}")
-            self._pause_accepting(_STRAY_PAUSE)
-            session.turn_away("others want to connect, and this client has waited longest", quickly=True)
+            if isinstance(one, ServerSession):
+                self._turned_away.happened(f"{one.label}: {text}")
+                self._pause(_STRAY_PAUSE)
+                one.turn_away(TURNED_AWAY.message, quickly=True)
+            elif isinstance(one, Newcomer) and self._newcomers is not None:
+                self._turned_away.happened(f"{one.peer}: {text}")
+                self._newcomers.turn_away(one)
+            else:
+                raise LocalProtocolError("a connection was accounted for that this server does not know")
 
     async def _pass_turns_on(self) -> None:
         """While clients wait, pass turns on that are not in use, and end the session that keeps no pace."""
@@ -409,5 +415,5 @@ class HoldingServer:
             probe=session.session.probing,
         )
         if ended.stray or session.session.probing:
-            self._pause_accepting(_STRAY_PAUSE)
+            self._pause(_STRAY_PAUSE)
         self._observe(ended)

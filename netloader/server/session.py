@@ -59,9 +59,9 @@ _RELAY_DECISION = 1.0
 _RETRY_FULL = 1.0
 """Seconds after which a client may come again that was turned away because too many are connected."""
 
-_RETURN_WAIT = 30.0
+_RETURN_WAIT = 90.0
 """Seconds that a client waits for a channel that was slow to answer the announcement. It waits for the offer meanwhile,
-and has a deadline for that."""
+and its deadline for that is 120 s from the announcement."""
 
 _OPEN_REQUESTS = 4096
 """Most requests that one client may have open."""
@@ -255,14 +255,14 @@ class ServerSession(SessionDriver[ClientMessage]):
         identify = self.session.identify
         # A client that relays have failed already does not wait for another one.
         follows = identify is not None and identify.follow and not identify.avoid
-        if follows and self._relays.undecided(self._serving()):
+        if follows and self._relays.undecided(self._serving(), self._in_use):
             self._account(Stage.QUEUED)
             self.spawn(self._turn_when_decided, lambda _: None)
         else:
             self._enter()
 
     async def _turn_when_decided(self) -> None:
-        await self._relays.decided(self._serving(), _RELAY_DECISION)
+        await self._relays.decided(self._serving(), self._in_use, _RELAY_DECISION)
         self._enter()
 
     def _enter(self) -> None:
@@ -298,6 +298,9 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     def _moves(self, session: Hashable) -> bool:
         return self._turns.moves(session, time.monotonic())
+
+    def _in_use(self, session: Hashable) -> bool:
+        return self._turns.in_use(session, time.monotonic())
 
     def _turn(self) -> e.TurnTaken:
         """Begin to serve the client, which has a turn now."""

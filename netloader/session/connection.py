@@ -15,7 +15,7 @@ from netloader.core.keys import FrameSeal
 from netloader.core.messages import ClientMessage, ServerMessage
 from netloader.errors import PeerLost
 
-__all__ = ["ControlConnection"]
+__all__ = ["ControlConnection", "host_of"]
 
 M = TypeVar("M", bound=ClientMessage | ServerMessage)
 
@@ -46,7 +46,7 @@ def _tune(raw: socket.socket) -> None:
             raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _host_of(address: tuple[Any, ...]) -> str:
+def host_of(address: tuple[Any, ...]) -> str:
     """The host of a socket's address. A link-local IPv6 address is of no use without its zone, which is kept."""
     host, zone = unmapped(str(address[0])), address[3] if len(address) > 3 else 0  # noqa: PLR2004 - host, port, flow, zone
     return f"{host}%{socket.if_indextoname(zone)}" if zone else host
@@ -76,8 +76,8 @@ class ControlConnection(Generic[M]):
         try:
             _tune(raw)
             peer, local = raw.getpeername(), raw.getsockname()
-            self.local_host = _host_of(local)
-            self.peer_host, self.peer_port = _host_of(peer), int(peer[1])
+            self.local_host = host_of(local)
+            self.peer_host, self.peer_port = host_of(peer), int(peer[1])
         except OSError as error:
             raise PeerLost(
                 f"the peer went away while it connected: {error}", hint="is it up, and a netloader server?"

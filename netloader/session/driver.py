@@ -231,8 +231,8 @@ class SessionDriver(Generic[M]):
                 self._notes.add(text)
             case f.NoteChain(node, chain):
                 self.chain(node, chain)
-            case f.NoteQueued():
-                self.queued()
+            case f.NoteQueued(position, reason):
+                self.queued(position, reason)
             case f.Examine():
                 self._examine(effect)
             case f.DeliverSignal(data):
@@ -272,8 +272,8 @@ class SessionDriver(Generic[M]):
     def chain(self, node: str, relays: tuple[str, ...]) -> None:
         """Called when the peer names the relays that its blocks come through. Does nothing by default."""
 
-    def queued(self) -> None:
-        """Called when the server queues this session."""
+    def queued(self, position: int, reason: str) -> None:
+        """Called when the server queues this session, behind `position` clients. Does nothing by default."""
 
     def cancellation(self) -> e.Cancelled:
         """The event to feed when :meth:`run` is cancelled; the peer is sent its reason."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from copy import copy
 
+from netloader.core.texts import findable
+
 __all__ = ["join_vllm_log"]
 
 OURS = "netloader"
@@ -21,9 +23,8 @@ class _Forward(logging.Handler):
         theirs = logging.getLogger(THEIRS)
         if not theirs.isEnabledFor(record.levelno):
             return
-        if not record.getMessage().startswith(OURS):
-            record = copy(record)
-            record.msg, record.args = f"{OURS}: {record.getMessage()}", None
+        record = copy(record)
+        record.msg, record.args = findable(record.getMessage()), None
         theirs.handle(record)
 
 

@@ -52,7 +52,7 @@ OTHER: dict[str, Any] = {
     "engine": "vllm 2",
     "fingerprint": "f2",
     "load": "l2",
-    "names": {"served": "n"},
+    "names": {"MODEL": "n"},
 }
 
 NOT_COMPARED = {"load", "names"}
@@ -92,7 +92,7 @@ def test_differences_are_those_fields_and_look_the_same_from_both_sides(
     ours: ModelIdentity, theirs: ModelIdentity
 ) -> None:
     differing = {f for f in FIELDS if getattr(ours, f) != getattr(theirs, f)}
-    if None not in (ours.names, theirs.names):  # the names are compared instead of the text
+    if (ours.names, theirs.names) != (None, None):  # the names are compared instead of the text, or a path is no name
         differing = differing - {"model"} | ({"model"} & severities(ours, theirs).keys())
     found = severities(ours, theirs)
     unknown = {"quantization_config"} if quantised_unknown_how(ours) or quantised_unknown_how(theirs) else set()

@@ -179,7 +179,7 @@ def _drops_at_once(self: Sources, source: Address, now: float, *, last: bool = F
     self.drop(source)
 
 
-def _retries_without_pause(self: Sources, source: Address, now: float, at_least: float | None = None) -> None:
+def _retries_without_pause(self: Sources, source: Address, *_: object, **__: object) -> None:
     self._known[source].running = False
 
 
@@ -302,6 +302,25 @@ def test_a_slow_source_that_sent_wrong_bytes_is_dropped_and_not_kept_as_a_last_r
     pull.handle(p.SessionEnded(1, DigestMismatch(0, ("w",), "aa", "bb")), late)
     commands = pull.handle(p.SessionEnded(2, RefusedError("identity", "another model")), late)
     assert [type(c) for c in commands if isinstance(c, p.Connect | p.Fail)] == [p.Fail]
+
+
+def test_a_source_that_served_others_first_after_it_delivered_blocks_is_waited_for_anew() -> None:
+    """A slow client is sent away when all channels are taken. Its WAIT has usually passed by then."""
+    known = announcement(3)
+    pull, _ = begun(ONE, wait=0.0)
+    pull.handle(p.HoldingAnnounced(1, known), 0.0)
+    pull.handle(p.SessionReady(1), 0.0)
+    pull.handle(p.SessionIdle(1), 0.0)
+    pull.handle(p.BlocksArrived(1, [(0, known.digests[:16])]), 100.0)
+    busy = RefusedError("busy", "others wait", retry_after=1.0)
+    assert not failed(pull.handle(p.SessionEnded(1, busy), 100.0))
+    due = pull.wake_at(100.0)
+    assert due is not None
+    (again,) = pull.handle(p.TimerFired(), due)
+    assert isinstance(again, p.Connect)
+    assert "others wait" in failed(pull.handle(p.SessionEnded(2, busy), due + 100.0)), (
+        "it is not waited for without end"
+    )
 
 
 def test_failures_are_counted_by_source_and_kind() -> None:

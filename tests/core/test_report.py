@@ -6,6 +6,7 @@ import pytest
 
 from netloader.core.identity import ModelIdentity
 from netloader.core.report import PullReport, SourceShare, summary
+from netloader.core.texts import LINE
 from netloader.errors import AttemptFailed, PeerLost, RefusedError
 
 
@@ -53,8 +54,16 @@ def test_skipped_sources_and_those_tried_again_are_named_with_the_reason() -> No
     )
     text = summary(report(attempts=attempts))
     assert text.endswith(
-        "; skipped 10.0.0.8:19374 2 times (cannot be reached: refused)"
-        "; tried again 10.0.0.7:19374 12 times (the model is loading)"
+        " from 10.0.0.7:19374 over tcp (tried again: the model is loading, 12 times)"
+        "; skipped 10.0.0.8:19374 (cannot be reached: refused, 2 times)"
+    )
+    assert text.count("10.0.0.7") == text.count("10.0.0.8") == 1
+
+
+def test_the_blocks_of_each_source_are_counted_where_several_gave_some() -> None:
+    shares = {"10.0.0.7:19374": SourceShare(96, 403_000_000, "tcp"), "10.0.0.8:19374": SourceShare(1, 10, "shm")}
+    assert summary(report(sources=shares)).endswith(
+        " from 10.0.0.7:19374 over tcp (96 blocks), 10.0.0.8:19374 over shm (1 block)"
     )
 
 
@@ -63,9 +72,10 @@ def test_a_summary_is_one_line_of_bounded_length() -> None:
     shares = {f"10.1.{n}.1:19374": SourceShare(1, 10, "tcp") for n in range(50)}
     text = summary(report(attempts=attempts, sources=shares, identity=ModelIdentity(model="m" * 10_000)))
     assert text.isprintable()
-    assert len(text) < 1200
-    assert "over tcp and 47 more; skipped" in text
-    assert text.endswith(" and 47 more")
+    assert len(text) < 500
+    assert "over tcp (1 block) and 49 more; skipped" in text
+    assert text.endswith(" and 49 more")
+    assert len(summary(report(attempts=attempts, sources=shares))) <= LINE + 20
 
 
 def test_a_report_without_times_of_transfer_has_the_rate_of_the_whole_pull() -> None:

@@ -293,7 +293,7 @@ def test_no_common_transport() -> None:
     [
         ("root", "ab" * 32, "its own digests give"),
         ("plan", "ab" * 32, "different blocks"),
-        ("digests", b"x" * 16, "bytes of digests"),
+        ("digests", b"x" * 16, "1 digests at the server"),
         ("digests", b"x" * 64, "its own digests give"),
         ("algorithm", "other", "its own digests give"),
         ("block_bytes", 2048, "different blocks"),

@@ -29,6 +29,7 @@ from netloader.core.report import ProgressCallback, PullReport
 from netloader.discovery.fixed import FixedSources
 from netloader.errors import PeerLost
 from netloader.observe import Observer
+from netloader.observe.logging import RateLimitedLog
 from netloader.server.server import HoldingServer
 from netloader.server.session import ServerSession
 from netloader.tensors import destination, digest_of, hold
@@ -146,11 +147,22 @@ def carrier(name: str) -> Transport:
 
 
 class WatchedServer(HoldingServer):
-    """A server that keeps its ended sessions."""
+    """A server that keeps its ended sessions.
+
+    Attributes:
+        ended: The sessions that have ended.
+        gone: Connections that were turned away, with and without a session.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ended: MutableSequence[ServerSession] = []
+        self.gone = 0
+        self._turned_away.happened = self._turns_away  # type: ignore[method-assign]
+
+    def _turns_away(self, detail: str, level: int | None = None) -> None:
+        self.gone += 1
+        RateLimitedLog.happened(self._turned_away, detail, level)
 
     def _report(self, session: ServerSession) -> None:
         self.ended.append(session)

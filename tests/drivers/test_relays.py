@@ -201,6 +201,7 @@ async def test_a_change_of_upstream_is_passed_down_the_chain_and_breaks_a_cycle(
         await kit.until(first.joined, "the second joins the first")
         third.start(tasks, kit.at(seed))
         await kit.until(second.joined, "the third joins the second")
+        await kit.until(lambda: all(r.server.holdings.held() for r in (first, second, third)), "each has a block")
         one, two, three = (replica.supply() for replica in (first, second, third))
         assert three.chain == (two.node, one.node)
         one.feeds("another source", ("ab" * 8,))

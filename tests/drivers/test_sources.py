@@ -467,7 +467,7 @@ async def violate_the_protocol(how: str, step: str) -> None:
     [
         ({"root": "0" * 64}, "announced root 0000"),
         ({"digests": bytes(16 * BLOCKS)}, "its own digests give"),
-        ({"digests": bytes(16)}, "bytes of digests"),
+        ({"digests": bytes(16)}, "derived different blocks"),
         ({"plan": "0" * 64}, "derived different blocks"),
         ({"block_bytes": 2048}, "derived different blocks"),
         ({"manifest": kit.held({"a": SOURCE["large"]}).announcement.manifest}, "tensors differ"),

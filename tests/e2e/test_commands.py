@@ -128,7 +128,8 @@ def test_a_client_without_the_name_is_refused_by_name_and_told_what_to_set(
         assert client.wait_ended() != 0
         (line,) = client.lines("the default loader (auto) loads the target: could not pull")
         assert f"model is '{NAME}' at the server and '{models.bare('llama-bf16')}' at the client" in line
-        assert "the server has its name from its --served-model-name, the client from its path, which is no name" in line
+        assert "the server has its name from its --served-model-name" in line
+        assert "the client from its path, which is no name" in line
         assert "set MODEL to one name on both sides" in line
         assert client.lines("Cannot find any model weights")
         assert not summaries(client)

@@ -193,9 +193,11 @@ class NoteQueued:
 
     Attributes:
         position: Number of clients before it.
+        reason: Why it waits, as the server says.
     """
 
     position: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
 def client_waiting(ctx: Context, event: m.Waiting) -> Sequence[f.Effect]:
     """The server is alive, but this client has to wait for its turn."""
     note = f.Note(f"waiting for a turn: {event.reason}")
-    return [note, f.NoteQueued(event.position), f.SetTimer(ctx.timings().validate)]
+    return [note, f.NoteQueued(event.position, event.reason), f.SetTimer(ctx.timings().validate)]
 
 
 def client_accepted(ctx: Context, event: m.Accepted) -> Sequence[f.Effect]:

@@ -114,7 +114,7 @@ class _Running:
     """A spawner that runs."""
 
     def __init__(self) -> None:
-        if not sys.executable:
+        if not sys.executable or getattr(sys, "frozen", False):
             raise TransportError(
                 "gloo needs a process of its own, and sys.executable does not say which program is Python",
                 hint="use another transport",
@@ -123,11 +123,11 @@ class _Running:
         self.words = os.memfd_create("netloader-gloo-stderr")
         self._control, theirs = _socket_pair()
         self._control.settimeout(_ASKING)
-        path = os.pathsep.join(entry for entry in sys.path if entry)
+        path = os.pathsep.join(entry or os.curdir for entry in sys.path)
         try:
             with theirs:
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "netloader.transports.gloo.spawner"],
+                process = subprocess.Popen(  # noqa: S603 - our own program
+                    [sys.executable, "-P", "-m", "netloader.transports.gloo.spawner", str(self.owner)],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=self.words,
@@ -176,7 +176,8 @@ class Spawner:
             try:
                 return SessionProcess(running)
             except OSError as error:
-                raise TransportError(f"the process in which gloo runs can't be started: {error}") from error
+                why = f"{error}{_quoted(running.words)}"
+                raise TransportError(f"the process in which gloo runs can't be started: {why}") from error
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, words: int, owner: int) -> None:

@@ -1,4 +1,4 @@
-"""The program that starts the process of each session: ``python -m netloader.transports.gloo.spawner``.
+"""The program that starts the process of each session: ``python -m netloader.transports.gloo.spawner PARENT``.
 
 Importing torch takes a second, and forking a process that has imported it takes milliseconds. This process never makes
 a gloo object and has one thread, so its forks are sound. It kills a session's process when told to, and says how each
@@ -81,15 +81,16 @@ class _Children:
 
 
 def main() -> None:
-    """Start processes as standard input, a Unix socket, asks for them."""
+    """Start processes as standard input, a Unix socket, asks for them. The argument is the pid of who started this."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if the parent ignores it, no process could be waited for
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process that gloo aborts would write all of torch to a file
     torch.set_num_threads(1)
     _prctl(_PR_SET_NAME, b"netloader-gloo")
     gc.freeze()
     control = socket.socket(fileno=os.dup(0))
-    parent = os.getppid()
+    parent = int(sys.argv[1])  # it may have ended while torch was loaded
     children = _Children()
     idle_since = time.monotonic()
     closing = False

@@ -15,6 +15,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,13 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _NETWORK = Path("/proc/self/ns/net")
 
 _MANY_PROCESSORS = 16
+
+
+@cache
+def _system(boot: Path) -> str:
+    """A name of the running system. It is read once: a server needs no descriptor for it at each connection."""
+    return hashlib.sha256(b"netloader " + boot.read_bytes().strip()).hexdigest()[:32]
+
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
@@ -137,8 +145,7 @@ class ShmTransport:
     def facts(self, device: str) -> Mapping[str, str]:
         """The running system, its network namespace (which abstract sockets belong to), and the user."""
         del device
-        system = hashlib.sha256(b"netloader " + _BOOT.read_bytes().strip()).hexdigest()[:32]
-        return {"host": system, "network namespace": str(_NETWORK.stat().st_ino), "user": str(os.geteuid())}
+        return {"host": _system(_BOOT), "network namespace": str(_NETWORK.stat().st_ino), "user": str(os.geteuid())}
 
     async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""

@@ -18,7 +18,7 @@ import msgspec
 
 from netloader.config import Config
 from netloader.core.identity import Role
-from netloader.errors import ManifestError, MemoryStillInUse, NetloaderError
+from netloader.errors import ManifestError, MemoryStillInUse, NetloaderError, unexpected
 from netloader.vllm.load.pulling import check_digests, pull_raw
 from netloader.vllm.model.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
 from netloader.vllm.model.copies import Keep, is_full
@@ -177,7 +177,7 @@ def _pull(model: torch.nn.Module, path: str, config: Config, rank: int) -> _Pull
         if is_full(error):
             return _Pulled(Report("failed", rank, reason=f"no memory for the new weights beside the old ones: {error}"))
         log.exception("netloader: rank %d: unexpected error while pulling", rank)
-        return _Pulled(Report("failed", rank, reason=f"unexpected {type(error).__name__}: {error}"))
+        return _Pulled(Report("failed", rank, reason=unexpected(error).message))
     identity = msgspec.structs.replace(identity, fingerprint=report.identity.fingerprint)
     announcement = None if report.announcement is None else replace(report.announcement, identity=identity)
     return _Pulled(Report("pulled", rank, root=report.root, load=report.identity.load), staging, announcement)

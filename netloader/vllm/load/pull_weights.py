@@ -12,7 +12,7 @@ import msgspec
 
 from netloader.core.identity import ModelIdentity
 from netloader.core.report import PullReport
-from netloader.errors import MemoryStillInUse, NetloaderError, RemoteProtocolError
+from netloader.errors import MemoryStillInUse, NetloaderError, RemoteProtocolError, unexpected
 from netloader.vllm.load.examine_model import Built
 from netloader.vllm.load.inspect_engine import Context
 from netloader.vllm.load.processed_pull import Adopted, adopt_processed, check_supported
@@ -84,7 +84,7 @@ def pull(context: Context, built: Built, model: torch.nn.Module) -> Pulled:
         return _pull_processed(context, identity, model, _because(failed, str(error)), began)
     except Exception as error:
         log.exception("netloader: rank %d: unexpected error while pulling", rank)
-        return _because(failed, _unexpected(error))
+        return _because(failed, unexpected(error).message)
     theirs = report.identity
     # The fingerprint is the source's. If the source has none, nothing was compared with the files of this host.
     own_report = Report(
@@ -134,7 +134,7 @@ def _pull_processed(
         return replace(_because(failed, f"processed weights: {error}"), memory_in_use=in_use)
     except Exception as error:
         log.exception("netloader: rank %d: unexpected error while taking over processed weights", context.rank)
-        return _because(failed, _unexpected(error))
+        return _because(failed, unexpected(error).message)
     # Without a root, because ranks compare roots of raw weights only.
     own_report = Report(
         "pulled", context.rank, fingerprint=adopted.report.identity.fingerprint, serves=context.server is not None
@@ -144,10 +144,6 @@ def _pull_processed(
 
 def _because(failed: Pulled, reason: str) -> Pulled:
     return replace(failed, own_report=msgspec.structs.replace(failed.own_report, reason=reason))
-
-
-def _unexpected(error: Exception) -> str:
-    return f"unexpected {type(error).__name__}: {error}"
 
 
 def _stated(context: Context) -> Mapping[str, bool]:

@@ -12,6 +12,7 @@ from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, is_digest
 from netloader.core.report import PullReport
+from netloader.core.texts import LINE, one_line
 from netloader.errors import (
     TRANSIENT_CODES,
     ConfigError,
@@ -21,7 +22,9 @@ from netloader.errors import (
     RefusedError,
     RemoteProtocolError,
     shown,
+    without_source,
 )
+from netloader.observe.events import SourceWaiting
 from netloader.observe.progress import ProgressLog
 from netloader.transports import registry
 from netloader.vllm.serve.server_loop import ServerLost
@@ -81,9 +84,9 @@ def probe_sources(sources: Sequence[Address], role: Role, config: Config) -> Mod
                     token=_token(config),
                 )
             except NetloaderError as error:
-                reasons[source] = error.message
+                reasons[source] = one_line(without_source(error.message, source))
                 if not _is_temporary(error) or not config.wait:
-                    log.info("netloader: source %s did not say what it holds: %s", source, error)
+                    log.info("netloader: source %s did not say what it holds: %s", source, _reason(source, error))
                 if not _is_temporary(error):
                     waiting.remove(source)
             else:
@@ -92,10 +95,9 @@ def probe_sources(sources: Sequence[Address], role: Role, config: Config) -> Mod
         if now >= until or not waiting:
             return None
         if now >= say_at:
-            who, more = waiting[0], f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
-            log.info(
-                "netloader: waiting for %s%s: %s, %.0f of %.0f s", who, more, reasons[who], now - began, config.wait
-            )
+            who = waiting[0] + (f" and {len(waiting) - 1} more" if len(waiting) > 1 else "")
+            waited = now - began
+            log.info("netloader: %s", SourceWaiting(waited, who, reasons[waiting[0]], waited, config.wait))
             say_at = now + _WAIT_LINE_EVERY
         time.sleep(min(_PROBE_PAUSE, until - now))
     return None
@@ -112,11 +114,15 @@ def only_processed(sources: Sequence[Address], role: Role, config: Config, spent
         try:
             held = sync.probe(source, role=role, layouts=("raw", "processed"), timeout=left, token=_token(config))
         except NetloaderError as error:
-            log.debug("netloader: source %s holds no processed weights: %s", source, error)
+            log.debug("netloader: source %s holds no processed weights: %s", source, _reason(source, error))
         else:
             if held.announcement.identity.layout == "processed":
                 found.append(source)
     return found
+
+
+def _reason(source: Address, error: NetloaderError) -> str:
+    return one_line(without_source(str(error), source), LINE)
 
 
 def _is_temporary(error: NetloaderError) -> bool:

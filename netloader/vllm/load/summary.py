@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from netloader.core.texts import byte_text, one_line
 from netloader.vllm.load.fill_model import Filled
 from netloader.vllm.load.inspect_engine import Context
 from netloader.vllm.model.snapshot import named_raw_tensors
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["log_summary"]
 
 log = logging.getLogger(__name__)
-
-_SHOWN_REASON = 600
-_SHOWN_SOURCES = 8
 
 
 def log_summary(context: Context, filled: Filled, model: torch.nn.Module) -> None:
@@ -34,18 +32,15 @@ def _pulled(filled: Filled) -> tuple[str, list[str]]:
     if filled.report is None:
         return "", []
     summary, *details = filled.report.lines()
-    gave = [f"{share.blocks} of {source}" for source, share in filled.report.sources.items() if share.blocks]
-    more = f" and {len(gave) - _SHOWN_SOURCES} more" if len(gave) > _SHOWN_SOURCES else ""
-    blocks = f"; blocks: {', '.join(gave[:_SHOWN_SOURCES])}{more}"
-    fingerprint = f"; checkpoint fingerprint {filled.fingerprint}" if filled.fingerprint else ""
-    return f"{summary}{blocks}; root {filled.report.root}{fingerprint}", details
+    if filled.fingerprint:
+        details.append(f"checkpoint fingerprint {filled.fingerprint}")
+    return f"{summary}; root {filled.report.root}", details
 
 
 def _loaded(context: Context, filled: Filled, model: torch.nn.Module) -> tuple[str, list[str]]:
     storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in named_raw_tensors(model).values()}
-    megabytes = sum(storages.values()) / 1e6
-    rate = f" ({megabytes / filled.seconds:.0f} MB/s)" if filled.seconds > 0 else ""
-    reason = filled.reason if len(filled.reason) <= _SHOWN_REASON else f"{filled.reason[:_SHOWN_REASON]}..."
-    why = f"; not pulled: {reason}" if reason else ""
+    nbytes = sum(storages.values())
+    rate = f" ({byte_text(nbytes / filled.seconds)}/s)" if filled.seconds > 0 else ""
+    why = f"; not pulled: {one_line(filled.reason)}" if filled.reason else ""
     how = context.config.fallback_format
-    return f"loaded {megabytes:.1f} MB from storage ({how}) in {filled.seconds:.2f} s{rate}{why}", []
+    return f"loaded {byte_text(nbytes)} from storage ({how}) in {filled.seconds:.2f} s{rate}{why}", []

@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import netloader
+from netloader.checkpoint import fingerprint_of
 from netloader.core.identity import ModelIdentity, Severity, differences
 from netloader.vllm.model.identity import names_of
 
@@ -55,11 +57,14 @@ NOT_EQUAL: list[tuple[dict[str, str], dict[str, str]]] = [
     ({M: ""}, {M: ""}),
     ({M: ""}, {}),
     ({S: "", R: ""}, {S: "", R: ""}),
-    ({R: "@c"}, {R: "@c"}),
     ({M: "b", S: "a"}, {S: "a"}),
     ({S: "a"}, {S: "b"}),
     ({M: "a"}, {S: "b"}),
     ({S: "o/a"}, {R: "o/a"}),  # `--served-model-name` is a name if both sides were given it
+]
+
+OTHERS: list[tuple[dict[str, str], dict[str, str]]] = [
+    ({R: "@c"}, {R: "@c"}),
     ({R: "o/a"}, {R: "o/b"}),
     ({R: f"o/a@{COMMIT}"}, {R: f"o/a@{LATER}"}),
     ({S: "llm", R: "o/a"}, {S: "llm", R: "o/b"}),  # one name for the users of another model
@@ -86,7 +91,42 @@ def test_without_an_equal_name_both_fingerprints_must_be_known_and_equal(
     assert verdict(*sides("f", "f")) is Severity.WARN
 
 
-@pytest.mark.parametrize(("ours", "theirs"), NOT_EQUAL)
+@pytest.mark.parametrize(("ours", "theirs"), OTHERS)
+def test_two_repositories_or_commits_are_not_one_model_because_samples_of_their_files_are_equal(
+    ours: dict[str, str], theirs: dict[str, str]
+) -> None:
+    assert verdict(identity(ours, fingerprint="f"), identity(theirs, fingerprint="f")) is Severity.REFUSE
+
+
+def test_one_row_of_a_large_tensor_is_missed_by_the_fingerprint(tmp_path: Path) -> None:
+    """What the rule above is for: a release that only changes a few embeddings."""
+    weights = {"embed": torch.zeros(40_000, 64), "head": torch.zeros(40_000, 64)}
+    prints = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+        prints.add(fingerprint_of(tmp_path / name))
+        weights["embed"][39_000] += 1
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize("names", [{S: "a"}, {R: "o/a"}])
+@pytest.mark.parametrize(("ours", "theirs"), [("v2", ""), ("", "v2"), ("v1", "v2")])
+def test_a_revision_of_one_side_is_another_model_unless_the_commit_is_known(
+    names: dict[str, str], ours: str, theirs: str
+) -> None:
+    """Without files of one side, nothing shows which commit the other side calls so."""
+
+    def severity(names: dict[str, str]) -> Severity | None:
+        sides = (ModelIdentity(names=names, revision=revision) for revision in (ours, theirs))
+        return {d.field: d.severity for d in differences(*sides)}.get("model")
+
+    assert severity(names) is Severity.REFUSE
+    assert severity({R: f"o/a@{COMMIT}"}) is None
+    assert severity({M: "a"}) is None
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [*NOT_EQUAL, *OTHERS])
 def test_one_root_shows_more_than_names(ours: dict[str, str], theirs: dict[str, str]) -> None:
     assert verdict(identity(ours), identity(theirs), same_root=True) is Severity.WARN
 
@@ -101,7 +141,15 @@ def test_an_equal_name_does_not_outweigh_other_weights(ours: dict[str, str], the
     assert verdict(identity(ours, fingerprint="f"), identity(theirs, fingerprint="g")) is Severity.REFUSE
 
 
-@pytest.mark.parametrize("names", [None, {}, {M: "a"}, {S: "/m/x", R: "o/x"}])
+@pytest.mark.parametrize("names", [{}, {S: "a"}])
+def test_a_path_is_no_name_for_a_peer_that_states_no_names_either(names: dict[str, str]) -> None:
+    assert verdict(identity(names, "/m/x"), identity(None, "/m/x")) is Severity.REFUSE
+    assert verdict(identity(names, "/m/x", "f"), identity(None, "/m/x")) is Severity.REFUSE
+    assert verdict(identity(names, "/m/x", "f"), identity(None, "/m/x", "f")) is Severity.WARN
+    assert verdict(identity(names, "/m/x"), identity(None, "/m/x"), same_root=True) is Severity.WARN
+
+
+@pytest.mark.parametrize("names", [None, {M: "a"}, {S: "/m/x", R: "o/x"}])
 def test_a_peer_that_states_no_names_is_compared_by_its_text(names: dict[str, str] | None) -> None:
     """A peer of protocol 1, or a program that uses the library. An absent field states nothing."""
     assert verdict(identity(names, "/m/x"), identity(None, "/m/x")) is None

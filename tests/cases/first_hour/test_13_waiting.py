@@ -135,7 +135,7 @@ async def test_a_pull_that_waits_says_so_and_reports_it(
     assert report.waited + report.transfer_seconds <= report.seconds
     assert report.rate == report.nbytes / report.transfer_seconds
     said = [record.getMessage() for record in caplog.records]
-    assert sum(line.startswith("netloader: pulled 8.00 kB (target, 1 tensors) in ") for line in said) == 1
+    assert sum(line.startswith("netloader: pulled 8.00 kB (target, 1 tensor) in ") for line in said) == 1
 
 
 async def test_a_hint_does_not_ask_for_what_is_set(free_tcp_port: int) -> None:

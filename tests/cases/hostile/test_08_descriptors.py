@@ -40,7 +40,7 @@ async def test_520_connections_take_one_descriptor_each_and_no_more_than_allowed
     async with kit.serving(hub.transport, HOLDING, max_strangers=100) as server:
         before = len(open_descriptors())
         async with strangers([Kind(520, connect, secret=False)], "127.0.0.1", server.port):
-            await kit.until(lambda: len(server.ended) == 420)
+            await kit.until(lambda: server.gone == 420)
             # One at the server and one here for each that is connected, and one here for each that is not.
             assert len(open_descriptors()) - before <= 520 + 100 + 5
             await kit.pull(into, [kit.at(server)], hub.transport)

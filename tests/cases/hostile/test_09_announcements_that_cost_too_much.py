@@ -93,7 +93,8 @@ def test_only_what_is_examined_within_milliseconds_is_examined_on_the_event_loop
     assert not examined_quickly(announce(known_weights(3).manifest, bytes(1 << 20)), None)
 
 
-async def test_a_hostile_announcement_costs_its_source_and_not_the_pull() -> None:
+async def test_a_hostile_announcement_costs_its_source_and_not_the_pull(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifests, "MAX_SIZES", 100_000)
     weights = kit.weights()
 
     async def announces_the_deep(wire: kit.Wire[m.ClientMessage]) -> None:
@@ -105,5 +106,7 @@ async def test_a_hostile_announcement_costs_its_source_and_not_the_pull() -> Non
 
     async with kit.fake_server(announces_the_deep) as fake, kit.serving(HUB.transport, kit.held(weights)) as server:
         into = kit.blank(weights)
-        await kit.pull(into, [fake.address, kit.at(server)], HUB.transport)
+        report = await kit.pull(into, [fake.address, kit.at(server)], HUB.transport)
     assert kit.contents(into) == kit.contents(weights)
+    (attempt,) = report.attempts
+    assert "more than 100000 sizes and strides" in attempt.message, "it was compared"

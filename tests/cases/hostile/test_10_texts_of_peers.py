@@ -208,7 +208,7 @@ def test_the_notes_of_a_session_that_are_left_out_are_counted(
 ) -> None:
     caplog.set_level(logging.DEBUG, "netloader")
     now = 100.0
-    monkeypatch.setattr("netloader.session.notes.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("netloader.observe.logging.time", SimpleNamespace(monotonic=lambda: now))
     notes = SessionNotes("source h:1")
     for number in range(1000):
         notes.add(f"note {number}")
@@ -217,7 +217,7 @@ def test_the_notes_of_a_session_that_are_left_out_are_counted(
     notes.add("note 1000")
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert said[-3:] == [
-        ("INFO", "source h:1: 990 more notes since the last line"),
+        ("INFO", "source h:1: 990 more since the last line"),
         ("INFO", "source h:1: note 1000"),
         ("DEBUG", "source h:1: note 1000"),
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import netloader
-from netloader.errors import remedy_for
+from netloader.errors import TransportError, remedy_for
 from netloader.transports import base
 from netloader.transports.tcp import TcpTransport
 
@@ -63,5 +63,6 @@ def test_the_blocking_side_meets_it_too(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError(*THREADS.args)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
+    with pytest.raises(TransportError, match="can't start another thread") as caught:
         netloader.sync.pull({"w": torch.zeros(4)}, sources=["127.0.0.1:1"])
+    assert "raise the limit of threads" in caught.value.hint

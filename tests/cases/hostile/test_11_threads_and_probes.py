@@ -48,4 +48,4 @@ async def test_probes_are_paced(monkeypatch: pytest.MonkeyPatch) -> None:
     async with kit.serving(hub.transport, HOLDING) as server:
         await netloader.probe(kit.at(server))
         await kit.until(lambda: server.ended)
-        assert server._accept_at > time.monotonic() + 50.0
+        assert server._pace.wait(time.monotonic()) > 50.0

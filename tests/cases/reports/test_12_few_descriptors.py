@@ -43,10 +43,12 @@ async def test_a_connection_for_which_no_file_can_be_opened_is_one_line_without_
     def none_left(*_: Any) -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
 
+    hello = kit.hello(hub.transport)
     async with kit.serving(hub.transport, kit.held(kit.weights())) as server:
         monkeypatch.setattr(hub.transport, "facts", none_left)
         for _ in range(5):
             async with kit.fake_client(server) as wire:
+                await wire.say(hello)
                 await wire.closed()
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.exc_info is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 import netloader
+from netloader.cli import main
 from netloader.config import load_config
 from netloader.core.identity import ModelIdentity, check_sendable
 from netloader.errors import ConfigError
 from netloader.tensors import hold
+from tests.cases.files import save, tensors
 
 NAMES = ["\udcff", "m" * 100_000]
 
@@ -53,3 +56,19 @@ def test_the_configuration_refuses_such_a_name(field: str, name: str) -> None:
 
 def test_names_at_the_limit_can_be_sent() -> None:
     check_sendable(ModelIdentity(model="m" * 4096, engine="e" * 256, names={"MODEL": "m" * 4096}))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    list(zip(NAMES, ["lone surrogates", "it has 100000 characters"], strict=True)),
+    ids=["half", "long"],
+)
+def test_the_command_line_refuses_such_a_name_before_it_reads_a_file(
+    name: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, "model.safetensors", tensors("a"))
+    assert main(["serve", str(tmp_path), "--host", "127.0.0.1", "--model", name]) == 2
+    said = capsys.readouterr().err
+    assert "netloader: error: --model = " in said
+    assert reason in said
+    assert "hashed" not in said

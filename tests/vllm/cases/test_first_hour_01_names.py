@@ -63,7 +63,7 @@ def test_one_repository_in_two_caches_is_one_model(models: ModelStore, tmp_path:
 def test_a_name_that_no_peer_accepts_is_not_served(models: ModelStore, log_lines: LogLines) -> None:
     load(models.get("llama-bf16"), arguments={"served_model_name": "m" * 100_000}, MODEL=None)
     line = log_lines.one("does not serve its target")
-    assert "NAMES = " in line
+    assert "what a peer accepts" in line
     assert len(line) < 800
 
 
