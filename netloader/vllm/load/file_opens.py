@@ -100,7 +100,7 @@ class FileOpens:
 
 
 class _Hook:
-    """The audit hook of this process. It adds the path of each file that is opened to every set that is recorded into."""
+    """The audit hook of this process. It adds the path of each file that is opened to all running recordings."""
 
     def __init__(self) -> None:
         self._into: tuple[dict[str, None], ...] = ()
