@@ -41,6 +41,7 @@ CARRIERS = ("memory", "gloo", "tcp", "shm")
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody leaves, or passes over, relays and clients at which nothing moves: here they are held on purpose."""
     monkeypatch.setattr(Admission, "moves", lambda *_: True)
+    monkeypatch.setattr(Admission, "in_use", lambda *_: True)
     monkeypatch.setattr(redirect_budget, "_SECONDS", kit.PATIENCE)
     monkeypatch.setattr(server_session, "_RELAY_DECISION", kit.PATIENCE)
 
