@@ -1,8 +1,8 @@
 """Connections on which nothing has arrived yet: accepted at once, and kept as bare sockets.
 
 The kernel hands connections out in the order in which they came. So a client waits for all strangers before it, and
-what one of them costs has to be little. A session costs about twenty-five times as much as a bare socket. It begins with
-the first byte, and how fast sessions begin is limited apart from accepting.
+what one of them costs has to be little. A session costs about twenty-five times as much as a bare socket. It begins
+with the first byte, and how fast sessions begin is limited apart from accepting.
 """
 
 from __future__ import annotations
