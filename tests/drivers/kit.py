@@ -160,9 +160,9 @@ class WatchedServer(HoldingServer):
         self.gone = 0
         self._turned_away.happened = self._turns_away  # type: ignore[method-assign]
 
-    def _turns_away(self, text: str) -> None:
+    def _turns_away(self, detail: str) -> None:
         self.gone += 1
-        RateLimitedLog.happened(self._turned_away, text)
+        RateLimitedLog.happened(self._turned_away, detail)
 
     def _report(self, session: ServerSession) -> None:
         self.ended.append(session)
