@@ -333,6 +333,8 @@ class Pull:
             session.moved = now
         asked = list(self._request_blocks(session))
         yield from asked
+        if asked and session.relay and self.ledger.plan is not None:
+            self._budget.asked(self.ledger.plan.block_bytes, now)
         session.parked = False
         if asked or ahead:
             return

@@ -10,6 +10,11 @@ _SECONDS = 5.0
 _LEAST_RATE = 1 << 20
 """Bytes per second that relays have to deliver on average: each verified byte of theirs buys this much time back."""
 
+_FIRST_SECONDS = 0.75
+_FIRST_RATE = 4 << 20
+"""Seconds from the first request for blocks to the first verified block, and the bytes per second below which large
+blocks may take longer. A relay that is named has verified blocks, so the first one needs no more than its transfer."""
+
 _LEAST_BLOCKS = 1.25
 """Blocks' worth of time, at the least rate, that is allowed where blocks are so large that `_SECONDS` is less."""
 
@@ -20,12 +25,17 @@ class RedirectBudget:
     Time is spent while :meth:`run` says so, and verified bytes of relays earn it back, up to the initial amount. So a
     relay that only lets this client wait uses it up, as do forty that name each other, or one that sends a byte now and
     then. Once it is used up it stays used up: the client asks the servers themselves.
+
+    Until a relay has delivered its first block, the budget also ends soon after blocks were asked for. What comes
+    before that, such as the way down a chain that is just forming, has the whole budget.
     """
 
     def __init__(self) -> None:
         self._left = _SECONDS
         self._since: float | None = None  # time is being spent since then
         self._used_up = False
+        self._first_until: float | None = None
+        self._delivered = False
 
     def run(self, *, running: bool, now: float) -> None:
         """Say whether time is being spent from `now` on."""
@@ -33,19 +43,27 @@ class RedirectBudget:
             self._left -= max(0.0, now - self._since)
         self._since = now if running else None
 
+    def asked(self, block_bytes: int, now: float) -> None:
+        """A relay was asked for blocks of `block_bytes`."""
+        if self._first_until is None and not self._delivered:
+            self._first_until = now + max(_FIRST_SECONDS, block_bytes / _FIRST_RATE)
+
     def earn(self, nbytes: int, block_bytes: int) -> None:
         """Relays delivered `nbytes` verified bytes, in blocks of `block_bytes`."""
+        self._delivered, self._first_until = True, None
         most = max(_SECONDS, _LEAST_BLOCKS * block_bytes / _LEAST_RATE)
         self._left = min(most, self._left + nbytes / _LEAST_RATE)
 
     @property
     def ends_at(self) -> float | None:
         """When the budget will be used up, if nothing is delivered before; None while no time is being spent."""
-        return None if self._since is None or self._used_up else self._since + max(0.0, self._left)
+        if self._since is None or self._used_up:
+            return None
+        ends_at = self._since + max(0.0, self._left)
+        return ends_at if self._first_until is None else min(ends_at, max(self._since, self._first_until))
 
     def used_up(self, now: float) -> bool:
         """Whether it has just been used up: true once."""
-        if self._used_up or self._since is None or now < self._since + self._left:
-            return False
-        self._used_up = True
-        return True
+        ends_at = self.ends_at
+        self._used_up = self._used_up or (ends_at is not None and now >= ends_at)
+        return ends_at is not None and self._used_up

@@ -124,6 +124,8 @@ def test_a_newcomer_is_sent_to_the_newest_relay_of_the_same_holding() -> None:
     relays.join("d", target, "10.0.0.5", 0)  # does not pass anything on
     relays.join("e", target, "10.0.0.6", 7003)  # says so, and was not found there
     assert relays.undecided(target)
+    assert relays.undecided(target, lambda session: session in ("a", "d", "e"))
+    assert not relays.undecided(target, lambda session: session in ("b", "d"))  # nobody waits for one that does nothing
     for session in "abc":
         relays.confirm(session)
     assert not relays.undecided(target)

@@ -35,12 +35,8 @@ async def pull(address: str, token: str) -> dict[str, object]:
         )
     except NetloaderError as error:
         return {"error": str(error)}
-    return {
-        "begin": first[0],
-        "end": time.monotonic() - began,
-        "root": report.root,
-        "attempts": list(map(str, report.attempts)),
-    }
+    told = [*map(str, report.attempts), str(report.phases)]
+    return {"begin": first[0], "end": time.monotonic() - began, "root": report.root, "told": told}
 
 
 async def main() -> None:

@@ -19,9 +19,11 @@ from anyio.abc import SocketAttribute, SocketStream
 from netloader.codecs.frames import server_messages
 from netloader.core import messages as m
 from netloader.core.plan import make_plan
+from netloader.errors import NetloaderError
 from netloader.transports.base import Setup
 from netloader.transports.tcp import TcpTransport
 from tests.drivers import kit
+from tests.strangers.dripping import dripping_relay
 
 __all__ = ["KINDS", "Kind", "strangers"]
 
@@ -89,7 +91,26 @@ async def identify(wire: kit.Wire[Any]) -> None:
     await _told(wire)
 
 
-async def relay(wire: kit.Wire[Any]) -> None:
+async def relay(wire: _Stranger) -> None:
+    """It relays, passes the check of the server, and then passes on 8 kB/s; it stays in a session of its own."""
+    raw = wire.stream.extra(SocketAttribute.raw_socket)
+    (host, port, *_), own = raw.getpeername(), raw.getsockname()[0]
+    await wire.stack.enter_async_context(dripping_relay(f"{host}:{port}", own))
+    while not await _is_redirected(host, port):
+        pass
+
+
+async def _is_redirected(host: str, port: int) -> bool:
+    """Whether the server sends a client that comes now to a relay."""
+    async with await anyio.connect_tcp(host, port) as stream:
+        wire = kit.Wire[Any](stream, server_messages())
+        await wire.say(kit.hello(TCP), m.Identify(layouts=IDENTIFY.layouts, follow=True))
+        while not isinstance(answer := await wire.hear(), m.Waiting | m.Announce | m.Refusal):
+            pass
+        return isinstance(answer, m.Refusal) and bool(answer.sources)
+
+
+async def name_nobody(wire: kit.Wire[Any]) -> None:
     """It says that it relays at a port where nobody answers, and does nothing."""
     await wire.say(kit.hello(TCP), m.Identify(layouts=IDENTIFY.layouts, relay=9, node="ab" * 8))
     await _told(wire)
@@ -133,6 +154,7 @@ async def read_slowly(wire: _Stranger) -> None:
 KINDS = {
     "8 slow readers": Kind(8, read_slowly, secret=True),
     "a relay that drips": Kind(1, relay, secret=True),
+    "a relay that is none": Kind(1, name_nobody, secret=True),
     "264 identified silent clients": Kind(264, identify, secret=True),
     "136 silent probers": Kind(136, probe, secret=True),
     "128 silent Hellos": Kind(128, greet, secret=False),
@@ -149,7 +171,7 @@ async def strangers(kinds: list[Kind], host: str, port: int) -> AsyncIterator[No
 
     async def one(kind: Kind) -> None:
         async with limit:
-            with contextlib.suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError):
+            with contextlib.suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError, NetloaderError):
                 wire = _Stranger(await anyio.connect_tcp(host, port))
                 wires.append(wire)
                 await kind.script(wire)

@@ -38,6 +38,7 @@ WEIGHTS = kit.weights()
 HOLDING = kit.held(WEIGHTS)
 HUB = kit.Hub()
 BUDGET = 5.0
+FIRST = 0.75
 PATIENT = Timings(hello=1e3, validate=1e3, plan=1e3, stall=1e3, finalize=1e3)
 Wire = kit.Wire[m.ClientMessage]
 CLOCKED = (netloader.client.pull, netloader.client.session, netloader.session.driver, netloader.session.phase_clock)
@@ -45,6 +46,7 @@ CLOCKED = (netloader.client.pull, netloader.client.session, netloader.session.dr
 
 def test_the_budget_is_the_one_that_these_tests_assume() -> None:
     assert redirect_budget._SECONDS == BUDGET
+    assert redirect_budget._FIRST_SECONDS == FIRST
 
 
 async def _welcomed(wire: Wire) -> None:
@@ -202,6 +204,45 @@ def test_the_time_of_all_relays_is_counted_together_and_blocks_earn_it_back_up_t
     assert budget.used_up(now)
     assert not budget.used_up(now)  # said once
     assert budget.ends_at is None
+
+
+def test_the_first_block_of_a_relay_has_a_shorter_time_which_larger_blocks_lengthen() -> None:
+    mib = 1 << 20
+    budget = RedirectBudget()
+    budget.run(running=True, now=10.0)
+    budget.asked(mib, 11.0)
+    assert budget.ends_at == 11.0 + FIRST
+    budget.asked(mib, 11.5)  # by another relay: they share the time
+    assert budget.ends_at == 11.0 + FIRST
+    assert not budget.used_up(11.0)
+    assert budget.used_up(11.0 + FIRST)
+    assert not budget.used_up(20.0)  # said once
+    large = RedirectBudget()
+    large.run(running=True, now=10.0)
+    large.asked(16 * mib, 10.0)
+    assert large.ends_at == 14.0
+    large.asked(64 * mib, 10.0)
+    large.earn(16 * mib, 16 * mib)  # from the first block on only the budget counts
+    assert large.ends_at is not None
+    assert large.ends_at > 29.0
+
+
+@pytest.mark.parametrize("stripe", [1, 3])
+@pytest.mark.parametrize("relay", [Simulated(per_block=60.0), Simulated(mute=True)])
+def test_a_relay_that_opens_its_channel_and_delivers_nothing_is_left_for_the_seed_in_time_for_a_begin_within_2_s(
+    relay: Simulated, stripe: int
+) -> None:
+    world = World(12, [Simulated(relays=(1,)), relay], [0], stripe=stripe)
+    world.run()
+    assert isinstance(world.outcome, p.Succeed)
+    assert world.ended_at <= FIRST + 0.5
+
+
+def test_relays_that_deliver_are_not_left_at_that_time() -> None:
+    world = World(8, [Simulated(relays=(1,)), Simulated(per_block=0.5)], [0], stripe=1)
+    world.run()
+    assert isinstance(world.outcome, p.Succeed)
+    assert world.connects == {0: 1, 1: 1}
 
 
 @pytest.mark.parametrize("stripe", [1, 3])
