@@ -375,6 +375,7 @@ async def pull_new(
         max_bytes: Largest model to accept, in bytes.
         allocate: Makes the tensors for the manifest (and the metadata) that the source announces, instead of new ones
             in memory: for example :meth:`netloader.checkpoint.OutputFolder.allocate`, whose tensors are views of files.
+            Called again for another source if the first one delivers nothing; earlier tensors are not used then.
         transport: As for :func:`pull`.
         timeout: As for :func:`pull`.
         wait: As for :func:`pull`.

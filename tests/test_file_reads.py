@@ -182,12 +182,50 @@ def test_a_tensor_file_elsewhere_is_named_and_another_file_elsewhere_is_not(tmp_
     assert reads.traced({}).lost == (f"{tmp_path / 'prior.npy'} {OTHERWISE}",)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "merges.txt", "modeling.py", "chat.jinja"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.model", "source.spm", "merges.txt", "modeling.py", "cache.cu", "chat_template.jinja"],
+)
 def test_configuration_vocabulary_and_code_hold_no_weights(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"{}")
     with FileReads(tmp_path) as reads:
         (tmp_path / name).read_bytes()
     assert reads.traced({}) == Traced()
+
+
+def test_a_file_that_is_only_written_is_no_read(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    file = tmp_path / "trace.log"
+    with FileReads(tmp_path) as reads:
+        file.write_text("built")
+        os.close(os.open(tmp_path / "by-descriptor.log", os.O_WRONLY | os.O_CREAT))
+    assert reads.traced({}) == Traced()
+    with FileReads(tmp_path) as reads:
+        file.write_text("built")
+        file.read_text()
+    assert reads.traced({}).lost == (f"{file} {OTHERWISE}",)
+    with FileReads(tmp_path) as reads, file.open("r+b"):
+        pass
+    assert reads.traced({}).lost == (f"{file} {OTHERWISE}",)
+
+
+def test_all_recordings_share_one_audit_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hook makes every call slower that raises an audit event, and Python can't remove one."""
+    added: list[object] = []
+    with FileReads(tmp_path):
+        pass
+    monkeypatch.setattr(sys, "addaudithook", added.append)
+    (tmp_path / "one.npy").write_bytes(b"1")
+    (tmp_path / "two.npy").write_bytes(b"2")
+    with FileReads(tmp_path) as outer:
+        (tmp_path / "one.npy").read_bytes()
+        with FileReads(tmp_path) as inner:
+            (tmp_path / "two.npy").read_bytes()
+        inner.stop()
+        (tmp_path / "one.npy").read_bytes()
+    assert added == []
+    assert inner.traced({}).lost == (f"{tmp_path / 'two.npy'} {OTHERWISE}",)
+    assert outer.traced({}).lost == tuple(f"{tmp_path / name}.npy {OTHERWISE}" for name in ("one", "two"))
 
 
 def test_the_checkpoint_itself_may_be_looked_into(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from netloader.api import Server
 from netloader.checkpoint.cache import find_folder, model_name
 from netloader.cli.console import Exit, progress_shown, say, token_from, watched
 from netloader.cli.signals import Stop, Stopped, ending_signals, stop_on_signal
-from netloader.core.identity import ModelIdentity, check_sendable
+from netloader.core.identity import ModelIdentity, check_sendable, name_of
 from netloader.core.protocol import State
 from netloader.core.report import Progress
 from netloader.discovery.address_file import AddressFile
@@ -96,7 +96,7 @@ async def _serve_until_cancelled(
     if announced.metadata:
         say(f"metadata: {plural(len(announced.metadata), 'entry', 'entries')}")
     async with _written(address_file, str(server.address)):
-        say(f"serving {announced.identity.model} at {server.address}")
+        say(f"serving {name_of(announced.identity)} at {server.address}")
         await transfers.show(server, announced.plan.nbytes)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_sendable",
     "differences",
     "is_digest",
+    "name_of",
     "quantised_unknown_how",
 ]
 
@@ -193,6 +194,11 @@ class Difference(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         text = f"{self.field}: ours is {shown(self.ours)}, theirs is {shown(self.theirs)}"
         return f"{text} (from {self.our_origin} and {self.their_origin})" if self.our_origin else text
+
+
+def name_of(identity: ModelIdentity) -> str:
+    """What the model is called in messages: its name with the most weight, or `model` if it has none."""
+    return next(iter(_names(identity).values()), identity.model)
 
 
 def _commits(repository: str) -> tuple[str, str]:

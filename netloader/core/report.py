@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, name_of
 from netloader.core.protocol.events import Announcement
 from netloader.core.texts import LINE, byte_text, one_line
 from netloader.errors import AttemptFailed, plural, without_source
@@ -166,7 +166,8 @@ def _summary(report: PullReport, named: int) -> str:
     identity, spent = report.identity, [f"{byte_text(report.rate)}/s"]
     if report.waited >= _WORTH_SAYING:
         spent += [f"transfer {report.transfer_seconds:.2f} s", f"waited {report.waited:.2f} s"]
-    of = f" of {one_line(identity.model, _SHOWN_NAME)}" if identity.model else ""
+    name = name_of(identity)
+    of = f" of {one_line(name, _SHOWN_NAME)}" if name else ""
     what = f"{identity.role}, {plural(report.tensors, 'tensor')}"
     text = f"pulled {byte_text(report.nbytes)}{of} ({what}) in {report.seconds:.2f} s ({', '.join(spent)})"
     failed: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """Connections on which nothing has arrived yet: accepted at once, and kept as bare sockets.
 
 The kernel hands connections out in the order in which they came. So a client waits for all strangers before it, and
-what one of them costs has to be little: a session costs about twenty times as much as a bare socket. A session begins
+what one of them costs has to be little. A session costs about twenty-five times as much as a bare socket. It begins
 with the first byte, and how fast sessions begin is limited apart from accepting.
 """
 
@@ -34,11 +34,11 @@ TURNED_AWAY = m.Refusal(
 """What a client is told that has to go so that others can connect."""
 
 _AT_ONCE = 32
-"""Most connections that are accepted in one iteration of the event loop: about 2 ms."""
+"""Most connections that are accepted in one iteration of the event loop: one or two milliseconds."""
 
-_AHEAD = 32
-"""Connections that may wait for the beginning of their session. With so many, no more are accepted: of a flood of
-strangers that say something, most wait in the kernel, and none has to go for another one."""
+_AHEAD = 4
+"""Of all strangers, one in so many may wait for the beginning of its session. With so many, no more are accepted: of a
+flood of strangers that say something, most wait in the kernel, and none has to go for another one."""
 
 _BURST = 1.0
 """Seconds of the pauses below that may be left out after a time without them: a thousand silent connections, which is
@@ -78,6 +78,7 @@ class Newcomers:
 
     Args:
         connections: The accounts of the server's connections.
+        strangers: Most connections of clients that have not identified themselves.
         hello: Seconds within which the first byte has to arrive.
         pace: How fast sessions may begin.
         begin: Called with a connection whose session begins.
@@ -90,6 +91,7 @@ class Newcomers:
         self,
         connections: Connections,
         *,
+        strangers: int,
         hello: float,
         pace: Pace,
         begin: Callable[[SocketStream], None],
@@ -98,6 +100,7 @@ class Newcomers:
         failed: Callable[[str], None],
     ) -> None:
         self._connections = connections
+        self._ahead = max(1, strangers // _AHEAD)
         self._hello = hello
         self._pace = pace
         self._begin = begin
@@ -169,7 +172,7 @@ class Newcomers:
         while True:
             if pause := self._accepting.wait(time.monotonic()):
                 await anyio.sleep(pause)
-            elif len(self._ready) >= _AHEAD:
+            elif len(self._ready) >= self._ahead:
                 await self._changed.wait()
             else:
                 return

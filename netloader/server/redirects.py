@@ -16,6 +16,9 @@ from netloader.core.addresses import Address, seen_from
 
 __all__ = ["Redirects"]
 
+_LOOK_AGAIN = 0.1
+"""Seconds between two looks at whether the clients that may be relays still use their turns."""
+
 
 @dataclass(slots=True)
 class _Relay:
@@ -98,16 +101,25 @@ class Redirects:
             found.append(seen_from(str(Address(relay.host, relay.port)), peer_host, local_host))
         return tuple(name for name in dict.fromkeys(found) if name not in avoid)
 
-    def undecided(self, holding: object) -> bool:
-        """Whether a new client would be redirected if one of the clients that are being served proved to be a relay."""
-        ours = [relay for relay in self._relays.values() if relay.holding is holding]
-        return self._full(holding) and bool(ours) and not any(relay.checked for relay in ours)
+    def undecided(self, holding: object, in_use: Callable[[Hashable], bool] = lambda _: True) -> bool:
+        """Whether a new client would be redirected if one of the clients that are being served proved to be a relay.
 
-    async def decided(self, holding: object, within: float) -> None:
+        Args:
+            holding: The holding it wants.
+            in_use: Whether the client of a session uses its turn. Nobody waits for one that does not.
+        """
+        ours = {session: relay for session, relay in self._relays.items() if relay.holding is holding}
+        return (
+            self._full(holding, in_use) and any(map(in_use, ours)) and not any(relay.checked for relay in ours.values())
+        )
+
+    async def decided(self, holding: object, in_use: Callable[[Hashable], bool], within: float) -> None:
         """Wait while :meth:`undecided`, for `within` seconds at most."""
         with anyio.move_on_after(within):
-            while self.undecided(holding):
-                await self._changed.wait()
+            while self.undecided(holding, in_use):
+                changed = self._changed
+                with anyio.move_on_after(_LOOK_AGAIN):  # a client that does nothing more sets no event
+                    await changed.wait()
 
     def _full(self, holding: object, moves: Callable[[Hashable], bool] = lambda _: True) -> bool:
         direct = sum(served is holding and moves(session) for session, served in self._served.items())

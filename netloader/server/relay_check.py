@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import chain, repeat
 
 import anyio
 
 from netloader.core.addresses import Address
 from netloader.core.protocol.events import Announcement
-from netloader.errors import NetloaderError
+from netloader.errors import NetloaderError, RefusedError
 
 __all__ = ["CheckRelay", "RelayCheck"]
 
@@ -27,7 +28,8 @@ _SECONDS = 3.0
 """Seconds that one attempt may take."""
 
 _PAUSES = (0.02, 0.05, 0.05, 0.1, 0.2, 0.2, 0.5, 0.5, 1.0, 2.0, 5.0)
-"""Seconds before each attempt: the client may still be verifying its first block."""
+"""Seconds before each attempt: the client may still be verifying its first block, and long when blocks are large. While
+its relay answers "not ready", the last pause is repeated."""
 
 _AT_ONCE = 8
 """Most checks that run at once."""
@@ -55,8 +57,11 @@ class RelayCheck:
         """
         if self._ask is None or not node:
             return False
-        why = ""
-        for pause in _PAUSES:
+        why, not_ready = "", False
+        for number, pause in enumerate(chain(_PAUSES, repeat(_PAUSES[-1]))):
+            if number >= len(_PAUSES) and not not_ready:
+                break
+            not_ready = False
             await anyio.sleep(pause)
             try:
                 async with self._slots:
@@ -66,6 +71,7 @@ class RelayCheck:
                 why = f"it did not answer within {_SECONDS:g} s"
             except NetloaderError as error:
                 why = error.message
+                not_ready = isinstance(error, RefusedError) and error.code in ("not-ready", "not-held")
             else:
                 if found == node:
                     return True

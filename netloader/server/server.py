@@ -19,7 +19,7 @@ import anyio
 from anyio.abc import SocketStream, TaskGroup
 
 from netloader.codecs.frames import client_messages
-from netloader.core.identity import Layout, Role
+from netloader.core.identity import Layout, Role, name_of
 from netloader.core.messages import Ability
 from netloader.core.options import ServeOptions
 from netloader.core.protocol import ServerTerms, Session, Side, State
@@ -126,6 +126,7 @@ class HoldingServer:
             stack.callback(listening.close)
             self._newcomers = Newcomers(
                 self._connections,
+                strangers=self._limits.strangers,
                 hello=self._options.timings.hello,
                 pace=self._pace,
                 begin=self._begin,
@@ -200,7 +201,7 @@ class HoldingServer:
             ServingStarted(
                 role=known.identity.role,
                 layout=known.identity.layout,
-                model=known.identity.model,
+                model=name_of(known.identity),
                 root=known.root,
                 tensors=len(known.manifest.tensors),
                 blocks=len(known.plan.blocks),

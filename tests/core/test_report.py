@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from netloader.core.identity import ModelIdentity
 from netloader.core.report import PullReport, SourceShare, summary
 from netloader.core.texts import LINE
@@ -21,6 +23,23 @@ def test_a_summary_says_what_how_much_how_fast_and_from_whom() -> None:
     expected = "pulled 404 MB of me/tiny (target, 39 tensors) in 1.50 s (404 MB/s) from 10.0.0.7:19374 over tcp"
     assert summary(report()) == expected
     assert report().lines()[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        ({"served": "tiny"}, "tiny"),
+        ({"served": "tiny", "repository": "me/tiny@abc"}, "me/tiny@abc"),
+        ({"served": "tiny", "MODEL": "mine"}, "mine"),
+        ({}, "/models/a"),
+        (None, "/models/a"),
+    ],
+)
+def test_a_summary_has_the_name_of_the_model_and_a_path_only_without_one(
+    names: dict[str, str] | None, name: str
+) -> None:
+    identity = ModelIdentity(model="/models/a", names=names)
+    assert f" of {name} (target, " in summary(report(identity=identity))
 
 
 def test_waiting_is_apart_from_the_rate() -> None:

@@ -22,6 +22,7 @@ from netloader.core.report import Progress, PullReport
 from netloader.discovery.fixed import FixedSources
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
 from netloader.server import session as server_session
+from netloader.server.admission import Admission
 from netloader.session.relay_progress import Supply
 from netloader.tensors import destination, digest_of
 from netloader.transports.base import Transport
@@ -38,7 +39,9 @@ CARRIERS = ("memory", "gloo", "tcp", "shm")
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients do not leave relays that deliver nothing: here these are held on purpose, and machines are busy."""
+    """Nobody leaves, or passes over, relays and clients at which nothing moves: here they are held on purpose."""
+    monkeypatch.setattr(Admission, "moves", lambda *_: True)
+    monkeypatch.setattr(Admission, "in_use", lambda *_: True)
     monkeypatch.setattr(redirect_budget, "_SECONDS", kit.PATIENCE)
     monkeypatch.setattr(server_session, "_RELAY_DECISION", kit.PATIENCE)
 

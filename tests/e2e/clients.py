@@ -163,8 +163,8 @@ def source(*addresses: str, rank: int = 0) -> dict[str, Any]:
 
 
 def given(engine: Engine, address: str) -> int:
-    """Number of blocks that came from a source, by the log of an engine."""
-    (line,) = engine.lines("target: pulled ")
-    found = re.search(rf"(\d+) of {re.escape(address)}[,;]", line)
+    """Number of blocks that came from a source, by the log of an engine at debug level."""
+    (line,) = engine.lines(f"target: source {address}: ")
+    found = re.search(r": (\d+) blocks?,", line)
     assert found is not None
     return int(found[1])

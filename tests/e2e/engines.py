@@ -342,7 +342,7 @@ def engine(
         folder: Where to start it; a relative `model` is found from there.
         niceness: The nice value: higher means less processor time when processors are scarce.
     """
-    port = _free_port()
+    port = free_port()
     command = [
         *("nice", "-n", str(niceness)),
         str(Path(sys.executable).with_name("vllm")),
@@ -357,15 +357,41 @@ def engine(
     ]
     if config is not None:
         command.append(f"--model-loader-extra-config={json.dumps(config)}")
-    settings = _with_vllm_by_name({**os.environ, **ENVIRONMENT, **(environment or {})}, log.parent)
+    settings = dict(environment or {})
     if tensor_parallel > 1:
         # vLLM wants a memory node per rank otherwise.
         settings.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in range(tensor_parallel)))
+    with launched(command, log, port=port, name=name, environment=settings, folder=folder) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def launched(
+    command: Sequence[str],
+    log: Path,
+    *,
+    port: int,
+    name: str = "tiny",
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Iterator[Engine]:
+    """Start an engine by a whole command line, with ENVIRONMENT, and end it on leaving. It is not awaited.
+
+    Args:
+        command: The command line; a command `vllm` is that of this Python.
+        log: File for its output.
+        port: The port of its HTTP API, as the command line has it.
+        name: The model name that requests use.
+        environment: More environment variables.
+        folder: Where to start it.
+    """
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    settings = {**os.environ, "PATH": path, **ENVIRONMENT, **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=settings,
+            env=_with_stand_in(settings, log.parent),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -378,9 +404,14 @@ def engine(
         started.close()
 
 
-def _with_vllm_by_name(environment: dict[str, str], folder: Path) -> dict[str, str]:
-    # The command `vllm` asks for the version of a distribution called "vllm"; the CPU build is called "vllm-cpu", and
-    # without an answer the command ends. A stand-in on the path gives the answer, here and in child processes.
+def _with_stand_in(environment: dict[str, str], folder: Path) -> dict[str, str]:
+    """An environment in which the CPU build of vLLM 0.32 runs. Two of its faults are mended from outside.
+
+    The command `vllm` asks for the version of a distribution called "vllm"; the CPU build is called "vllm-cpu", and
+    without an answer the command ends. And its attention uses the AMX registers of a processor without having asked
+    the kernel for them, so that the process ends with "illegal instruction", unless torch's compiler has asked before.
+    A distribution on the path gives the answer, and a plugin that asks; here and in child processes.
+    """
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -391,11 +422,25 @@ def _with_vllm_by_name(environment: dict[str, str], folder: Path) -> dict[str, s
     info = stand_in / f"vllm-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="ascii")
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{_ASKS} = {_ASKS}:ask\n", encoding="ascii")
+    (stand_in / f"{_ASKS}.py").write_text(_ASK, encoding="ascii")
     path = [str(stand_in), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _free_port() -> int:
+_ASKS = "asks_for_amx"
+
+_ASK = """
+def ask():
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+"""
+
+
+def free_port() -> int:
+    """A port that is free now."""
     # vLLM binds the HTTP port itself; it cannot take over an open socket.
     import socket
 

@@ -21,8 +21,10 @@ HELD: dict[str, Any] = {"TRANSPORT": ["held", "tcp"], "STALL_TIMEOUT": clients.S
 
 
 def environment_with_plugins(**more: str) -> dict[str, str]:
-    """The environment for an engine that uses the test transports."""
-    return with_plugins({**ASLEEP, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}, **more)
+    """The environment for an engine that uses the test transports, and logs what each source gave."""
+    return with_plugins(
+        {**ASLEEP, "VLLM_LOGGING_LEVEL": "DEBUG", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}, **more
+    )
 
 
 @dataclass

@@ -67,7 +67,7 @@ def test_unusable_sources_are_logged_with_their_reasons(scenario: Engines) -> No
         engines.wait_all_ready(named, other)
     try:
         (line,) = named.lines("the default loader (auto) loads the target")
-        assert f"{closed} cannot be reached" in line
+        assert f"{closed}: cannot be reached" in line
         assert scenario.address in line
         assert "model is 'tiny' at the server and 'another model' at the client" in line
         assert named.answers(PROMPTS) == scenario.answers

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from netloader.core.options import ServeOptions
 from netloader.server.budgets import Connections, Limits, Stage, limits_for
 
-EVICTABLE = (Stage.STRANGER, Stage.PROBE, Stage.ASIDE)
+EVICTABLE = (Stage.SILENT, Stage.STRANGER, Stage.PROBE, Stage.ASIDE)
 
 
 @given(
@@ -52,11 +52,11 @@ class ConnectionsMachine(RuleBasedStateMachine):
         self.known: dict[int, tuple[str, Stage]] = {}  # oldest in its stage first
         self.came = 0
 
-    @rule(address=st.sampled_from("abc"))
-    def enter(self, address: str) -> None:
+    @rule(address=st.sampled_from("abc"), stage=st.sampled_from([Stage.SILENT, Stage.STRANGER]))
+    def enter(self, address: str, stage: Stage) -> None:
         self.came += 1
-        self.accounts.enter(self.came, address)
-        self.known[self.came] = (address, Stage.STRANGER)
+        self.accounts.enter(self.came, address, stage)
+        self.known[self.came] = (address, stage)
         self.make_room()
 
     @precondition(lambda self: self.known)
@@ -89,6 +89,9 @@ class ConnectionsMachine(RuleBasedStateMachine):
             assert isinstance(who, int)
             address, stage = self.known[who]
             assert stage in EVICTABLE, "a client that waits or is served does not go"
+            if stage in (Stage.SILENT, Stage.STRANGER):
+                other = Stage.STRANGER if stage is Stage.SILENT else Stage.SILENT
+                assert self.number(stage) >= self.number(other), "neither kind takes the places of the other"
             equals = [(key, one) for key, (one, its) in self.known.items() if its is stage]
             crowd = sum(one == address for _, one in equals)
             assert all(crowd >= sum(one == other for _, one in equals) for _, other in equals)
@@ -104,7 +107,7 @@ class ConnectionsMachine(RuleBasedStateMachine):
         assert len(self.accounts) == len(self.known) <= self.limits.connections
         for stage in Stage:
             assert self.accounts.count(stage) == self.number(stage)
-        assert self.number(Stage.STRANGER) <= self.limits.strangers
+        assert self.number(Stage.SILENT) + self.number(Stage.STRANGER) <= self.limits.strangers
         assert self.number(Stage.PROBE) <= self.limits.probes
         assert self.number(Stage.ASIDE) <= self.limits.queue
 
@@ -131,3 +134,18 @@ def test_the_newest_stranger_of_an_address_with_few_stays_while_another_address_
         while (who := accounts.surplus()) is not None:
             assert who != "honest"
             accounts.leave(who)
+
+
+def test_silent_connections_and_ones_that_spoke_have_half_of_the_places_each_when_both_flood() -> None:
+    accounts = Connections(Limits(40, 8, 8, 8, 8, 8))
+    accounts.enter("silent", "a", Stage.SILENT)
+    for number in range(1000):
+        accounts.enter(number, "a")
+        while (who := accounts.surplus()) is not None:
+            accounts.leave(who)
+    assert (accounts.count(Stage.SILENT), accounts.count(Stage.STRANGER)) == (1, 7)
+    for number in range(1000, 2000):
+        accounts.enter(number, "a", Stage.SILENT)
+        while (who := accounts.surplus()) is not None:
+            accounts.leave(who)
+    assert (accounts.count(Stage.SILENT), accounts.count(Stage.STRANGER)) == (4, 4)

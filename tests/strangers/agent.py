@@ -35,7 +35,12 @@ async def pull(address: str, token: str) -> dict[str, object]:
         )
     except NetloaderError as error:
         return {"error": str(error)}
-    return {"begin": first[0], "end": time.monotonic() - began, "root": report.root, "attempts": len(report.attempts)}
+    return {
+        "begin": first[0],
+        "end": time.monotonic() - began,
+        "root": report.root,
+        "attempts": list(map(str, report.attempts)),
+    }
 
 
 async def main() -> None:

@@ -74,12 +74,19 @@ def agent(host: Host) -> Iterator[Agent]:
 
 @dataclass(frozen=True)
 class Result:
+    """One line of the table.
+
+    Attributes:
+        told: The attempts that failed, and the seconds of the phases.
+    """
+
     token: str
     where: str
     strangers: str
     begin: float
     end: float
     ratio: float
+    told: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"| {self.token:8} | {self.where:11} | {self.strangers:29} | {self.begin:9.2f} | {self.ratio:17.2f} |"
@@ -119,9 +126,8 @@ class Place:
             strange.ask("stop")
         assert answer["root"] == self._root
         end = answer["end"]
-        self.results.append(
-            Result("with" if self.token else "without", where, title, answer["begin"], end, end / self.quiet)
-        )
+        token = "with" if self.token else "without"
+        self.results.append(Result(token, where, title, answer["begin"], end, end / self.quiet, tuple(answer["told"])))
         return self.results[-1]
 
 

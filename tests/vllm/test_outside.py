@@ -6,6 +6,7 @@ model, and keeps it in a plain mapping. These tests compare each tensor of the p
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -259,3 +260,56 @@ def test_ordinary_models_have_no_unregistered_weights(seeds: Seeds) -> None:
         seed = seeds.get(kind, **settings)
         assert [spec.name for spec in seed.holding.announcement.manifest.tensors] == list(seed.disk)
         assert not any("[" in name for name in named_raw_tensors(seed.loaded.model))
+
+
+# --- ordinary folders -------------------------------------------------------------------------------------------------
+
+BESIDE = {
+    ".gitattributes": "*.bin filter=lfs",
+    "LICENSE": "",
+    "README.md": "",
+    "added_tokens.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "generation_config.json": "{}",
+    "preprocessor_config.json": "{}",
+    "special_tokens_map.json": "{}",
+    "training_args.bin": "",
+}
+"""What repositories have beside configuration, tokenizer and weights."""
+
+CODE = {
+    "configuration_own.py": """
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+""",
+    "scales_own.py": "SCALE = 1.0",
+    "modeling_own.py": """
+from transformers import LlamaModel
+from .configuration_own import OwnConfig
+from .scales_own import SCALE
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+    _supports_attention_backend = True
+""",
+}
+"""A model whose code is in its folder. vLLM builds it by its Transformers backend."""
+
+
+@pytest.mark.parametrize("code", [False, True], ids=["usual", "code of its own"])
+def test_files_that_hold_no_weights_do_not_keep_a_model_from_being_served(
+    code: bool, models: ModelStore, tmp_path: Path, log_lines: LogLines
+) -> None:
+    folder = shutil.copytree(models.get("llama-bf16"), tmp_path / "model")
+    for name, text in {**BESIDE, **(CODE if code else {})}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if code:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+        config |= {"model_type": "own", "architectures": ["OwnModelForCausalLM"], "auto_map": classes}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    load(folder, arguments={"trust_remote_code": code})
+    assert log_lines.one("serves target")
+    assert not log_lines.with_part("does not serve")

@@ -8,10 +8,11 @@ that Python code opens, whatever function opens it. A library in C that opens fi
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -22,8 +23,9 @@ __all__ = ["FileOpens", "content_digest"]
 
 _NO_WEIGHTS = frozenset(
     {
-        *(".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".toml", ".cfg", ".jinja", ".py", ".pyc", ".lock"),
-        *(".model", ".tiktoken", ".vocab", ".bpe", ".so"),
+        *(".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".jinja", ".jinja2", ".lock"),
+        *(".model", ".spm", ".tiktoken", ".vocab", ".bpe", ".codes"),
+        *(".py", ".pyc", ".so", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"),
     }
 )
 """Suffixes of files in a model's folder that hold configuration, vocabulary or code."""
@@ -40,9 +42,9 @@ def content_digest(data: bytes | memoryview) -> bytes:
 
 
 class FileOpens:
-    """Records the files that this process opens, from `start` until `stop`.
+    """Records the files that this process opens to read them, from `start` until `stop`.
 
-    Python cannot remove an audit hook. After `stop` the hook holds nothing and only compares two values.
+    All recordings share one audit hook, which stays. While there is no recording, it only compares two values.
 
     Args:
         folder: The folder of the model; None if it is not on this host.
@@ -51,15 +53,14 @@ class FileOpens:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._opened: dict[str, None] = {}  # an ordered set
-        self._stop: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin to record."""
-        self._stop = _observe_opens(self._opened)
+        _hook().begin(self._opened)
 
     def stop(self) -> None:
-        """End the recording."""
-        self._stop()
+        """End the recording. A second call changes nothing."""
+        _hook().end(self._opened)
 
     def unexplained(self, paths: set[str], contents: Counter[bytes]) -> list[str]:
         """The files that may hold weights, and whose contents were not seen as tensors.
@@ -98,20 +99,41 @@ class FileOpens:
         return files, {_real(path) for path in weight_files_of(folder)}
 
 
-def _observe_opens(opened: dict[str, None]) -> Callable[[], None]:
-    """Add the path of each file that is opened to `opened`. Returns a function that ends that."""
-    into: list[dict[str, None]] = [opened]
+class _Hook:
+    """The audit hook of this process. It adds the path of each file that is opened to all running recordings."""
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
+    def __init__(self) -> None:
+        self._into: tuple[dict[str, None], ...] = ()
+        self._lock = threading.Lock()
+        sys.addaudithook(self._observe)
+
+    def begin(self, opened: dict[str, None]) -> None:
+        """Record into `opened`, until :meth:`end`."""
+        with self._lock:
+            self._into = (*self._into, opened)
+
+    def end(self, opened: dict[str, None]) -> None:
+        """Record no longer into `opened`. A second call changes nothing."""
+        with self._lock:
+            self._into = tuple(other for other in self._into if other is not opened)
+
+    def _observe(self, event: str, arguments: tuple[object, ...]) -> None:
         if event != "open":
             return
-        for paths in into:  # a loop, because another thread may end the recording at any time
-            path = arguments[0]
-            if isinstance(path, str | bytes):
-                paths[os.fsdecode(path)] = None
+        for opened in self._into:  # a tuple, because another thread may begin or end at any time
+            path, _, flags = arguments
+            if isinstance(path, str | bytes) and not _only_writes(flags):
+                opened[os.fsdecode(path)] = None
 
-    sys.addaudithook(hook)
-    return into.clear
+
+def _only_writes(flags: object) -> bool:
+    return isinstance(flags, int) and flags & os.O_ACCMODE == os.O_WRONLY
+
+
+@functools.cache
+def _hook() -> _Hook:
+    """The only one: Python can't remove an audit hook, and each makes all calls that raise events slower."""
+    return _Hook()
 
 
 def _real(path: Path | str) -> Path:

@@ -39,7 +39,12 @@ async def attack(server: kit.WatchedServer, attacking: AttackingGloo, token: byt
 
 def gloos() -> list[int]:
     """Processes below this one that have made a group, which is what gloo's own thread is for."""
-    return [pid for pid in processes_below(os.getpid()) if len(list(Path(f"/proc/{pid}/task").iterdir())) > 1]
+    return [
+        pid
+        for pid in processes_below(os.getpid())
+        if b"gloo.spawner" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    ]
 
 
 def spins(pid: int) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from netloader.errors import ConfigError
 from tests.models import ModelStore
 from tests.vllm import harness
-from tests.vllm.pulls import LogLines, Seeds, pull, source_of
+from tests.vllm.pulls import LogLines, Seeds, offered, pull, source_of
 
 pytestmark = pytest.mark.usefixtures("needs_vllm")
 
@@ -25,6 +25,19 @@ def test_one_line_sums_up_a_pull(seeds: Seeds, models: ModelStore, log_lines: Lo
     assert f" from {source} over memory" in line
     assert "MB/s" in line
     assert not log_lines.with_part("phases:"), "details are at debug level"
+
+
+def test_the_line_has_the_name_of_the_model_and_not_a_path_of_another_host(
+    models: ModelStore, log_lines: LogLines
+) -> None:
+    named = {"served_model_name": "small"}
+    _, holding = offered(models.get("llama-bf16"), {"MODEL": None}, named)
+    assert log_lines.with_part("serving small (target, raw)")
+    log_lines.lines.clear()
+    with source_of(holding) as source:
+        pull(models.bare("llama-bf16"), source, arguments=named, MODEL=None)
+    assert " of small (target, " in log_lines.one("pulled ")
+    assert not log_lines.with_part(str(models.get("llama-bf16")))
 
 
 def test_one_line_sums_up_a_load_from_storage(models: ModelStore, log_lines: LogLines) -> None:
