@@ -139,7 +139,8 @@ async def test_a_provider_that_fails_is_logged_and_its_sources_are_kept(
             yield fault()
 
         report = await pull(Script(story))
-    assert caplog.messages == [f"discovery: {told}"]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("netloader")]
+    assert ours == [f"discovery: {told}"]  # asyncio's debug mode tells of slow callbacks on a busy host
     assert [str(attempt) for attempt in report.attempts] == [f"discovery: {told}"]
 
 

@@ -12,7 +12,7 @@ from netloader.core.messages import Announce, ClientMessage, ServerMessage
 from netloader.core.plan import Ranges
 from netloader.core.protocol.context import ClientTerms
 from netloader.core.protocol.events import Announcement
-from netloader.errors import legible
+from netloader.core.texts import LINE, one_line
 
 __all__ = [
     "AcceptChannel",
@@ -66,10 +66,6 @@ class SetTimer:
     seconds: float | None
 
 
-_SHOWN_NOTE = 1000
-"""Most characters of a note."""
-
-
 @dataclass(frozen=True, slots=True)
 class Note:
     """Write one line to the log, for the operator. The text may hold text of the peer, and is escaped and cut."""
@@ -77,7 +73,7 @@ class Note:
     text: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", legible(self.text, _SHOWN_NOTE))
+        object.__setattr__(self, "text", one_line(self.text, LINE))
 
 
 @dataclass(frozen=True, slots=True)
