@@ -320,6 +320,7 @@ class Pull:
             if session.relay:
                 self._budget.earn(nbytes, plan.block_bytes)
             if self.ledger.verified_blocks == 1:
+                self._budget.begun()
                 self._sources.drop_held()
                 yield from self._pinning.proven()
         session.moved = now
@@ -333,7 +334,7 @@ class Pull:
             session.moved = now
         asked = list(self._request_blocks(session))
         yield from asked
-        if asked and session.relay and self.ledger.plan is not None:
+        if asked and session.relay and self.ledger.plan is not None and not self.ledger.verified_blocks:
             self._budget.asked(self.ledger.plan.block_bytes, now)
         session.parked = False
         if asked or ahead:

@@ -12,8 +12,8 @@ _LEAST_RATE = 1 << 20
 
 _FIRST_SECONDS = 0.75
 _FIRST_RATE = 4 << 20
-"""Seconds from the first request for blocks to the first verified block, and the bytes per second below which large
-blocks may take longer. A relay that is named has verified blocks, so the first one needs no more than its transfer."""
+"""Seconds from the first request for blocks to the first verified block of the pull, and the bytes per second below
+which large blocks may take longer. A relay that is named has verified blocks, so its first one is only transferred."""
 
 _LEAST_BLOCKS = 1.25
 """Blocks' worth of time, at the least rate, that is allowed where blocks are so large that `_SECONDS` is less."""
@@ -26,8 +26,8 @@ class RedirectBudget:
     relay that only lets this client wait uses it up, as do forty that name each other, or one that sends a byte now and
     then. Once it is used up it stays used up: the client asks the servers themselves.
 
-    Until a relay has delivered its first block, the budget also ends soon after blocks were asked for. What comes
-    before that, such as the way down a chain that is just forming, has the whole budget.
+    Until the first block of the pull is verified, the budget also ends soon after a relay was asked for blocks. What
+    comes before that, such as the way down a chain that is just forming, has the whole budget.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,6 @@ class RedirectBudget:
         self._since: float | None = None  # time is being spent since then
         self._used_up = False
         self._first_until: float | None = None
-        self._delivered = False
 
     def run(self, *, running: bool, now: float) -> None:
         """Say whether time is being spent from `now` on."""
@@ -44,13 +43,16 @@ class RedirectBudget:
         self._since = now if running else None
 
     def asked(self, block_bytes: int, now: float) -> None:
-        """A relay was asked for blocks of `block_bytes`."""
-        if self._first_until is None and not self._delivered:
+        """A relay was asked for blocks of `block_bytes`, and nothing is verified yet."""
+        if self._first_until is None:
             self._first_until = now + max(_FIRST_SECONDS, block_bytes / _FIRST_RATE)
+
+    def begun(self) -> None:
+        """The first block of the pull is verified, whoever delivered it."""
+        self._first_until = None
 
     def earn(self, nbytes: int, block_bytes: int) -> None:
         """Relays delivered `nbytes` verified bytes, in blocks of `block_bytes`."""
-        self._delivered, self._first_until = True, None
         most = max(_SECONDS, _LEAST_BLOCKS * block_bytes / _LEAST_RATE)
         self._left = min(most, self._left + nbytes / _LEAST_RATE)
 
