@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,14 @@ from netloader.cli import main
 from tests.cases.files import served, tensors
 
 PATIENCE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _hangs_up() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, and the command leaves it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def interrupt_while_writing(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
