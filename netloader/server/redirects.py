@@ -101,22 +101,23 @@ class Redirects:
             found.append(seen_from(str(Address(relay.host, relay.port)), peer_host, local_host))
         return tuple(name for name in dict.fromkeys(found) if name not in avoid)
 
-    def undecided(self, holding: object, in_use: Callable[[Hashable], bool] = lambda _: True) -> bool:
+    def undecided(self, holding: object, moves: Callable[[Hashable], bool] = lambda _: True) -> bool:
         """Whether a new client would be redirected if one of the clients that are being served proved to be a relay.
 
         Args:
             holding: The holding it wants.
-            in_use: Whether the client of a session uses its turn. Nobody waits for one that does not.
+            moves: Whether the client of a session answered, or still may, and takes its blocks. Nobody waits for one
+                that does not.
         """
         ours = {session: relay for session, relay in self._relays.items() if relay.holding is holding}
         return (
-            self._full(holding, in_use) and any(map(in_use, ours)) and not any(relay.checked for relay in ours.values())
+            self._full(holding, moves) and any(map(moves, ours)) and not any(relay.checked for relay in ours.values())
         )
 
-    async def decided(self, holding: object, in_use: Callable[[Hashable], bool], within: float) -> None:
+    async def decided(self, holding: object, moves: Callable[[Hashable], bool], within: float) -> None:
         """Wait while :meth:`undecided`, for `within` seconds at most."""
         with anyio.move_on_after(within):
-            while self.undecided(holding, in_use):
+            while self.undecided(holding, moves):
                 changed = self._changed
                 with anyio.move_on_after(_LOOK_AGAIN):  # a client that does nothing more sets no event
                     await changed.wait()

@@ -255,14 +255,14 @@ class ServerSession(SessionDriver[ClientMessage]):
         identify = self.session.identify
         # A client that relays have failed already does not wait for another one.
         follows = identify is not None and identify.follow and not identify.avoid
-        if follows and self._relays.undecided(self._serving(), self._in_use):
+        if follows and self._relays.undecided(self._serving(), self._moves):
             self._account(Stage.QUEUED)
             self.spawn(self._turn_when_decided, lambda _: None)
         else:
             self._enter()
 
     async def _turn_when_decided(self) -> None:
-        await self._relays.decided(self._serving(), self._in_use, _RELAY_DECISION)
+        await self._relays.decided(self._serving(), self._moves, _RELAY_DECISION)
         self._enter()
 
     def _enter(self) -> None:
@@ -298,9 +298,6 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     def _moves(self, session: Hashable) -> bool:
         return self._turns.moves(session, time.monotonic())
-
-    def _in_use(self, session: Hashable) -> bool:
-        return self._turns.in_use(session, time.monotonic())
 
     def _turn(self) -> e.TurnTaken:
         """Begin to serve the client, which has a turn now."""
