@@ -28,7 +28,7 @@ async def test_a_client_is_served_at_once_while_silent_hellos_hold_all_places(to
                     await anyio.sleep_forever()
 
             tasks.start_soon(keep_up)
-            # Without a token it needs no WAIT. With one, "busy" before the proof says nothing to it, and it comes again.
+            # Without a token it needs no WAIT. With one, "busy" before the proof says nothing to it: it comes again.
             wait = 0.0 if token is None else kit.PATIENCE
             await kit.pull(into, [kit.at(server)], hub.transport, token=token, wait=wait)
             tasks.cancel_scope.cancel()
