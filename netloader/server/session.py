@@ -152,7 +152,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
         self._blocks = 0
-        self._unfinished = 0
+        self._unfinished = (0, 0)  # blocks in calls of the channel that have not ended, and their bytes
         self._nbytes = 0
 
     async def run(self) -> None:
@@ -172,8 +172,11 @@ class ServerSession(SessionDriver[ClientMessage]):
     def info(self) -> SessionInfo:
         """A snapshot of the session."""
         role = "" if self._holding is None else self._holding.announcement.identity.role
-        transport = self.session.transport
-        return SessionInfo(self.peer, self.session.state, role, transport, self._blocks, self._nbytes, self._unfinished)
+        state, transport = self.session.state, self.session.transport
+        (unfinished, more), ended_well = self._unfinished, state in (State.FINALIZE, State.DONE)
+        if ended_well:  # the client has all blocks, although the call that sent the last ones has not returned
+            return SessionInfo(self.peer, state, role, transport, self._blocks + unfinished, self._nbytes + more, 0)
+        return SessionInfo(self.peer, state, role, transport, self._blocks, self._nbytes, unfinished)
 
     @property
     def holding(self) -> Holding | None:
@@ -448,17 +451,17 @@ class ServerSession(SessionDriver[ClientMessage]):
         return lambda: self.retract(reason, sources)
 
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
-        self._unfinished += len(batch)
         self._begin_relay_check()
         nbytes = sum(view.nbytes for view in views)
+        self._unfinished = self._unfinished[0] + len(batch), self._unfinished[1] + nbytes
         self._turns.call_began(self, nbytes, time.monotonic())
         try:
             await self.channel().send(views)
         finally:
             self._sending -= 1
-        self._unfinished -= len(batch)
 
         def account() -> None:
+            self._unfinished = self._unfinished[0] - len(batch), self._unfinished[1] - nbytes
             self._turns.call_ended(self, nbytes, time.monotonic())
             self._blocks += len(batch)
             self._nbytes += nbytes
