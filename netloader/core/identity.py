@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -12,6 +13,7 @@ from netloader.errors import ConfigError, shown
 
 __all__ = [
     "MAX_MODEL",
+    "MAX_SETTINGS",
     "MODEL",
     "REPOSITORY",
     "SERVED",
@@ -35,6 +37,7 @@ MAX_WORD = 256
 MAX_DIGEST = 64
 MAX_FACTS = 64
 MAX_NAMES = 8
+MAX_SETTINGS = 256
 
 MODEL = "MODEL"
 """Origin of a name that the user gave to netloader: the field MODEL, for a draft DRAFT_MODEL."""
@@ -55,8 +58,11 @@ _Word = Annotated[str, msgspec.Meta(max_length=MAX_WORD)]
 _Digest = Annotated[str, msgspec.Meta(max_length=MAX_DIGEST)]
 _Facts = Annotated[dict[_Word, bool], msgspec.Meta(max_length=MAX_FACTS)]
 _Names = Annotated[dict[_Word, _Model], msgspec.Meta(max_length=MAX_NAMES)]
+_Settings = Annotated[dict[_Word, _Word], msgspec.Meta(max_length=MAX_SETTINGS)]
 
 _NOT_KNOWN = "not known"
+_NOT_SET = "not set"
+_NOT_STATED = "not stated"
 
 _HEX = re.compile(r"[0-9a-f]{1,64}")
 
@@ -105,6 +111,11 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         names: The names of the model, by where each comes from: ``MODEL`` (netloader's configuration), ``served`` (the
             engine's ``--served-model-name``), ``repository`` (a repository id, and ``@`` with the commit if it is
             known). Empty for a model that has only a path. None if they are not stated.
+        settings: What else in the engine's configuration decides the values of the tensors, by its path
+            (``parallel_config.decode_context_parallel_size``): the value as text if it is short, else a digest of it. A
+            setting at the value that does nothing is left out. None if settings are not stated.
+        processed_settings: The same for what decides only the values of processed tensors. It is compared only in the
+            layout ``processed``.
     """
 
     model: _Model = ""
@@ -128,6 +139,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     fingerprint: _Digest = ""
     load: _Digest = ""
     names: _Names | None = None
+    settings: _Settings | None = None
+    processed_settings: _Settings | None = None
 
 
 def check_sendable(identity: ModelIdentity) -> None:
@@ -272,6 +285,21 @@ def _shown_name(identity: ModelIdentity, origin: str) -> tuple[str, str]:
     return identity.model, "path, which is no name"
 
 
+def _setting_differences(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Iterator[Difference]:
+    """Each setting that is not equal on both sides, by its path.
+
+    A side that states no settings runs in no engine, or speaks protocol 1. It equals only a side without settings.
+    """
+    if field == "processed_settings" and "processed" not in (ours.layout, theirs.layout):
+        return
+    stated: tuple[dict[str, str] | None, ...] = getattr(ours, field), getattr(theirs, field)
+    missing = tuple(_NOT_SET if side is not None else _NOT_STATED for side in stated)
+    mine, other = (side or {} for side in stated)
+    for path in sorted(mine.keys() | other.keys()):
+        if mine.get(path) != other.get(path):
+            yield Difference(path, mine.get(path, missing[0]), other.get(path, missing[1]))
+
+
 def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severity | None:
     """How severe a difference in `field` is; None when it is allowed."""
     mine, other = getattr(ours, field), getattr(theirs, field)
@@ -305,15 +333,17 @@ def differences(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool =
         same_root: Whether the weights of both sides have the same root, or will be compared by it.
 
     Returns:
-        One :class:`Difference` for each field, in the order of the fields; empty when both agree. The quantisation
-        configuration counts as a difference also when neither side knows it. A pull is possible when no difference has
-        :attr:`Severity.REFUSE`.
+        One :class:`Difference` for each field, in the order of the fields, and for each setting, under its path; empty
+        when both agree. The quantisation configuration counts as a difference also when neither side knows it. A pull
+        is possible when no difference has :attr:`Severity.REFUSE`.
     """
     found = list[Difference]()
     for field in ModelIdentity.__struct_fields__:
         if field == "model":
             found += filter(None, [_model_difference(ours, theirs, same_root=same_root)])
-        if field in ("model", "names"):
+        if field in ("settings", "processed_settings"):
+            found += _setting_differences(field, ours, theirs)
+        if field in ("model", "names", "settings", "processed_settings"):
             continue
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine == other:

@@ -43,6 +43,7 @@ IDENTITY = ModelIdentity(
     load="l",
 )
 NAMED = ModelIdentity(model="/m", names={"MODEL": "m", "repository": "o/m@c"})
+SET = ModelIdentity(settings={"a.b": "2"}, processed_settings={"c": "d"})
 """Fields that are newer than the frames of IDENTITY, which never change."""
 
 MANIFEST = Manifest(
@@ -128,6 +129,7 @@ EXAMPLES: dict[str, m.ClientMessage | m.ServerMessage] = {
     **{f"{type(message).__name__}, full since protocol 2": message for message in FULL_2},
     **{f"{type(message).__name__}, least": message for message in LEAST},
     "Accepted, names": m.Accepted(identity=NAMED),
+    "Accepted, settings": m.Accepted(identity=SET),
     "Accepted, no names": m.Accepted(identity=ModelIdentity(model="/m", names={})),
 }
 

@@ -59,6 +59,7 @@ codes = st.sampled_from(get_args(m.RefusalCode))
 nonces = st.binary(min_size=m.NONCE_BYTES, max_size=m.NONCE_BYTES)
 sources = st.lists(short_text, max_size=3).map(tuple)
 
+settings = st.none() | st.dictionaries(st.sampled_from(["a.b", "a.c", "d"]), short_text, max_size=3)
 identities = st.builds(
     ModelIdentity,
     model=short_text,
@@ -82,6 +83,8 @@ identities = st.builds(
     fingerprint=short_text,
     load=short_text,
     names=st.none() | st.dictionaries(st.sampled_from([MODEL, SERVED, REPOSITORY, "other"]), short_text, max_size=4),
+    settings=settings,
+    processed_settings=settings,
 )
 
 

@@ -79,7 +79,7 @@ def test_each_message_has_a_strategy_and_golden_examples() -> None:
         default = [f.name for f in msgspec.structs.fields(message) if getattr(message, f.name) == f.default]
         assert not default, f"{message} leaves out {default}"
     fields = {f.name for f in msgspec.structs.fields(ModelIdentity)}
-    examples = (golden.IDENTITY, golden.NAMED)
+    examples = (golden.IDENTITY, golden.NAMED, golden.SET)
     assert {f for f in fields for i in examples if getattr(i, f) != getattr(ModelIdentity(), f)} == fields
 
 

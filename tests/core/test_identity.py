@@ -8,7 +8,15 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from netloader.core.identity import Difference, ModelIdentity, Severity, differences, is_digest, quantised_unknown_how
+from netloader.core.identity import (
+    MAX_SETTINGS,
+    Difference,
+    ModelIdentity,
+    Severity,
+    differences,
+    is_digest,
+    quantised_unknown_how,
+)
 from tests.core.strategies import identities
 
 FIELDS = ModelIdentity.__struct_fields__
@@ -53,10 +61,16 @@ OTHER: dict[str, Any] = {
     "fingerprint": "f2",
     "load": "l2",
     "names": {"MODEL": "n"},
+    "settings": {},
+    "processed_settings": {"a": "1"},
 }
 
-NOT_COMPARED = {"load", "names"}
-"""`names` is compared as a part of `model`, and only if both sides state it."""
+NOT_COMPARED = {"load", "names", "settings", "processed_settings"}
+"""`names` is compared as a part of `model`, and only if both sides state it; settings are compared by their paths."""
+
+
+SETTINGS = {"a.b", "a.c", "d"}
+"""Paths of the settings that the strategy draws."""
 
 
 def changed(base: ModelIdentity = BASE, **fields: Any) -> ModelIdentity:
@@ -95,11 +109,14 @@ def test_differences_are_those_fields_and_look_the_same_from_both_sides(
     if (ours.names, theirs.names) != (None, None):  # the names are compared instead of the text, or a path is no name
         differing = differing - {"model"} | ({"model"} & severities(ours, theirs).keys())
     found = severities(ours, theirs)
+    for path in found.keys() & SETTINGS:
+        assert found.pop(path) is Severity.REFUSE
     unknown = {"quantization_config"} if quantised_unknown_how(ours) or quantised_unknown_how(theirs) else set()
     assert found.keys() <= differing | unknown
     may_be_unknown = {"fingerprint", "engine", "tied", "load_state"}
     assert differing - found.keys() <= may_be_unknown | NOT_COMPARED
-    assert found == severities(theirs, ours)
+    back = severities(theirs, ours)
+    assert found == {field: severity for field, severity in back.items() if field not in SETTINGS}
     itself = severities(ours, ours).keys()
     assert itself - {"model"} == ({"quantization_config"} if quantised_unknown_how(ours) else set())
     # A model that has only a path is not known to equal another one at that path, unless its fingerprint is known.
@@ -120,6 +137,26 @@ def test_differences_are_those_fields_and_look_the_same_from_both_sides(
 )
 def test_fields_that_one_side_does_not_know(field: str, unknown: Any, expected: Severity | None) -> None:
     assert severities(BASE, changed(**{field: unknown})).get(field) is expected
+
+
+def test_each_setting_that_differs_is_named_by_its_path_with_both_values() -> None:
+    ours = changed(settings={"same": "1", "a.b": "2", "only.ours": "3"})
+    theirs = changed(settings={"same": "1", "a.b": "4"})
+    assert differences(ours, theirs) == (Difference("a.b", "2", "4"), Difference("only.ours", "3", "not set"))
+
+
+def test_settings_that_one_side_does_not_state_are_not_equal_to_any_that_do_something() -> None:
+    assert differences(changed(settings={"a.b": "2"}), BASE) == (Difference("a.b", "2", "not stated"),)
+    assert differences(BASE, changed(settings={"a.b": "2"})) == (Difference("a.b", "not stated", "2"),)
+    assert differences(changed(settings={}), BASE) == ()
+
+
+@pytest.mark.parametrize("layout", ["raw", "checkpoint"])
+def test_settings_of_processed_tensors_are_compared_only_in_that_layout(layout: str) -> None:
+    ours, theirs = changed(processed_settings={"a": "1"}), changed(processed_settings={"a": "2"})
+    assert differences(changed(ours, layout=layout), changed(theirs, layout=layout)) == ()
+    ours, theirs = changed(ours, layout="processed"), changed(theirs, layout="processed")
+    assert differences(ours, theirs) == (Difference("a", "1", "2"),)
 
 
 @pytest.mark.parametrize("layout", ["raw", "processed"])
@@ -173,6 +210,9 @@ def test_texts_on_the_wire_have_a_length_limit(field: str) -> None:
 
 
 def test_the_number_of_facts_on_the_wire_is_limited() -> None:
+    settings = msgspec.msgpack.encode(changed(settings={str(number): "" for number in range(MAX_SETTINGS + 1)}))
+    with pytest.raises(msgspec.ValidationError, match="settings"):
+        msgspec.msgpack.decode(settings, type=ModelIdentity)
     many = msgspec.msgpack.encode(changed(load_state={str(number): True for number in range(65)}))
     with pytest.raises(msgspec.ValidationError, match="load_state"):
         msgspec.msgpack.decode(many, type=ModelIdentity)
