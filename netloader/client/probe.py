@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import anyio
 
 from netloader.client.connect import abilities_of, connect
+from netloader.client.foreign import explained
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity
 from netloader.core.messages import ServerMessage
@@ -91,8 +92,8 @@ async def probe_source(
         session = Session(Side.CLIENT, client=terms)
         driver = _ProbeSession(session, connection, device="cpu", label=f"source {source}")
         await driver.run()
-        if session.error is not None:
-            raise session.error
+        if error := await explained(session.error, session, source):
+            raise error
         if session.announcement is not None:
             seconds = time.monotonic() - began
             return Probe(session.announcement, session.peer_software, seconds, session.peer_transports, driver.node)

@@ -19,6 +19,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from netloader.client.connect import abilities_of, connect
+from netloader.client.foreign import explained
 from netloader.client.relayed import RelayedHolding, RelayedMemory
 from netloader.client.search import search
 from netloader.client.session import ClientSession, Digest, PullDestination
@@ -338,7 +339,7 @@ class _Pull:
         self._tell(p.SessionStarted(number))
         try:
             await session.run()
-            ended = session.session.error
+            ended = await explained(session.session.error, session.session, command.source)
         except Exception as bug:  # noqa: BLE001 - a bug may cost this source, not the fallback that follows
             ended = _unexpected(source, bug)
         finally:

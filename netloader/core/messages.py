@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from netloader.core.greeting import harmless
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import Manifest
 
@@ -372,7 +373,8 @@ def wire_body(message: ClientMessage | ServerMessage) -> bytes:
     Raises:
         UnicodeEncodeError, OverflowError, TypeError: It holds a value that MessagePack can't carry.
     """
-    return _ENCODER.encode(message)
+    body = _ENCODER.encode(message)
+    return harmless(body) if isinstance(message, Hello) else body
 
 
 def wire_text(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 from anyio.abc import SocketStream
 
+from netloader.codecs import vllm_ascend
 from netloader.codecs.frames import encode_frame
 from netloader.core import messages as m
 from netloader.server.budgets import Connections, Stage
@@ -208,13 +209,16 @@ class Newcomers:
         if not said:
             self._gone(newcomer, "it closed the connection and had said nothing")
             return
+        if said == vllm_ascend.FIRST_BYTE:
+            self._gone(newcomer, "it is a client of vllm-ascend's own loader", vllm_ascend.NO_JOIN)
+            return
         self._leave(newcomer)
         self._connections.enter(newcomer, newcomer.host, Stage.STRANGER)
         self._ready[newcomer] = None
         self._notify()
 
-    def _gone(self, newcomer: Newcomer, why: str) -> None:
-        self._close(newcomer)
+    def _gone(self, newcomer: Newcomer, why: str, last: bytes = b"") -> None:
+        self._close(newcomer, last)
         self._accepting.spend(_CLOSED_PAUSE, time.monotonic())
         self._stray(f"{newcomer.peer}: {why}")
 

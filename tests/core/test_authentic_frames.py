@@ -87,7 +87,7 @@ LENGTHS = {side: len(frames) for side, frames in run(Recorded()).frames.items()}
     side=st.sampled_from(SIDES),
     number=st.integers(0, max(LENGTHS.values()) - 1),
     kind=st.sampled_from(KINDS),
-    place=st.integers(0, 400),
+    place=st.integers(0, 4000),
     bit=st.integers(0, 7),
 )
 def test_any_change_of_the_frames_between_two_sides_ends_the_session(

@@ -38,6 +38,7 @@ def frame(message: Message) -> bytes:
 
 
 NO_PROOF = bytes(32)
+LEAST_PADDING = 128
 CODE_BYTES = 16
 
 
@@ -124,8 +125,13 @@ class Wire:
         return len(body).to_bytes(4, "big") + body
 
     async def hear(self) -> Message:
-        message: Message = msgspec.msgpack.decode((await self.hear_frame())[4:])
-        return message
+        return fields_of((await self.hear_frame())[4:])
+
+
+def fields_of(body: bytes) -> Message:
+    """The fields of a message, without the texts in front of a client's first one."""
+    found: Message = msgspec.msgpack.decode(body)
+    return {name: value for name, value in found.items() if len(name) < LEAST_PADDING}
 
 
 @dataclass(frozen=True)
