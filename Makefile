@@ -50,7 +50,10 @@ help:
 test: style
 	@$(MAKE) --no-print-directory --jobs 2 types tests
 
+# tests/asyncio has a configuration of its own: anyio's plugin and pytest-asyncio are not used in one process. It goes
+# first, so the last line that counts tests is that of all others.
 tests: setup
+	$(VENV)/bin/python -m pytest tests/asyncio
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 # Hosts are network namespaces: root and iproute2.

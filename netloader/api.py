@@ -22,7 +22,6 @@ from netloader.client.pull import pull_from
 from netloader.config.arguments import Arguments
 from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role
-from netloader.core.manifest import Manifest
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
@@ -33,10 +32,11 @@ from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
 from netloader.server.own_address import own_host
-from netloader.server.own_task import OwnTask
+from netloader.server.own_loop import serving_at
 from netloader.server.server import HoldingServer
 from netloader.session.holding import Holding
-from netloader.session.off_loop import FEW_SPANS, FEW_TENSORS, in_thread
+from netloader.session.off_loop import FEW_SPANS, in_thread, weaken
+from netloader.session.own_task import OwnTask, in_own_task
 from netloader.session.relay_progress import Supply
 from netloader.transports import registry
 from netloader.transports.base import Transport
@@ -45,7 +45,7 @@ from netloader.transports.contract_0_1 import adapted
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Allocate, Destination, TensorHolding, TensorMemory
+    from netloader.tensors import Allocate, Destination, TensorHolding
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -160,13 +160,14 @@ class Server(HoldingServer):
         try:
             self._own_host = await anyio.to_thread.run_sync(own_host, self.host, self._options.host)
             await self._hold_first()
-            yield
+            with serving_at(self.port, self.host, self._own_host):
+                yield
         finally:
             try:
                 await super().__aexit__(None, None, None)
             finally:
                 for holding in self._held:
-                    await _weaken(holding.memory, holding.announcement.manifest)
+                    await weaken(holding.memory.weaken, holding.announcement.manifest)
 
     async def _hold_first(self) -> None:
         first, self._first = self._first, None
@@ -206,10 +207,13 @@ class Server(HoldingServer):
 
         Raises:
             ManifestError: Some of them cannot be served; all of those are named.
-            LocalProtocolError: Other tensors are served under that role and layout.
+            LocalProtocolError: Other tensors are served under that role and layout, or the server runs in another
+                event loop.
         """
         from netloader.tensors import hold
 
+        if self._task is not None:
+            self._task.check_loop()
         make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
         holding = await in_thread(make)
         self.add(holding)
@@ -220,6 +224,8 @@ class Server(HoldingServer):
         self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
     ) -> None:
         """Stop serving `role`, as :class:`~netloader.server.server.HoldingServer` does, and let go of its tensors."""
+        if self._task is not None:
+            self._task.check_loop()
         try:
             await super().retract(role, reason=reason, within=within, sources=sources)
         finally:
@@ -231,16 +237,7 @@ class Server(HoldingServer):
         gone = [holding for holding in self._held if not any(holding is one for one in served)]
         self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
         for holding in gone:
-            await _weaken(holding.memory, holding.announcement.manifest)
-
-
-async def _weaken(memory: Destination | TensorMemory, manifest: Manifest | None) -> None:
-    """Hold tensors by weak references from now on: in a thread if there are many."""
-    if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
-        memory.weaken()
-        return
-    with anyio.CancelScope(shield=True):  # takes milliseconds
-        await anyio.to_thread.run_sync(memory.weaken)
+            await weaken(holding.memory.weaken, holding.announcement.manifest)
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
@@ -344,7 +341,8 @@ async def pull(
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
-    _, report = await _pull_into(filled, identity, found, transport, options, progress, observers, relay)
+    call = partial(_pull_into, filled, identity, found, transport, options, progress, observers, relay)
+    _, report = await in_own_task(call, "netloader.pull")
     return report
 
 
@@ -414,7 +412,8 @@ async def pull_new(
         software=software(),
     )
     filled = destination(None, device=device, allocate=allocate)
-    return await _pull_into(filled, None, found, transport, options, progress, observers)
+    call = partial(_pull_into, filled, None, found, transport, options, progress, observers)
+    return await in_own_task(call, "netloader.pull_new")
 
 
 async def _pull_into(
@@ -446,7 +445,7 @@ async def _pull_into(
         raise
     finally:
         if not needed:
-            await _weaken(filled, filled.manifest)
+            await weaken(filled.weaken, filled.manifest)
         if prefaulter.running:
             with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
                 await anyio.to_thread.run_sync(prefaulter.stop)
@@ -496,4 +495,4 @@ async def probe(
         timings=Timings(stall=timeout),
         software=software(),
     )
-    return await probe_source(parse_address(source), identity, (), options)
+    return await in_own_task(partial(probe_source, parse_address(source), identity, (), options), "netloader.probe")

@@ -25,6 +25,7 @@ from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.errors import shortage
 from netloader.observe.base import Observer
+from netloader.server.own_loop import refuse_to_block
 from netloader.server.server import HoldingServer
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ def pull(
     relay: HoldingServer | None = None,
     observers: Sequence[Observer] = (),
 ) -> PullReport:
-    """:func:`netloader.pull`, waiting for its result. Same arguments, result and errors."""
+    """:func:`netloader.pull`, waiting for its result. Same arguments, result and errors.
+
+    Raises:
+        LocalProtocolError: A source is a server of an event loop of this thread, which this call would block.
+    """
+    refuse_to_block(sources if isinstance(sources, Sequence) else (), "pull")
     call = partial(
         api.pull,
         tensors,
@@ -101,7 +107,8 @@ def pull_new(
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
-    """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors."""
+    """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors, and :func:`pull`'s."""
+    refuse_to_block(sources if isinstance(sources, Sequence) else (), "pull_new")
     call = partial(
         api.pull_new,
         sources=sources,
@@ -131,7 +138,8 @@ def probe(
     timeout: float = 30.0,
     token: bytes | None = None,
 ) -> Probe:
-    """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors."""
+    """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors, and :func:`pull`'s."""
+    refuse_to_block((source,), "probe")
     call = partial(api.probe, source, identity, role=role, layouts=layouts, timeout=timeout, token=token)
     return _wait_for(call, "netloader-probe")
 

@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 NEEDS_VLLM = ("vllm", "e2e")
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 
-collect_ignore = [] if HAVE_VLLM else list(NEEDS_VLLM)
+# tests/asyncio is a project of its own, with pytest-asyncio: `make test` runs it in a process of its own.
+collect_ignore = ["asyncio", *(() if HAVE_VLLM else NEEDS_VLLM)]
 
 # No profile has a deadline: this is no place to measure time. `ci` repeats itself; `deep` is for the night.
 settings.register_profile("dev", max_examples=50, deadline=None)

@@ -11,7 +11,7 @@ from netloader.core.manifest import DIGEST_BYTES, Manifest
 from netloader.core.messages import Announce
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "examined_quickly", "few_spans", "in_thread", "look_up"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "examined_quickly", "few_spans", "in_thread", "look_up", "weaken"]
 
 R = TypeVar("R")
 
@@ -69,3 +69,12 @@ async def in_thread(call: Callable[[], R]) -> R:
     if errors:
         raise errors.pop()
     return results.pop()
+
+
+async def weaken(let_go: Callable[[], None], manifest: Manifest | None) -> None:
+    """Call `let_go`, which replaces references to tensors by weak ones: in a thread if there are many tensors."""
+    if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
+        let_go()
+        return
+    with anyio.CancelScope(shield=True):  # takes milliseconds
+        await anyio.to_thread.run_sync(let_go)
