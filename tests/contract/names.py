@@ -12,7 +12,10 @@ from netloader.vllm.live.hooks import CHANGES, PROFILES, WAKES
 OLDEST = "0.23.0"
 """The release that the current vllm-ascend pairs with."""
 
-NEWEST = "0.32.0"
+NEWEST_THAT_RUNS = "0.32.0"
+"""The newest release with a CPU build, as in the Makefile."""
+
+NEWEST = "0.33.0"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The Python sources inside a wheel, read by `ast`: which names a module has, and which parameters they take."""
+"""The Python sources of a release, in a zip file, read by `ast`: which names a module has, and which parameters they take."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign 
 
 
 class Sources:
-    """The modules of one wheel."""
+    """The modules of one release."""
 
-    def __init__(self, wheel: Path) -> None:
-        self._files = zipfile.ZipFile(wheel)
+    def __init__(self, files: Path) -> None:
+        self._files = zipfile.ZipFile(files)
         self._names = frozenset(self._files.namelist())
         self.tree = cache(self._tree)
 
