@@ -126,6 +126,8 @@ NAMES = (
         ("model", "model_config", "target_device"),
     ),
     Name("vllm.model_executor.utils", "weights_already_processed", optional=True),
+    Name("vllm.model_executor.utils", "replace_parameter", ("layer", "param_name")),
+    Name("vllm.model_executor.layers.fused_moe.fused_moe_method_base", "FusedMoEMethodBase"),
     Name("vllm.config", "CompilationConfig.static_forward_context"),
     Name("vllm.config", "CompilationConfig.static_all_moe_layers"),
     # --- reloading ---
@@ -159,6 +161,9 @@ NAMES = (
 TEXTS = (
     ("vllm.plugins", "vllm.general_plugins"),
     ("vllm.model_executor.offloader.uva", "_vllm_is_uva_offloaded"),
+    ("vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method", "self.unquantized_backend"),
+    ("vllm.model_executor.layers.fused_moe.oracle.unquantized", "    TRITON = "),
+    ("vllm.model_executor.layers.fused_moe.oracle.unquantized", "    BATCHED_TRITON = "),
 )
 """Names that vLLM has as text, or sets on objects that are not its own: a module, and what it has to contain."""
 

@@ -1,4 +1,4 @@
-"""The Python sources of a release, in a zip file, read by `ast`: which names a module has, and which parameters they take."""
+"""The Python sources of a release, in a zip file, read by `ast`: names of a module, and parameters that they take."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ class Sources:
     def _tree(self, module: str) -> ast.Module | None:
         path = self.path_of(module)
         return None if path is None else ast.parse(self._files.read(path))
+
+    def modules(self) -> list[str]:
+        """The names of all modules."""
+        stems = (path.removesuffix(".py").removesuffix("/__init__") for path in self._names if path.endswith(".py"))
+        return sorted(stem.replace("/", ".") for stem in stems)
 
     def path_of(self, module: str) -> str | None:
         """The file of a module."""
