@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netloader.vllm.live.hooks import CHANGES, PROFILES, WAKES
+from netloader.vllm.live.hooks import CHANGES, DISCARDS, PROFILES, WAKES
 
 OLDEST = "0.23.0"
 """The release that the current vllm-ascend pairs with."""
@@ -36,7 +36,7 @@ class Name:
     optional: bool = False
 
 
-LATER = ("start_draft_weight_update", "reset_weights")
+LATER = ("start_draft_weight_update", "reset_weights", DISCARDS)
 """Methods of a worker that the oldest release does not have."""
 
 OURS = ("BaseModelLoader.get_all_weights",)
@@ -142,7 +142,7 @@ NAMES = (
     # --- what is wrapped, by name: netloader/vllm/live/hooks.py ---
     *(
         Name("vllm.v1.worker.gpu_worker", f"Worker.{name}", optional=name in LATER)
-        for name in (*CHANGES, WAKES, PROFILES)
+        for name in (*CHANGES, DISCARDS, WAKES, PROFILES)
     ),
     # --- models ---
     Name("vllm.model_executor.layers.quantization", "get_quantization_config", ("quantization",)),
