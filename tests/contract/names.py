@@ -167,6 +167,9 @@ TEXTS = (
 )
 """Names that vLLM has as text, or sets on objects that are not its own: a module, and what it has to contain."""
 
+LATER_TEXTS = (("vllm.model_executor.layers.fused_moe.expert_substitution", "expert_substitution_routes"),)
+"""Such names that the newest release has, and older ones do not."""
+
 OWNERS = {
     "cache_config": "CacheConfig",
     "device_config": "DeviceConfig",
