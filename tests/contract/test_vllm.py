@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,15 @@ def problems(sources: Sources, names: Sequence[Name], *, newest: bool) -> list[s
     texts = (*TEXTS, *LATER_TEXTS) if newest else TEXTS
     found += [f"{module} does not contain {text!r}" for module, text in texts if text not in sources.text(module)]
     return found
+
+
+def test_the_releases_are_those_that_are_installed_and_documented() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8").splitlines()
+    assert f"VLLM_VERSION := {NEWEST_THAT_RUNS}" in makefile
+    assert f"OLDEST_VLLM_VERSION := {OLDEST}" in makefile
+    supported = (ROOT / "docs" / "vllm.md").read_text("utf-8").partition("Supported: vLLM ")[2].partition("\n\n")[0]
+    assert re.findall(r"\d+\.\d+\.\d+", supported) == [OLDEST, NEWEST, NEWEST_THAT_RUNS]
+    assert f"vLLM {OLDEST} to {NEWEST} is supported" in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("number", [OLDEST, NEWEST_THAT_RUNS, NEWEST])
