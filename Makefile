@@ -15,6 +15,7 @@
 # ARGS="..." is handed to pytest or to the demo.
 
 PYTHON ?= python3
+# The newest with a CPU build. tests/contract/names.py has the newest that is supported.
 VLLM_VERSION := 0.32.0
 OLDEST_VLLM_VERSION := 0.23.0
 OLDEST_TORCH_VERSION := 2.11.0

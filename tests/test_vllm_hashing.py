@@ -62,6 +62,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     monkeypatch.setattr(digests, "_REGISTRY", {digests.DEFAULT: found.made})
     monkeypatch.setattr(xxhash, "xxh3_128", found.made)
     monkeypatch.setattr(recording, "quantised_modules", lambda model: frozenset())  # it asks vLLM
+    monkeypatch.setattr(recording, "overwritten_modules", lambda model: frozenset())  # so does this
     return found
 
 

@@ -71,6 +71,41 @@ def test_what_is_about_to_change_is_retracted_first(
     assert seen == ["target", "draft"]
 
 
+@pytest.mark.parametrize("tags", [("weights",), ("kv_cache", "weights"), ["weights"], "weights"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_discarded_weights_are_retracted_first(
+    tags: Any, by_name: bool, server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def discard(self: Any, tags: Any) -> None:
+        for role in serving.ROLES:
+            with pytest.raises(NoSourceLeft, match=r"about to change \(discard\)"):
+                pulled(server, role)
+            seen.append(role)
+
+    one = worker(monkeypatch, discard=discard, wake_up=lambda self, tags=None: None)
+    if by_name:
+        one.discard(tags=tags)
+    else:
+        one.discard(tags)
+    assert seen == ["target", "draft"]
+    one.wake_up()
+    with pytest.raises(NoSourceLeft, match=r"about to change \(discard\)"):
+        pulled(server, "target")
+
+
+def test_weights_are_served_while_other_memory_is_discarded(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def discard(self: Any, tags: Any) -> str:
+        assert torch.equal(pulled(server, "target"), WEIGHT)
+        return "discarded"
+
+    assert worker(monkeypatch, discard=discard).discard(("kv_cache",)) == "discarded"
+    assert torch.equal(pulled(server, "draft"), WEIGHT)
+
+
 def test_a_class_is_wrapped_once_and_an_unknown_class_is_not(
     server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

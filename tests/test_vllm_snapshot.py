@@ -118,7 +118,7 @@ def test_a_rewrite_in_place_is_seen() -> None:
     }
 
 
-@pytest.mark.parametrize("keep", [Keep.DRAM, Keep.HBM])
+@pytest.mark.parametrize("keep", [Keep.DRAM, Keep.HBM, Keep.COPY])
 def test_a_copy_keeps_the_values_after_a_rewrite_and_is_freed_without_one(keep: Keep) -> None:
     model = Tiny()
     before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
@@ -131,7 +131,8 @@ def test_a_copy_keeps_the_values_after_a_rewrite_and_is_freed_without_one(keep: 
     assert located.kept["head.weight"] is located.kept["embed.weight"], "tied weights are copied once"
     assert torch.equal(located.kept["embed.weight"], before["embed.weight"])
     assert located.costs() == {(keep, "cpu"): before["embed.weight"].nbytes}
-    assert kept_text(located) == f"originals kept: INT8_CACHE={keep.name.lower()}: {64 * 64 * 4} bytes on cpu"
+    freed = " (false frees them)" if keep is Keep.COPY else ""
+    assert kept_text(located) == f"originals kept: {keep.value}: {64 * 64 * 4} bytes on cpu{freed}"
     assert raw.originals() == {}
 
 
@@ -198,11 +199,29 @@ def test_what_the_settings_keep(fields: dict[str, Any], name: str, keep: Keep) -
 
 
 @pytest.mark.parametrize(
+    ("fields", "name", "keep"),
+    [
+        ({}, "p.weight", Keep.COPY),
+        ({}, "other.weight", Keep.REFERENCE),
+        ({"keep_raw": False}, "p.weight", Keep.NO),
+        ({"int8_cache": "dram", "int8_cache_name": ("p.weight",)}, "p.weight", Keep.DRAM),
+        ({}, "q.weight", Keep.NO),
+    ],
+)
+def test_what_may_be_overwritten_is_copied_instead_of_referred_to(
+    fields: dict[str, Any], name: str, keep: Keep
+) -> None:
+    assert keep_policy(frozenset({"q"}), Config(**fields), frozenset({"p", "q"}))(name) is keep
+
+
+@pytest.mark.parametrize(
     ("lost", "fields", "hint"),
     [
         ({"q.weight": "vLLM replaced it"}, {}, "set INT8_CACHE to dram or hbm on the server"),
         ({"q.weight": "vLLM replaced it"}, {"int8_cache": "hbm", "int8_cache_name": ()}, "add these names"),
         ({"p.weight": "vLLM dropped it"}, {"keep_raw": False}, "set KEEP_RAW to true on the server"),
+        ({"p.weight": "there was no memory for a copy"}, {}, "give the host more memory"),
+        ({"p.weight": "no memory"}, {"int8_cache": "hbm"}, "more memory, or list fewer names in INT8_CACHE_NAME"),
         ({"p.weight": "vLLM rewrote it in place"}, {}, "list these names in INT8_CACHE_NAME"),
     ],
 )

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netloader.vllm.live.hooks import CHANGES, PROFILES, WAKES
+from netloader.vllm.live.hooks import CHANGES, DISCARDS, PROFILES, WAKES
 
 OLDEST = "0.23.0"
 """The release that the current vllm-ascend pairs with."""
 
-NEWEST = "0.32.0"
+NEWEST_THAT_RUNS = "0.32.0"
+"""The newest release with a CPU build, as in the Makefile."""
+
+NEWEST = "0.33.0"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Name:
     optional: bool = False
 
 
-LATER = ("start_draft_weight_update", "reset_weights")
+LATER = ("start_draft_weight_update", "reset_weights", DISCARDS)
 """Methods of a worker that the oldest release does not have."""
 
 OURS = ("BaseModelLoader.get_all_weights",)
@@ -123,6 +126,8 @@ NAMES = (
         ("model", "model_config", "target_device"),
     ),
     Name("vllm.model_executor.utils", "weights_already_processed", optional=True),
+    Name("vllm.model_executor.utils", "replace_parameter", ("layer", "param_name")),
+    Name("vllm.model_executor.layers.fused_moe.fused_moe_method_base", "FusedMoEMethodBase"),
     Name("vllm.config", "CompilationConfig.static_forward_context"),
     Name("vllm.config", "CompilationConfig.static_all_moe_layers"),
     # --- reloading ---
@@ -137,7 +142,7 @@ NAMES = (
     # --- what is wrapped, by name: netloader/vllm/live/hooks.py ---
     *(
         Name("vllm.v1.worker.gpu_worker", f"Worker.{name}", optional=name in LATER)
-        for name in (*CHANGES, WAKES, PROFILES)
+        for name in (*CHANGES, DISCARDS, WAKES, PROFILES)
     ),
     # --- models ---
     Name("vllm.model_executor.layers.quantization", "get_quantization_config", ("quantization",)),
@@ -156,8 +161,14 @@ NAMES = (
 TEXTS = (
     ("vllm.plugins", "vllm.general_plugins"),
     ("vllm.model_executor.offloader.uva", "_vllm_is_uva_offloaded"),
+    ("vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method", "self.unquantized_backend"),
+    ("vllm.model_executor.layers.fused_moe.oracle.unquantized", "    TRITON = "),
+    ("vllm.model_executor.layers.fused_moe.oracle.unquantized", "    BATCHED_TRITON = "),
 )
 """Names that vLLM has as text, or sets on objects that are not its own: a module, and what it has to contain."""
+
+LATER_TEXTS = (("vllm.model_executor.layers.fused_moe.expert_substitution", "expert_substitution_routes"),)
+"""Such names that the newest release has, and older ones do not."""
 
 OWNERS = {
     "cache_config": "CacheConfig",

@@ -1,4 +1,4 @@
-"""The Python sources inside a wheel, read by `ast`: which names a module has, and which parameters they take."""
+"""The Python sources of a release, in a zip file, read by `ast`: names of a module, and parameters that they take."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign 
 
 
 class Sources:
-    """The modules of one wheel."""
+    """The modules of one release."""
 
-    def __init__(self, wheel: Path) -> None:
-        self._files = zipfile.ZipFile(wheel)
+    def __init__(self, files: Path) -> None:
+        self._files = zipfile.ZipFile(files)
         self._names = frozenset(self._files.namelist())
         self.tree = cache(self._tree)
 
     def _tree(self, module: str) -> ast.Module | None:
         path = self.path_of(module)
         return None if path is None else ast.parse(self._files.read(path))
+
+    def modules(self) -> list[str]:
+        """The names of all modules."""
+        stems = (path.removesuffix(".py").removesuffix("/__init__") for path in self._names if path.endswith(".py"))
+        return sorted(stem.replace("/", ".") for stem in stems)
 
     def path_of(self, module: str) -> str | None:
         """The file of a module."""

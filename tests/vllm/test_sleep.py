@@ -54,6 +54,10 @@ class Allocator:
                     self.kept[name] = parameter.detach().clone()
                 parameter.fill_(GARBAGE)
 
+    def discard(self, tags: tuple[str, ...]) -> None:
+        if "weights" in tags:
+            self.suspend(2)
+
     def resume(self, tags: list[str] | None) -> None:
         if tags is None or "weights" in tags:
             with torch.no_grad():
@@ -160,6 +164,29 @@ def test_discarded_weights_are_not_served_until_they_are_reloaded(
     assert cast.refusal() == ""
 
 
+def test_weights_of_a_discarded_tag_are_not_served_until_they_are_reloaded(
+    cast: Cast, seeds: Seeds, log_lines: LogLines
+) -> None:
+    if not hasattr(cast.worker, hooks.DISCARDS):
+        pytest.skip("this vLLM discards nothing by tag")
+    digests = harness.raw_digests(cast.model)
+    cast.worker.discard(("kv_cache",))
+    assert cast.allocator.said == []
+    assert cast.refusal() == "", "the weights are still there"
+    cast.worker.discard(("weights", "kv_cache"))
+    (said,) = cast.allocator.said
+    assert "about to change (discard)" in said, "clients are told before the memory is gone"
+    cast.worker.wake_up()
+    assert harness.raw_digests(cast.model) != digests
+    assert "about to change (discard)" in cast.refusal(), "waking up brings memory back, and no weights"
+    with source_of(seeds.get(KIND).holding) as source:
+        cast.worker.vllm_config = cast.config(source)
+        cast.worker.reload_weights()
+    assert log_lines.one("reloaded, root")
+    assert harness.raw_digests(cast.model) == digests
+    assert cast.refusal() == ""
+
+
 def nothing_is_left_of(model: torch.nn.Module) -> bool:
     """Whether neither staging memory nor our `load_weights` is attached to a model."""
     gc.collect()
@@ -248,6 +275,7 @@ def test_sleep_of_the_cpu_worker_is_not_wrapped(cast: Cast, monkeypatch: pytest.
     try:
         assert hooks.wrap_worker(f"{CPUWorker.__module__}.{CPUWorker.__qualname__}")
         assert vars(CPUWorker)["sleep"] is before["sleep"]
+        assert vars(CPUWorker).get(hooks.DISCARDS) is before.get(hooks.DISCARDS)
         worker = CPUWorker.__new__(CPUWorker)
         worker.sleep(1)
         assert cast.refusal() == ""

@@ -19,7 +19,7 @@ from netloader.errors import ManifestError, NetloaderError
 from netloader.vllm.serve.guard import serving_only
 from netloader.vllm.serve.serving import ROLES, running_server
 
-__all__ = ["CHANGES", "PROFILES", "WAKES", "pause_transfers_until_profiled", "wrap_worker"]
+__all__ = ["CHANGES", "DISCARDS", "PROFILES", "WAKES", "pause_transfers_until_profiled", "wrap_worker"]
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,17 @@ CHANGES = (
 )
 """Methods of a worker that change weights in place. Target and draft are retracted together: they may share tensors."""
 
+DISCARDS = "discard"
+"""The method that frees memory by tags and saves nothing. With the tag of weights, it changes them."""
+
 WAKES = "wake_up"
 PROFILES = "determine_available_memory"
 
 _NO_SLEEP = ("vllm.v1.worker.cpu_worker",)
-"""Workers whose `sleep` and `wake_up` only log that they are not supported."""
+"""Workers without sleep mode: `sleep` and `wake_up` only log that, and `discard` raises an error."""
+
+_WEIGHTS = "weights"
+"""vLLM's tag for the memory of weights."""
 
 _RETRY_AFTER = 5.0
 _LONGEST_PROFILE = 600.0
@@ -69,6 +75,7 @@ def wrap_worker(worker_class: str) -> bool:
             _wrap(found, method, functools.partial(_around_change, method))
     if module_name not in _NO_SLEEP:
         _wrap(found, WAKES, _around_wake_up)
+        _wrap(found, DISCARDS, _around_discard)
     _wrap(found, PROFILES, _around_profiling)
     return True
 
@@ -127,6 +134,13 @@ def _around_change(method: str, original: Callable[..., Any], worker: Any, *args
     return result
 
 
+def _around_discard(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    tags = args[0] if args else kwargs.get("tags")
+    if tags is not None and _WEIGHTS not in tags:
+        return original(worker, *args, **kwargs)
+    return _around_change(DISCARDS, original, worker, *args, **kwargs)
+
+
 def _uses_netloader(worker: Any) -> bool:
     return getattr(worker.vllm_config.load_config, "load_format", "") in FORMAT_NAMES
 
@@ -135,7 +149,7 @@ def _around_wake_up(original: Callable[..., Any], worker: Any, *args: Any, **kwa
     result = original(worker, *args, **kwargs)
     tags = args[0] if args else kwargs.get("tags")
     server = running_server()
-    if server is not None and (tags is None or "weights" in tags):
+    if server is not None and (tags is None or _WEIGHTS in tags):
         with serving_only("serving again after wake_up", server):
             try:
                 server.resume("they woke up")

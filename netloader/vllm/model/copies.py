@@ -23,6 +23,7 @@ class Keep(enum.Enum):
     NO = ""
     SMALL = "a few bytes each"
     REFERENCE = "KEEP_RAW"
+    COPY = "KEEP_RAW, as copies"
     DRAM = "INT8_CACHE=dram"
     HBM = "INT8_CACHE=hbm"
 

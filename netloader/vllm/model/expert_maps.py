@@ -40,6 +40,7 @@ EXPERT_MAPS = (
     "expert_global_to_physical",
     "expert_physical_to_global",
     "expert_local_to_global",
+    "expert_substitution_routes",
     # vLLM Ascend
     "global_expert_map",
     "log2phy",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from netloader.config import Config
 from netloader.core.identity import ModelIdentity, Role
 from netloader.errors import NetloaderError
+from netloader.vllm.model.overwritten import overwritten_modules
 from netloader.vllm.model.plain_state import PlainState
 from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.guard import HINT, error_text
@@ -180,7 +181,8 @@ def _held(tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, pulled: 
 
 def _recorded(model: torch.nn.Module, announcement: Announcement, config: Config, who: str) -> Recorded:
     quantised = quantised_modules(model)
-    raw = RawWeights(model, announcement, keep_policy(quantised, config))
+    overwritten = overwritten_modules(model) if config.keep_raw else frozenset[str]()
+    raw = RawWeights(model, announcement, keep_policy(quantised, config, overwritten))
     for level, line in copy_log_lines(raw.copies):
         log.log(level, "netloader: %s: %s", who, line)
     return Recorded(raw, announcement, raw.device, quantised)

@@ -17,6 +17,8 @@ __all__ = ["copy_log_lines", "hint_for", "keep_policy", "kept_text", "named", "q
 
 _SHOWN = 3
 
+_BY_KEEP_RAW = (Keep.REFERENCE, Keep.COPY)
+
 _COPY_THEM = (
     "set INT8_CACHE to dram on the server and list these names in INT8_CACHE_NAME, with all others that it shall copy: "
     "only a copy keeps the values of a tensor that is rewritten in place"
@@ -36,11 +38,18 @@ def quantised_modules(model: torch.nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def keep_policy(quantised: frozenset[str], config: Config) -> Callable[[str], Keep]:
+def keep_policy(
+    quantised: frozenset[str], config: Config, overwritten: frozenset[str] = frozenset()
+) -> Callable[[str], Keep]:
     """The settings INT8_CACHE and KEEP_RAW as a function from the name of a tensor to what is kept of it.
 
     A name in INT8_CACHE_NAME is copied also if its module is not quantised, because only a copy keeps the values of a
-    tensor that is rewritten in place.
+    tensor that is rewritten in place. For the same reason KEEP_RAW makes copies where vLLM may rewrite in place.
+
+    Args:
+        quantised: Names of the modules whose weights are quantised.
+        config: netloader's configuration.
+        overwritten: Names of the modules whose parameters vLLM may overwrite in place.
     """
     copied = Keep.DRAM if config.int8_cache == "dram" else Keep.HBM
 
@@ -50,7 +59,9 @@ def keep_policy(quantised: frozenset[str], config: Config) -> Callable[[str], Ke
             return copied
         if _module_of(name) in quantised:
             return copied if config.int8_cache != "no" and config.int8_cache_name is None else Keep.NO
-        return Keep.REFERENCE if config.keep_raw else Keep.NO
+        if not config.keep_raw:
+            return Keep.NO
+        return Keep.COPY if _module_of(name) in overwritten else Keep.REFERENCE
 
     return keep
 
@@ -60,7 +71,8 @@ def hint_for(lost: Mapping[str, str], quantised: frozenset[str], config: Config)
     hints: dict[str, None] = {}  # an ordered set
     for name, reason in lost.items():
         if "no memory" in reason:
-            hints["give the host more memory, or list fewer names in INT8_CACHE_NAME"] = None
+            fewer = "" if config.int8_cache == "no" else ", or list fewer names in INT8_CACHE_NAME"
+            hints[f"give the host more memory{fewer}"] = None
         elif _module_of(name) in quantised:
             if config.int8_cache == "no":
                 hints["set INT8_CACHE to dram or hbm on the server"] = None
@@ -95,7 +107,7 @@ def copy_log_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
 def kept_text(located: Located) -> str:
     """The memory that originals take, by the setting that keeps them; empty when there are none."""
     costs = [
-        f"{keep.value}: {nbytes} bytes on {device}{' (false frees them)' if keep is Keep.REFERENCE else ''}"
+        f"{keep.value}: {nbytes} bytes on {device}{' (false frees them)' if keep in _BY_KEEP_RAW else ''}"
         for (keep, device), nbytes in located.costs().items()
     ]
     return f"originals kept: {'; '.join(costs)}" if costs else ""
