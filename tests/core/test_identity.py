@@ -151,6 +151,14 @@ def test_settings_that_one_side_does_not_state_are_not_equal_to_any_that_do_some
     assert differences(changed(settings={}), BASE) == ()
 
 
+def test_the_configuration_file_is_compared_only_if_both_sides_know_theirs() -> None:
+    path = "model_config.hf_config"
+    one, two = changed(settings={path: "a"}), changed(settings={path: "b"})
+    assert differences(one, two) == (Difference(path, "a", "b"),)
+    for unknown in (changed(settings={}), BASE):
+        assert differences(one, unknown) == differences(unknown, one) == ()
+
+
 @pytest.mark.parametrize("layout", ["raw", "checkpoint"])
 def test_settings_of_processed_tensors_are_compared_only_in_that_layout(layout: str) -> None:
     ours, theirs = changed(processed_settings={"a": "1"}), changed(processed_settings={"a": "2"})
