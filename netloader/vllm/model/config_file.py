@@ -19,8 +19,8 @@ from netloader.vllm.model.plain_values import digest_of_plain
 
 __all__ = ["digest_of_config"]
 
-_NAMES = ("config.json", "params.json")
-"""Names of the file, in the formats of Hugging Face and of Mistral."""
+_NAMES = {"hf": "config.json", "mistral": "params.json"}
+"""The file of each format."""
 
 _LEFT_OUT = frozenset(
     (
@@ -42,21 +42,19 @@ _ENDINGS = ("_token_id", "_token_ids", "_token_index", "_dropout", "_dropout_pro
 
 
 def digest_of_config(folder: Path | None, config_format: str = "auto") -> str:
-    """A digest over the file in `folder`; empty if there is none that can be read as JSON.
+    """A digest over the file in `folder`; empty if there is none, or one that is not JSON.
 
     Args:
         folder: The folder with the configuration of the model; None if there is none on this host.
-        config_format: vLLM's ``--config-format``.
+        config_format: vLLM's ``--config-format``. If that leaves the choice to vLLM, the files of all formats count.
     """
-    names = tuple(reversed(_NAMES)) if config_format == "mistral" else _NAMES
-    for file in (folder / name for name in names) if folder is not None else ():
-        if file.is_file():
-            try:
-                found = json.loads(file.read_bytes())
-            except (OSError, ValueError):
-                return ""  # vLLM reports it
-            return digest_of_plain(_kept(found))
-    return ""
+    names = [_NAMES[config_format]] if config_format in _NAMES else _NAMES.values()
+    files = [] if folder is None else [folder / name for name in names if (folder / name).is_file()]
+    try:
+        found = {file.name: _kept(json.loads(file.read_bytes())) for file in files}
+    except (OSError, ValueError):
+        return ""  # vLLM reports it
+    return digest_of_plain(found) if found else ""
 
 
 def _kept(value: Any) -> Any:
