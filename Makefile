@@ -80,6 +80,7 @@ deep: setup
 
 diagram: setup
 	$(VENV)/bin/python -m scripts.protocol_docs
+	$(VENV)/bin/python -m scripts.settings_docs
 
 demo: setup-demo
 	$(DEMO_VENV)/bin/netloader demo $(ARGS)

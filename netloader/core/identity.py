@@ -60,6 +60,9 @@ _Facts = Annotated[dict[_Word, bool], msgspec.Meta(max_length=MAX_FACTS)]
 _Names = Annotated[dict[_Word, _Model], msgspec.Meta(max_length=MAX_NAMES)]
 _Settings = Annotated[dict[_Word, _Word], msgspec.Meta(max_length=MAX_SETTINGS)]
 
+_WHERE_KNOWN = frozenset({"model_config.hf_config"})
+"""Settings that have no value that does nothing, and that not every host knows: compared if both sides state them."""
+
 _NOT_KNOWN = "not known"
 _NOT_SET = "not set"
 _NOT_STATED = "not stated"
@@ -113,7 +116,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             known). Empty for a model that has only a path. None if they are not stated.
         settings: What else in the engine's configuration decides the values of the tensors, by its path
             (``parallel_config.decode_context_parallel_size``): the value as text if it is short, else a digest of it. A
-            setting at the value that does nothing is left out. None if settings are not stated.
+            setting at the value that does nothing is left out. ``model_config.hf_config``, a digest of the
+            configuration file, is compared only if both sides state it. None if settings are not stated.
         processed_settings: The same for what decides only the values of processed tensors. It is compared only in the
             layout ``processed``.
     """
@@ -288,7 +292,8 @@ def _shown_name(identity: ModelIdentity, origin: str) -> tuple[str, str]:
 def _setting_differences(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Iterator[Difference]:
     """Each setting that is not equal on both sides, by its path.
 
-    A side that states no settings runs in no engine, or speaks protocol 1. It equals only a side without settings.
+    A side that states no settings runs in no engine, or speaks protocol 1. It equals only a side without settings, or
+    with such that are compared where both sides know them.
     """
     if field == "processed_settings" and "processed" not in (ours.layout, theirs.layout):
         return
@@ -296,6 +301,8 @@ def _setting_differences(field: str, ours: ModelIdentity, theirs: ModelIdentity)
     missing = tuple(_NOT_SET if side is not None else _NOT_STATED for side in stated)
     mine, other = (side or {} for side in stated)
     for path in sorted(mine.keys() | other.keys()):
+        if path in _WHERE_KNOWN and not (path in mine and path in other):
+            continue
         if mine.get(path) != other.get(path):
             yield Difference(path, mine.get(path, missing[0]), other.get(path, missing[1]))
 

@@ -13,10 +13,12 @@ from netloader.core.identity import (
     Difference,
     ModelIdentity,
     Severity,
+    check_sendable,
     differences,
     is_digest,
     quantised_unknown_how,
 )
+from netloader.errors import ConfigError
 from tests.core.strategies import identities
 
 FIELDS = ModelIdentity.__struct_fields__
@@ -149,6 +151,25 @@ def test_settings_that_one_side_does_not_state_are_not_equal_to_any_that_do_some
     assert differences(changed(settings={"a.b": "2"}), BASE) == (Difference("a.b", "2", "not stated"),)
     assert differences(BASE, changed(settings={"a.b": "2"})) == (Difference("a.b", "not stated", "2"),)
     assert differences(changed(settings={}), BASE) == ()
+
+
+def test_the_configuration_file_is_compared_only_if_both_sides_know_theirs() -> None:
+    path = "model_config.hf_config"
+    one, two = changed(settings={path: "a"}), changed(settings={path: "b"})
+    assert differences(one, two) == (Difference(path, "a", "b"),)
+    for unknown in (changed(settings={}), BASE):
+        assert differences(one, unknown) == differences(unknown, one) == ()
+
+
+@pytest.mark.parametrize(
+    "settings", [{str(number): "" for number in range(MAX_SETTINGS + 1)}, {"a": "b" * 257}, {"a": "\ud800"}]
+)
+@pytest.mark.parametrize("field", ["settings", "processed_settings"])
+def test_settings_that_no_peer_accepts_are_found_before_they_are_sent(field: str, settings: dict[str, str]) -> None:
+    """None are cut off, because those that are left would look equal."""
+    stated: dict[str, Any] = {field: settings}
+    with pytest.raises(ConfigError, match=field.upper()):
+        check_sendable(changed(**stated))
 
 
 @pytest.mark.parametrize("layout", ["raw", "checkpoint"])

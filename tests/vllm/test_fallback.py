@@ -222,7 +222,8 @@ def test_the_type_that_only_weight_files_tell_is_a_refusal_without_them(
 def test_a_model_of_another_shape_is_refused_before_the_first_byte(
     seeds: Seeds, models: ModelStore, log_lines: LogLines
 ) -> None:
-    with source_of(seeds.get("llama-bf16").holding, fingerprint="") as source:
+    # A source that has neither weight files nor a configuration file to compare.
+    with source_of(seeds.get("llama-bf16").holding, fingerprint="", settings={}) as source:
         assert pull(models.get("draft"), source).raw == seeds.disk("draft")
     assert log_lines.one("default loader", "tensors differ from what the server holds")
     assert not log_lines.with_part("TRANSFER")

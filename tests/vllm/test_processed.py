@@ -140,6 +140,21 @@ def test_another_engine_version_is_refused(folder: Path, log_lines: LogLines) ->
     assert digests(pulled.model) == digests(disk.model)
 
 
+def test_a_setting_that_decides_processed_weights_is_refused(folder: Path, bare: Path, log_lines: LogLines) -> None:
+    disk = harness.load(harness.engine_config(folder))
+    _seed, holding = offered(folder, {}, {"kernel_config": {"moe_backend": "triton"}})
+    log_lines.lines.clear()
+    with source_of(holding) as source:
+        assert digests(pull(folder, source).model) == digests(disk.model)
+        line = log_lines.one("default loader", "could not pull")
+        assert "kernel_config.moe_backend is 'triton' at the server and 'not set' at the client" in line
+        assert not log_lines.with_part("TRANSFER")
+        log_lines.lines.clear()
+        same = load(bare, source, SERVE=False, arguments={"kernel_config": {"moe_backend": "triton"}})
+    assert digests(same.model) == digests(disk.model)
+    assert not log_lines.with_part("default loader")
+
+
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [

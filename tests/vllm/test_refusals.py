@@ -47,6 +47,9 @@ def test_embeddings_that_are_tied_on_one_side_only(seeds: Seeds, models: ModelSt
     assert "the identities differ: tied is 'False' at the server and 'True' at the client" in line
 
 
+SETTING, PROCESSED_SETTING = "a.setting", "a.processed.setting"
+
+
 def test_every_field_that_a_pull_compares_has_a_case_with_its_line() -> None:
     """A field that is added to the identity needs a case, here or among REFUSALS."""
     elsewhere = {
@@ -55,6 +58,8 @@ def test_every_field_that_a_pull_compares_has_a_case_with_its_line() -> None:
         "layout": "test_fallback.test_a_checkpoint_server_is_refused_with_a_hint",
         "role": "test_pull.test_a_draft_model_that_the_source_does_not_have_is_loaded_by_default",
         "engine": "test_processed.test_another_engine_version_is_refused",
+        SETTING: "test_settings.test_a_source_with_another_override_is_refused_before_a_byte_moves",
+        PROCESSED_SETTING: "test_processed.test_a_setting_that_decides_processed_weights_is_refused",
         "load_state": "drivers.test_refusals.test_identities_that_differ_in_one_field: no loader states it beforehand",
     }
     tried = {field for _, identity, _ in REFUSALS.values() for field in identity} | elsewhere.keys()
@@ -62,9 +67,9 @@ def test_every_field_that_a_pull_compares_has_a_case_with_its_line() -> None:
     refusing = set()
     for field in ModelIdentity.__struct_fields__:
         other = msgspec.structs.replace(full, **{field: _value(field, 1)})
-        both = (
-            [msgspec.structs.replace(each, layout="processed") for each in (full, other)] if field == "engine" else []
-        )
+        both = []
+        if field in ("engine", "processed_settings"):
+            both = [msgspec.structs.replace(each, layout="processed") for each in (full, other)]
         ours, theirs = both or (full, other)
         refusing |= {d.field for d in differences(ours, theirs) if d.severity is Severity.REFUSE}
     assert refusing - tried == set()
@@ -77,6 +82,8 @@ def _value(field: str, which: int) -> Any:
         "tied": (True, False),
         "load_state": ({"a": True}, {"a": False}),
         "names": ({"MODEL": "a"}, {"MODEL": "b"}),
+        "settings": ({SETTING: "1"}, {SETTING: "2"}),
+        "processed_settings": ({PROCESSED_SETTING: "1"}, {PROCESSED_SETTING: "2"}),
     }
     numbers = ("tp_size", "tp_rank", "pp_size", "pp_rank", "ep_size", "ep_rank")
     return known.get(field, (7, 8) if field in numbers else ("a", "b"))[which]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from netloader.core import messages as m
-from netloader.core.identity import Difference, Role, Severity, differences
+from netloader.core.identity import Difference, ModelIdentity, Role, Severity, differences
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context, Refuse
 from netloader.core.protocol.events import Held, NotHeld, Queued, TurnTaken
@@ -47,6 +47,12 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str, role: Role) ->
         return (
             text,
             "give both sides the same arguments, config.json and other files that say how the weights are quantised",
+        )
+    settings = sorted(fields - set(ModelIdentity.__struct_fields__))
+    if settings:
+        return text, (
+            "start both sides with the same arguments, environment variables and config.json, as far as they decide "
+            + ", ".join(settings)
         )
     if fields <= {"model", "fingerprint"}:
         return (

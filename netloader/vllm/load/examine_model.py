@@ -75,9 +75,11 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
             return replace(built, unsupported=unsupported)
         probed = context.probed
         identity = (
-            model_identity(context.engine, context.config, context.topology) if probed is None else probed.identity
+            model_identity(context.engine, context.config, context.topology, context.settings)
+            if probed is None
+            else probed.identity
         )
-        unknown = why_unknown(identity) or _why_not_sendable(identity)
+        unknown = why_unknown(identity) or context.settings.unknown or _why_not_sendable(identity)
         if unknown:
             return replace(built, unsupported=unknown)
         maps = expert_maps(model)

@@ -23,6 +23,7 @@ from netloader.vllm.load.pulling import check_transports, probe_sources
 from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
 from netloader.vllm.model.fallback import fallback_loader
 from netloader.vllm.model.identity import folder_of, identity_of, role_of
+from netloader.vllm.model.settings import Settings, settings_of
 from netloader.vllm.model.topology import Topology, topology_of
 from netloader.vllm.serve.guard import refuse_on_failure, serving_only
 from netloader.vllm.serve.serving import WorkerServer, worker_server
@@ -98,6 +99,7 @@ class Context:
         registrations: Builds the model a second time; None if the model existed before this load.
         server: This worker's server; None if it serves nobody.
         probed: What the sources answered; None if there are none, or if the probe failed.
+        settings: Settings of the engine that decide tensors, as they were before vLLM built the model.
         post_processing: Holds the contexts in which vLLM's post-processing has to run.
     """
 
@@ -110,6 +112,7 @@ class Context:
     registrations: Registrations | None = None
     server: WorkerServer | None = None
     probed: Probed | None = None
+    settings: Settings = field(default_factory=Settings)
     post_processing: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -162,10 +165,13 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
             hint="give it a SOURCE, or leave FALLBACK out",
         )
     registrations = Registrations(engine.vllm_config, engine.model_config, prefix, engine.device)
+    settings = _settings(engine)
     server = _open_server(engine, config, rank)
     with refuse_on_failure(server, engine.role):
-        probed = _probe(engine, config, topology, sources) if sources else None
-    return Context(engine, config, topology, sources, default_loader, _reads(engine), registrations, server, probed)
+        probed = _probe(engine, config, topology, settings, sources) if sources else None
+    return Context(
+        engine, config, topology, sources, default_loader, _reads(engine), registrations, server, probed, settings
+    )
 
 
 def inspect_built(engine: Engine, config: Config) -> Context:
@@ -176,10 +182,11 @@ def inspect_built(engine: Engine, config: Config) -> Context:
     """
     topology = topology_of(engine.vllm_config, engine.model_config)
     sources = config.sources_for(topology.rank)
-    return Context(engine, config, topology, sources, _default_loader(engine, config), FileReads())
+    default_loader, settings = _default_loader(engine, config), _settings(engine)
+    return Context(engine, config, topology, sources, default_loader, FileReads(), settings=settings)
 
 
-def model_identity(engine: Engine, config: Config, topology: Topology) -> ModelIdentity:
+def model_identity(engine: Engine, config: Config, topology: Topology, settings: Settings) -> ModelIdentity:
     """The identity that a source must match, without the fingerprint of the checkpoint."""
     named = named_like_target(engine.vllm_config, engine.model_config, engine.role)
     return identity_of(
@@ -188,6 +195,7 @@ def model_identity(engine: Engine, config: Config, topology: Topology) -> ModelI
         name=config.model if named else config.draft_model,
         served=served_name(engine.vllm_config, engine.model_config, engine.role),
         tied=tied_by_files(engine.model_config),
+        settings=settings,
         cache_config=getattr(engine.vllm_config, "cache_config", None),
         load_config=engine.load_config,
     )
@@ -206,6 +214,15 @@ def _reads(engine: Engine) -> FileReads:
     return FileReads(folder)
 
 
+def _settings(engine: Engine) -> Settings:
+    found: Settings | None = None
+    with serving_only("reading the settings of the engine", None):
+        folder = folder_of(engine.model_config)
+        found = settings_of(engine.vllm_config, engine.model_config, engine.role, folder)
+    unknown = "the settings of the engine that decide tensors could not be read"
+    return Settings(unknown=unknown) if found is None else found
+
+
 def _open_server(engine: Engine, config: Config, rank: int) -> WorkerServer | None:
     server: WorkerServer | None = None
     with serving_only("starting the server", None):
@@ -218,16 +235,20 @@ def _open_server(engine: Engine, config: Config, rank: int) -> WorkerServer | No
     return server
 
 
-def _probe(engine: Engine, config: Config, topology: Topology, sources: Sequence[Address]) -> Probed | None:
+def _probe(
+    engine: Engine, config: Config, topology: Topology, settings: Settings, sources: Sequence[Address]
+) -> Probed | None:
     try:
-        return _probed(engine, config, topology, sources)
+        return _probed(engine, config, topology, settings, sources)
     except Exception:
         log.exception("netloader: rank %d: unexpected error while the sources were probed", topology.rank)
         return None
 
 
-def _probed(engine: Engine, config: Config, topology: Topology, sources: Sequence[Address]) -> Probed:
-    identity = model_identity(engine, config, topology)
+def _probed(
+    engine: Engine, config: Config, topology: Topology, settings: Settings, sources: Sequence[Address]
+) -> Probed:
+    identity = model_identity(engine, config, topology, settings)
     may_untie = identity.tied is None and could_adopt(engine.model_config)
     if not may_untie and not shares_with_target(engine.vllm_config, engine.role):
         return Probed(identity)

@@ -10,6 +10,7 @@ from netloader.checkpoint import fingerprint_of
 from netloader.checkpoint.names import repo_id_of
 from netloader.core.identity import MODEL, REPOSITORY, SERVED, ModelIdentity, Role
 from netloader.vllm.model.quantisation import quantisation_text
+from netloader.vllm.model.settings import Settings
 from netloader.vllm.model.topology import Topology
 
 __all__ = ["fingerprint_of_model", "folder_of", "identity_of", "names_of", "role_of"]
@@ -93,10 +94,11 @@ def identity_of(
     name: str | None,
     served: str | None = None,
     tied: bool | None,
+    settings: Settings,
     cache_config: Any = None,
     load_config: Any = None,
 ) -> ModelIdentity:
-    """The identity of a model: everything that must match before raw tensors are sent.
+    """The identity of a model: everything that must match before tensors are sent.
 
     Args:
         model_config: vLLM's configuration of the model.
@@ -104,6 +106,7 @@ def identity_of(
         name: MODEL of the configuration, if it is the name of this model, or DRAFT_MODEL; None if there is none.
         served: vLLM's ``served_model_name``, if it is the name of this model.
         tied: Whether the embeddings are tied; None when it is not known.
+        settings: What else in the configuration decides the tensors.
         cache_config: vLLM's configuration of its KV cache. Its dtype may decide which scales a model has.
         load_config: How vLLM was told to load.
     """
@@ -130,4 +133,6 @@ def identity_of(
         expert_placement=topology.experts,
         tied=tied,
         engine=f"vllm {vllm.__version__}",
+        settings=dict(settings.weights),
+        processed_settings=dict(settings.processed),
     )

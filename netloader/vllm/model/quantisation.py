@@ -20,8 +20,6 @@ No quantisation method is listed here by name. The inputs follow from the way in
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import hashlib
 import json
 import logging
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from netloader.core.identity import ModelIdentity, quantised_unknown_how
+from netloader.vllm.model.plain_values import NotComparable, digest_of_plain, plain
 
 __all__ = ["contents_of", "quantisation_text", "why_unknown"]
 
@@ -42,12 +41,6 @@ _DERIVED = frozenset({"total_num_heads", "total_num_kv_heads"})
 _OVERRIDES = ("quantization_config_file", "quantization_config_dict_json")
 _ENVIRONMENT = ("VLLM_", "_QUANT_CONFIG")
 """Beginning and end of the names of variables that hold a whole configuration, as JSON or as the path of a file."""
-
-_DEPTH = 16
-
-
-class _NotComparable(Exception):
-    """A value whose contents can't be compared."""
 
 
 def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = None, folder: Path | None = None) -> str:
@@ -73,8 +66,7 @@ def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = N
             found.append("arguments only")
         parts["built"] = built
     if parts:
-        text = json.dumps(_plain(parts), sort_keys=True)
-        found.append(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+        found.append(digest_of_plain(plain(parts)))
     cache = str(getattr(cache_config, "cache_dtype", "auto"))
     if cache != "auto":
         found.append(f"kv-cache {cache}")
@@ -111,8 +103,8 @@ def _built(model_config: Any, load_config: Any) -> Any:
     try:
         # vLLM makes the object from a copy of the configuration, and changes that copy.
         built = VllmConfig.get_quantization_config(model_config, load_config)
-        return _plain(vars(built), strict=True)
-    except _NotComparable as error:
+        return plain(vars(built), strict=True)
+    except NotComparable as error:
         reason = f"its {error} has no content that can be compared"
     except Exception as error:  # noqa: BLE001 - another package's code; its model is refused, the load goes on
         reason = f"{type(error).__name__}: {error}"
@@ -186,38 +178,3 @@ def contents_of(file: Path) -> Any:
         return json.loads(data)
     except ValueError:
         return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _plain(value: Any, depth: int = 0, *, strict: bool = False) -> Any:
-    """`value` in the types of JSON, the same in every process for equal values: without addresses, with sets sorted.
-
-    Args:
-        value: The value.
-        depth: The number of values that contain it.
-        strict: Raise _NotComparable for a value that can't be compared. Else the name of its class is used.
-    """
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    if depth > _DEPTH:
-        return _not_comparable(value, strict=strict)
-    if isinstance(value, enum.Enum):
-        return value.name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1, strict=strict) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1, strict=strict) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item, depth + 1, strict=strict) for item in value), key=json.dumps)
-    if isinstance(value, type):
-        return value.__qualname__
-    if type(value).__name__ == "dtype":
-        return str(value)  # a dtype of torch
-    return _not_comparable(value, strict=strict)
-
-
-def _not_comparable(value: Any, *, strict: bool) -> str:
-    if strict:
-        raise _NotComparable(type(value).__qualname__)
-    return type(value).__qualname__

@@ -1,0 +1,61 @@
+"""Values of a configuration in the types of JSON, the same in every process for equal values."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["NotComparable", "digest_of_plain", "plain"]
+
+_DEPTH = 16
+
+
+class NotComparable(Exception):
+    """A value whose contents can't be compared. The text names its class."""
+
+
+def digest_of_plain(value: Any) -> str:
+    """A digest over a value that :func:`plain` returned."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def plain(value: Any, depth: int = 0, *, strict: bool = False) -> Any:
+    """`value` in the types of JSON, without addresses, with sets sorted.
+
+    Args:
+        value: The value.
+        depth: The number of values that contain it.
+        strict: Raise for a value that can't be compared. Else the name of its class is used.
+
+    Raises:
+        NotComparable: `strict`, and a value can't be compared.
+    """
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if depth > _DEPTH:
+        return _not_comparable(value, strict=strict)
+    if isinstance(value, enum.Enum):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, depth + 1, strict=strict) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, depth + 1, strict=strict) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item, depth + 1, strict=strict) for item in value), key=json.dumps)
+    if isinstance(value, type):
+        return value.__qualname__
+    if type(value).__name__ == "dtype":
+        return str(value)  # a dtype of torch
+    return _not_comparable(value, strict=strict)
+
+
+def _not_comparable(value: Any, *, strict: bool) -> str:
+    if strict:
+        raise NotComparable(type(value).__qualname__)
+    return type(value).__qualname__

@@ -1,0 +1,246 @@
+"""Settings of vLLM that decide a model's tensors, as text that two engines can compare.
+
+settings.toml says of each field of vLLM's configuration, and of each of its environment variables, what it decides. A
+field that is not listed there comes from a newer vLLM. If it is not at its default, it counts as one that decides
+weights: two engines with equal settings match, and others are refused by its path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from netloader.core.identity import Role
+from netloader.vllm.model.config_file import digest_of_config
+from netloader.vllm.model.plain_values import NotComparable, plain
+
+__all__ = ["ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
+
+ENVIRONMENT = "environment"
+"""The key of the table under which environment variables are listed."""
+
+_SHORT = 64
+"""Most characters of a value that is stated as it is; of a longer one, a digest is stated."""
+
+_POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window")
+"""What the tables of rotary embeddings are computed from."""
+
+_NEW = "weights"
+"""What a field decides that is not in the table."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one field decides.
+
+    Attributes:
+        decides: ``weights``, ``processed``, ``elsewhere``, ``inside`` or ``nothing``.
+        why: The reason.
+        neutral: Values that do nothing, beside those that never do anything.
+        always: Whether the value is always stated.
+        by: Fields of the identity that say it, if it is decided elsewhere.
+    """
+
+    decides: str
+    why: str
+    neutral: tuple[Any, ...] = ()
+    always: bool = False
+    by: tuple[str, ...] = ()
+
+    def is_neutral(self, value: Any) -> bool:
+        """Whether `value`, in the types of JSON, does nothing."""
+        if value is None or value in ("", "auto", [], {}):
+            return True
+        return value in self.neutral if self.neutral else not value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the tensors of a model, by path.
+
+    Attributes:
+        weights: Settings that decide raw tensors.
+        processed: Settings that decide only processed tensors.
+        unknown: Why the settings are not known, so that the model can be neither pulled nor served; empty if they are.
+    """
+
+    weights: Mapping[str, str] = field(default_factory=dict)
+    processed: Mapping[str, str] = field(default_factory=dict)
+    unknown: str = ""
+
+
+@functools.cache
+def read_table() -> Mapping[str, Mapping[str, Entry]]:
+    """The table: class of vLLM -> field -> what it decides, in the order of settings.toml."""
+    found = tomllib.loads(Path(__file__).with_name("settings.toml").read_text("utf-8"))
+    return {owner: dict(_entries(groups)) for owner, groups in found.items()}
+
+
+def _entries(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
+    for group in groups:
+        neutral = group.get("neutral", [])
+        values = tuple(neutral) if isinstance(neutral, list) else (neutral,)
+        entry = Entry(group["decides"], group["why"], values, group.get("always", False), tuple(group.get("by", ())))
+        for name in group["fields"]:
+            yield name, entry
+
+
+def settings_of(vllm_config: Any, model_config: Any, role: Role, folder: Path | None) -> Settings:
+    """The settings of an engine that decide the tensors of one of its models.
+
+    Call it before vLLM builds the model, because the build changes the configuration.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        model_config: The configuration of the model. For a draft it is not the one in `vllm_config`.
+        role: Which model it is.
+        folder: The folder of the model's files; None when there is none on this host.
+    """
+    weights: dict[str, str] = {}
+    processed: dict[str, str] = {}
+    try:
+        for path, entry, value in (*_Walk(model_config, role, folder).fields(vllm_config, ""), *_environment()):
+            known = json.loads(json.dumps(plain(value, strict=True)))
+            if entry.always or not entry.is_neutral(known):
+                (processed if entry.decides == "processed" else weights)[path] = _text(known)
+    except NotComparable as error:
+        return Settings(unknown=f"settings of the engine can't be compared: {error}")
+    return Settings(weights, processed)
+
+
+Found = tuple[str, Entry, Any]
+"""Path, what it decides, and the value."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Walks through a configuration, for one model."""
+
+    model_config: Any
+    role: Role
+    folder: Path | None
+
+    def fields(self, config: Any, prefix: str) -> Iterator[Found]:
+        """All fields of `config`, and of the configurations in it, that decide tensors."""
+        table = read_table()
+        owners = [owner.__name__ for owner in type(config).__mro__ if owner.__name__ in table]
+        for each in dataclasses.fields(config):
+            path = f"{prefix}{each.name}"
+            value = getattr(config, each.name, None)
+            entry = next((table[owner][each.name] for owner in owners if each.name in table[owner]), None)
+            if entry is None:
+                yield from self._new(path, each, value)
+            elif entry.decides == "inside":
+                yield from self._inside(path, value)
+            elif entry.decides in ("weights", "processed"):
+                yield from self._values(path, entry, config, value)
+
+    def _inside(self, path: str, value: Any) -> Iterator[Found]:
+        if path == "model_config":
+            value = self.model_config
+        if path == "speculative_config" and self.role == "target":
+            return
+        if dataclasses.is_dataclass(value):
+            yield from self.fields(value, f"{path}.")
+
+    def _new(self, path: str, field: dataclasses.Field[Any], value: Any) -> Iterator[Found]:
+        # What cannot be set follows from fields that can.
+        if field.name.startswith("_") or not field.init:
+            return
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from self.fields(value, f"{path}.")
+        elif not _is_default(field, value):
+            yield path, Entry(_NEW, "not classed yet", always=True), value
+
+    def _values(self, path: str, entry: Entry, config: Any, value: Any) -> Iterator[Found]:
+        match path:
+            case "model_config.convert" | "model_config.runner":
+                resolved = getattr(config, f"{path.rpartition('.')[2]}_type", value)
+                yield path, entry, "generate" if resolved == "draft" else resolved
+            case "model_config.hf_overrides":
+                yield path, entry, _overrides(value)
+            case "model_config.hf_config":
+                given = getattr(config, "hf_config_path", None)
+                digest = digest_of_config(Path(given) if given else self.folder, str(config.config_format))
+                if digest:
+                    yield path, entry, f"blake2b:{digest}"
+            case "model_config.hf_text_config":
+                for name in _POSITIONS:
+                    if getattr(value, name, None) is not None:
+                        yield f"{path}.{name}", entry, getattr(value, name)
+            case "model_config.multimodal_config.limit_per_prompt":
+                yield path, entry, sorted(kind for kind, most in value.items() if getattr(most, "count", most) == 0)
+            case _:
+                yield path, entry, value
+
+
+def _environment() -> Iterator[Found]:
+    # A variable that is set counts, also if to the value that it has anyway: which one that is depends on the release.
+    from vllm.envs import environment_variables
+
+    table = read_table()[ENVIRONMENT]
+    for name in sorted(set(environment_variables) & os.environ.keys()):
+        entry = table.get(name, Entry(_NEW, "not classed yet"))
+        if entry.decides in ("weights", "processed"):
+            yield name, dataclasses.replace(entry, always=True), environment_variables[name]()
+
+
+def _overrides(value: Any) -> Any:
+    """`hf_overrides`, without files of quantisations, whose contents other fields compare."""
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if not str(key).startswith("quantization_config_")}
+    return _function(value) if callable(value) else value
+
+
+def _function(value: Any) -> Any:
+    """What a function does, as far as its source says; None for vLLM's own, which follow from the role."""
+    if isinstance(value, functools.partial):
+        parts = [_function(value.func), [_argument(item) for item in value.args], dict(value.keywords)]
+        return parts if any(parts) else None
+    if str(getattr(value, "__module__", "")).partition(".")[0] == "vllm":
+        return None
+    if not inspect.isfunction(value) or value.__closure__ or value.__defaults__ or value.__kwdefaults__:
+        raise NotComparable(f"{value!r} in hf_overrides")
+    try:
+        source = inspect.getsource(value)
+    except (OSError, TypeError):
+        raise NotComparable(f"the function {value.__qualname__} in hf_overrides has no source") from None
+    text = f"{source}{_code(value.__code__)}" if value.__name__ == "<lambda>" else source
+    return f"{value.__qualname__} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def _code(code: CodeType) -> str:
+    """What the source of a lambda does not say, because it is the source of its whole line."""
+    constants = [_code(item) if isinstance(item, CodeType) else repr(item) for item in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _argument(value: Any) -> Any:
+    return _function(value) if callable(value) else value
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    default: Any = field.default
+    if hasattr(default, "get_default"):  # pydantic's description of a field
+        default = default.get_default(call_default_factory=True)
+    elif default is dataclasses.MISSING:
+        make: Any = field.default_factory
+        default = default if make is dataclasses.MISSING else make()
+    return bool(value is default or (type(value) is type(default) and value == default))
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if len(text) <= _SHORT:
+        return text
+    return f"blake2b:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=16).hexdigest()}"

@@ -1,0 +1,475 @@
+"""Settings of vLLM that decide tensors: engines that differ in one are refused by its path, and no others are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import KernelConfig
+from vllm.config.utils import config as configuration
+
+from netloader.core.identity import Role
+from netloader.vllm.load import inspect_engine
+from netloader.vllm.load.inspect_engine import Engine
+from netloader.vllm.model.settings import ENVIRONMENT, Settings, read_table, settings_of
+from netloader.vllm.model.snapshot import named_raw_tensors
+from tests.models import ModelStore
+from tests.vllm import harness
+from tests.vllm.pulls import DRAFT, LogLines, Seeds, load, pull, source_of
+
+pytestmark = pytest.mark.usefixtures("needs_vllm")
+
+KIND = "llama-bf16"
+
+Field: Any = pytest.importorskip("pydantic").Field
+
+
+@pytest.fixture
+def folder(models: ModelStore) -> Path:
+    return models.get(KIND)
+
+
+def stated(
+    folder: Path, change: Callable[[Any], None] | None = None, role: Role = "target", **arguments: Any
+) -> Settings:
+    """The settings of an engine with these arguments and this change of its configuration."""
+    config = harness.engine_config(folder, **arguments)
+    if change is not None:
+        change(config)
+    model = config.model_config if role == "target" else config.speculative_config.draft_model_config
+    found = settings_of(config, model, role, folder)
+    assert found.unknown == ""
+    return found
+
+
+# --- the walk, with the classes that are installed ------------------------------------------------------------------
+
+
+def _fields(config: Any) -> Iterator[tuple[Any, str]]:
+    for field in dataclasses.fields(config):
+        yield config, field.name
+        value = getattr(config, field.name, None)
+        if type(value).__module__.startswith("vllm.config") and type(value).__name__ in read_table():
+            yield from _fields(value) if field.name not in ("target_model_config", "target_parallel_config") else ()
+
+
+def test_every_field_of_a_real_configuration_is_classed(folder: Path) -> None:
+    from vllm.envs import environment_variables
+
+    table = read_table()
+    found = {(type(owner).__name__, name) for owner, name in _fields(harness.engine_config(folder))}
+    assert [pair for pair in sorted(found) if pair[1] not in table[pair[0]]] == []
+    assert {("VllmConfig", "model_config"), ("KernelConfig", "moe_backend"), ("EPLBConfig", "policy")} <= found
+    assert set(environment_variables) <= table[ENVIRONMENT].keys()
+
+
+@configuration
+class Invented:
+    """A configuration that no table lists."""
+
+    inner: int = 3
+
+
+@configuration
+class Newer(KernelConfig):
+    """A configuration of a release that the table does not know."""
+
+    invented: str = "one"
+    counted: int = Field(default=4, ge=1)
+    listed: list[int] = Field(default_factory=list)
+    derived: int = dataclasses.field(default=5, init=False)
+    nested: Invented = dataclasses.field(default_factory=Invented)
+
+
+def test_a_field_that_is_not_classed_counts_unless_it_is_at_its_default(folder: Path) -> None:
+    usual = stated(folder)
+
+    def paths(**values: Any) -> dict[str, str]:
+        def change(config: Any) -> None:
+            config.kernel_config = Newer()
+            for name, value in values.items():
+                setattr(config.kernel_config, name, value)
+
+        found = stated(folder, change)
+        assert found.processed == usual.processed
+        return {path: text for path, text in found.weights.items() if path not in usual.weights}
+
+    assert paths() == paths(derived=6) == {}
+    assert paths(invented="two") == {"kernel_config.invented": "two"}
+    assert paths(listed=[1]) == {"kernel_config.listed": "[1]"}
+    assert paths(counted=5) == {"kernel_config.counted": "5"}
+    four: Any = Invented()
+    four.inner = 4
+    assert paths(nested=four) == {"kernel_config.nested.inner": "4"}
+
+
+def test_a_variable_that_is_not_classed_counts_if_it_is_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    monkeypatch.setitem(envs.environment_variables, "VLLM_INVENTED", lambda: 7)
+    assert "VLLM_INVENTED" not in stated(folder).weights
+    monkeypatch.setenv("VLLM_INVENTED", "7")
+    assert stated(folder).weights["VLLM_INVENTED"] == "7"
+
+
+# --- what matches ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_engine_states_nothing_that_a_peer_of_protocol_1_would_have_to_state(folder: Path) -> None:
+    assert stated(folder).weights.keys() == {"model_config.hf_config"}
+
+
+def test_engines_of_a_fleet_match(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They differ in hosts, memory, names, requests and logs, and in what was written into config.json."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    told = json.loads((copy / "config.json").read_text())
+    told |= {"_name_or_path": "/elsewhere", "transformers_version": "9.9.9", "use_cache": False, "eos_token_id": 5}
+    (copy / "config.json").write_text(json.dumps(told))
+    one = stated(folder)
+    for name, value in {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_HOST_IP": "10.0.0.8", "VLLM_PORT": "7777"}.items():
+        monkeypatch.setenv(name, value)
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": 0.5,
+        "max_num_seqs": 7,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_memory_bytes": 1 << 25,
+        "seed": 9,
+        "served_model_name": "another",
+        "trust_remote_code": True,
+        "limit_mm_per_prompt": {},
+        "enable_prefix_caching": False,
+        "download_dir": str(tmp_path),
+        "tokenizer": str(folder),
+    }
+    assert stated(copy, **arguments) == one
+
+
+def test_a_setting_that_is_given_at_its_usual_value_matches_one_that_is_not(folder: Path) -> None:
+    usual: dict[str, Any] = {"convert": "none", "runner": "generate", "kv_cache_dtype": "auto", "hf_overrides": {}}
+    assert stated(folder, **usual) == stated(folder)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _set(path: str, value: Any) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        *owners, name = path.split(".")
+        setattr(functools.reduce(getattr, owners, config), name, value)
+
+    return change
+
+
+def _multimodal(**values: Any) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        from vllm.config import MultiModalConfig
+
+        config.model_config.multimodal_config = MultiModalConfig(**values)
+
+    return change
+
+
+WEIGHTS: dict[str, tuple[str, str, Callable[[Any], None] | None, dict[str, Any]]] = {
+    "overrides": ("model_config.hf_overrides", '{"rope_theta": 1.0}', None, {"hf_overrides": {"rope_theta": 1.0}}),
+    "convert": ("model_config.convert", "embed", None, {"convert": "embed", "runner": "pooling"}),
+    "runner": ("model_config.runner", "pooling", None, {"convert": "embed", "runner": "pooling"}),
+    "code": ("model_config.code_revision", "r2", None, {"code_revision": "r2"}),
+    "decode context": (
+        "parallel_config.decode_context_parallel_size",
+        "2",
+        _set("parallel_config.decode_context_parallel_size", 2),
+        {},
+    ),
+    "prefill context": (
+        "parallel_config.prefill_context_parallel_size",
+        "4",
+        _set("parallel_config.prefill_context_parallel_size", 4),
+        {},
+    ),
+    "placement": (
+        "parallel_config.expert_placement_strategy",
+        "round_robin",
+        None,
+        {"expert_placement_strategy": "round_robin"},
+    ),
+    "redundant": (
+        "parallel_config.eplb_config.num_redundant_experts",
+        "2",
+        _set("parallel_config.eplb_config.num_redundant_experts", 2),
+        {},
+    ),
+    "encoder": (
+        "model_config.multimodal_config.mm_encoder_tp_mode",
+        "data",
+        _multimodal(mm_encoder_tp_mode="data"),
+        {},
+    ),
+    "no images": (
+        "model_config.multimodal_config.limit_per_prompt",
+        '["image"]',
+        _multimodal(limit_per_prompt={"image": 0, "video": 3}),
+        {},
+    ),
+    "text only": (
+        "model_config.multimodal_config.language_model_only",
+        "true",
+        _multimodal(language_model_only=True),
+        {},
+    ),
+}
+
+PROCESSED: dict[str, tuple[str, str, Callable[[Any], None] | None, dict[str, Any]]] = {
+    "experts' kernels": ("kernel_config.moe_backend", "triton", None, {"kernel_config": {"moe_backend": "triton"}}),
+    "linear kernels": ("kernel_config.linear_backend", "marlin", _set("kernel_config.linear_backend", "marlin"), {}),
+    "KV cache": ("cache_config.cache_dtype", "fp8", None, {"kv_cache_dtype": "fp8"}),
+    "length": ("model_config.max_model_len", "256", None, {"max_model_len": 256}),
+    "attention": (
+        "attention_config.use_trtllm_attention",
+        "true",
+        _set("attention_config.use_trtllm_attention", True),
+        {},
+    ),
+    "positions": (
+        "model_config.hf_text_config.rope_parameters",
+        '{"rope_theta": 7.0, "rope_type": "default"}',
+        _set("model_config.hf_text_config.rope_parameters", {"rope_theta": 7.0, "rope_type": "default"}),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_what_decides_weights_is_stated_by_its_path(case: str, folder: Path) -> None:
+    path, text, change, arguments = WEIGHTS[case]
+    usual, found = stated(folder), stated(folder, change, **arguments)
+    assert path not in usual.weights
+    assert found.weights[path] == text
+
+
+@pytest.mark.parametrize("case", PROCESSED)
+def test_what_decides_processed_weights_is_stated_apart(case: str, folder: Path) -> None:
+    path, text, change, arguments = PROCESSED[case]
+    usual, found = stated(folder), stated(folder, change, **arguments)
+    assert usual.processed.get(path) != text
+    assert found.processed[path] == text
+    assert found.weights == usual.weights, "raw weights are pulled all the same"
+
+
+def test_backends_of_linear_layers_count_by_quantisation_too(folder: Path) -> None:
+    if "linear_backend_per_quant" not in _names(harness.engine_config(folder).kernel_config):
+        pytest.skip("this vLLM has no such setting")
+    found = stated(folder, _set("kernel_config.linear_backend_per_quant", {"fp8": "marlin"}))
+    assert found.processed["kernel_config.linear_backend_per_quant"] == '{"fp8": "marlin"}'
+
+
+def _names(config: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def test_a_limit_that_keeps_the_encoder_does_not_count(folder: Path) -> None:
+    path = "model_config.multimodal_config.limit_per_prompt"
+    assert path not in stated(folder, _multimodal(limit_per_prompt={"image": 3})).weights
+
+
+@pytest.mark.parametrize(("name", "raw"), [("VLLM_MLA_DISABLE", True), ("VLLM_DISABLED_KERNELS", False)])
+def test_variables_that_decide_count(name: str, raw: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    found = stated(folder)
+    assert (name in found.weights, name in found.processed) == (raw, not raw)
+
+
+def test_a_long_value_is_stated_as_a_digest(folder: Path) -> None:
+    texts = {
+        stated(folder, hf_overrides={"name_of_a_key": value * 70}).weights["model_config.hf_overrides"]
+        for value in ("a", "b")
+    }
+    assert len(texts) == 2
+    assert {text.partition(":")[0] for text in texts} == {"blake2b"}
+    assert {len(text) for text in texts} == {40}
+
+
+def test_files_of_a_quantisation_are_compared_by_content_and_not_by_path(folder: Path) -> None:
+    def change(config: Any) -> None:
+        config.model_config.hf_overrides = {"quantization_config_file": "/a/path/of/one/host"}
+
+    assert stated(folder, change) == stated(folder)
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "a_key_that_nobody_knows"])
+def test_another_configuration_file_counts(key: str, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    told = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**told, key: 2}))
+    texts = {stated(each).weights["model_config.hf_config"] for each in (folder, copy)}
+    assert len(texts) == 2
+    # A file at --hf-config-path takes its place.
+    assert stated(folder, hf_config_path=str(copy)).weights["model_config.hf_config"] in texts
+    assert stated(folder, hf_config_path=str(copy)) != stated(folder)
+
+
+# --- functions in hf_overrides --------------------------------------------------------------------------------------
+
+
+def unchanged(config: Any) -> Any:
+    return config
+
+
+def also_unchanged(config: Any) -> Any:
+    return config
+
+
+def overridden(folder: Path, function: Any) -> Settings:
+    config = harness.engine_config(folder)
+    config.model_config.hf_overrides = function
+    return settings_of(config, config.model_config, "target", folder)
+
+
+def test_functions_are_compared_by_name_and_source(folder: Path) -> None:
+    pair = (lambda config: 1, lambda config: 2)
+    functions = [unchanged, also_unchanged, *pair, functools.partial(unchanged, 1), functools.partial(unchanged, 2)]
+    texts = [overridden(folder, function).weights["model_config.hf_overrides"] for function in functions]
+    assert len(set(texts)) == len(texts)
+    assert texts[0].startswith("unchanged ")
+    assert texts == [overridden(folder, function).weights["model_config.hf_overrides"] for function in functions]
+
+
+def test_a_function_that_can_not_be_compared_makes_the_settings_unknown(folder: Path) -> None:
+    factor = 3
+
+    def closure(config: Any) -> Any:
+        return config, factor
+
+    for function in (closure, eval("lambda config: config"), functools.partial(closure), print):
+        found = overridden(folder, function)
+        assert "hf_overrides" in found.unknown
+        assert found.weights == {}
+
+
+def test_what_vllm_itself_sets_for_a_draft_is_left_out(models: ModelStore) -> None:
+    draft = {**DRAFT, "model": str(models.get("draft"))}
+    found = stated(models.get(KIND), role="draft", speculative_config=draft)
+    assert found.weights.keys() == {"model_config.hf_config"}
+    target = stated(models.get(KIND), speculative_config={**draft, "moe_backend": "triton"})
+    assert target == stated(models.get(KIND)), "a target does not depend on its draft"
+    other = stated(models.get(KIND), role="draft", speculative_config={**draft, "moe_backend": "triton"})
+    assert other.processed["speculative_config.moe_backend"] == "triton"
+
+
+# --- loads ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_with_another_override_is_refused_before_a_byte_moves(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    seed = seeds.get(KIND)
+    overrides = {"hf_overrides": {"attention_bias": False, "of_the_client": 1}}
+    with source_of(seed.holding) as source:
+        assert load(models.get(KIND), source, SERVE=False, arguments=overrides).raw == seed.disk
+        line = log_lines.one("default loader", "could not pull")
+        assert "model_config.hf_overrides is 'not set' at the server and '{" in line
+        assert "of_the_client" in line
+        assert "start both sides with the same arguments" in line
+        assert not log_lines.with_part("TRANSFER")
+
+
+def test_engines_with_equal_settings_pull_from_each_other(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from netloader.vllm.serve import serving
+
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
+    overrides = {"hf_overrides": {"attention_bias": False}, "code_revision": "r1"}
+    disk = load(models.get(KIND), arguments=overrides)
+    server = serving.running_server()
+    assert server is not None
+    (holding,) = server._server.holdings.held()
+    serving.stop_server()
+    settings = holding.announcement.identity.settings
+    assert settings is not None
+    assert settings.keys() >= {"model_config.hf_overrides", "model_config.code_revision", "VLLM_MLA_DISABLE"}
+    with source_of(holding) as source:
+        log_lines.lines.clear()
+        pulled = load(models.bare(KIND), source, SERVE=False, arguments=overrides)
+    assert pulled.raw == disk.raw
+    assert log_lines.one("pulled", "from 127.0.0.1")
+
+
+def test_a_peer_of_protocol_1_serves_engines_without_settings(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    seed = seeds.get(KIND)
+    log_lines.lines.clear()
+    nothing: dict[str, Any] = {"settings": None, "processed_settings": None}
+    with source_of(seed.holding, **nothing) as source:
+        assert pull(models.bare(KIND), source).raw == seed.disk
+        assert not log_lines.with_part("default loader")
+        arguments = {"code_revision": "r2"}
+        assert load(models.get(KIND), source, SERVE=False, arguments=arguments).raw == seed.disk
+    line = log_lines.one("default loader", "could not pull")
+    assert "model_config.code_revision is 'not stated' at the server and 'r2' at the client" in line
+
+
+def test_settings_that_can_not_be_compared_forbid_pulling_and_serving(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    seed = seeds.get(KIND)
+    log_lines.lines.clear()
+    calls: list[Any] = []
+
+    def noting(config: Any) -> Any:
+        calls.append(config)
+        return config
+
+    with source_of(seed.holding) as source:
+        assert load(models.get(KIND), source, arguments={"hf_overrides": noting}).raw == seed.disk
+    assert calls
+    reason = "settings of the engine can't be compared"
+    assert log_lines.one("default loader", "loads the target", reason)
+    assert log_lines.one("does not serve its target", reason)
+
+
+def test_settings_that_can_not_be_read_cost_the_pull_and_not_the_load(
+    seeds: Seeds, models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Settings:
+        raise RuntimeError("a new kind of configuration")
+
+    seed = seeds.get(KIND)
+    log_lines.lines.clear()
+    monkeypatch.setattr(inspect_engine, "settings_of", fails)
+    with source_of(seed.holding) as source:
+        assert load(models.get(KIND), source).raw == seed.disk
+    reason = "the settings of the engine that decide tensors could not be read"
+    assert log_lines.one("default loader", "loads the target", reason)
+    assert log_lines.one("does not serve its target", reason)
+
+
+def test_settings_are_read_before_the_model_is_built(
+    models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build changes the configuration. A server without sources asks for its identity after the build."""
+    from netloader.vllm.load import examine_model
+
+    log_lines.setLevel(logging.INFO)
+    seen: list[str] = []
+
+    def reading(engine: Engine) -> Settings:
+        seen.append("settings")
+        return Settings()
+
+    def examining(model: Any) -> Any:
+        seen.append("built")
+        return named_raw_tensors(model)
+
+    monkeypatch.setattr(inspect_engine, "_settings", reading)
+    monkeypatch.setattr(examine_model, "named_raw_tensors", examining)
+    load(models.get(KIND))
+    assert seen[:2] == ["settings", "built"]
+    assert seen.count("settings") == 1
