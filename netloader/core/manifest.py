@@ -22,6 +22,7 @@ __all__ = [
     "ITEM_BYTES",
     "MAX_DIMS",
     "MAX_ELEMENTS",
+    "MAX_MANIFEST_BYTES",
     "MAX_NAME",
     "MAX_SIZES",
     "MAX_TENSORS",
@@ -42,8 +43,12 @@ MAX_NAME = 1024
 MAX_DIMS = 64
 """Dimensions of a tensor; torch's own limit."""
 
-MAX_TENSORS = 1 << 20
-"""Tensors in one manifest. A peer's manifest is decoded before it can be checked, so its length has a limit."""
+MAX_TENSORS = 1 << 19
+"""Tensors in one manifest. A peer's manifest is decoded before it can be checked, so its length has a limit. A
+quantised model of 384 experts in 60 layers has about 210,000."""
+
+MAX_MANIFEST_BYTES = 96 * MAX_TENSORS
+"""Bytes of all tensors of one manifest, as they are sent. A tensor with a name of 60 characters takes about 85."""
 
 MAX_SIZES = 4 * MAX_TENSORS
 """Sizes and strides of all tensors of one manifest together. Published models have two or three for each tensor."""
@@ -165,6 +170,12 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
     def nbytes(self) -> int:
         """Bytes that are sent in a whole pull."""
         return sum(self.sizes)
+
+    @property
+    def announced_bytes(self) -> int:
+        """Bytes that the tensors take in an announcement."""
+        parts = range(0, len(self.tensors), TENSORS_AT_ONCE)
+        return sum(len(_ENCODER.encode(self.tensors[at : at + TENSORS_AT_ONCE])) for at in parts)
 
     def check(self) -> None:
         """Check a peer's manifest for everything that the plan relies on.
