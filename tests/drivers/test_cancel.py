@@ -14,7 +14,6 @@ import pytest
 from netloader.core.addresses import Address
 from netloader.core.protocol import State
 from netloader.errors import NoSourceLeft
-from netloader.server.admission import Admission
 from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.transports.gloo import GlooTransport
@@ -138,11 +137,8 @@ async def test_a_server_cancelled_with_its_task_group_tells_its_client_the_reaso
 
 
 @pytest.mark.parametrize("transport", ["memory", "gloo"])
-async def test_stopping_a_server_takes_bounded_time_whatever_its_clients_do(
-    transport: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The client in a transfer moves nothing. Its turn would pass on, and nobody would be in the queue.
-    monkeypatch.setattr(Admission, "pass_on", lambda *_: [])
+@pytest.mark.usefixtures("turns_stay")
+async def test_stopping_a_server_takes_bounded_time_whatever_its_clients_do(transport: str) -> None:
     took: list[float] = []
     while not took or min(took) >= STOP_WITHIN:
         assert len(took) < TRIES, f"seconds to stop: {took}"
