@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import selectors
 
 __all__ = ["DebugLoop"]
 
@@ -18,8 +19,8 @@ class DebugLoop(asyncio.SelectorEventLoop):
     lines would count them. Calls that block are found by `tests.guards`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, selector: selectors.BaseSelector | None = None) -> None:
+        super().__init__(selector)
         self.slow_callback_duration = math.inf
 
     def get_debug(self) -> bool:
