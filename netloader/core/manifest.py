@@ -30,6 +30,7 @@ __all__ = [
     "Manifest",
     "Mismatch",
     "TensorSpec",
+    "announced_bytes",
     "array_header",
     "check_sizes",
     "compare",
@@ -170,12 +171,6 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, dict=True):
     def nbytes(self) -> int:
         """Bytes that are sent in a whole pull."""
         return sum(self.sizes)
-
-    @property
-    def announced_bytes(self) -> int:
-        """Bytes that the tensors take in an announcement."""
-        parts = range(0, len(self.tensors), TENSORS_AT_ONCE)
-        return sum(len(_ENCODER.encode(self.tensors[at : at + TENSORS_AT_ONCE])) for at in parts)
 
     def check(self) -> None:
         """Check a peer's manifest for everything that the plan relies on.
@@ -377,6 +372,12 @@ def manifest_digest(manifest: Manifest) -> str:
         part = tensors[at : at + TENSORS_AT_ONCE]
         digest.update(memoryview(_ENCODER.encode(part))[len(array_header(len(part))) :])
     return digest.hexdigest()
+
+
+def announced_bytes(manifest: Manifest) -> int:
+    """Bytes that the tensors take in an announcement."""
+    parts = range(0, len(manifest.tensors), TENSORS_AT_ONCE)
+    return sum(len(_ENCODER.encode(manifest.tensors[at : at + TENSORS_AT_ONCE])) for at in parts)
 
 
 def array_header(length: int) -> bytes:

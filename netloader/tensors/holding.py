@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from netloader.core.identity import ModelIdentity, check_sendable
-from netloader.core.manifest import MAX_MANIFEST_BYTES, compute_root, manifest_digest
+from netloader.core.manifest import MAX_MANIFEST_BYTES, announced_bytes, compute_root, manifest_digest
 from netloader.core.plan import block_bytes_for, make_plan
 from netloader.core.protocol.events import Announcement
 from netloader.errors import ManifestError
@@ -76,7 +76,7 @@ def hold(
     """
     check_sendable(identity)
     manifest, memory = describe(tensors, weak=weak)
-    announced = manifest.announced_bytes
+    announced = announced_bytes(manifest)
     if announced > MAX_MANIFEST_BYTES:
         raise ManifestError(
             f"{len(manifest.tensors)} tensors take {announced} bytes to announce, allowed are {MAX_MANIFEST_BYTES}",
