@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from netloader.server.admission import Admission
 from tests import guards
 from tests.loops import DebugLoop
 from tests.preloaded import Keeper
@@ -119,6 +120,13 @@ def no_leaked_threads() -> Iterator[None]:
 
 
 @pytest.fixture
+def turns_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of clients that move nothing do not pass on. For tests that hold a turn while other clients wait."""
+    monkeypatch.setattr(Admission, "pass_on", lambda *_: [])
+    monkeypatch.setattr(Admission, "overdue", lambda *_: None)
+
+
+@pytest.fixture
 def no_leaked_descriptors() -> Iterator[None]:
     """Fail when the test leaves file descriptors open. For tests that ask for it by name."""
     threads = threading.enumerate()
@@ -127,4 +135,5 @@ def no_leaked_descriptors() -> Iterator[None]:
     guards.own_threads(besides=threads)
     left = guards.new_descriptors(before)
     if left:
-        pytest.fail(f"descriptors left open: {left}", pytrace=False)
+        where = guards.stacks(threading.enumerate())
+        pytest.fail(f"descriptors left open: {left}\nthreads:\n{where}", pytrace=False)

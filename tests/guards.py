@@ -131,9 +131,6 @@ def stacks(threads: Iterable[threading.Thread]) -> str:
     return "\n".join(parts)
 
 
-_CLOSED_WITHIN = 2.0
-
-
 def new_descriptors(before: Mapping[int, str]) -> dict[int, str]:
     """Open descriptors that were not there `before`, or pointed elsewhere, when all garbage is collected."""
 
@@ -142,9 +139,6 @@ def new_descriptors(before: Mapping[int, str]) -> dict[int, str]:
 
     if new():
         gc.collect()  # takes longer than most tests: only where it may make a difference
-    until = time.monotonic() + _CLOSED_WITHIN
-    while new() and time.monotonic() < until:
-        time.sleep(0.02)  # what a thread or another process frees is closed a moment later
     return new()
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import anyio
 
+from netloader.codecs.announcements import OTHER_BYTES
 from netloader.codecs.frames import SERVER_FRAME_CAP, server_messages
 from netloader.core.addresses import Address
-from netloader.core.manifest import DIGEST_BYTES, Manifest
+from netloader.core.manifest import Manifest
 from netloader.core.messages import Ability, ServerMessage
-from netloader.core.plan import MAX_BLOCKS
 from netloader.errors import PeerLost
 from netloader.session.connection import ControlConnection
 from netloader.transports.base import Transport
@@ -19,10 +19,6 @@ from netloader.transports.base import Transport
 __all__ = ["abilities_of", "connect"]
 
 _NOT_THERE = "is the server running, and is this address the one in its log?"
-
-
-_OTHER_BYTES = DIGEST_BYTES * MAX_BLOCKS + (1 << 20)
-"""Bytes of an announcement besides the tensors: the digests of all blocks, and all other fields."""
 
 _TENSOR_BYTES = 2048
 """Bytes that an announcement may take for each tensor of the client: much more than any real one does. The server's
@@ -38,7 +34,7 @@ def _frame_cap(manifest: Manifest | None) -> int:
     """Most bytes to accept in one frame: a client that knows its tensors need not hold a much longer announcement."""
     if manifest is None:
         return SERVER_FRAME_CAP
-    return min(SERVER_FRAME_CAP, _OTHER_BYTES + _TENSOR_BYTES * len(manifest.tensors))
+    return min(SERVER_FRAME_CAP, OTHER_BYTES + _TENSOR_BYTES * len(manifest.tensors))
 
 
 async def connect(

@@ -1,20 +1,23 @@
 """Control frames: 4 bytes of length (big endian), then one msgpack message.
 
 Decoding is incremental and free of I/O. The length is checked against the cap before any of the body is kept, so a
-peer can't make this side hold more than one frame of that size. With a token, each frame after the two greetings ends
-with an authentication code, which counts as part of its body in the length.
+peer can't make this side hold more than one frame of that size. Only an announcement may be long, once in a session.
+With a token, each frame after the two greetings ends with an authentication code, which counts as part of its body in
+the length.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Generator
 from types import UnionType
-from typing import Annotated, Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
 
+from netloader.codecs.announcements import OTHER_BYTES, PREFIX_BYTES, begins_an_announcement, decode_in_parts
 from netloader.core.keys import MAC_BYTES, FrameSeal
-from netloader.core.manifest import MAX_TENSORS, TENSORS_AT_ONCE, Manifest, TensorSpec, array_header, check_sizes
+from netloader.core.manifest import MAX_MANIFEST_BYTES
 from netloader.core.messages import (
     PROTOCOL,
     Agree,
@@ -28,7 +31,7 @@ from netloader.core.messages import (
     Welcome,
     wire_body,
 )
-from netloader.errors import LocalProtocolError, ManifestError, RemoteProtocolError, shown
+from netloader.errors import LocalProtocolError, RemoteProtocolError, shown
 
 __all__ = [
     "CLIENT_FRAME_CAP",
@@ -44,16 +47,19 @@ __all__ = [
 CLIENT_FRAME_CAP = 256 << 10
 """Most bytes in a frame from a client. It is small, because a server reads from unauthenticated clients."""
 
-SERVER_FRAME_CAP = 256 << 20
-"""Most bytes in a frame from a server. It is large, because a manifest and its digests may be long."""
+SERVER_FRAME_CAP = MAX_MANIFEST_BYTES + OTHER_BYTES
+"""Most bytes in a frame from a server: an announcement of the most tensors and blocks."""
 
 LARGE_FRAME = 512 << 10
-"""Bytes from which on a frame is decoded outside of the event loop: decoding takes about 2 ms."""
+"""Bytes from which on a frame is decoded outside of the event loop: decoding takes about 2 ms. A longer frame has to be
+an announcement."""
 
 _HEADER = struct.Struct(">I")
-_ENCODER = msgspec.msgpack.Encoder()
 _SMALL = Hello | Welcome | Identify | Agree | Want | Verdict
 M = TypeVar("M")
+
+_INVALID = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_ANNOUNCE = b"\x81\xa4type\xa8Announce"
 
 _SHOWN_ERROR = 300
 """Most characters of a decoding error that are shown, because the error quotes what the peer sent."""
@@ -66,17 +72,6 @@ class _Tagged(msgspec.Struct):
 
 
 _NAME = msgspec.msgpack.Decoder(_Tagged)
-
-
-class _RawManifest(msgspec.Struct, array_like=True):
-    """A manifest whose tensors are not decoded yet."""
-
-    tensors: Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=MAX_TENSORS)]
-
-
-_FIELDS = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
-_MANIFEST = msgspec.msgpack.Decoder(_RawManifest)
-_TENSORS = msgspec.msgpack.Decoder(list[TensorSpec])
 
 
 def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
@@ -92,11 +87,17 @@ def encode_frame(message: ClientMessage | ServerMessage) -> bytes:
         raise LocalProtocolError(
             f"{name} cannot be sent: {error}", hint="use names and paths that are valid UTF-8"
         ) from error
-    cap = CLIENT_FRAME_CAP if isinstance(message, _SMALL) else SERVER_FRAME_CAP
+    cap = _cap_of(message)
     if len(body) > cap:
-        hint = "shorten its texts" if cap == CLIENT_FRAME_CAP else "serve fewer tensors under one role"
+        hint = "serve fewer tensors under one role" if cap == SERVER_FRAME_CAP else "shorten its texts"
         raise LocalProtocolError(f"{name} takes {len(body)} bytes, the peer accepts at most {cap}", hint=hint)
     return _HEADER.pack(len(body)) + body
+
+
+def _cap_of(message: ClientMessage | ServerMessage) -> int:
+    if isinstance(message, Announce):
+        return SERVER_FRAME_CAP
+    return CLIENT_FRAME_CAP if isinstance(message, _SMALL) else LARGE_FRAME
 
 
 def seal_frame(frame: bytes, seal: FrameSeal) -> bytes:
@@ -151,6 +152,19 @@ class FrameDecoder(Generic[M]):
             RemoteProtocolError: A frame is larger than the cap, or its body is not a message. Every later call raises
                 it again.
         """
+        steps = self.feed_in_steps(data, greeting=greeting)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                messages: list[M] = end.value
+                return messages
+
+    def feed_in_steps(self, data: bytes, *, greeting: bool = False) -> Generator[None, None, list[M]]:
+        """As :meth:`feed`, in steps of some milliseconds.
+
+        It may be left after any step. Nothing more can be fed then.
+        """
         if self._error is not None:
             raise self._error
         self._buffer += data
@@ -160,10 +174,17 @@ class FrameDecoder(Generic[M]):
             while len(self._buffer) - start >= _HEADER.size:
                 (length,) = _HEADER.unpack_from(self._buffer, start)
                 self._check_length(length, CLIENT_FRAME_CAP if greeting else self._cap)
-                end = start + _HEADER.size + length
+                begin, end = start + _HEADER.size, start + _HEADER.size + length
+                large = length > LARGE_FRAME + (0 if self._seal is None else MAC_BYTES)
+                if large and len(self._buffer) >= begin + PREFIX_BYTES:
+                    self._check_large(begin)
                 if len(self._buffer) < end:
                     break
-                body = self._body(start + _HEADER.size, end)
+                if large:
+                    whole, self._buffer, start = self._buffer, self._buffer[end:], 0
+                    messages.append((yield from self._large(memoryview(whole)[begin:end])))
+                    continue
+                body = self._opened(bytes(memoryview(self._buffer)[begin:end]))
                 messages.append(self._decode(body))
                 start = end
                 if greeting:
@@ -185,36 +206,35 @@ class FrameDecoder(Generic[M]):
                 hint="is this a netloader address?",
             )
 
-    def _body(self, start: int, end: int) -> bytes | memoryview:
-        """The body of the frame at this place of the buffer, which is authentic if it has to be."""
-        body = bytes(memoryview(self._buffer)[start:end])
+    def _check_large(self, begin: int) -> None:
+        """Check that the long body that begins there is the one announcement of the session."""
+        if not begins_an_announcement(memoryview(self._buffer[begin : begin + PREFIX_BYTES])):
+            raise RemoteProtocolError(
+                f"the peer sent a frame of more than {LARGE_FRAME} bytes that is no announcement",
+                hint="is this a netloader address?",
+            )
+
+    def _opened(self, body: bytes | memoryview) -> bytes | memoryview:
+        """The body of a frame, which is authentic if it has to be."""
         return body if self._seal is None else self._seal.open(memoryview(body))
 
     def _decode(self, body: bytes | memoryview) -> M:
         try:
-            return self._in_parts(body) if len(body) > LARGE_FRAME else self._decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return self._decoder.decode(body)
+        except _INVALID as error:
             raise self._explained(body, error) from None  # its text quotes the peer
 
-    def _in_parts(self, body: bytes | memoryview) -> M:
-        """Decode a manifest in parts of some thousand tensors, so that other threads can run in between."""
-        fields = _FIELDS.decode(body)
-        manifest = fields.pop("manifest", None)
-        name = bytes(fields.get("type", b""))[1:]
-        if manifest is None or memoryview(manifest).nbytes == 1 or name != Announce.__name__.encode():
-            return self._decoder.decode(body)
-        tensors = _MANIFEST.decode(manifest).tensors
-        parts = (tensors[at : at + TENSORS_AT_ONCE] for at in range(0, len(tensors), TENSORS_AT_ONCE))
-        specs: list[TensorSpec] = []
-        sizes = 0
-        for part in parts:
-            specs += (more := _TENSORS.decode(array_header(len(part)) + b"".join(part)))
-            try:
-                sizes = check_sizes(more, sizes)
-            except ManifestError as error:
-                raise RemoteProtocolError(error.message) from None
-        message: Any = self._decoder.decode(_ENCODER.encode(fields))
-        whole: M = msgspec.structs.replace(message, manifest=Manifest(tuple(specs)))
+    def _large(self, body: memoryview) -> Generator[None, None, M]:
+        """Decode the body of a long announcement, which is the last long frame that is accepted."""
+        self._cap = LARGE_FRAME
+        opened = self._opened(body)
+        yield
+        decode: Any = self._decoder.decode
+        try:
+            message: Any = yield from decode_in_parts(opened, decode)
+        except _INVALID as error:
+            raise self._explained(_ANNOUNCE, error) from None
+        whole: M = message
         return whole
 
     def _explained(self, body: bytes | memoryview, error: Exception) -> RemoteProtocolError:
@@ -222,7 +242,7 @@ class FrameDecoder(Generic[M]):
         why = str(error)[:_SHOWN_ERROR]
         try:
             name = _NAME.decode(body).type
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except _INVALID:
             return RemoteProtocolError(f"the peer sent no valid message: {why}", hint="is this a netloader address?")
         hint = f"this side speaks protocol {PROTOCOL}: run the same netloader release on both sides"
         if name in self._names:

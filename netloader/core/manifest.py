@@ -22,6 +22,7 @@ __all__ = [
     "ITEM_BYTES",
     "MAX_DIMS",
     "MAX_ELEMENTS",
+    "MAX_MANIFEST_BYTES",
     "MAX_NAME",
     "MAX_SIZES",
     "MAX_TENSORS",
@@ -29,6 +30,7 @@ __all__ = [
     "Manifest",
     "Mismatch",
     "TensorSpec",
+    "announced_bytes",
     "array_header",
     "check_sizes",
     "compare",
@@ -42,8 +44,12 @@ MAX_NAME = 1024
 MAX_DIMS = 64
 """Dimensions of a tensor; torch's own limit."""
 
-MAX_TENSORS = 1 << 20
-"""Tensors in one manifest. A peer's manifest is decoded before it can be checked, so its length has a limit."""
+MAX_TENSORS = 1 << 19
+"""Tensors in one manifest. A peer's manifest is decoded before it can be checked, so its length has a limit. A
+quantised model of 384 experts in 60 layers has about 210,000."""
+
+MAX_MANIFEST_BYTES = 96 * MAX_TENSORS
+"""Bytes of all tensors of one manifest, as they are sent. A tensor with a name of 60 characters takes about 85."""
 
 MAX_SIZES = 4 * MAX_TENSORS
 """Sizes and strides of all tensors of one manifest together. Published models have two or three for each tensor."""
@@ -366,6 +372,12 @@ def manifest_digest(manifest: Manifest) -> str:
         part = tensors[at : at + TENSORS_AT_ONCE]
         digest.update(memoryview(_ENCODER.encode(part))[len(array_header(len(part))) :])
     return digest.hexdigest()
+
+
+def announced_bytes(manifest: Manifest) -> int:
+    """Bytes that the tensors take in an announcement."""
+    parts = range(0, len(manifest.tensors), TENSORS_AT_ONCE)
+    return sum(len(_ENCODER.encode(manifest.tensors[at : at + TENSORS_AT_ONCE])) for at in parts)
 
 
 def array_header(length: int) -> bytes:

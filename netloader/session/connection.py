@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Generator
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -103,10 +104,26 @@ class ControlConnection(Generic[M]):
                 raise _broken(error) from error
             if not self._greeted or self._decoder.pending + len(data) <= LARGE_FRAME:
                 messages = self._decoder.feed(data, greeting=not self._greeted)
-            else:  # not abandoned on cancellation, because the thread would go on changing the decoder
-                messages = await anyio.to_thread.run_sync(self._decoder.feed, data)
+            else:
+                messages = await self._in_steps(self._decoder.feed_in_steps(data))
         self._greeted = True
         return messages
+
+    async def _in_steps(self, steps: Generator[None, None, list[M]]) -> list[M]:
+        """Decode a long frame in threads, one step at a time, so that a cancellation takes effect after each."""
+
+        def step() -> list[M] | None:
+            try:
+                next(steps)
+            except StopIteration as end:
+                messages: list[M] = end.value
+                return messages
+            return None
+
+        while True:
+            messages = await anyio.to_thread.run_sync(step)
+            if messages is not None:
+                return messages
 
     def take_greeting(self) -> bytes:
         """Body of the peer's first message, as it came, which :meth:`receive` returned alone. It is forgotten then."""

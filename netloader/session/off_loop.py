@@ -53,15 +53,20 @@ async def look_up(lookup: Callable[[Plan, Sequence[int]], R], plan: Plan, number
 async def in_thread(call: Callable[[], R]) -> R:
     """Call a function in a worker thread.
 
-    Its error is raised without a reference cycle, which anyio's own frames would form: the frames in its traceback
-    would keep the tensors that the function was given until the next garbage collection.
+    When this returns or raises, nothing of the thread keeps the tensors that the function was given:
+
+    - Its error is raised without a reference cycle, which anyio's own frames would form. The frames in its traceback
+      would keep them until the next garbage collection.
+    - The thread drops the function before it reports. anyio's thread has its last call a moment longer.
     """
+    calls = [call]
+    del call
     results: list[R] = []
     errors: list[Exception] = []
 
     def run() -> None:
         try:
-            results.append(call())
+            results.append(calls.pop()())
         except Exception as error:  # noqa: BLE001 - raised below
             errors.append(error)
 

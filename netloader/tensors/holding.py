@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from netloader.core.identity import ModelIdentity, check_sendable
-from netloader.core.manifest import compute_root, manifest_digest
+from netloader.core.manifest import MAX_MANIFEST_BYTES, announced_bytes, compute_root, manifest_digest
 from netloader.core.plan import block_bytes_for, make_plan
 from netloader.core.protocol.events import Announcement
+from netloader.errors import ManifestError
 from netloader.tensors.describe import describe
 from netloader.tensors.digests import DEFAULT, digest_plan
 from netloader.tensors.memory import TensorMemory
@@ -69,11 +70,18 @@ def hold(
         The holding.
 
     Raises:
-        ManifestError: Some tensors cannot be sent, the block size is out of range, or the algorithm is unknown.
+        ManifestError: Some tensors cannot be sent, their names are too long together, the block size is out of range,
+            or the algorithm is unknown.
         ConfigError: The identity cannot be sent.
     """
     check_sendable(identity)
     manifest, memory = describe(tensors, weak=weak)
+    announced = announced_bytes(manifest)
+    if announced > MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{len(manifest.tensors)} tensors take {announced} bytes to announce, allowed are {MAX_MANIFEST_BYTES}",
+            hint="use shorter names, or serve fewer tensors under one role",
+        )
     plan = make_plan(manifest, block_bytes_for(manifest.nbytes) if block_bytes is None else block_bytes)
     digests = digest_plan(memory, plan, algorithm, threads=threads, progress=progress)
     known = manifest_digest(manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from netloader.codecs import announcements
+from netloader.codecs.announcements import OTHER_BYTES
 from netloader.codecs.frames import (
     CLIENT_FRAME_CAP,
     LARGE_FRAME,
@@ -278,6 +281,111 @@ def test_a_long_manifest_is_decoded_in_parts_to_the_same() -> None:
     )
     wrong = error_for(server_messages(), frame.replace(b"bfloat16", b"bfloat\xc1\xc1"))
     assert "a Announce that is not valid" in str(wrong)
+
+
+scalars = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats()
+values = st.recursive(
+    scalars | st.text(max_size=300) | st.binary(max_size=300),
+    lambda inner: st.lists(inner, max_size=40) | st.dictionaries(st.text(max_size=40), inner, max_size=20),
+)
+
+
+@given(value=values, behind=st.binary(max_size=20))
+@example(value=["x" * 70_000, b"y" * 70_000, list(range(70_000)), {str(n): n for n in range(70_000)}], behind=b"\xc0")
+@example(value=[msgspec.msgpack.Ext(3, bytes(size)) for size in (0, 1, 2, 4, 8, 16, 300, 70_000)], behind=b"")
+def test_the_end_of_a_value_is_found_without_decoding_it(value: Any, behind: bytes) -> None:
+    encoded = msgspec.msgpack.encode(value)
+    assert announcements._end_of(encoded + behind, 0, 1 << 20) == len(encoded)
+    assert announcements._end_of(encoded[:-1], 0, 1 << 20) is None
+    assert announcements._end_of(b"\xc0" + memoryview(encoded), 1, 1 << 20) == len(encoded) + 1
+
+
+def decoded_in_parts(body: bytes) -> m.Announce:
+    parts = announcements.decode_in_parts(body, msgspec.msgpack.Decoder(m.Announce).decode)
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            announce: m.Announce = end.value
+            return announce
+
+
+@given(said=strategies.message_strategies[m.Announce])
+def test_any_announcement_is_the_same_when_it_is_decoded_in_parts(said: m.Announce) -> None:
+    assert decoded_in_parts(encode_frame(said)[4:]) == said
+
+
+@given(
+    said=strategies.message_strategies[m.Announce],
+    edits=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=3),
+)
+def test_what_is_decoded_in_parts_is_what_is_decoded_at_once_or_refused(
+    said: m.Announce, edits: list[tuple[int, int]]
+) -> None:
+    body = mutated(encode_frame(said)[4:], edits)
+    try:
+        in_parts = decoded_in_parts(body)
+    except (RemoteProtocolError, msgspec.MsgspecError, UnicodeDecodeError):
+        return
+    assert in_parts == msgspec.msgpack.decode(body, type=m.Announce)
+
+
+def test_fields_of_a_later_release_are_passed_over() -> None:
+    body = msgspec.msgpack.decode(encode_frame(said_shortly())[4:])
+    later = {**body, "manifest": [*body["manifest"], {"more": [1, 2]}], **{f"later {n}": [n] * 20 for n in range(20)}}
+    assert decoded_in_parts(msgspec.msgpack.encode(later)) == said_shortly()
+
+
+def said_shortly() -> m.Announce:
+    manifest = Manifest((TensorSpec("w", "bfloat16", (2, 3)),))
+    return m.Announce(manifest=manifest, block_bytes=1024, algorithm="x", digests=b"d", root="a", plan="b")
+
+
+# --- long frames ----------------------------------------------------------------------------------------------------
+
+
+def long(**fields: Any) -> bytes:
+    return frame_of(**fields, padding=bytes(LARGE_FRAME))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        long(type="Grant", ranges=[[0, 1]]),
+        long(ranges=[[0, 1]], type="Announce"),
+        frame(b"\xc0" * (LARGE_FRAME + 1)),
+        long(type="Announced"),
+    ],
+    ids=["another message", "type not first", "no map", "another name"],
+)
+def test_only_an_announcement_may_be_long_and_that_shows_in_its_first_bytes(stream: bytes) -> None:
+    early, late = server_messages(), server_messages()
+    assert "no announcement" in str(error_for(early, stream[:40]))
+    assert "no announcement" in str(error_for(late, stream))
+
+
+def test_a_session_has_one_long_announcement() -> None:
+    said = msgspec.structs.replace(said_shortly(), digests=bytes(LARGE_FRAME))
+    decoder = server_messages()
+    assert decoder.feed(encode_frame(said)) == [said]
+    assert f"at most {LARGE_FRAME}" in str(error_for(decoder, encode_frame(said)[:4]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"manifest": [[["w" * 600_000, "uint8", []]]]}, "a tensor that is cut"),
+        ({"manifest": [[["w", "uint8", [0] * 300]]], "padding": bytes(LARGE_FRAME)}, "more than 256 elements"),
+        ({"manifest": [7], "padding": bytes(LARGE_FRAME)}, "no list of tensors"),
+        ({"metadata": {str(n): "" for n in range(40_000)}, "padding": bytes(LARGE_FRAME)}, "more than 65536 elements"),
+        ({"padding": bytes(OTHER_BYTES)}, "besides its tensors"),
+        ({f"f{n}": 0 for n in range(70)} | {"padding": bytes(LARGE_FRAME)}, "at most 64 fields"),
+        ({"manifest": [[["n" * 1000, "uint8", []]] * 60_000]}, "tensors of more than"),
+    ],
+)
+def test_a_long_announcement_that_breaks_a_limit_is_refused(fields: dict[str, Any], says: str) -> None:
+    refused = error_for(server_messages(), frame_of(type="Announce", **fields))
+    assert re.search(says, str(refused)), refused
 
 
 # --- what this side would send --------------------------------------------------------------------------------------

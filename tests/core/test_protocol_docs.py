@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from netloader.codecs.frames import CLIENT_FRAME_CAP, SERVER_FRAME_CAP
+from netloader.codecs.frames import CLIENT_FRAME_CAP, LARGE_FRAME, SERVER_FRAME_CAP
 from netloader.core import messages as m
 from netloader.core.options import Timings
 from netloader.core.plan import (
@@ -80,8 +80,10 @@ def test_the_numbers_in_the_prose_are_those_of_the_code() -> None:
     ):
         assert re.search(rf"^\| {state} \|[^|]*\| {seconds:g} s", PAGE, re.MULTILINE), state
     prose = " ".join(PAGE.split())
-    assert (CLIENT_FRAME_CAP, SERVER_FRAME_CAP) == (256 << 10, 256 << 20)
-    assert "from a client has a body of at most 256 KiB, one from a server at most 256 MiB" in prose
+    assert (CLIENT_FRAME_CAP, SERVER_FRAME_CAP) == (256 << 10, 65 << 20)
+    assert "from a client has a body of at most 256 KiB, an announcement at most 65 MiB" in prose
+    assert LARGE_FRAME == 512 << 10
+    assert "any other frame from a server at most 512 KiB" in prose
     assert (MIN_BLOCK_BYTES, MAX_BLOCK_BYTES, MAX_BLOCKS, DEFAULT_BLOCK_BYTES) == (1 << 10, 1 << 30, 1 << 20, 4 << 20)
     assert "between 1 KiB and 1 GiB, by default 4 MiB and more for models of over 256 GiB" in prose
     assert block_bytes_for(256 << 30) == DEFAULT_BLOCK_BYTES < block_bytes_for((256 << 30) + DEFAULT_BLOCK_BYTES)

@@ -59,6 +59,7 @@ async def test_a_new_holding_replaces_the_state_of_the_previous_one() -> None:
         assert kit.contents(into) == kit.contents(SOURCE), "a served holding stays served"
 
 
+@pytest.mark.usefixtures("turns_stay")
 async def test_retracting_cuts_a_running_send_and_frees_its_memory() -> None:
     hub = kit.Hub()
     source = kit.weights()

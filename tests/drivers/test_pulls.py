@@ -120,12 +120,13 @@ def test_the_synchronous_api_pulls_and_probes() -> None:
     assert report.root == again.root == look.announcement.root
 
 
+@pytest.mark.usefixtures("turns_stay")
 async def test_twelve_clients_share_three_turns_in_order_of_arrival(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "netloader")
     source = kit.weights()
-    faults = Faults([Fault(FaultKind.HOLD, 3, times=None)])
+    faults = Faults([Fault(FaultKind.HOLD, 3, times=None)])  # of each client
     hub = kit.Hub()
     harmed = FaultyTransport(hub.transport, faults)
     came, done = list[str](), list[int]()
@@ -163,6 +164,7 @@ async def test_twelve_clients_share_three_turns_in_order_of_arrival(
     assert {report.retries for report in reports.values()} == {0}
 
 
+@pytest.mark.usefixtures("turns_stay")
 async def test_a_full_queue_refuses_with_busy_and_a_retry_time(caplog: pytest.LogCaptureFixture) -> None:
     source = kit.weights()
     faults = Faults([Fault(FaultKind.HOLD, 3)])

@@ -80,8 +80,8 @@ async def connect(wire: kit.Wire[Any]) -> None:
 
 
 async def greet(wire: kit.Wire[Any]) -> None:
-    """A Hello and then nothing."""
-    await wire.say(kit.hello(TCP))
+    """A Hello and then nothing. It claims to have a token, so that a server that has one does not refuse it at once."""
+    await wire.say(kit.hello(TCP, b"claimed"))
     await wire.hear_until(m.Welcome)
 
 

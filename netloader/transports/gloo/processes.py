@@ -138,7 +138,12 @@ class _Running:
             self._control.close()
             os.close(self.words)
             raise TransportError(f"the process in which gloo runs can't be started: {error}") from error
+        self._process = process
         self.end = weakref.finalize(self, _end, process, self._control, self.words, self.owner)
+
+    def ended(self) -> bool:
+        """Whether it has ended, or belongs to another process. It is no zombie afterwards."""
+        return self.owner != os.getpid() or self._process.poll() is not None
 
     def ask(self, descriptors: list[int]) -> None:
         """Ask for the process of a session.
@@ -178,6 +183,21 @@ class Spawner:
             except OSError as error:
                 why = f"{error}{_quoted(running.words)}"
                 raise TransportError(f"the process in which gloo runs can't be started: {why}") from error
+
+    def reap(self) -> bool:
+        """Wait for the process that forks if it has ended, so that it is no zombie. Does not block.
+
+        Returns:
+            Whether there is none now.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False  # a session is being started
+        try:
+            if self._running is not None and self._running.ended():
+                self._running = None
+            return self._running is None
+        finally:
+            self._lock.release()
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, words: int, owner: int) -> None:

@@ -9,9 +9,11 @@ connects only to the address of its control connection. docs/transports.md says 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import sys
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -45,6 +47,9 @@ _TELLING = 1.0
 """Seconds to send the peer the reason why setting up failed."""
 
 _LONGEST_REASON = 500
+
+_REAP_EVERY = 20.0
+"""Seconds between two checks whether the process that forks has ended. It ends 30 s after its last session."""
 
 N = TypeVar("N", bound="_GlooMessage")
 _log = logging.getLogger(__name__)
@@ -201,6 +206,7 @@ class GlooTransport:
 
     def __init__(self) -> None:
         self._spawner = Spawner()
+        self._reaper: asyncio.TimerHandle | None = None
 
     def missing(self, device: str) -> str | None:
         """See :class:`netloader.transports.base.Transport`."""
@@ -219,17 +225,36 @@ class GlooTransport:
 
     async def offer(self, setup: Setup) -> Pending:
         """See :class:`netloader.transports.base.Transport`."""
+        self._reap_later()
         end = _GlooEnd(_SERVER, setup, self._spawner)
         async with _setting_up(end):
             return _GlooPending(end, await end.address(setup.peer_host))
 
     async def connect(self, offer: bytes, setup: Setup) -> Channel:
         """See :class:`netloader.transports.base.Transport`."""
+        self._reap_later()
         end = _GlooEnd(_CLIENT, setup, self._spawner)
         async with _setting_up(end):
             theirs = end.checked(offer)
             await setup.signals.post(await end.address(theirs.dialler))
             return await end.channel(theirs)
+
+    def _reap_later(self) -> None:
+        """Look from time to time whether the process that forks has ended, for as long as it runs."""
+        if self._reaper is not None:
+            self._reaper.cancel()  # it may be of an event loop that has ended
+        self._reaper = asyncio.get_running_loop().call_later(_REAP_EVERY, _reap, weakref.ref(self))
+
+    def _reap(self) -> None:
+        self._reaper = None
+        if not self._spawner.reap():
+            self._reap_later()
+
+
+def _reap(transport: weakref.ref[GlooTransport]) -> None:
+    found = transport()
+    if found is not None:
+        found._reap()  # noqa: SLF001 - a function, so that the event loop does not keep the transport alive
 
 
 @asynccontextmanager

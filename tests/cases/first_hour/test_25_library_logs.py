@@ -112,6 +112,7 @@ async def test_a_line_about_a_source_that_is_left_is_short(caplog: pytest.LogCap
     assert all(len(line) <= LINE for line in caplog.messages)
 
 
+@pytest.mark.usefixtures("turns_stay")
 async def test_a_client_in_a_queue_says_its_place_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_clock, "_SAY_EVERY", 0.05)
     waits: list[SourceWaiting] = []

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from netloader.errors import TransportError
+from netloader.transports.gloo import transport
 from netloader.transports.gloo.processes import Spawner
 from netloader.transports.gloo.spawner import DESCRIPTORS
+from tests.drivers import kit
 
 PATIENCE = 60.0
 
@@ -62,6 +64,29 @@ def test_nothing_stays_of_a_process_that_ended_while_torch_was_loaded() -> None:
         for descriptor in memory:
             os.close(descriptor)
         control.close()
+
+
+async def test_a_spawner_that_has_ended_is_no_zombie_until_the_next_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_REAP_EVERY", 0.02)
+    gloo, source = transport.GlooTransport(), kit.weights(rows=3)
+    async with kit.serving(gloo, kit.held(source)) as server:
+        await kit.pull(kit.blank(source), [kit.at(server)], gloo)
+        running = gloo._spawner._running
+        assert running is not None
+        pid = running._process.pid
+        assert process_state(pid) not in ("Z", "")
+        running._control.shutdown(socket.SHUT_RDWR)  # it ends, as it does when it was idle for long
+        del running
+        await kit.until(lambda: not process_state(pid), "it was waited for")
+        await kit.pull(kit.blank(source), [kit.at(server)], gloo)
+
+
+def process_state(pid: int) -> str:
+    """The state of a process, ``Z`` for a zombie; empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except FileNotFoundError:
+        return ""
 
 
 def started_with(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

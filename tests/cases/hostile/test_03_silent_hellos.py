@@ -28,10 +28,15 @@ async def test_a_client_is_served_at_once_while_silent_hellos_hold_all_places(to
                     await anyio.sleep_forever()
 
             tasks.start_soon(keep_up)
-            # Without a token it needs no WAIT. With one, "busy" before the proof says nothing to it: it comes again.
-            wait = 0.0 if token is None else kit.PATIENCE
-            await kit.pull(into, [kit.at(server)], hub.transport, token=token, wait=wait)
+            await kit.pull(into, [kit.at(server)], hub.transport, token=token)  # without WAIT: it is never turned away
             tasks.cancel_scope.cancel()
+
+        def numbers() -> list[int]:
+            return sorted(s.number for s in server.ended if "waited longest" in str(s.session.error))
+
+        await kit.until(lambda: len(numbers()) == server.gone, "those that were turned away have gone")
+        turned_away = numbers()
+        assert turned_away == [*range(1, len(turned_away) + 1)] != [], "the oldest ones went"
     assert kit.contents(into) == kit.contents(SOURCE)
 
 
