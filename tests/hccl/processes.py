@@ -132,6 +132,6 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without anything that changes HCCL, and with `extra`."""
-    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "NPU_SIM_", "STAND_IN_")
+    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "ASCEND_RT_", "STAND_IN_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return kept | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"} | dict(extra)
