@@ -24,15 +24,16 @@ class Child:
     """One process with the device; see `tests.hccl.child`.
 
     Args:
-    environment: The complete environment.
+        environment: The complete environment.
         arguments: Arguments of the child.
+        module: What it runs: something that answers lines on its standard input with lines of JSON.
     """
 
-    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
+    def __init__(self, environment: Mapping[str, str], *arguments: str, module: str = "tests.hccl.child") -> None:
         self.log: list[str] = []
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [PYTHON, "-W", "ignore", "-m", "tests.hccl.child", *arguments],
+            [PYTHON, "-W", "ignore", "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,10 +68,10 @@ class Child:
             raise AssertionError(f"it ended with {self.process.wait()}:\n{self.text()}")
         return said
 
-    def ask(self, what: str) -> dict[str, Any]:
+    def ask(self, what: str, patience: float = PATIENCE) -> dict[str, Any]:
         """Send it a line and return its answer."""
         self.tell(what)
-        return self.heard()
+        return self.heard(patience)
 
     def tell(self, what: str) -> None:
         """Send it a line."""

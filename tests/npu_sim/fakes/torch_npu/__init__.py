@@ -29,6 +29,8 @@ from ._hccl import ProcessGroupHCCL  # noqa: E402 - needs the device
 _C: Any = types.ModuleType("torch_npu._C")
 _C._distributed_c10d = types.ModuleType("torch_npu._C._distributed_c10d")
 _C._distributed_c10d.ProcessGroupHCCL = ProcessGroupHCCL
+_C._NPUTaskGroupHandle = type("_NPUTaskGroupHandle", (_absent.NotSimulated,), {})
+_C._weak_ref_tensor = _absent.missing("torch_npu._C._weak_ref_tensor")
 sys.modules["torch_npu._C"] = _C
 sys.modules["torch_npu._C._distributed_c10d"] = _C._distributed_c10d
 
