@@ -115,7 +115,7 @@ class Engine:
         return {"quantization": self.worker.vllm_config.model_config.quantization, "rows": rows}
 
     def profile(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Measure the memory, as the engine's next step. Nothing computes here, so that the forward pass is left out."""
+        """Measure the memory, as the engine's next step, without the forward pass: nothing computes here."""
         self.worker.model_runner.profile_run = lambda *args, **kwargs: None
         return {"bytes": self.worker.determine_available_memory()}
 

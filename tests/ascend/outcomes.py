@@ -17,7 +17,7 @@ from tests.vllm import harness
 SURVIVES, REWRITTEN, LOST, DROPPED, DERIVED = "survives", "rewritten", "lost", "dropped", "derived"
 
 Row = dict[str, str]
-"""One raw or derived tensor: `layer`, `method`, `tensor`, `outcome`, `inverse`, `now` and `held`."""
+"""One raw or derived tensor: see `Before.compare`."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -49,7 +49,12 @@ class Before:
         self.surveyed = survey(model, {})
 
     def compare(self, model: torch.nn.Module) -> Iterator[Row]:
-        """A row for each raw tensor and for each derived tensor or plain value of the post-processed model."""
+        """A row for each raw tensor and for each derived tensor or plain value of the post-processed model.
+
+        It has `path` and `layer`, the module's name without numbers and its class; `method`, the class of the scheme
+        that quantises it; `tensor`, its name there; `outcome`; `inverse`, the steps that compute a rewritten one back;
+        `now`, what is there now; and `held`, whether a reference that was held meanwhile still has the raw bytes.
+        """
         after, owners = dict(harness.named_tensors(model)), dict(_owners(model))
         for name, raw in self.raw.items():
             held = "yes" if harness.tensor_digest(raw.held) == raw.digest else "no"
@@ -84,7 +89,7 @@ def _row(name: str, owners: Mapping[str, torch.nn.Module]) -> Row:
 
 def _described(tensor: torch.Tensor) -> str:
     form = "" if format_of(tensor) == "nd" else f", {format_of(tensor)}"
-    return f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.dim()} dimensions{form}"
+    return f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.dim()}-D{form}"
 
 
 def _outcome(raw: torch.Tensor, now: torch.Tensor | None) -> Row:
@@ -112,8 +117,8 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def inverse(now: torch.Tensor, raw: torch.Tensor) -> tuple[str, ...] | None:
     """The shortest sequence of exact steps from `now` to `raw`; None if no sequence leads there.
 
-    Tried are: the bytes as int8, the last two dimensions exchanged, another dtype for the same values, another shape for
-    the same elements; each at most once, in this order.
+    Tried are: the bytes as int8, the last two dimensions exchanged, another dtype for the same values, another shape
+    for the same elements; each at most once, in this order.
     """
     steps = _steps(raw)
     for length in range(len(steps) + 1):
@@ -142,6 +147,6 @@ def _derived(before: Survey, after: Survey) -> dict[str, str]:
     facts = {
         name: f"plain value ({text.partition(' ')[0]})"
         for name, text in after.facts.items()
-        if name not in before.facts and name not in before.tensors and name not in after.tensors
+        if name not in {**before.facts, **before.tensors, **after.tensors} and not text.startswith("view")
     }
     return facts | tensors
