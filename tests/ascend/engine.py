@@ -83,6 +83,10 @@ def everything(model: torch.nn.Module) -> dict[str, str]:
     return {name: harness.tensor_digest(t) for name, t in survey(model, {}).tensors.items() if name != FACTS}
 
 
+def _name(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
 class Engine:
     """What the requests of one process act on."""
 
@@ -96,9 +100,6 @@ class Engine:
             self.worker = start_worker(task)
         models = models_of(self.worker)
         return {
-            "worker": f"{type(self.worker).__module__}.{type(self.worker).__qualname__}",
-            "runner": type(self.worker.model_runner).__qualname__,
-            "quantization": self.worker.vllm_config.model_config.quantization,
             "raw": dict(zip(models, raw, strict=True)),
             "final": {role: everything(model) for role, model in models.items()},
         }
@@ -112,7 +113,13 @@ class Engine:
             self.worker = start_worker(task)
         models = models_of(self.worker)
         rows = [row for before, model in zip(seen, models.values(), strict=True) for row in before.compare(model)]
-        return {"quantization": self.worker.vllm_config.model_config.quantization, "rows": rows}
+        return {
+            "worker": _name(self.worker),
+            "runner": _name(self.worker.model_runner),
+            "quantization": self.worker.vllm_config.model_config.quantization,
+            "roles": list(models),
+            "rows": rows,
+        }
 
     def profile(self, task: dict[str, Any]) -> dict[str, Any]:
         """Measure the memory, as the engine's next step, without the forward pass: nothing computes here."""

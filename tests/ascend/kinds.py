@@ -21,11 +21,13 @@ class Kind:
     Attributes:
         model: The name under which `Store` makes its files.
         title: What it is.
+        schemes: Classes of vllm-ascend that have to have post-processed some of its layers.
         arguments: Of the engine, besides the usual ones.
     """
 
     model: str
     title: str
+    schemes: tuple[str, ...] = ()
     arguments: Arguments = lambda store: {}
 
 
@@ -91,25 +93,32 @@ def _consumer(store: Store) -> dict[str, Any]:
     return {"kv_transfer_config": connector, "max_num_batched_tokens": 512}
 
 
+_DYNAMIC, _STATIC, _FOUR = "AscendW8A8DynamicLinearMethod", "AscendW8A8LinearMethod", "AscendW4A8DynamicLinearMethod"
+_EXPERTS, _FOUR_EXPERTS = "AscendW8A8DynamicFusedMoEMethod", "AscendW4A8DynamicFusedMoEMethod"
+_PLAIN_EXPERTS = "AscendUnquantizedFusedMoEMethod"
+_LATENT = (_STATIC, _DYNAMIC, _EXPERTS)
+
 KINDS: Mapping[str, Kind] = {
     "llama": Kind("llama-bf16", "bf16, dense"),
-    "qwen3-moe": Kind("qwen3-moe", "bf16, mixture of experts"),
-    "deepseek": Kind("deepseek", "bf16, MLA and a mixture of experts"),
-    "w8a8": Kind("w8a8", "W8A8 (static)"),
-    "w8a8-dynamic": Kind("w8a8-dynamic", "W8A8_DYNAMIC"),
-    "w8a16": Kind("w8a16", "W8A16"),
-    "w8a8-mix": Kind("w8a8-mix", "W8A8_MIX"),
-    "w4a8": Kind("w4a8", "W4A8_DYNAMIC, version 1.0.0, per group"),
-    "w4a8-old": Kind("w4a8-old", "W4A8_DYNAMIC, older version, per group"),
-    "w4a4": Kind("w4a4", "W4A4_DYNAMIC"),
-    "w4a4-flatquant": Kind("w4a4-flatquant", "W4A4_FLATQUANT_DYNAMIC"),
-    "moe-w8a8": Kind("moe-w8a8", "experts W8A8_DYNAMIC"),
-    "moe-w4a8": Kind("moe-w4a8", "experts W4A8_DYNAMIC, version 1.0.0, per channel"),
-    "moe-w4a8-group": Kind("moe-w4a8-group", "experts W4A8_DYNAMIC, version 1.0.0, per group"),
-    "moe-w4a8-old": Kind("moe-w4a8-old", "experts W4A8_DYNAMIC, older version, per group"),
-    "compressed-tensors": Kind("llama-w8a8", "compressed-tensors, int8 weights, dynamic activations"),
-    "deepseek-w8a8": Kind("deepseek-w8a8", "MLA: attention W8A8, the rest W8A8_DYNAMIC"),
-    "deepseek-w8a8-consumer": Kind("deepseek-w8a8", "the same on a KV consumer (MLAPO)", _consumer),
-    "mtp": Kind("deepseek-w8a8", "the same with its MTP layer as a draft", _mtp),
-    "eagle": Kind("llama-bf16", "bf16, dense, with an EAGLE draft", _eagle),
+    "qwen3-moe": Kind("qwen3-moe", "bf16, mixture of experts", (_PLAIN_EXPERTS,)),
+    "deepseek": Kind("deepseek", "bf16, MLA and a mixture of experts", (_PLAIN_EXPERTS,)),
+    "w8a8": Kind("w8a8", "W8A8 (static)", (_STATIC,)),
+    "w8a8-dynamic": Kind("w8a8-dynamic", "W8A8_DYNAMIC", (_DYNAMIC,)),
+    "w8a16": Kind("w8a16", "W8A16", ("AscendW8A16LinearMethod",)),
+    "w8a8-mix": Kind("w8a8-mix", "W8A8_MIX", ("AscendW8A8PDMixLinearMethod",)),
+    "w4a8": Kind("w4a8", "W4A8_DYNAMIC, version 1.0.0, per group", (_FOUR,)),
+    "w4a8-old": Kind("w4a8-old", "W4A8_DYNAMIC, older version, per group", (_FOUR,)),
+    "w4a4": Kind("w4a4", "W4A4_DYNAMIC", ("AscendW4A4LaosDynamicLinearMethod",)),
+    "w4a4-flatquant": Kind("w4a4-flatquant", "W4A4_FLATQUANT_DYNAMIC", ("AscendW4A4FlatQuantDynamicLinearMethod",)),
+    "moe-w8a8": Kind("moe-w8a8", "experts W8A8_DYNAMIC", (_EXPERTS, _DYNAMIC)),
+    "moe-w4a8": Kind("moe-w4a8", "experts W4A8_DYNAMIC, version 1.0.0, per channel", (_FOUR_EXPERTS, _DYNAMIC)),
+    "moe-w4a8-group": Kind(
+        "moe-w4a8-group", "experts W4A8_DYNAMIC, version 1.0.0, per group", (_FOUR_EXPERTS, _DYNAMIC)
+    ),
+    "moe-w4a8-old": Kind("moe-w4a8-old", "experts W4A8_DYNAMIC, older version, per group", (_FOUR_EXPERTS, _DYNAMIC)),
+    "compressed-tensors": Kind("llama-w8a8", "compressed-tensors, int8 weights, dynamic activations", (_DYNAMIC,)),
+    "deepseek-w8a8": Kind("deepseek-w8a8", "MLA: attention W8A8, the rest W8A8_DYNAMIC", _LATENT),
+    "deepseek-w8a8-consumer": Kind("deepseek-w8a8", "the same on a KV consumer (MLAPO)", _LATENT, _consumer),
+    "mtp": Kind("deepseek-w8a8", "the same with its MTP layer as a draft", _LATENT, _mtp),
+    "eagle": Kind("llama-bf16", "bf16, dense, with an EAGLE draft", (), _eagle),
 }
