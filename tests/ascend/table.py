@@ -20,7 +20,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "ascend-quantisation.md"
 BEGIN, END = "<!-- made by python -m tests.ascend.table -->", "<!-- end of the table -->"
 _HEAD = ["| layers | method | tensors | outcome | now | computed back by |", "| --- | --- | --- | --- | --- | --- |"]
 _ORDER = (SURVIVES, REWRITTEN, LOST, DROPPED, DERIVED)
-_PLAIN = ("", "Unquantized", "AscendUnquantized")
 
 
 def versions() -> str:
@@ -31,14 +30,12 @@ def versions() -> str:
 
 def section(name: str, rows: Sequence[Row]) -> str:
     """The part of the page about one kind of model."""
-    plain, shown = [], []
-    for row in rows:
-        untouched = row["outcome"] == SURVIVES and _is_plain(row["method"]) and row["held"] == "yes"
-        (plain if untouched else shown).append(row)
-    lines = [f"### {KINDS[name].title}", "", f"{len(plain)} tensors of layers that are not quantised survive.", ""]
+    shown = [row for row in rows if not _is_plain(row)]
+    title = [f"### {KINDS[name].title}", ""]
     if not shown:
-        return "\n".join([*lines[:-2], "All tensors survive, and none is derived.", ""])
-    return "\n".join([*lines, *_HEAD, *_lines(shown), ""])
+        return "\n".join([*title, "All tensors survive, and none is derived.", ""])
+    plain = f"{len(rows) - len(shown)} tensors of layers that are not quantised survive."
+    return "\n".join([*title, plain, "", *_HEAD, *_lines(shown), ""])
 
 
 def sections(page: str) -> dict[str, str]:
@@ -48,8 +45,10 @@ def sections(page: str) -> dict[str, str]:
     return {part.partition("\n")[0]: f"### {part.rstrip()}\n" for part in parts}
 
 
-def _is_plain(method: str) -> bool:
-    return any(method == start or (start and method.startswith(start)) for start in _PLAIN)
+def _is_plain(row: Row) -> bool:
+    """Whether a tensor of a layer that is not quantised is what it was."""
+    quantised = row["method"] and not row["method"].startswith(("Unquantized", "AscendUnquantized"))
+    return not quantised and row["outcome"] == SURVIVES and row["held"] == "yes"
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[str]:
@@ -57,17 +56,16 @@ def _lines(rows: Sequence[Row]) -> Iterator[str]:
     layers: dict[tuple[str, ...], dict[str, None]] = {}  # what became of one tensor: where
     for row in rows:
         outcome = row["outcome"] + ("; a held reference was overwritten" if row["held"] == "no" else "")
-        key = (row["method"], row["tensor"], outcome, row["now"], row["inverse"])
-        layers.setdefault(key, {})[row["path"].removeprefix("model.layers.*.")] = None
+        became = (row["method"], row["tensor"], outcome, row["now"], row["inverse"])
+        layers.setdefault(became, {})[row["path"].removeprefix("model.layers.*.")] = None
     tensors: dict[tuple[str, ...], list[str]] = {}
     for (method, tensor, *fate), where in layers.items():
         tensors.setdefault((", ".join(where), method, *fate), []).append(tensor)
     order = {outcome: place for place, outcome in enumerate(_ORDER)}
     blocks = {key[:2]: place for place, key in reversed(list(enumerate(tensors)))}
     for key in sorted(tensors, key=lambda key: (blocks[key[:2]], order[key[2].partition(";")[0]])):
-        where_text, method, *fate = key
         names = ", ".join(f"`{name}`" for name in tensors[key])
-        yield f"| {where_text} | {method} | {names} | {' | '.join(fate)} |"
+        yield f"| {' | '.join([*key[:2], names, *key[2:]])} |"
 
 
 def rewritten(page: str, made: Mapping[str, str]) -> str:

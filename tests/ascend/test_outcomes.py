@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,9 +42,9 @@ class Layer(torch.nn.Module):
 
 
 def test_the_outcomes_of_a_layer() -> None:
-    model = torch.nn.Sequential(Layer())
+    layer: Any = Layer()
+    model = torch.nn.Sequential(layer)
     before = Before(model)
-    layer = model[0]
     layer.turned.data = layer.turned.data.t().contiguous()
     layer.overwritten.data.add_(1)
     del layer.gone

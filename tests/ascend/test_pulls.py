@@ -13,7 +13,7 @@ import pytest
 from tests.ascend.kinds import KINDS, Store
 from tests.ascend.pulls import Digests, Instance, differences, settings
 
-FromDisk = Callable[[str, int], list[Digests]]
+FromDisk = Callable[[str, int], Sequence[Digests]]
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,19 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "-".join([self.kind, self.transport, *(["ranks"] if self.ranks > 1 else [])])
+        more = [*map(str, self.server.values()), *(["ranks"] if self.ranks > 1 else [])]
+        return "-".join([self.kind, self.transport, *more])
 
 
-DRAM = {"INT8_CACHE": "dram"}
-CASES = [Case("llama", transport) for transport in ("tcp", "hccl")]
-CASES += [Case("w8a8", transport, DRAM) for transport in ("tcp", "hccl")]
+DRAM, HBM = {"INT8_CACHE": "dram"}, {"INT8_CACHE": "hbm"}
+BY_REFERENCE = {"llama", "eagle"}
+"""Kinds whose raw tensors all survive post-processing: a server needs no copies."""
+
+CASES = [Case(kind, "hccl", {} if kind in BY_REFERENCE else DRAM) for kind in KINDS]
 CASES += [
-    Case("deepseek-w8a8", "hccl", DRAM),
-    Case("mtp", "hccl", DRAM),
-    Case("eagle", "hccl"),
+    Case("llama", "tcp"),
+    Case("w8a8", "tcp", DRAM),
+    Case("w4a8", "hccl", HBM),
     Case("moe-w8a8", "hccl", DRAM, 2, {"enable_expert_parallel": True}),
 ]
 
@@ -54,7 +57,7 @@ def from_disk(store: Store, tmp_path_factory: pytest.TempPathFactory) -> FromDis
     """Loads a kind of model from its files, once for a case of that many ranks."""
 
     @functools.cache
-    def load(case: int) -> list[Digests]:
+    def load(case: int) -> Sequence[Digests]:
         chosen = CASES[case]
         folder = tmp_path_factory.mktemp("disk") / "ranks"
         with Instance.on(_cards(chosen, 4), folder) as instance:
@@ -75,8 +78,8 @@ def _arguments(case: Case, store: Store) -> dict[str, Any]:
 class Pull:
     """What the two instances have, and the lines of the client."""
 
-    seed: list[Digests]
-    client: list[Digests]
+    seed: Sequence[Digests]
+    client: Sequence[Digests]
     lines: Callable[..., list[list[str]]]
 
 
@@ -106,10 +109,19 @@ def test_a_pull_ends_in_the_model_of_a_disk_load(store: Store, from_disk: FromDi
 
 def test_other_weights_at_the_seed_are_noticed(store: Store, from_disk: FromDisk, tmp_path: Path) -> None:
     """Control for the comparison: nothing says which weights are meant, and the names of all tensors are equal."""
-    case = CASES[3]
+    case = Case("w8a8", "hccl", DRAM)
     found = pull(case, store, tmp_path, served="w8a8-other")
     assert not differences(found.client, found.seed)
     names = differences(found.client, from_disk(case.kind, case.ranks))
     projection = "target model.layers.0.self_attn.qkv_proj"
     assert {f"rank 0: {stage} {projection}.weight" for stage in ("raw", "final")} <= set(names)
     assert f"rank 0: final {projection}.weight_scale" in names
+
+
+def test_what_post_processing_replaces_is_not_served_without_copies(store: Store, tmp_path: Path) -> None:
+    with Instance.on([0], tmp_path / "seed") as seed:
+        seed.load(store.get("w8a8"), {}, settings(TRANSPORT="hccl", INT8_CACHE="no"))
+        seed.profiled()
+        (lines,) = seed.lines("does not serve its target", "self_attn.qkv_proj.weight (vLLM replaced it)")
+        assert len(lines) == 1, seed.engines[0].text()
+        assert "set INT8_CACHE to dram or hbm on the server" in lines[0]
