@@ -26,9 +26,7 @@ BeforeProcessing = Callable[[torch.nn.Module], None]
 def before_processing(call: BeforeProcessing) -> Iterator[None]:
     """Call with each model between `load_weights` and post-processing."""
     from vllm.model_executor.model_loader import base_loader
-    from vllm_ascend.utils import adapt_patch
 
-    adapt_patch()  # as each worker does; it may replace the function
     original = base_loader.process_weights_after_loading
 
     def observe(model: torch.nn.Module, *arguments: Any) -> None:
@@ -43,7 +41,7 @@ def before_processing(call: BeforeProcessing) -> Iterator[None]:
 
 
 def start_worker(task: dict[str, Any]) -> Any:
-    """A worker that has loaded its model.
+    """A worker that is about to load its model: vllm-ascend has patched vLLM.
 
     Args:
         task: `model`, a folder; `load_format`; `extra`, the loader's settings; `arguments` of the engine; `rank`, and
@@ -65,7 +63,6 @@ def start_worker(task: dict[str, Any]) -> Any:
             is_driver_worker=task["rank"] == 0,
         )
         worker.init_device()
-        worker.load_model()
     return worker
 
 
@@ -96,8 +93,9 @@ class Engine:
     def load(self, task: dict[str, Any]) -> dict[str, Any]:
         """Start a worker; digests of its models' raw and final tensors, by role."""
         raw: list[dict[str, str]] = []
+        self.worker = start_worker(task)
         with before_processing(lambda model: raw.append(harness.raw_digests(model))):
-            self.worker = start_worker(task)
+            self.worker.load_model()
         models = models_of(self.worker)
         return {
             "raw": dict(zip(models, raw, strict=True)),
@@ -109,8 +107,9 @@ class Engine:
         from tests.ascend import outcomes
 
         seen: list[outcomes.Before] = []
+        self.worker = start_worker(task)
         with before_processing(lambda model: seen.append(outcomes.Before(model))):
-            self.worker = start_worker(task)
+            self.worker.load_model()
         models = models_of(self.worker)
         rows = [row for before, model in zip(seen, models.values(), strict=True) for row in before.compare(model)]
         return {

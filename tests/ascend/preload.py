@@ -1,8 +1,6 @@
-"""Imports all that an engine of vllm-ascend needs, with the simulator in place of torch_npu, and starts nothing."""
+"""Imports vLLM with the simulator in place of torch_npu and with vllm-ascend as its platform, and starts nothing."""
 
 from __future__ import annotations
-
-import importlib
 
 import torch_npu  # before vLLM asks for its platform
 
@@ -21,7 +19,3 @@ NPUPlatform.is_pin_memory_available = classmethod(lambda cls: False)
 from vllm.plugins import load_general_plugins  # noqa: E402
 
 load_general_plugins()
-
-_MODELS = ("deepseek_mtp", "deepseek_v2", "llama_eagle", "qwen3_moe")
-for _name in ("vllm_ascend.worker.worker", *(f"vllm.model_executor.models.{model}" for model in _MODELS)):
-    importlib.import_module(_name)

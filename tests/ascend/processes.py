@@ -10,12 +10,13 @@ from typing import Any
 
 from tests.ascend.kinds import KINDS, Store
 from tests.hccl.processes import ROOT, Child, clean_environment
+from tests.preloaded import PYTHON
 
 FAKES = ROOT / "tests" / "npu_sim" / "fakes"
 PATIENCE = 240.0
 """Seconds for one load, where the first one of a kind lets vLLM examine the model in a process of its own."""
 
-LIBRARIES = ("torch", "tests.ascend.preload", "tests.ascend.engine", "tests.ascend.outcomes")
+LIBRARIES = ("torch", "tests.ascend.warm")
 """What a process imports before it forks engines: see `tests.preloaded`."""
 
 
@@ -45,11 +46,12 @@ class Engine(Child):
         card: The card that it has.
         folder: In which the ranks of one engine meet.
         rank: Of this process.
+        python: The interpreter; ``sys.executable`` for one that imports everything itself.
     """
 
-    def __init__(self, card: int, folder: Path, rank: int = 0) -> None:
+    def __init__(self, card: int, folder: Path, rank: int = 0, python: str = PYTHON) -> None:
         self._of_rank = {"rank": rank, "store": str(folder / "store")}
-        super().__init__(environment(ASCEND_RT_VISIBLE_DEVICES=str(card)), module="tests.ascend.engine")
+        super().__init__(environment(ASCEND_RT_VISIBLE_DEVICES=str(card)), module="tests.ascend.engine", python=python)
 
     def request(self, what: str, **task: Any) -> None:
         """Send a request: a method of `tests.ascend.engine.Engine` and what it needs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.ascend import table
 from tests.ascend.kinds import KINDS, Store
 from tests.ascend.outcomes import SURVIVES
 from tests.ascend.processes import Engine, EngineFailed, surveyed
+from tests.preloaded import PYTHON
 
 Loads = Callable[[str], dict[str, Any]]
 
@@ -48,6 +50,17 @@ def test_the_table_says_what_became_of_its_tensors(loads: Loads, page: str, name
 def test_the_table_names_its_releases_and_no_other_kinds(page: str) -> None:
     assert table.versions() in page
     assert list(table.sections(page)) == [kind.title for kind in KINDS.values()]
+
+
+def test_a_fresh_process_loads_the_same(store: Store, tmp_path: Path) -> None:
+    """The other processes are forked from one that has imported models and applied vllm-ascend's patches."""
+    found = []
+    for python in (sys.executable, PYTHON):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        with Engine(0, folder, python=python) as engine:
+            found.append(engine.load("load", store.get("deepseek-w8a8"), {}))
+    assert found[0] == found[1]
 
 
 def test_a_model_without_a_tensor_does_not_load(store: Store, tmp_path: Path) -> None:

@@ -27,13 +27,20 @@ class Child:
         environment: The complete environment.
         arguments: Arguments of the child.
         module: What it runs: something that answers lines on its standard input with lines of JSON.
+        python: The interpreter.
     """
 
-    def __init__(self, environment: Mapping[str, str], *arguments: str, module: str = "tests.hccl.child") -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *arguments: str,
+        module: str = "tests.hccl.child",
+        python: str = PYTHON,
+    ) -> None:
         self.log: list[str] = []
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [PYTHON, "-W", "ignore", "-m", module, *arguments],
+            [python, "-W", "ignore", "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
