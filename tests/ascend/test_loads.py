@@ -54,7 +54,7 @@ def test_the_table_names_its_releases_and_no_other_kinds(page: str) -> None:
 
 def test_a_fresh_process_loads_the_same(store: Store, tmp_path: Path) -> None:
     """The other processes are forked from one that has imported models and applied vllm-ascend's patches."""
-    found = []
+    found: list[dict[str, Any]] = []
     for python in (sys.executable, PYTHON):
         folder = tmp_path / str(len(found))
         folder.mkdir()

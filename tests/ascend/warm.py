@@ -16,8 +16,13 @@ from tests.ascend import engine, outcomes  # noqa: F401
 
 adapt_patch()
 
-_ARCHITECTURES = ("LlamaForCausalLM", "EagleLlamaForCausalLM", "Qwen3MoeForCausalLM")
-_ARCHITECTURES += ("DeepseekV3ForCausalLM", "DeepSeekMTPModel")
+_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "EagleLlamaForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "DeepSeekMTPModel",
+)
 for _name in _ARCHITECTURES:
     # Else vLLM examines each class in a process of its own, which has to import everything once more.
     ModelRegistry.register_model(_name, ModelRegistry.models[_name].load_model_cls())
