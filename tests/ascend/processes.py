@@ -29,7 +29,6 @@ def environment(**more: str) -> dict[str, str]:
     return clean_environment(
         {
             "PYTHONPATH": os.pathsep.join([str(FAKES), str(ROOT)]),
-            "NETLOADER_NPU_SIM": "1",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
