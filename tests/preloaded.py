@@ -123,9 +123,23 @@ class Program:
 
 
 class Keeper:
-    """A process that has the libraries loaded, and forks when it is told to. Started when it is first needed."""
+    """A process that has the libraries loaded, and forks when it is told to. Started when it is first needed.
 
-    def __init__(self) -> None:
+    Args:
+        libraries: The modules to import, in this order; those that are not installed are left out.
+        environment: Of that process, besides the one that starts it. PYTHONPATH holds for it as well.
+        patience: Seconds that importing may take.
+    """
+
+    def __init__(
+        self,
+        libraries: Sequence[str] = LIBRARIES,
+        environment: Mapping[str, str] | None = None,
+        patience: float = _PATIENCE,
+    ) -> None:
+        self._patience = patience
+        self._libraries = tuple(libraries)
+        self._environment = dict(environment or {})
         self._connection: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._turn = threading.Lock()
@@ -187,7 +201,7 @@ class Keeper:
         _adopt_orphans(True)
         try:
             socket.send_fds(connection, [json.dumps(asdict(program)).encode()], streams)
-            answered, _, _ = select.select([connection], [], [], _PATIENCE)
+            answered, _, _ = select.select([connection], [], [], self._patience)
             pid = connection.recv(100) if answered else b""
             if not pid:
                 raise RuntimeError(f"the process that forks {'has ended' if answered else 'does not answer'}")
@@ -198,27 +212,30 @@ class Keeper:
     def start(self) -> socket.socket:
         """Let it load the libraries; what it is told meanwhile waits."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        paths = [path for path in self._environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         text = (
             f"import sys; sys.path.append({str(ROOT)!r}); from tests import preloaded; "
-            f"sys.path.pop(); preloaded.load_and_keep({theirs.fileno()})"
+            f"sys.path.pop(); sys.path[:0] = {paths!r}; "
+            f"preloaded.load_and_keep({theirs.fileno()}, {self._libraries!r})"
         )
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", text],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, **self._environment},
             )
         self._connection = _asking(ours)
         return self._connection
 
 
-def load_and_keep(number: int) -> None:
+def load_and_keep(number: int, libraries: Sequence[str]) -> None:
     """The main program of a process that forks; returns in those that it forked, when their program is over."""
     loaded: dict[str, types.ModuleType] = {}
     atexit.register(_leave_in_place, loaded)  # the first one that is registered is the last one that is called
     before = set(sys.modules)
     gc.disable()
-    for name in LIBRARIES:
+    for name in libraries:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
     loaded.update((name, module) for name, module in sys.modules.items() if name not in before)

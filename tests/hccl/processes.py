@@ -24,15 +24,23 @@ class Child:
     """One process with the device; see `tests.hccl.child`.
 
     Args:
-    environment: The complete environment.
+        environment: The complete environment.
         arguments: Arguments of the child.
+        module: What it runs: something that answers lines on its standard input with lines of JSON.
+        python: The interpreter.
     """
 
-    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *arguments: str,
+        module: str = "tests.hccl.child",
+        python: str = PYTHON,
+    ) -> None:
         self.log: list[str] = []
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [PYTHON, "-W", "ignore", "-m", "tests.hccl.child", *arguments],
+            [python, "-W", "ignore", "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,10 +75,10 @@ class Child:
             raise AssertionError(f"it ended with {self.process.wait()}:\n{self.text()}")
         return said
 
-    def ask(self, what: str) -> dict[str, Any]:
+    def ask(self, what: str, patience: float = PATIENCE) -> dict[str, Any]:
         """Send it a line and return its answer."""
         self.tell(what)
-        return self.heard()
+        return self.heard(patience)
 
     def tell(self, what: str) -> None:
         """Send it a line."""
@@ -132,6 +140,6 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without anything that changes HCCL, and with `extra`."""
-    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "NPU_SIM_", "STAND_IN_")
+    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "ASCEND_RT_", "STAND_IN_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return kept | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"} | dict(extra)

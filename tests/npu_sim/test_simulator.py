@@ -22,7 +22,7 @@ PROCESSES = 3
 
 def environment() -> dict[str, str]:
     """The environment of a process with the simulated device."""
-    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "NPU_SIM_")
+    hidden = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_", "RANK_TABLE_FILE", "ROOTINFO_", "ASCEND_RT_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return kept | {
         "NETLOADER_NPU_SIM": "1",

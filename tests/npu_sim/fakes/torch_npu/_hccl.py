@@ -26,6 +26,7 @@ import torch
 
 from . import _formats as formats
 from . import _memory as memory
+from ._cards import visible
 from ._streams import Joinable, Stream, communicators, streams
 from ._traffic import Began, traffic
 
@@ -34,10 +35,10 @@ _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 }
-_ROOT = struct.Struct("=16sH64s")
+_ROOT = struct.Struct("=16sH")
 _ROOT_BYTES = 4108
 _LENGTH = struct.Struct("=Q")
-_WHO = struct.Struct("=64sI")
+_CARD = struct.Struct("=I")
 _MIB = 1 << 20
 
 LATENCY = 0.001  # seconds that each receive takes at least
@@ -51,11 +52,6 @@ _alive: set[ProcessGroupHCCL] = set()  # the library keeps its groups alive unti
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("0", "")
-
-
-def _host() -> bytes:
-    """The name of this host: tests can simulate several."""
-    return os.environ.get("NPU_SIM_HOST", "one").encode()
 
 
 class Work:
@@ -136,22 +132,23 @@ class _Communicator:
         limit = float(os.environ.get("HCCL_CONNECT_TIMEOUT", "120"))
         if self._group.rank() == 0:
             with socket.create_server(("127.0.0.1", 0)) as listener:
-                root = _ROOT.pack(b"127.0.0.1", listener.getsockname()[1], _host()).ljust(_ROOT_BYTES, b"\0")
+                root = _ROOT.pack(b"127.0.0.1", listener.getsockname()[1]).ljust(_ROOT_BYTES, b"\0")
                 self._group.store.set("0:1", root)
                 self._group.store.set("version_key", b"sim")
                 listener.settimeout(limit)
                 sock, _ = listener.accept()
         else:
-            host, port, _ = _ROOT.unpack_from(bytes(self._group.store.get("0:1")))
+            host, port = _ROOT.unpack_from(bytes(self._group.store.get("0:1")))
             self._group.store.get("version_key")
             sock = socket.create_connection((host.rstrip(b"\0").decode(), port), limit)
         sock.settimeout(None)
-        sock.sendall(_WHO.pack(_host(), self.device))
-        who, index = _WHO.unpack(_exactly(sock, _WHO.size))
-        if who.rstrip(b"\0") == _host() and index == self.device:
+        own = visible()[self.device]
+        sock.sendall(_CARD.pack(own))
+        (card,) = _CARD.unpack(_exactly(sock, _CARD.size))
+        if card == own:
             sock.close()
             raise RuntimeError("EI0009: two ranks of a communicator are on one device")
-        self.peer = index
+        self.peer = card
         return sock
 
     def _run_operations(self) -> None:

@@ -1,0 +1,157 @@
+"""One engine's rank in a process of its own: the real NPUWorker of vllm-ascend on one simulated card.
+
+Requests are lines of JSON on the standard input, answers lines of JSON on the standard output; it ends when the input
+does. The card is named by ASCEND_RT_VISIBLE_DEVICES and is ``npu:0`` here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from netloader.vllm.model.processed import FACTS, survey
+from tests.ascend import preload  # noqa: F401 - first of all
+from tests.vllm import harness
+
+BeforeProcessing = Callable[[torch.nn.Module], None]
+
+
+@contextmanager
+def before_processing(call: BeforeProcessing) -> Iterator[None]:
+    """Call with each model between `load_weights` and post-processing."""
+    from vllm.model_executor.model_loader import base_loader
+
+    original = base_loader.process_weights_after_loading
+
+    def observe(model: torch.nn.Module, *arguments: Any) -> None:
+        call(model)
+        original(model, *arguments)
+
+    base_loader.process_weights_after_loading = observe
+    try:
+        yield
+    finally:
+        base_loader.process_weights_after_loading = original
+
+
+def start_worker(task: dict[str, Any]) -> Any:
+    """A worker that is about to load its model: vllm-ascend has patched vLLM.
+
+    Args:
+        task: `model`, a folder; `load_format`; `extra`, the loader's settings; `arguments` of the engine; `rank`, and
+            `store`, the file in which the ranks of the engine meet.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    config = harness.engine_config(
+        task["model"], load_format=task["load_format"], extra=task["extra"], **task["arguments"]
+    )
+    worker_class = resolve_obj_by_qualname(config.parallel_config.worker_cls)
+    with set_current_vllm_config(config):
+        worker = worker_class(
+            vllm_config=config,
+            local_rank=0,
+            rank=task["rank"],
+            distributed_init_method=f"file://{task['store']}",
+            is_driver_worker=task["rank"] == 0,
+        )
+        worker.init_device()
+    return worker
+
+
+def models_of(worker: Any) -> dict[str, torch.nn.Module]:
+    """The models of a worker, by their role."""
+    found = {"target": worker.model_runner.model}
+    drafter = getattr(worker.model_runner, "drafter", None)
+    if drafter is not None:
+        found["draft"] = drafter.model
+    return found
+
+
+def everything(model: torch.nn.Module) -> dict[str, str]:
+    """Digests of all tensors that a post-processed model holds, whatever object holds them."""
+    return {name: harness.tensor_digest(t) for name, t in survey(model, {}).tensors.items() if name != FACTS}
+
+
+def _name(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+class Engine:
+    """What the requests of one process act on."""
+
+    def __init__(self) -> None:
+        self.worker: Any = None
+
+    def load(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Start a worker; digests of its models' raw and final tensors, by role."""
+        raw: list[dict[str, str]] = []
+        self.worker = start_worker(task)
+        with before_processing(lambda model: raw.append(harness.raw_digests(model))):
+            self.worker.load_model()
+        models = models_of(self.worker)
+        return {
+            "raw": dict(zip(models, raw, strict=True)),
+            "final": {role: everything(model) for role, model in models.items()},
+        }
+
+    def survey(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Start a worker; what became of its models' raw tensors."""
+        from tests.ascend import outcomes
+
+        seen: list[outcomes.Before] = []
+        self.worker = start_worker(task)
+        with before_processing(lambda model: seen.append(outcomes.Before(model))):
+            self.worker.load_model()
+        models = models_of(self.worker)
+        rows = [row for before, model in zip(seen, models.values(), strict=True) for row in before.compare(model)]
+        return {
+            "worker": _name(self.worker),
+            "runner": _name(self.worker.model_runner),
+            "quantization": self.worker.vllm_config.model_config.quantization,
+            "roles": list(models),
+            "rows": rows,
+        }
+
+    def profile(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Measure the memory, as the engine's next step, without the forward pass: nothing computes here."""
+        self.worker.model_runner.profile_run = lambda *args, **kwargs: None
+        return {"bytes": self.worker.determine_available_memory()}
+
+    def serving(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The address of this process's server, if it has one."""
+        from netloader.vllm.serve.serving import running_server
+
+        server = running_server()
+        return {"address": None if server is None else server.address}
+
+    def close(self) -> None:
+        """End the server, as the end of an engine does."""
+        from netloader.vllm.serve import serving
+
+        serving.stop_server()
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    engine = Engine()
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            answer = getattr(engine, task["do"])(task)
+        except Exception as error:  # noqa: BLE001 - the test that asked reports it
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The kinds of models that are loaded: how each is made, and with which arguments the engine gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests import models
+from tests.ascend import checkpoints
+from tests.ascend.checkpoints import Layout, Rule, experts, latent_attention, projections
+
+Arguments = Callable[["Store"], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model.
+
+    Attributes:
+        model: The name under which `Store` makes its files.
+        title: What it is.
+        schemes: Classes of vllm-ascend that have to have post-processed some of its layers.
+        arguments: Of the engine, besides the usual ones.
+    """
+
+    model: str
+    title: str
+    schemes: tuple[str, ...] = ()
+    arguments: Arguments = lambda store: {}
+
+
+@dataclass
+class Store:
+    """Makes each model once, below `root`."""
+
+    root: Path
+    _made: dict[str, Path] = field(default_factory=dict)
+
+    def get(self, name: str) -> Path:
+        """The folder of a model."""
+        if name not in self._made:
+            make = _PLAIN.get(name) or models.KINDS.get(name)
+            folder = self.root / name
+            if make is not None:
+                self._made[name] = make(folder)
+            else:
+                source, rule, layout = _QUANTISED[name]
+                self._made[name] = checkpoints.quantise(self.get(source), folder, rule, layout)
+        return self._made[name]
+
+    def bare(self, name: str) -> Path:
+        """The same folder without weight files."""
+        bare = f"{name}-bare"
+        if bare not in self._made:
+            self._made[bare] = models.strip_weights(self.get(name), self.root / bare)
+        return self._made[bare]
+
+
+_PLAIN: Mapping[str, Callable[[Path], Path]] = {"deepseek": checkpoints.make_deepseek}
+
+_NEW = "1.0.0"
+_QUANTISED: Mapping[str, tuple[str, Rule, Layout]] = {
+    "w8a8": ("llama-bf16", projections("W8A8"), Layout()),
+    "w8a8-other": ("llama-bf16-other", projections("W8A8"), Layout()),
+    "w8a8-dynamic": ("llama-bf16", projections("W8A8_DYNAMIC"), Layout()),
+    "w8a16": ("llama-bf16", projections("W8A16"), Layout()),
+    "w8a8-mix": ("llama-bf16", projections("W8A8_MIX"), Layout()),
+    "w4a8": ("llama-bf16", projections("W4A8_DYNAMIC"), Layout(_NEW, 64)),
+    "w4a8-old": ("llama-bf16", projections("W4A8_DYNAMIC"), Layout(group=64)),
+    "w4a4": ("llama-bf16", projections("W4A4_DYNAMIC"), Layout()),
+    "w4a4-flatquant": ("llama-bf16", projections("W4A4_FLATQUANT_DYNAMIC"), Layout()),
+    "moe-w8a8": ("qwen3-moe", experts("W8A8_DYNAMIC"), Layout()),
+    "moe-w4a8": ("qwen3-moe", experts("W4A8_DYNAMIC"), Layout(_NEW)),
+    "moe-w4a8-group": ("qwen3-moe", experts("W4A8_DYNAMIC"), Layout(_NEW, 64)),
+    "moe-w4a8-old": ("qwen3-moe", experts("W4A8_DYNAMIC"), Layout(group=64)),
+    "deepseek-w8a8": ("deepseek", latent_attention, Layout()),
+}
+
+
+def _mtp(store: Store) -> dict[str, Any]:
+    return {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+
+
+def _eagle(store: Store) -> dict[str, Any]:
+    draft = str(store.get("eagle"))
+    return {"speculative_config": {"method": "eagle", "model": draft, "num_speculative_tokens": 1}}
+
+
+def _consumer(store: Store) -> dict[str, Any]:
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_consumer"}
+    return {"kv_transfer_config": connector, "max_num_batched_tokens": 512}
+
+
+_DYNAMIC, _STATIC, _FOUR = "AscendW8A8DynamicLinearMethod", "AscendW8A8LinearMethod", "AscendW4A8DynamicLinearMethod"
+_EXPERTS, _FOUR_EXPERTS = "AscendW8A8DynamicFusedMoEMethod", "AscendW4A8DynamicFusedMoEMethod"
+_PLAIN_EXPERTS = "AscendUnquantizedFusedMoEMethod"
+_LATENT = (_STATIC, _DYNAMIC, _EXPERTS)
+
+KINDS: Mapping[str, Kind] = {
+    "llama": Kind("llama-bf16", "bf16, dense"),
+    "qwen3-moe": Kind("qwen3-moe", "bf16, mixture of experts", (_PLAIN_EXPERTS,)),
+    "deepseek": Kind("deepseek", "bf16, MLA and a mixture of experts", (_PLAIN_EXPERTS,)),
+    "w8a8": Kind("w8a8", "W8A8 (static)", (_STATIC,)),
+    "w8a8-dynamic": Kind("w8a8-dynamic", "W8A8_DYNAMIC", (_DYNAMIC,)),
+    "w8a16": Kind("w8a16", "W8A16", ("AscendW8A16LinearMethod",)),
+    "w8a8-mix": Kind("w8a8-mix", "W8A8_MIX", ("AscendW8A8PDMixLinearMethod",)),
+    "w4a8": Kind("w4a8", "W4A8_DYNAMIC, version 1.0.0, per group", (_FOUR,)),
+    "w4a8-old": Kind("w4a8-old", "W4A8_DYNAMIC, older version, per group", (_FOUR,)),
+    "w4a4": Kind("w4a4", "W4A4_DYNAMIC", ("AscendW4A4LaosDynamicLinearMethod",)),
+    "w4a4-flatquant": Kind("w4a4-flatquant", "W4A4_FLATQUANT_DYNAMIC", ("AscendW4A4FlatQuantDynamicLinearMethod",)),
+    "moe-w8a8": Kind("moe-w8a8", "experts W8A8_DYNAMIC", (_EXPERTS, _DYNAMIC)),
+    "moe-w4a8": Kind("moe-w4a8", "experts W4A8_DYNAMIC, version 1.0.0, per channel", (_FOUR_EXPERTS, _DYNAMIC)),
+    "moe-w4a8-group": Kind(
+        "moe-w4a8-group", "experts W4A8_DYNAMIC, version 1.0.0, per group", (_FOUR_EXPERTS, _DYNAMIC)
+    ),
+    "moe-w4a8-old": Kind("moe-w4a8-old", "experts W4A8_DYNAMIC, older version, per group", (_FOUR_EXPERTS, _DYNAMIC)),
+    "compressed-tensors": Kind("llama-w8a8", "compressed-tensors, int8 weights, dynamic activations", (_DYNAMIC,)),
+    "deepseek-w8a8": Kind("deepseek-w8a8", "MLA: attention W8A8, the rest W8A8_DYNAMIC", _LATENT),
+    "deepseek-w8a8-consumer": Kind("deepseek-w8a8", "the same on a KV consumer (MLAPO)", _LATENT, _consumer),
+    "mtp": Kind("deepseek-w8a8", "the same with its MTP layer as a draft", _LATENT, _mtp),
+    "eagle": Kind("llama-bf16", "bf16, dense, with an EAGLE draft", (), _eagle),
+}
