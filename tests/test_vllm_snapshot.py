@@ -107,6 +107,16 @@ def test_an_original_that_was_not_kept_is_lost() -> None:
     assert "up.bias" in located.live, "small tensors are always copied"
 
 
+def test_another_name_of_a_tensor_is_not_called_rewritten_because_its_block_cannot_be_hashed() -> None:
+    model = Tiny()
+    holding = tensors.hold(named_raw_tensors(model), ModelIdentity(), block_bytes=1 << 20)
+    raw = RawWeights(model, holding.announcement, lambda name: Keep.NO)
+    model.up.weight = torch.nn.Parameter(torch.zeros(128, 64))
+    located = raw.locate(model)
+    assert located.lost == {"up.weight": "vLLM replaced it"}
+    assert not {"embed.weight", "head.weight"} & located.live.keys()  # neither is known to be unchanged
+
+
 def test_a_rewrite_in_place_is_seen() -> None:
     model = Tiny()
     raw = recorded(model, lambda _: Keep.REFERENCE)

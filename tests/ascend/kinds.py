@@ -11,7 +11,10 @@ from tests import models
 from tests.ascend import checkpoints
 from tests.ascend.checkpoints import Layout, Rule, experts, latent_attention, projections
 
-Arguments = Callable[["Store"], dict[str, Any]]
+Find = Callable[[str], Path]
+"""The folder of a model: `Store.get`, or `Store.bare`."""
+
+Arguments = Callable[[Find], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Kind:
     model: str
     title: str
     schemes: tuple[str, ...] = ()
-    arguments: Arguments = lambda store: {}
+    arguments: Arguments = lambda find: {}
 
 
 @dataclass
@@ -79,16 +82,16 @@ _QUANTISED: Mapping[str, tuple[str, Rule, Layout]] = {
 }
 
 
-def _mtp(store: Store) -> dict[str, Any]:
+def _mtp(find: Find) -> dict[str, Any]:
     return {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
 
 
-def _eagle(store: Store) -> dict[str, Any]:
-    draft = str(store.get("eagle"))
+def _eagle(find: Find) -> dict[str, Any]:
+    draft = str(find("eagle"))
     return {"speculative_config": {"method": "eagle", "model": draft, "num_speculative_tokens": 1}}
 
 
-def _consumer(store: Store) -> dict[str, Any]:
+def _consumer(find: Find) -> dict[str, Any]:
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_consumer"}
     return {"kv_transfer_config": connector, "max_num_batched_tokens": 512}
 

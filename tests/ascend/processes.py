@@ -86,4 +86,4 @@ def surveyed(name: str, store: Store, folder: Path) -> dict[str, Any]:
     """The rows of one kind of model, loaded from its files in a process of its own."""
     kind = KINDS[name]
     with Engine(0, folder) as engine:
-        return engine.load("survey", store.get(kind.model), kind.arguments(store))
+        return engine.load("survey", store.get(kind.model), kind.arguments(store.get))

@@ -13,7 +13,7 @@ from tests.ascend.processes import Engine
 Digests = Mapping[str, Mapping[str, Mapping[str, str]]]
 """Of one rank: of its raw and of its final tensors, by the role of the model, by name."""
 
-NAME = "tiny"
+NAME, DRAFT = "tiny", "tiny-draft"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Instance:
 def settings(sources: Sequence[str] = (), **more: Any) -> dict[str, Any]:
     """The loader's settings, with a source for each rank."""
     found = [{"device_id": rank, "sources": [source]} for rank, source in enumerate(sources)]
-    return {"MODEL": NAME, **({"SOURCE": found} if found else {}), **more}
+    return {"MODEL": NAME, "DRAFT_MODEL": DRAFT, **({"SOURCE": found} if found else {}), **more}
 
 
 def differences(one: Sequence[Digests], other: Sequence[Digests]) -> list[str]:

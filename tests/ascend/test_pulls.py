@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ascend.kinds import KINDS, Store
+from tests.ascend.kinds import KINDS, Find, Store
 from tests.ascend.pulls import Digests, Instance, differences, settings
 
 FromDisk = Callable[[str, int], Sequence[Digests]]
@@ -61,7 +61,7 @@ def from_disk(store: Store, tmp_path_factory: pytest.TempPathFactory) -> FromDis
         chosen = CASES[case]
         folder = tmp_path_factory.mktemp("disk") / "ranks"
         with Instance.on(_cards(chosen, 4), folder) as instance:
-            return instance.load(store.get(KINDS[chosen.kind].model), _arguments(chosen, store))
+            return instance.load(store.get(KINDS[chosen.kind].model), _arguments(chosen, store.get))
 
     return lambda kind, ranks: load(next(n for n, case in enumerate(CASES) if (case.kind, case.ranks) == (kind, ranks)))
 
@@ -70,8 +70,8 @@ def _cards(case: Case, first: int) -> Sequence[int]:
     return range(first, first + case.ranks)
 
 
-def _arguments(case: Case, store: Store) -> dict[str, Any]:
-    return {**KINDS[case.kind].arguments(store), **case.arguments}
+def _arguments(case: Case, find: Find) -> dict[str, Any]:
+    return {**KINDS[case.kind].arguments(find), **case.arguments}
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ class Pull:
 
 def pull(case: Case, store: Store, folder: Path, served: str = "") -> Pull:
     """Serve `served`, or the model of the case, and pull it into an instance that has no files."""
-    model, arguments = KINDS[case.kind].model, _arguments(case, store)
+    model = KINDS[case.kind].model
     with (
         Instance.on(_cards(case, 0), folder / "seed") as seed,
         Instance.on(_cards(case, 2), folder / "client") as client,
     ):
-        theirs = seed.load(store.get(served or model), arguments, settings(TRANSPORT=case.transport, **case.server))
+        serving = settings(TRANSPORT=case.transport, **case.server)
+        theirs = seed.load(store.get(served or model), _arguments(case, store.get), serving)
         seed.profiled()
         sources = settings(seed.addresses(), TRANSPORT=case.transport, SERVE=False)
-        ours = client.load(store.bare(model), arguments, sources)
+        ours = client.load(store.bare(model), _arguments(case, store.bare), sources)
         client.profiled()
         return Pull(theirs, ours, client.lines)
 
@@ -103,8 +104,9 @@ def test_a_pull_ends_in_the_model_of_a_disk_load(store: Store, from_disk: FromDi
     found, disk = pull(case, store, tmp_path), from_disk(case.kind, case.ranks)
     assert not differences(found.client, disk)
     assert not differences(found.seed, disk)
-    for lines in found.lines("target: pulled", f"over {case.transport}"):
-        assert len(lines) == 1
+    for role in disk[0]["raw"]:
+        for lines in found.lines(f"{role}: pulled", f"over {case.transport}"):
+            assert len(lines) == 1
 
 
 def test_other_weights_at_the_seed_are_noticed(store: Store, from_disk: FromDisk, tmp_path: Path) -> None:

@@ -244,11 +244,15 @@ class RawWeights:
                 unknown.update(names)
                 lost.update(self._changed({name: found[name] for name in names}))
         for spec in manifest.tensors:
-            if spec.alias_of and (
-                spec.alias_of in unknown or not _same(found.get(spec.name), found.get(spec.alias_of))
-            ):
+            if not spec.alias_of:
+                continue
+            if not _same(found.get(spec.name), found.get(spec.alias_of)):
                 unknown.add(spec.name)
                 lost.setdefault(spec.name, lost.get(spec.alias_of, _IN_PLACE))
+            elif spec.alias_of in unknown:
+                unknown.add(spec.name)
+                if spec.alias_of in lost:  # otherwise another tensor of its block is
+                    lost.setdefault(spec.name, lost[spec.alias_of])
         return found.keys() - unknown
 
     def _changed(self, found: Mapping[str, torch.Tensor]) -> dict[str, str]:
