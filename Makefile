@@ -53,6 +53,7 @@ export PIP_NO_INPUT := 1
 # Where it is set, each of the many processes of the tests compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
+NPU_INSTALL := -m pip install --quiet --constraint $(NPU_VENV)/constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt
 
@@ -188,14 +189,14 @@ $(OLDEST_STAMP): $(SETUP_INPUTS) scripts/requirements_of.py
 	$(call put_stamp)
 
 # Where torch_npu is installed torch cannot be imported without CANN or AUTOLOAD=0: an environment of its own.
-# The stand-in for CANN is C++.
+# Each torch_npu requires one torch, which need not be the one of the other environments. The stand-in for CANN is C++.
 $(NPU_STAMP): $(SETUP_INPUTS) tests/hccl/real/stand_in.cpp tests/hccl/real/build.sh
 	@command -v g++ >/dev/null || \
 		{ echo "make hccl-real needs g++ (Debian: apt-get install g++); nothing else does" >&2; exit 1; }
 	$(call make_venv,$(NPU_VENV))
-	$(NPU_VENV)/bin/python $(PIP_INSTALL) torch
-	$(NPU_VENV)/bin/python $(PIP_INSTALL) torch-npu==$(TORCH_NPU_VERSION) numpy pyyaml
-	$(NPU_VENV)/bin/python $(PIP_INSTALL) --editable '.[test]'
+	grep -v '^torch==' constraints.txt >$(NPU_VENV)/constraints.txt
+	$(NPU_VENV)/bin/python $(NPU_INSTALL) torch-npu==$(TORCH_NPU_VERSION) numpy pyyaml
+	$(NPU_VENV)/bin/python $(NPU_INSTALL) torch-npu==$(TORCH_NPU_VERSION) --editable '.[test]'
 	tests/hccl/real/build.sh $(NPU_VENV)/bin/python $(NPU_VENV)/stand-in
 	$(call put_stamp)
 

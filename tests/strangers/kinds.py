@@ -80,8 +80,8 @@ async def connect(wire: kit.Wire[Any]) -> None:
 
 
 async def greet(wire: kit.Wire[Any]) -> None:
-    """A Hello and then nothing."""
-    await wire.say(kit.hello(TCP))
+    """A Hello and then nothing. It says that it will prove a token: else a server that has one turns it away at once."""
+    await wire.say(kit.hello(TCP, b"of another server"))
     await wire.hear_until(m.Welcome)
 
 
