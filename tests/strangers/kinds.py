@@ -80,7 +80,7 @@ async def connect(wire: kit.Wire[Any]) -> None:
 
 
 async def greet(wire: kit.Wire[Any]) -> None:
-    """A Hello and then nothing. It says that it will prove a token: else a server that has one turns it away at once."""
+    """A Hello that promises to prove a token, without which a server that has one refuses at once, and then nothing."""
     await wire.say(kit.hello(TCP, b"of another server"))
     await wire.hear_until(m.Welcome)
 
