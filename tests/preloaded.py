@@ -152,6 +152,8 @@ class Keeper:
             patch: ``setattr``, or that of pytest's ``monkeypatch``.
         """
         patch(subprocess, "_fork_exec", self._start)
+        # From Python 3.13 on `posix_spawn` starts most processes, unless told not to.
+        patch(subprocess, "_USE_POSIX_SPAWN", False)
 
     def fork_here(self) -> bool:
         """Let a fork of this process, as it is now, be the one that forks.

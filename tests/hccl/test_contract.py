@@ -13,7 +13,7 @@ from tests.hccl import contract
 from tests.hccl.processes import ROOT
 from tests.wheels import wheel_of
 
-RELEASES = ("2.10.0.post4", "2.13.0")
+RELEASES = ("2.10.0.post4", "2.13.0", "2.14.0")
 SOURCES = sorted((ROOT / "netloader" / "transports" / "hccl").glob("*.py"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.models import ModelStore
-from tests.vllm import harness
+from tests.vllm import harness, processors
 from tests.vllm.pulls import LogLines, Seeds
 
 
@@ -32,6 +32,14 @@ def needs_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def seeds(needs_vllm: None, models: ModelStore, tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     """Models that can be served, each loaded once per session."""
     return Seeds(models, tmp_path_factory.mktemp("changed"))
+
+
+@pytest.fixture
+def processor(request: pytest.FixtureRequest, needs_vllm: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kind of processor that vLLM chooses kernels for: see `tests.vllm.processors`."""
+    kind: str = request.param
+    processors.choose(kind, monkeypatch)
+    return kind
 
 
 @pytest.fixture(autouse=True)

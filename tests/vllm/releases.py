@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 
 from netloader.vllm.model.processed import possible
 
-__all__ = ["KNOWS_PROCESSED", "LOOKS_FOR_HEAD", "needs_head_search", "reload_in_place"]
+__all__ = ["KNOWS_PROCESSED", "LOOKS_FOR_HEAD", "PACKS_EXPERTS", "needs_head_search", "reload_in_place"]
 
 
 def _looks_for_head() -> bool:
@@ -26,6 +27,9 @@ KNOWS_PROCESSED = possible()
 
 LOOKS_FOR_HEAD = _looks_for_head()
 """Whether this vLLM looks into weight files to decide whether embeddings are tied. Older ones use config.json."""
+
+PACKS_EXPERTS = importlib.util.find_spec("vllm.model_executor.layers.fused_moe.cpu_fused_moe") is None
+"""Whether this vLLM packs experts' weights on every CPU. Older ones have no kernel for CPUs without AVX-512."""
 
 needs_head_search = pytest.mark.skipif(not LOOKS_FOR_HEAD, reason="this vLLM takes the word of config.json on tying")
 

@@ -19,6 +19,7 @@ from netloader.vllm.load.inspect_engine import Context
 from netloader.vllm.model.support import why_not
 from tests.models import ModelStore
 from tests.vllm import harness
+from tests.vllm.processors import WITHOUT, on_processor
 from tests.vllm.pulls import LogLines, Seeds, extra, load, source_of
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "vllm.md"
@@ -106,10 +107,11 @@ def test_cpu_offload_falls_back(
     assert connections == []
 
 
+@on_processor(WITHOUT)
 def test_online_quantisation_falls_back(
-    seeds: Seeds, models: ModelStore, log_lines: LogLines, connections: list[int]
+    processor: str, seeds: Seeds, models: ModelStore, log_lines: LogLines, connections: list[int]
 ) -> None:
-    """vLLM has no fp8 kernel for this machine's CPU, so it fails after the part that is tested."""
+    """vLLM has no fp8 kernel for this processor, so it fails after the part that is tested."""
     seed = seeds.get("llama-bf16")
     log_lines.lines.clear()
     with source_of(seed.holding) as source, pytest.raises(Exception, match=r"fp8|FP8|kernel|scaled|quant"):

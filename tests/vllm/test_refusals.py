@@ -27,6 +27,7 @@ from netloader.vllm.serve import serving
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.drafts import KINDS, load_pair
+from tests.vllm.processors import on_each_processor
 from tests.vllm.pulls import LogLines, Seeds, extra, load, pull, source_of
 from tests.vllm.reloads import config_of, reload
 from tests.vllm.test_fallback import REFUSALS
@@ -180,8 +181,9 @@ def test_a_model_that_is_more_than_its_raw_tensors_is_not_served(
     assert reason in log_lines.one("default loader", "could not pull"), "the client is told the same"
 
 
+@on_each_processor
 def test_a_draft_that_shares_tensors_is_served_raw_or_not_at_all(
-    models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+    processor: str, models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.model_loader import base_loader
 
@@ -197,7 +199,7 @@ def test_a_draft_that_shares_tensors_is_served_raw_or_not_at_all(
     kind = KINDS["EAGLE"]
     with monkeypatch.context() as patch:
         patch.setattr(base_loader, "process_weights_after_loading", and_rewrite)
-        # Without copies. vLLM packs the weight if it has kernels for the processor; else it is rewritten in place.
+        # Without copies. Where vLLM packs the weight it is gone; else it is rewritten in place.
         load_pair(models.get(kind.target), kind.speculative(models.get), extra(KEEP_RAW=False))
     line = log_lines.one("does not serve its draft")
     assert "raw tensors behind: " in line

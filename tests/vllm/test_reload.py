@@ -13,6 +13,7 @@ from netloader.vllm.live.reloading import ReloadRefused
 from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
+from tests.vllm.processors import on_each_processor
 from tests.vllm.pulls import LogLines, Seeds, extra, load, offered, pull, source_of
 from tests.vllm.releases import reload_in_place
 from tests.vllm.reloads import config_of, damage, outputs, reload, same
@@ -31,8 +32,9 @@ def live(seeds: Seeds, models: ModelStore) -> Callable[[str], torch.nn.Module]:
     return make
 
 
+@on_each_processor
 def test_a_live_model_reloads_from_a_source_and_serves_again(
-    seeds: Seeds, models: ModelStore, live: Callable[[str], torch.nn.Module], log_lines: LogLines
+    processor: str, seeds: Seeds, models: ModelStore, live: Callable[[str], torch.nn.Module], log_lines: LogLines
 ) -> None:
     model = live("llama-bf16")
     before, raw = outputs(model), harness.raw_digests(model)

@@ -29,7 +29,7 @@ def test_a_file_is_checked_and_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (said["ok"], said["exit"]) == (False, 2)
     assert [fault["field"] for fault in said["faults"]] == ["WAIT", "PORT", "TOKEN_FILE"]
     assert str(file) in said["faults"][0]["message"]
-    file.write_text('{"WAIT": 1,}')
+    file.write_text('{"WAIT": 1 "PORT": 2}')
     assert main(["config", "check", str(file)]) == 2
     assert "line 1, column 12" in capsys.readouterr().err
 
