@@ -6,14 +6,13 @@ Importing this module does not import torch; using it does.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-import anyio
 import anyio.to_thread
 
 from netloader.client.arguments import check_asked, check_identity, check_pull, check_tensors, check_transport
@@ -35,7 +34,7 @@ from netloader.server.own_address import own_host
 from netloader.server.own_loop import serving_at
 from netloader.server.server import HoldingServer
 from netloader.session.holding import Holding
-from netloader.session.off_loop import FEW_SPANS, in_thread, weaken
+from netloader.session.off_loop import FEW_SPANS, in_thread, shielded, weaken
 from netloader.session.own_task import OwnTask, in_own_task
 from netloader.session.relay_progress import Supply
 from netloader.transports import registry
@@ -341,9 +340,7 @@ async def pull(
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
-    call = partial(_pull_into, filled, identity, found, transport, options, progress, observers, relay)
-    _, report = await in_own_task(call, "netloader.pull")
-    return report
+    return (await _pull_into(filled, identity, found, transport, options, progress, observers, relay))[1]
 
 
 async def pull_new(
@@ -412,8 +409,7 @@ async def pull_new(
         software=software(),
     )
     filled = destination(None, device=device, allocate=allocate)
-    call = partial(_pull_into, filled, None, found, transport, options, progress, observers)
-    return await in_own_task(call, "netloader.pull_new")
+    return await _pull_into(filled, None, found, transport, options, progress, observers)
 
 
 async def _pull_into(
@@ -426,19 +422,27 @@ async def _pull_into(
     observers: Sequence[Observer],
     relay: HoldingServer | None = None,
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
-    from netloader.tensors import LEAST_BYTES, Prefaulter, digest_of
+    from netloader.tensors import digest_of
 
     transports, unavailable = _transports(filled.device, transport)
     options = replace(options, unavailable=unavailable)
     observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
-    if isinstance(progress, Display):  # as an observer it shows waits too, which a callback is not told
-        progress = None
+    progress = None if isinstance(progress, Display) else progress  # as an observer it shows waits too
+    call = partial(pull_from, filled, identity, found, transports, digest_of, options, progress, relay, observers)
+    return await in_own_task(partial(_prefaulted, filled, call, kept=relay is not None), "netloader.pull")
+
+
+async def _prefaulted(
+    filled: Destination, call: Callable[[], Awaitable[PullReport]], *, kept: bool
+) -> tuple[Mapping[str, torch.Tensor], PullReport]:
+    from netloader.tensors import LEAST_BYTES, Prefaulter
+
     prefaulter = Prefaulter(filled.larger(LEAST_BYTES))
     needed = False
     try:
         prefaulter.start()
-        report = await pull_from(filled, identity, found, transports, digest_of, options, progress, relay, observers)
-        needed = relay is not None  # which serves the tensors until they are retracted there
+        report = await call()
+        needed = kept  # a relay serves the tensors until they are retracted there
         return filled.tensors, report
     except MemoryStillInUse:
         needed = True
@@ -447,10 +451,8 @@ async def _pull_into(
         if not needed:
             await weaken(filled.weaken, filled.manifest)
         if prefaulter.running:
-            with anyio.CancelScope(shield=True):  # `stop` has a deadline of its own
-                await anyio.to_thread.run_sync(prefaulter.stop)
-        else:
-            prefaulter.stop()
+            await shielded(prefaulter.stop)
+        prefaulter.stop()
 
 
 async def probe(

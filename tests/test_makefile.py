@@ -96,6 +96,6 @@ def test_every_environment_carries_the_python(tree: Path) -> None:
     done = make(tree, "--print-data-base", "--question", "PYTHON=./python3.13", "help")
     found = dict(line.split(" := ") for line in done.stdout.splitlines() if " := .venv" in line)
     assert {name for name in found if name.endswith("VENV")} == {
-        *("VENV", "DEMO_VENV", "BENCH_VENV", "VLLM_VENV", "OLDEST_VENV", "NPU_VENV", "ASCEND_VENV")
+        *("VENV", "DEMO_VENV", "BENCH_VENV", "VLLM_VENV", "OLDEST_VENV", "NPU_VENV", "ASCEND_VENV", "ASCEND_SIM_VENV")
     }
     assert all("-py3.13" in value or "$(OTHER_PYTHON)" in value for value in found.values())

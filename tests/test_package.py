@@ -98,7 +98,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     information = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "netloader").rglob("*.py")}
     assert {"netloader/transports/base.py", "netloader/vllm/plugin.py", "netloader/codecs/frames.py"} <= expected
-    assert names - information == expected | {"netloader/py.typed"}
+    assert names - information == expected | {"netloader/py.typed", "netloader/vllm/model/settings.toml"}
     assert any(name.endswith("/licenses/LICENSE") for name in information)
 
 

@@ -11,7 +11,7 @@ from netloader.core.manifest import DIGEST_BYTES, Manifest
 from netloader.core.messages import Announce
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "examined_quickly", "few_spans", "in_thread", "look_up", "weaken"]
+__all__ = ["FEW_SPANS", "FEW_TENSORS", "examined_quickly", "few_spans", "in_thread", "look_up", "shielded", "weaken"]
 
 R = TypeVar("R")
 
@@ -81,5 +81,10 @@ async def weaken(let_go: Callable[[], None], manifest: Manifest | None) -> None:
     if manifest is None or len(manifest.tensors) <= FEW_TENSORS:
         let_go()
         return
-    with anyio.CancelScope(shield=True):  # takes milliseconds
-        await anyio.to_thread.run_sync(let_go)
+    await shielded(let_go)
+
+
+async def shielded(call: Callable[[], None]) -> None:
+    """Call a function in a worker thread, and wait for its end also when this is cancelled. Its time is bounded."""
+    with anyio.CancelScope(shield=True):
+        await anyio.to_thread.run_sync(call)
