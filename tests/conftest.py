@@ -72,14 +72,14 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def preloaded_processes(ctrl_c_is_heard: None) -> Iterator[None]:
+def preloaded_processes(ctrl_c_is_heard: None) -> Iterator[Keeper]:
     """Forks, for tests that start processes, one that has loaded torch: see `tests.preloaded`."""
     keeper = Keeper()
     with pytest.MonkeyPatch.context() as patch:
         keeper.replace_fork(patch.setattr)
         if "PYTEST_XDIST_WORKER" in os.environ:
             keeper.start()  # a part of all tests needs it sooner or later
-        yield
+        yield keeper
     keeper.close()
 
 
@@ -127,8 +127,10 @@ def turns_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_leaked_descriptors() -> Iterator[None]:
+def no_leaked_descriptors(preloaded_processes: Keeper) -> Iterator[None]:
     """Fail when the test leaves file descriptors open. For tests that ask for it by name."""
+    if not preloaded_processes.started:  # its socket stays open
+        preloaded_processes.start()
     threads = threading.enumerate()
     before = guards.descriptors()
     yield

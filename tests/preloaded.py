@@ -170,6 +170,11 @@ class Keeper:
         self._connection = _asking(ours)
         return True
 
+    @property
+    def started(self) -> bool:
+        """Whether it was started."""
+        return self._connection is not None
+
     def close(self) -> None:
         """End it; the processes that it forked go on."""
         if self._connection is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import concurrent.futures
+import gc
 import logging
 import os
 import queue
@@ -23,6 +24,7 @@ import anyio.to_thread
 import pytest
 from blockbuster import BlockingError
 
+from netloader.transports.gloo.processes import Spawner
 from tests import guards
 
 ROOT = Path(__file__).parents[1]
@@ -220,4 +222,21 @@ def test_an_open_descriptor_is_found() -> None:
     finally:
         os.close(read)
         os.close(write)
+    assert guards.descriptors() == before
+
+
+def test_the_process_that_forks_for_gloo_is_not_left_by_the_test_that_started_it() -> None:
+    before = guards.descriptors()
+    spawner = Spawner()
+    session = spawner.start()
+    try:
+        left = guards.new_descriptors(before)
+        assert len(left) == 5, "a session's own descriptors are found"
+    finally:
+        session.kill()
+        session.close()
+    assert guards.new_descriptors(before) == {}
+    assert len(set(guards.descriptors()) - set(before)) == 2, "its control socket and its standard error"
+    del spawner, session
+    gc.collect()
     assert guards.descriptors() == before
