@@ -206,13 +206,13 @@ class Server(HoldingServer):
 
         Raises:
             ManifestError: Some of them cannot be served; all of those are named.
-            LocalProtocolError: Other tensors are served under that role and layout, or the server runs in another
-                event loop.
+            LocalProtocolError: Other tensors are served under that role and layout, or the server has ended or runs in
+                another event loop.
         """
         from netloader.tensors import hold
 
         if self._task is not None:
-            self._task.check_loop()
+            self._task.check_running()
         make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
         holding = await in_thread(make)
         self.add(holding)

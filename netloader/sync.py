@@ -69,7 +69,7 @@ def pull(
     Raises:
         LocalProtocolError: A source is a server of an event loop of this thread, which this call would block.
     """
-    refuse_to_block(sources if isinstance(sources, Sequence) else (), "pull")
+    refuse_to_block(sources, "pull")
     call = partial(
         api.pull,
         tensors,
@@ -108,7 +108,7 @@ def pull_new(
     observers: Sequence[Observer] = (),
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors, and :func:`pull`'s."""
-    refuse_to_block(sources if isinstance(sources, Sequence) else (), "pull_new")
+    refuse_to_block(sources, "pull_new")
     call = partial(
         api.pull_new,
         sources=sources,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -295,6 +296,15 @@ def test_a_model_that_is_served_already_stays_while_another_one_is_pulled() -> N
 def _blocked_worker(prefix: str, pipe: Pipe) -> None:
     """A worker as vLLM starts it: SIGTERM raises SystemExit. A client's transfer is stalled."""
     signal.signal(signal.SIGTERM, _leave)
+    clients: list[threading.Thread] = []
+
+    def wait_for_clients() -> None:
+        for one in clients:
+            one.join(WAIT)
+
+    # The client stands for another process. The interpreter would stop its thread amid C++ and so abort this one. What
+    # is registered first is called last: the server has stopped then.
+    atexit.register(wait_for_clients)
     server = started(OUTPUT_PREFIX=prefix)
     server.offer(hold(TENSORS, ModelIdentity(model="m")), "detail")
     stalled = FaultyTransport(registry.load("memory"), Faults([Fault(FaultKind.STALL, 0, side=Side.RECV)]))
@@ -305,6 +315,7 @@ def _blocked_worker(prefix: str, pipe: Pipe) -> None:
         kwargs={"sources": [server.address], "transport": stalled},
         daemon=True,
     )
+    clients.append(client)
     client.start()
     while not any(session.state is State.TRANSFER for session in server._server.sessions):
         time.sleep(0.01)

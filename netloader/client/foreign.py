@@ -28,7 +28,7 @@ async def explained(error: NetloaderError | None, session: Session, source: Addr
     Returns:
         `error`, or one that says what the source is.
     """
-    if isinstance(error, PeerLost) and not session.protocol and await _is_vllm_ascend(source):
+    if isinstance(error, PeerLost) and not session.heard and await _is_vllm_ascend(source):
         return PeerLost(
             f"{source} is a server of vllm-ascend's own loader, from which netloader can't pull",
             hint="start the source with the package netloader installed, or pull with vllm-ascend's own loader",

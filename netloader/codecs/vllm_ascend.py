@@ -21,6 +21,7 @@ QUESTION = b"{}"
 NO_JOIN = json.dumps(
     {
         "label": "JOIN_NACK",
+        "by": "netloader",
         "content": "this source is a server of the Python package netloader, which speaks another protocol than "
         "vllm-ascend's own loader: run `pip install netloader` beside this vllm-ascend too (its --load-format "
         "netloader is then that of the package), or give a SOURCE that serves with vllm-ascend's own loader",
@@ -31,11 +32,13 @@ NO_JOIN = json.dumps(
 
 class _Answer(msgspec.Struct):
     label: str
+    by: str = ""
 
 
 def is_answer(data: bytes) -> bool:
-    """Whether `data` is what its server answers to QUESTION."""
+    """Whether `data` is what its server answers to QUESTION. Ours answers NO_JOIN."""
     try:
-        return msgspec.json.decode(data, type=_Answer).label.startswith("JOIN_")
+        answer = msgspec.json.decode(data, type=_Answer)
+        return answer.label.startswith("JOIN_") and not answer.by
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-
-from anyio.lowlevel import RunVar
+from weakref import WeakKeyDictionary
 
 from netloader.core.addresses import Address
 from netloader.errors import LocalProtocolError
@@ -15,16 +14,14 @@ __all__ = ["refuse_to_block", "serving_at"]
 
 _HERE = ("127.0.0.1", "::1", "localhost")
 
-_addresses: RunVar[list[frozenset[str]]] = RunVar("netloader_server_addresses")
+_addresses = WeakKeyDictionary[asyncio.AbstractEventLoop, list[frozenset[str]]]()
+"""Of the servers of each event loop. Not a variable of anyio's, which has no value in a callback of the loop."""
 
 
 @contextmanager
 def serving_at(port: int, *hosts: str) -> Iterator[None]:
     """State that a server of this event loop listens on `port`, at `hosts` and at the loopback address."""
-    try:
-        servers = _addresses.get()
-    except LookupError:
-        _addresses.set(servers := [])
+    servers = _addresses.setdefault(asyncio.get_running_loop(), [])
     own = frozenset(str(Address(host, port)) for host in (*hosts, *_HERE))
     servers.append(own)
     try:
@@ -33,18 +30,19 @@ def serving_at(port: int, *hosts: str) -> Iterator[None]:
         servers.remove(own)
 
 
-def refuse_to_block(sources: Iterable[object], call: str) -> None:
+def refuse_to_block(sources: object, call: str) -> None:
     """Check that none of `sources` is a server that cannot answer because `call` blocks its event loop.
 
     Raises:
         LocalProtocolError: One of them is.
     """
     try:
-        asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
     except RuntimeError:
         return  # this thread runs no event loop
-    known = frozenset[str]().union(*_addresses.get([]))
-    for source in sources:
+    known = frozenset[str]().union(*_addresses.get(loop, []))
+    given = getattr(sources, "sources", sources)  # of FixedSources; what other providers find is not known yet
+    for source in given if isinstance(given, Collection) else ():
         address = str(getattr(source, "address", source))
         if address in known:
             raise LocalProtocolError(

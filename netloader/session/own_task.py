@@ -92,7 +92,10 @@ class OwnTask:
         except BaseException:
             self._leave.set()
             self._scope.cancel()
+            self._task = None
             await _done(task)
+            if not task.cancelled() and (error := task.exception()):  # nobody else will ask for it
+                _log.error("%s could not be left: %s", self._name, error, exc_info=error)
             raise
         if not self._entered.done():
             self._task = None
@@ -133,6 +136,17 @@ class OwnTask:
         if loop.is_closed():
             raise LocalProtocolError(f"{self._name} ended with its event loop, which is closed", hint=_END_OF_LOOP)
         raise LocalProtocolError(f"{self._name} runs in another event loop than this call", hint=_ONE_LOOP)
+
+    def check_running(self) -> None:
+        """Check that the context manager is entered, and by this event loop.
+
+        Raises:
+            LocalProtocolError: It runs in another event loop, or it ended; its error is the cause.
+        """
+        self.check_loop()
+        if self._task is not None and self._task.done():
+            cause = None if self._task.cancelled() else self._task.exception()
+            raise LocalProtocolError(f"{self._name} ended before", hint="leave it, which says why") from cause
 
     async def _run(self) -> None:
         with self._scope:

@@ -99,6 +99,25 @@ def test_a_blocking_call_to_a_server_of_the_loop_that_it_blocks_is_refused(
         notebook.run(f"netloader.sync.{call}({arguments})")
 
 
+def test_a_blocking_call_in_a_callback_of_the_loop_is_refused_too(notebook: Notebook) -> None:
+    notebook.run(
+        """
+        import asyncio
+
+        def call():
+            try:
+                netloader.sync.probe(server.address)
+            except netloader.NetloaderError as error:
+                found.set_result(error)
+
+        async with netloader.Server(weights, identity, host="127.0.0.1") as server:
+            found = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(call)
+            assert "is a server of the event loop that" in str(await found)
+        """
+    )
+
+
 def test_a_blocking_call_in_a_thread_asks_a_server_of_the_loop(notebook: Notebook) -> None:
     notebook.run(
         """
@@ -162,6 +181,8 @@ def test_a_server_whose_task_was_cancelled_does_not_say_that_its_user_was(other:
                 for task in ours:
                     task.cancel()
                 await asyncio.wait(ours)
+        with pytest.raises(netloader.LocalProtocolError, match="ended before"):
+            await holds_more(server)
         with pytest.raises(netloader.LocalProtocolError, match="its task was cancelled"):
             await left(server)
 

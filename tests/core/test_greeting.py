@@ -70,5 +70,5 @@ def test_the_answer_to_the_other_loader_is_one_it_reads_whole_and_can_show() -> 
 
 def test_its_answers_are_recognised_and_nothing_else_is() -> None:
     assert is_answer(b'{"label": "JOIN_NACK", "content": "Received data does not contain required fields: {}"}')
-    others = (b"", QUESTION, b"HTTP/1.1 400 Bad Request", b'{"label": 3}', b"\xff\xfe", b"[" * 5000)
+    others = (b"", QUESTION, NO_JOIN, b"HTTP/1.1 400 Bad Request", b'{"label": 3}', b"\xff\xfe", b"[" * 5000)
     assert not any(map(is_answer, others))

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import netloader
+from netloader.codecs.frames import encode_frame
+from netloader.codecs.vllm_ascend import NO_JOIN
 from netloader.core.greeting import READ_AT_MOST
+from netloader.server.newcomers import TURNED_AWAY
 
 HOST = "127.0.0.1"
 IDENTITY = netloader.ModelIdentity(model="m")
@@ -51,6 +54,24 @@ async def test_its_client_is_refused_in_its_own_words_and_ours_are_served(
         assert torch.equal(target["w"], weights["w"])
 
 
+async def test_a_server_that_turned_a_client_away_is_not_asked_what_it_is() -> None:
+    """With a token its answer counts for nothing, because anybody could have said it."""
+    asked: list[bytes] = []
+
+    async def serve(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            asked.append(await stream.receive())
+            await stream.send(encode_frame(TURNED_AWAY))
+
+    async with await anyio.create_tcp_listener(local_host=HOST) as listener, anyio.create_task_group() as tasks:
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        tasks.start_soon(listener.serve, serve)
+        with pytest.raises(netloader.PeerLost, match="before it proved that it knows the token"):
+            await netloader.probe(f"{HOST}:{port}", token=b"a token of both sides")
+        assert len(asked) == 1
+        tasks.cancel_scope.cancel()
+
+
 async def test_a_source_that_closes_without_a_word_is_asked_once_what_it_is() -> None:
     """It may be anything. One that answers as vllm-ascend's server does is named, any other is not."""
     asked: list[bytes] = []
@@ -74,6 +95,8 @@ async def test_a_source_that_closes_without_a_word_is_asked_once_what_it_is() ->
         assert asked[1:] == [b"{}"]
         answers[b"{"] = b"HTTP/1.1 400 Bad Request\r\n\r\n"
         assert "the peer closed the control connection" in await probed()
+        answers[b"{"] = NO_JOIN
+        assert "the peer closed the control connection" in await probed(), "a server of ours is not taken for one"
         answers[b"{"] = b""
         assert "the peer closed the control connection" in await probed()
         tasks.cancel_scope.cancel()

@@ -70,9 +70,13 @@ class Session:
         side: Which end this is.
         client: Terms of a client; ignored on a server.
         server: Terms of a server; ignored on a client.
+
+    Attributes:
+        heard: Whether the peer has sent a whole message.
     """
 
     def __init__(self, side: Side, *, client: ClientTerms | None = None, server: ServerTerms | None = None) -> None:
+        self.heard = False
         self._state = State.LISTEN
         self._ctx = Context(side, client or ClientTerms(), server or ServerTerms())
 
@@ -146,6 +150,7 @@ class Session:
 
     def greeted(self, body: bytes) -> None:
         """Record the body of the peer's first frame, exactly as it came, before its message is handled."""
+        self.heard = True
         if self._ctx.token is not None:
             self._ctx.peer_greeting = body
 

@@ -206,7 +206,7 @@ class GlooTransport:
 
     def __init__(self) -> None:
         self._spawner = Spawner()
-        self._reaper: asyncio.TimerHandle | None = None
+        self._reaping = weakref.WeakSet[asyncio.AbstractEventLoop]()  # those that have a timer
 
     def missing(self, device: str) -> str | None:
         """See :class:`netloader.transports.base.Transport`."""
@@ -240,21 +240,25 @@ class GlooTransport:
             return await end.channel(theirs)
 
     def _reap_later(self) -> None:
-        """Look from time to time whether the process that forks has ended, for as long as it runs."""
-        if self._reaper is not None:
-            self._reaper.cancel()  # it may be of an event loop that has ended
-        self._reaper = asyncio.get_running_loop().call_later(_REAP_EVERY, _reap, weakref.ref(self))
+        """Look from time to time whether the process that forks has ended, for as long as it and the event loop run.
 
-    def _reap(self) -> None:
-        self._reaper = None
+        Several event loops may use this transport, and each one only knows its own timers.
+        """
+        loop = asyncio.get_running_loop()
+        if loop not in self._reaping:
+            self._reaping.add(loop)
+            loop.call_later(_REAP_EVERY, _reap, weakref.ref(self), loop)
+
+    def _reap(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._reaping.discard(loop)
         if not self._spawner.reap():
             self._reap_later()
 
 
-def _reap(transport: weakref.ref[GlooTransport]) -> None:
+def _reap(transport: weakref.ref[GlooTransport], loop: asyncio.AbstractEventLoop) -> None:
     found = transport()
     if found is not None:
-        found._reap()  # noqa: SLF001 - a function, so that the event loop does not keep the transport alive
+        found._reap(loop)  # noqa: SLF001 - a function, so that the event loop does not keep the transport alive
 
 
 @asynccontextmanager

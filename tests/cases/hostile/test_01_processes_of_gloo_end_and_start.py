@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,29 @@ async def test_a_spawner_that_has_ended_is_no_zombie_until_the_next_session(monk
         del running
         await kit.until(lambda: not process_state(pid), "it was waited for")
         await kit.pull(kit.blank(source), [kit.at(server)], gloo)
+
+
+def test_each_event_loop_has_a_timer_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One loop does not know the timers of another: it can neither stop them nor rely on them."""
+    monkeypatch.setattr(transport, "_REAP_EVERY", 0.02)
+    gloo, looks = transport.GlooTransport(), list[asyncio.AbstractEventLoop]()
+
+    def reap() -> bool:
+        looks.append(asyncio.get_running_loop())
+        return False
+
+    monkeypatch.setattr(gloo._spawner, "reap", reap)
+
+    async def offers() -> None:
+        gloo._reap_later()
+        await kit.until(lambda: len({one for one in looks if looks.count(one) > 1}) == len(threads), "both look again")
+
+    threads = [threading.Thread(target=asyncio.run, args=(offers(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(looks)) == len(threads)
 
 
 def process_state(pid: int) -> str:

@@ -29,6 +29,8 @@ from tests.drivers.test_completion import HUB
 GIL_SECONDS = 0.05
 """Most processor time of one step, in which no call into C can last longer."""
 
+TRIES = 3
+
 NAME = "model.layers.{0}.mlp.experts.{0}.down_proj.weight_packed"
 LONGEST = "\U00010000{:06d}" + "n" * 960
 """A name that takes four bytes of memory for each byte of the frame."""
@@ -74,6 +76,14 @@ def body(request: pytest.FixtureRequest) -> bytes:
 
 
 def test_no_step_of_decoding_holds_other_threads_up(body: bytes) -> None:
+    longest: list[float] = []  # of each try: what else runs on this machine makes steps longer, never shorter
+    while not longest or min(longest) >= GIL_SECONDS:
+        assert len(longest) < TRIES, f"seconds of the longest step: {longest}"
+        longest.append(longest_step(body))
+
+
+def longest_step(body: bytes) -> float:
+    """Seconds of the longest step of decoding."""
     steps = decode_in_parts(body, msgspec.msgpack.Decoder(m.Announce).decode)
     seconds: list[float] = []
     ends: list[Exception] = []  # kept, so that freeing the tensors is not measured
@@ -85,7 +95,7 @@ def test_no_step_of_decoding_holds_other_threads_up(body: bytes) -> None:
             ends.append(end)
         seconds.append(time.thread_time() - began)
     assert len(seconds) >= 10
-    assert max(seconds) < GIL_SECONDS
+    return max(seconds)
 
 
 PROBE = """
