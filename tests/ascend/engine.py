@@ -76,8 +76,10 @@ def models_of(worker: Any) -> dict[str, torch.nn.Module]:
 
 
 def everything(model: torch.nn.Module) -> dict[str, str]:
-    """Digests of all tensors that a post-processed model holds, whatever object holds them."""
-    return {name: harness.tensor_digest(t) for name, t in survey(model, {}).tensors.items() if name != FACTS}
+    """Digests of all tensors that a post-processed model holds, whatever object holds them, with maps of experts."""
+    found = survey(model, {})
+    maps = {name: text for name, text in found.facts.items() if text.startswith("map ")}
+    return maps | {name: harness.tensor_digest(t) for name, t in found.tensors.items() if name != FACTS}
 
 
 def _name(x: object) -> str:

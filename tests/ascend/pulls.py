@@ -24,11 +24,11 @@ class Instance:
 
     @classmethod
     @contextmanager
-    def on(cls, cards: Sequence[int], folder: Path) -> Iterator[Self]:
-        """Processes on these cards; ended with the context."""
+    def on(cls, cards: Sequence[int], folder: Path, **more: str) -> Iterator[Self]:
+        """Processes on these cards, with more environment variables; ended with the context."""
         folder.mkdir()
         with ExitStack() as stack:
-            yield cls([stack.enter_context(Engine(card, folder, rank)) for rank, card in enumerate(cards)])
+            yield cls([stack.enter_context(Engine(card, folder, rank, more=more)) for rank, card in enumerate(cards)])
 
     def all(self, what: str, **task: Any) -> list[dict[str, Any]]:
         """Send each rank a request, then read their answers: they wait for each other meanwhile."""
