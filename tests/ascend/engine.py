@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 
@@ -49,11 +50,14 @@ def start_worker(task: dict[str, Any]) -> Any:
     """
     from vllm.config import set_current_vllm_config
     from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm_ascend.worker import model_runner_v1
 
     config = harness.engine_config(
         task["model"], load_format=task["load_format"], extra=task["extra"], **task["arguments"]
     )
     worker_class = resolve_obj_by_qualname(config.parallel_config.worker_cls)
+    # With dynamic EPLB, two processes plan where experts move. Nothing computes here, and they would outlive this one.
+    model_runner_v1.Manager = model_runner_v1.EplbProcess = MagicMock
     with set_current_vllm_config(config):
         worker = worker_class(
             vllm_config=config,
