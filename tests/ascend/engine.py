@@ -7,12 +7,12 @@ does. The card is named by ASCEND_RT_VISIBLE_DEVICES and is ``npu:0`` here.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import MagicMock
 
 import torch
 
@@ -50,14 +50,11 @@ def start_worker(task: dict[str, Any]) -> Any:
     """
     from vllm.config import set_current_vllm_config
     from vllm.utils.import_utils import resolve_obj_by_qualname
-    from vllm_ascend.worker import model_runner_v1
 
     config = harness.engine_config(
         task["model"], load_format=task["load_format"], extra=task["extra"], **task["arguments"]
     )
     worker_class = resolve_obj_by_qualname(config.parallel_config.worker_cls)
-    # With dynamic EPLB, two processes plan where experts move. Nothing computes here, and they would outlive this one.
-    model_runner_v1.Manager = model_runner_v1.EplbProcess = MagicMock
     with set_current_vllm_config(config):
         worker = worker_class(
             vllm_config=config,
@@ -154,6 +151,9 @@ def main() -> None:
             answer = getattr(engine, task["do"])(task)
         except Exception as error:  # noqa: BLE001 - the test that asked reports it
             traceback.print_exc()
+            # With dynamic EPLB, a worker has processes that plan where experts move. They would outlive this one.
+            for child in multiprocessing.active_children():
+                child.terminate()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
     engine.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.ascend.processes import Engine
+from tests.ascend.processes import Engine, EngineFailed
 
 Digests = Mapping[str, Mapping[str, Mapping[str, str]]]
 """Of one rank: of its raw and of its final tensors, by the role of the model, by name."""
@@ -34,7 +34,15 @@ class Instance:
         """Send each rank a request, then read their answers: they wait for each other meanwhile."""
         for engine in self.engines:
             engine.request(what, **task)
-        return [engine.answer() for engine in self.engines]
+        answers, failed = [], []
+        for engine in self.engines:
+            try:
+                answers.append(engine.answer())
+            except EngineFailed as error:  # the others have to come to their end too
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return answers
 
     def load(
         self, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None
