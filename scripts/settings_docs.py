@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
-from netloader.vllm.model.settings import ENVIRONMENT, Entry, read_table
+from netloader.vllm.model.settings import ADDITIONAL, ASCEND_ENVIRONMENT, ENVIRONMENT, Entry, read_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 
@@ -44,7 +44,8 @@ decide tensors, each by its path and with its value. If one of them differs, the
 the identities differ: parallel_config.decode_context_parallel_size is '2' at the server and 'not set' at the client
 ```
 
-This page says for every field of vLLM's configuration, and for every environment variable of vLLM, what it decides:
+This page says for every field of vLLM's configuration, and for every environment variable of vLLM, what it decides. At
+the end it says the same for [vllm-ascend](#keys-of-additional_config-vllm-ascend):
 """
 
 _RULES = """Values are compared as follows:
@@ -64,10 +65,34 @@ _RULES = """Values are compared as follows:
 - A field that is not in this table comes from a newer vLLM. If it is not at its default, it counts as one that decides
   weights. So two engines with equal settings match, and others are refused by its path.
 
+Of vllm-ascend the keys of `additional_config` are compared, nested ones by their path, such as
+`additional_config.eplb_config.num_redundant_experts`:
+
+- A key that is not in this table always counts as one that decides weights, also at a value like `false`, because its
+  default is not known. If its value is the path of a file, the contents of the file count.
+- Where a key of this table names a file (`expert_map_path`), its contents count. If it can't be read, the model is
+  neither pulled nor served.
+- If a key is not given, the environment variable counts that vllm-ascend reads instead.
+- A variable of vllm-ascend (`VLLM_ASCEND_*`) that is not in this table counts as one that decides weights.
+- An `additional_config` that is an object of a package, and no mapping, is compared by the hash that it gives to vLLM.
+
+The file `quant_model_description.json` says how ModelSlim has quantised a model. Its contents are part of the digest
+`quantization_config`. If the digests differ, the line names what differs in the contents: `quantization.<key>` for a
+setting such as `group_size`, `quantization.methods` for the number of tensors of each method, and
+`quantization.tensors` if other tensors are quantised, or in another way. The same holds for a `quantization_config` in
+`config.json`.
+
 A peer of protocol 1 states no settings. A pull between it and an engine is allowed only if no setting of the engine
 does anything, and `hf_config` is not compared. In the layout `processed` some settings are always stated, so that such
 a pull is refused.
 """
+
+
+_TITLES = {
+    ENVIRONMENT: "Environment variables",
+    ADDITIONAL: "Keys of additional_config (vllm-ascend)",
+    ASCEND_ENVIRONMENT: "Environment variables of vllm-ascend",
+}
 
 
 def page() -> str:
@@ -75,7 +100,7 @@ def page() -> str:
     words = ["| word | meaning |", "| --- | --- |", *(f"| {word} | {meaning} |" for word, meaning in DECIDES.values())]
     parts = [_HEAD, "\n".join(words), _RULES]
     for owner, entries in read_table().items():
-        parts.append("## Environment variables" if owner == ENVIRONMENT else f"## {owner}")
+        parts.append(f"## {_TITLES.get(owner, owner)}")
         parts.append(_rows(entries))
     return "\n".join(f"{part.rstrip()}\n" for part in parts)
 
@@ -83,7 +108,8 @@ def page() -> str:
 def _rows(entries: Mapping[str, Entry]) -> str:
     lines = ["| what | decides | why |", "| --- | --- | --- |"]
     for entry, names in groupby(entries, key=lambda name: entries[name]):
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {_decides(entry)} | {entry.why} |")
+        why = f"{entry.why} (else `{entry.variable}`)" if entry.variable else entry.why
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {_decides(entry)} | {why} |")
     return "\n".join(lines)
 
 
@@ -93,6 +119,8 @@ def _decides(entry: Entry) -> str:
         return f"{text}: {', '.join('refused' if name == 'refused' else f'`{name}`' for name in entry.by)}"
     if entry.neutral:
         return f"{text}, unless {' or '.join(f'`{_value(value)}`' for value in entry.neutral)}"
+    if entry.file:
+        return f"{text} (the contents of the file)"
     return f"{text} (always)" if entry.always else text
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "MAX_MODEL",
     "MAX_SETTINGS",
     "MODEL",
+    "OF_QUANTIZATION",
     "REPOSITORY",
     "SERVED",
     "Difference",
@@ -62,6 +63,10 @@ _Settings = Annotated[dict[_Word, _Word], msgspec.Meta(max_length=MAX_SETTINGS)]
 
 _WHERE_KNOWN = frozenset({"model_config.hf_config"})
 """Settings that have no value that does nothing, and that not every host knows: compared if both sides state them."""
+
+OF_QUANTIZATION = "quantization."
+"""How the paths of settings begin that say in what two quantisations differ. `quantization_config` decides whether they
+do, so that a peer which does not state these settings is compared as well."""
 
 _NOT_KNOWN = "not known"
 _NOT_SET = "not set"
@@ -117,7 +122,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         settings: What else in the engine's configuration decides the values of the tensors, by its path
             (``parallel_config.decode_context_parallel_size``): the value as text if it is short, else a digest of it. A
             setting at the value that does nothing is left out. ``model_config.hf_config``, a digest of the
-            configuration file, is compared only if both sides state it. None if settings are not stated.
+            configuration file, is compared only if both sides state it. Paths that begin with ``quantization.`` say in
+            what two values of `quantization_config` differ. None if settings are not stated.
         processed_settings: The same for what decides only the values of processed tensors. It is compared only in the
             layout ``processed``.
     """
@@ -300,11 +306,20 @@ def _setting_differences(field: str, ours: ModelIdentity, theirs: ModelIdentity)
     stated: tuple[dict[str, str] | None, ...] = getattr(ours, field), getattr(theirs, field)
     missing = tuple(_NOT_SET if side is not None else _NOT_STATED for side in stated)
     mine, other = (side or {} for side in stated)
+    explained = _in_words(ours) and _in_words(theirs) and ours.quantization == theirs.quantization
+    explained = explained and ours.quantization_config != theirs.quantization_config
     for path in sorted(mine.keys() | other.keys()):
+        if path.startswith(OF_QUANTIZATION) and not explained:
+            continue
         if path in _WHERE_KNOWN and not (path in mine and path in other):
             continue
         if mine.get(path) != other.get(path):
             yield Difference(path, mine.get(path, missing[0]), other.get(path, missing[1]))
+
+
+def _in_words(identity: ModelIdentity) -> bool:
+    """Whether the settings of the quantisation are stated one by one."""
+    return any(path.startswith(OF_QUANTIZATION) for path in identity.settings or {})
 
 
 def _severity(field: str, ours: ModelIdentity, theirs: ModelIdentity) -> Severity | None:
@@ -360,4 +375,6 @@ def differences(ours: ModelIdentity, theirs: ModelIdentity, *, same_root: bool =
         severity = _severity(field, ours, theirs)
         if severity is not None:
             found.append(Difference(field, str(mine), str(other), severity))
+    if any(each.field.startswith(OF_QUANTIZATION) for each in found):
+        found = [each for each in found if each.field != "quantization_config"]  # a digest of what they say
     return tuple(found)

@@ -7,6 +7,7 @@ does. The card is named by ASCEND_RT_VISIBLE_DEVICES and is ``npu:0`` here.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,8 +77,10 @@ def models_of(worker: Any) -> dict[str, torch.nn.Module]:
 
 
 def everything(model: torch.nn.Module) -> dict[str, str]:
-    """Digests of all tensors that a post-processed model holds, whatever object holds them."""
-    return {name: harness.tensor_digest(t) for name, t in survey(model, {}).tensors.items() if name != FACTS}
+    """Digests of all tensors that a post-processed model holds, whatever object holds them, with maps of experts."""
+    found = survey(model, {})
+    maps = {name: text for name, text in found.facts.items() if text.startswith("map ")}
+    return maps | {name: harness.tensor_digest(t) for name, t in found.tensors.items() if name != FACTS}
 
 
 def _name(x: object) -> str:
@@ -148,6 +151,9 @@ def main() -> None:
             answer = getattr(engine, task["do"])(task)
         except Exception as error:  # noqa: BLE001 - the test that asked reports it
             traceback.print_exc()
+            # With dynamic EPLB, a worker has processes that plan where experts move. They would outlive this one.
+            for child in multiprocessing.active_children():
+                child.terminate()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
     engine.close()

@@ -71,6 +71,7 @@ _QUANTISED: Mapping[str, tuple[str, Rule, Layout]] = {
     "w8a16": ("llama-bf16", projections("W8A16"), Layout()),
     "w8a8-mix": ("llama-bf16", projections("W8A8_MIX"), Layout()),
     "w4a8": ("llama-bf16", projections("W4A8_DYNAMIC"), Layout(_NEW, 64)),
+    "w4a8-group-32": ("llama-bf16", projections("W4A8_DYNAMIC"), Layout(_NEW, 32)),
     "w4a8-old": ("llama-bf16", projections("W4A8_DYNAMIC"), Layout(group=64)),
     "w4a4": ("llama-bf16", projections("W4A4_DYNAMIC"), Layout()),
     "w4a4-flatquant": ("llama-bf16", projections("W4A4_FLATQUANT_DYNAMIC"), Layout()),

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.ascend.kinds import KINDS, Store
@@ -46,11 +47,20 @@ class Engine(Child):
         folder: In which the ranks of one engine meet.
         rank: Of this process.
         python: The interpreter; ``sys.executable`` for one that imports everything itself.
+        more: More environment variables.
     """
 
-    def __init__(self, card: int, folder: Path, rank: int = 0, python: str = PYTHON) -> None:
+    def __init__(
+        self,
+        card: int,
+        folder: Path,
+        rank: int = 0,
+        python: str = PYTHON,
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._of_rank = {"rank": rank, "store": str(folder / "store")}
-        super().__init__(environment(ASCEND_RT_VISIBLE_DEVICES=str(card)), module="tests.ascend.engine", python=python)
+        variables = environment(ASCEND_RT_VISIBLE_DEVICES=str(card), **more)
+        super().__init__(variables, module="tests.ascend.engine", python=python)
 
     def request(self, what: str, **task: Any) -> None:
         """Send a request: a method of `tests.ascend.engine.Engine` and what it needs."""

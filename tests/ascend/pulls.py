@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.ascend.processes import Engine
+from tests.ascend.processes import Engine, EngineFailed
 
 Digests = Mapping[str, Mapping[str, Mapping[str, str]]]
 """Of one rank: of its raw and of its final tensors, by the role of the model, by name."""
@@ -24,17 +24,25 @@ class Instance:
 
     @classmethod
     @contextmanager
-    def on(cls, cards: Sequence[int], folder: Path) -> Iterator[Self]:
-        """Processes on these cards; ended with the context."""
+    def on(cls, cards: Sequence[int], folder: Path, **more: str) -> Iterator[Self]:
+        """Processes on these cards, with more environment variables; ended with the context."""
         folder.mkdir()
         with ExitStack() as stack:
-            yield cls([stack.enter_context(Engine(card, folder, rank)) for rank, card in enumerate(cards)])
+            yield cls([stack.enter_context(Engine(card, folder, rank, more=more)) for rank, card in enumerate(cards)])
 
     def all(self, what: str, **task: Any) -> list[dict[str, Any]]:
         """Send each rank a request, then read their answers: they wait for each other meanwhile."""
         for engine in self.engines:
             engine.request(what, **task)
-        return [engine.answer() for engine in self.engines]
+        answers, failed = [], []
+        for engine in self.engines:
+            try:
+                answers.append(engine.answer())
+            except EngineFailed as error:  # the others have to come to their end too
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return answers
 
     def load(
         self, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None

@@ -40,7 +40,7 @@ class Case:
 
 
 DRAM, HBM = {"INT8_CACHE": "dram"}, {"INT8_CACHE": "hbm"}
-BY_REFERENCE = {"llama", "eagle"}
+BY_REFERENCE = {"llama", "eagle", "qwen3-moe", "deepseek"}
 """Kinds whose raw tensors all survive post-processing: a server needs no copies."""
 
 CASES = [Case(kind, "hccl", {} if kind in BY_REFERENCE else DRAM) for kind in KINDS]

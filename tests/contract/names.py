@@ -149,6 +149,17 @@ NAMES = (
     ),
     # --- models ---
     Name("vllm.model_executor.layers.quantization", "get_quantization_config", ("quantization",)),
+    *(
+        Name(f"vllm.model_executor.layers.{module}", name)
+        for module, owner in (
+            ("fused_moe.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),
+            ("linear", "UnquantizedLinearMethod"),
+            ("vocab_parallel_embedding", "UnquantizedEmbeddingMethod"),
+            ("attention", "Attention"),
+        )
+        for name in (owner, f"{owner}.process_weights_after_loading")
+    ),
+    Name("vllm.platforms", "current_platform"),
     Name("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"),
     Name("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig.get_config_filenames"),
     Name("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig.maybe_update_config"),

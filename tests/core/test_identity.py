@@ -247,3 +247,39 @@ def test_digests_are_hex(text: str) -> None:
 @pytest.mark.parametrize("text", ["0" * 65, "A", "0x1", "a\n", " ", "\uff11"])
 def test_other_texts_are_not_digests(text: str) -> None:
     assert not is_digest(text)
+
+
+# --- quantisation in words --------------------------------------------------------------------------------------------
+
+
+def quantised(digest: str, settings: dict[str, str] | None) -> ModelIdentity:
+    return changed(quantization="ascend", quantization_config=digest, settings=settings)
+
+
+GROUPS = {"quantization.group_size": "64", "quantization.version": "1.0.0"}
+
+
+def test_a_quantisation_that_differs_is_named_by_what_differs_in_it() -> None:
+    ours, theirs = quantised("a1", GROUPS), quantised("b2", {"quantization.group_size": "32", "a.b": "1"})
+    found = {d.field: (d.ours, d.theirs, d.severity) for d in differences(ours, theirs)}
+    assert found == {
+        "a.b": ("not set", "1", Severity.REFUSE),
+        "quantization.group_size": ("64", "32", Severity.REFUSE),
+        "quantization.version": ("1.0.0", "not set", Severity.REFUSE),
+    }
+
+
+@pytest.mark.parametrize("theirs", [None, {}, GROUPS, {"a.b": "1"}])
+def test_the_digest_decides_whether_quantisations_differ(theirs: dict[str, str] | None) -> None:
+    """Peers that do not say it in words, or say it as we do, are compared by the digest alone."""
+    equal, other = quantised("a1", theirs), quantised("b2", theirs)
+    of_path = {"a.b": Severity.REFUSE} if theirs and "a.b" in theirs else {}
+    assert severities(quantised("a1", GROUPS), equal) == of_path
+    assert severities(quantised("a1", GROUPS), other) == {"quantization_config": Severity.REFUSE} | of_path
+
+
+def test_another_method_is_not_listed_setting_by_setting() -> None:
+    theirs = changed(
+        quantization="fp8", quantization_config="b2", settings={"quantization.activation_scheme": "static"}
+    )
+    assert severities(quantised("a1", GROUPS), theirs).keys() == {"quantization", "quantization_config"}

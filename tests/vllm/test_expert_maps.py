@@ -5,43 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from netloader.vllm.model.expert_maps import configured_experts, expert_maps
+from netloader.vllm.model.expert_maps import expert_maps
+from netloader.vllm.model.snapshot import UnnamedTensors, named_raw_tensors
 from tests.models import ModelStore
 from tests.vllm import harness
 from tests.vllm.pulls import LogLines, Seeds, load, offered, source_of
 
 MAPS: dict[str, Any] = {"moe_layer_count": 1, "layer_list": [{"device_list": [{"device_expert": [0, 1]}]}]}
-
-
-def told(**additional: Any) -> str:
-    return configured_experts(SimpleNamespace(additional_config=additional))
-
-
-def test_what_is_configured_is_told_by_content(tmp_path: Path) -> None:
-    here, there = tmp_path / "map.json", tmp_path / "other.json"
-    here.write_text(json.dumps(MAPS))
-    there.write_text(json.dumps(MAPS, indent=2))
-    text = told(eplb_config={"expert_map_path": str(here)})
-    assert text.startswith("configured ")
-    assert told(eplb_config={"expert_map_path": str(there)}) == text
-    there.write_text(json.dumps({**MAPS, "moe_layer_count": 2}))
-    seen = [
-        text,
-        told(eplb_config={"expert_map_path": str(there)}),
-        told(mix_placement=True),
-        told(eplb_config={"num_redundant_experts": 2}),
-        told(eplb_config={"num_redundant_experts": 4}),
-        "",
-    ]
-    assert len(set(seen)) == len(seen)
-    assert told() == told(mix_placement=False, eplb_config={"num_redundant_experts": 0}) == told(eplb_config=None) == ""
-    assert configured_experts(SimpleNamespace(additional_config=object())) == ""
 
 
 def test_maps_are_found_by_name_wherever_a_layer_has_them() -> None:
@@ -121,21 +96,33 @@ def test_a_source_that_places_experts_otherwise_is_refused_by_name(
     assert not log_lines.with_part("TRANSFER"), "before the first byte"
 
 
-def test_a_map_that_differs_from_what_the_source_said_is_not_taken(
-    placed: Placed, models: ModelStore, log_lines: LogLines
-) -> None:
-    folder = models.get("qwen3-moe")
-    _, usual = offered(folder, {})
-    placed([1, 0])
-    seed, other = offered(folder, {})
-    said = usual.announcement.identity.expert_placement
-    placed([0, 1])
-    log_lines.lines.clear()
-    with source_of(other, expert_placement=said) as source:
-        loaded = load(folder, source, SERVE=False)
-    assert "the source holds other expert maps than it said" in log_lines.one("the default loader (auto) loads")
-    assert held(loaded) == [0, 1]
-    assert held(seed) == [1, 0]
+def test_a_map_is_no_weight_however_a_layer_holds_it() -> None:
+    """It is not pulled. If loading changed it, a client would not get that, so that such a model is not served."""
+
+    def fill(layer: Any, values: list[int]) -> None:
+        layer.register_buffer("_expert_map", torch.tensor(values, dtype=torch.int32))
+        layer.log2phy = torch.nn.Parameter(torch.tensor(values, dtype=torch.int32), requires_grad=False)
+        layer.global_expert_map = torch.tensor([values, values], dtype=torch.int32)
+
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    usual = list(named_raw_tensors(model))
+    fill(model[0], [0, 1])
+    assert list(named_raw_tensors(model)) == usual == ["0.weight", "0.bias"]
+    before = UnnamedTensors(model)
+    fill(model[0], [1, 0])
+    assert before.changed_by_loading(model) == ["0._expert_map", "0.global_expert_map", "0.log2phy"]
+    model[0].expert_mask = torch.nn.Parameter(torch.ones(2))
+    assert list(named_raw_tensors(model)) == [*usual, "0.expert_mask"], "a weight that only has the name of a map"
+
+
+def test_maps_are_not_pulled(placed: Placed, models: ModelStore) -> None:
+    seed, holding = offered(models.get("qwen3-moe"), {})
+    with source_of(holding) as source:
+        loaded = load(models.bare("qwen3-moe"), source, SERVE=False)
+    assert loaded.raw == seed.raw
+    assert held(loaded) == held(seed) == [0, 1]
+    names = {spec.name for spec in holding.announcement.manifest.tensors}
+    assert not {name for name in names if name.endswith(("_expert_map", "log2phy"))}
 
 
 def test_a_map_that_only_the_client_was_given_is_a_difference(
@@ -149,5 +136,6 @@ def test_a_map_that_only_the_client_was_given_is_a_difference(
     with source_of(seed.holding) as source:
         assert load(models.get("qwen3-moe"), source, arguments=arguments, SERVE=False).raw == seed.disk
     line = log_lines.one("the default loader (auto) loads", "could not pull")
-    assert "expert_placement is '' at the server and 'configured " in line
+    assert "additional_config.eplb_config.expert_map_path is 'not set' at the server and 'blake2b:" in line
+    assert str(file) not in line
     assert not log_lines.with_part("TRANSFER"), "before the first byte"

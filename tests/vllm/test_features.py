@@ -244,7 +244,7 @@ def test_experts_that_vllm_ascend_moves_fall_back(additional: dict[str, Any], fa
 def test_an_expert_map_that_cannot_be_read_falls_back(falls_back: FallingBack, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     falls_back(
-        f"the expert map {path} can't be read",
+        f"settings of the engine can't be compared: additional_config.eplb_config.expert_map_path names {path}, which",
         configure=lambda config: setattr(config, "additional_config", {"eplb_config": {"expert_map_path": str(path)}}),
     )
 

@@ -15,7 +15,7 @@ import vllm.distributed
 
 from netloader.vllm.load.tied_embeddings import could_adopt, tied_by_files
 from netloader.vllm.model import identity as identities
-from netloader.vllm.model.quantisation import quantisation_text
+from netloader.vllm.model.quantisation import quantisation_of
 from netloader.vllm.model.topology import Topology, topology_of
 from tests.models import ModelStore
 from tests.vllm import harness
@@ -144,28 +144,32 @@ def model(
 CONFIG = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"]}}, "ignore": ["a"]}
 
 
+def text_of(model: Any, cache: Any) -> str:
+    return quantisation_of(model, cache).text
+
+
 def test_a_model_without_quantisation_has_an_empty_text() -> None:
-    assert quantisation_text(model(method=None), None) == ""
-    assert quantisation_text(model(method=None), SimpleNamespace(cache_dtype="auto")) == ""
+    assert text_of(model(method=None), None) == ""
+    assert text_of(model(method=None), SimpleNamespace(cache_dtype="auto")) == ""
 
 
 def test_the_same_configuration_is_the_same_text_however_it_is_written() -> None:
-    text = quantisation_text(model(CONFIG), None)
+    text = text_of(model(CONFIG), None)
     assert len(text) == 32
-    assert quantisation_text(model(dict(reversed(CONFIG.items()))), None) == text
+    assert text_of(model(dict(reversed(CONFIG.items()))), None) == text
     as_object = SimpleNamespace(to_dict=lambda: CONFIG)
-    assert quantisation_text(model(as_object), None) == text
+    assert text_of(model(as_object), None) == text
     # vLLM writes these two into the model's configuration while it starts.
-    assert quantisation_text(model({**CONFIG, "total_num_heads": 4, "total_num_kv_heads": 2}), None) == text
-    assert quantisation_text(model({**CONFIG, "ignore": ["b"]}), None) != text
+    assert text_of(model({**CONFIG, "total_num_heads": 4, "total_num_kv_heads": 2}), None) == text
+    assert text_of(model({**CONFIG, "ignore": ["b"]}), None) != text
 
 
 def test_it_is_found_wherever_a_model_may_have_it() -> None:
-    text = quantisation_text(model(CONFIG), None)
+    text = text_of(model(CONFIG), None)
     nested = SimpleNamespace(text_config=SimpleNamespace(quantization_config=CONFIG))
-    assert quantisation_text(model(hf_config=nested), None) == text
+    assert text_of(model(hf_config=nested), None) == text
     old = SimpleNamespace(compression_config=CONFIG)
-    assert quantisation_text(model(hf_config=old), None) == text
+    assert text_of(model(hf_config=old), None) == text
 
 
 class _Kind(enum.Enum):
@@ -181,50 +185,50 @@ class _Arguments:
 
 
 def test_what_the_user_put_over_it_counts(tmp_path: Path) -> None:
-    text = quantisation_text(model(CONFIG), None)
-    argued = quantisation_text(model(CONFIG, quantization_config=_Arguments()), None)
+    text = text_of(model(CONFIG), None)
+    argued = text_of(model(CONFIG, quantization_config=_Arguments()), None)
     assert argued != text
-    assert argued == quantisation_text(model(CONFIG, quantization_config=_Arguments(names={"c", "b", "a"})), None)
-    assert argued != quantisation_text(model(CONFIG, quantization_config=_Arguments(dtype=torch.uint8)), None)
+    assert argued == text_of(model(CONFIG, quantization_config=_Arguments(names={"c", "b", "a"})), None)
+    assert argued != text_of(model(CONFIG, quantization_config=_Arguments(dtype=torch.uint8)), None)
     told = model(CONFIG, hf_overrides={"quantization_config_dict_json": '{"a": 1}'})
-    assert quantisation_text(told, None) != text
+    assert text_of(told, None) != text
     file = tmp_path / "quantisation.json"
     seen = set()
     for contents in ('{"a": 1}', '{"a": 2}', "no json"):
         file.write_text(contents)
         told = model(CONFIG, hf_overrides={"quantization_config_file": str(file)})
-        seen.add(quantisation_text(told, None))
+        seen.add(text_of(told, None))
     assert len(seen | {text}) == 4
-    assert quantisation_text(model(CONFIG, hf_overrides=lambda config: config), None) == text
+    assert text_of(model(CONFIG, hf_overrides=lambda config: config), None) == text
 
 
 def test_the_files_that_vllm_reads_instead_count(tmp_path: Path) -> None:
     """Where config.json has nothing, vLLM looks for a file whose name belongs to the method."""
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    one = quantisation_text(model(method="modelopt", path=str(tmp_path)), None)
+    one = text_of(model(method="modelopt", path=str(tmp_path)), None)
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
-    two = quantisation_text(model(method="modelopt", path=str(tmp_path)), None)
+    two = text_of(model(method="modelopt", path=str(tmp_path)), None)
     assert "" not in {one, two}
     assert one != two
-    assert quantisation_text(model(CONFIG, path=str(tmp_path)), None) == quantisation_text(model(CONFIG), None)
+    assert text_of(model(CONFIG, path=str(tmp_path)), None) == text_of(model(CONFIG), None)
 
 
 def test_the_type_of_the_kv_cache_is_named() -> None:
     cache = SimpleNamespace(cache_dtype="fp8_e4m3")
-    assert quantisation_text(model(method=None), cache) == "kv-cache fp8_e4m3"
-    assert quantisation_text(model(CONFIG), cache).endswith(", kv-cache fp8_e4m3")
+    assert text_of(model(method=None), cache) == "kv-cache fp8_e4m3"
+    assert text_of(model(CONFIG), cache).endswith(", kv-cache fp8_e4m3")
 
 
 def test_what_vllm_makes_of_a_real_checkpoint_is_one_text(needs_vllm: None, models: ModelStore) -> None:
     texts = []
     for _ in range(2):
         config = harness.engine_config(models.get("llama-w8a8"))
-        texts.append(quantisation_text(config.model_config, config.cache_config))
+        texts.append(text_of(config.model_config, config.cache_config))
         harness.load(config)
-        texts.append(quantisation_text(config.model_config, config.cache_config))
+        texts.append(text_of(config.model_config, config.cache_config))
     assert len(set(texts)) == 1, "the same before and after the model is built"
     raw = json.loads((models.get("llama-w8a8") / "config.json").read_text())["quantization_config"]
-    assert texts[0] == quantisation_text(model(raw), None)
+    assert texts[0] == text_of(model(raw), None)
 
 
 # --- fingerprint ----------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from netloader.vllm.model.quantisation import quantisation_text
+from netloader.vllm.model.quantisation import quantisation_of
 from tests.models import ModelStore, strip_weights
 from tests.vllm import harness, slim_method
 from tests.vllm.pulls import LogLines, load, offered, source_of
@@ -27,7 +28,7 @@ def folders(models: ModelStore, tmp_path: Path) -> dict[str, Path]:
 def text_of(folder: Path, **arguments: Any) -> str:
     settings: dict[str, Any] = {**slim_method.ARGUMENTS, **arguments}
     config = harness.engine_config(folder, **settings)
-    return quantisation_text(config.model_config, config.cache_config, config.load_config)
+    return quantisation_of(config.model_config, config.cache_config, config.load_config).text
 
 
 def test_a_file_that_only_the_method_knows_counts(folders: dict[str, Path]) -> None:
@@ -36,7 +37,7 @@ def test_a_file_that_only_the_method_knows_counts(folders: dict[str, Path]) -> N
     assert one != other
     config = harness.engine_config(folders["W8A16"], quantization=slim_method.NAME)
     harness.load(config)
-    assert quantisation_text(config.model_config, config.cache_config, config.load_config) == other, "built or not"
+    assert quantisation_of(config.model_config, config.cache_config, config.load_config).text == other, "built or not"
 
 
 def test_such_a_file_counts_beside_a_short_configuration(folders: dict[str, Path]) -> None:
@@ -47,6 +48,34 @@ def test_such_a_file_counts_beside_a_short_configuration(folders: dict[str, Path
     assert one != other
 
 
+def test_a_description_is_stated_in_words(folders: dict[str, Path]) -> None:
+    """Settings for all tensors one by one, the methods of the tensors as their number and a digest."""
+    folder = folders["W8A16"]
+
+    def settings(**more: Any) -> dict[str, str]:
+        told: dict[str, Any] = {
+            "model.layers.0.a.weight": "W8A16",
+            "model.layers.1.a.weight": "W8A16",
+            "lm_head.weight": "FLOAT",
+        }
+        told |= {"version": "1.0.0", "group_size": 64, **more}
+        (folder / slim_method.DESCRIPTION).write_text(json.dumps(told))
+        config = harness.engine_config(folder, quantization=slim_method.NAME)
+        return dict(quantisation_of(config.model_config, config.cache_config, config.load_config).settings)
+
+    one = settings()
+    assert one.pop("quantization.tensors").startswith("blake2b:")
+    assert one.pop("quantization.methods") == "FLOAT 1, W8A16 2"
+    assert one == {"quantization.version": "1.0.0", "quantization.group_size": "64"}
+    moved = settings(**{"model.layers.1.a.weight": "FLOAT", "lm_head.weight": "W8A16"})
+    assert moved["quantization.methods"] == "FLOAT 1, W8A16 2"
+    assert moved["quantization.tensors"] != settings()["quantization.tensors"]
+    many = settings(**{f"key_{number:02}": number for number in range(60)}, **{"k" * 65: 1})
+    assert len(many) == 35, "bounded"
+    assert many["quantization.others"].startswith("blake2b:")
+    assert settings(metadata={"what": "x" * 65})["quantization.metadata"].startswith("blake2b:")
+
+
 def test_where_the_files_are_need_not_be_the_name_of_the_model(folders: dict[str, Path]) -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
@@ -55,9 +84,9 @@ def test_where_the_files_are_need_not_be_the_name_of_the_model(folders: dict[str
     (folders["W8A16"] / "my-quantize_config.json").write_text('{"bits": 4}')
     named = SimpleNamespace(**vars(known), quantization_config=None, model="some/model")
     placed = SimpleNamespace(**vars(known), quantization_config=None, model=str(folders["W8A16"]))
-    text = quantisation_text(placed, None)
+    text = quantisation_of(placed, None).text
     assert len(text) == 32, "a file whose name ends as the method says"
-    assert quantisation_text(named, None, folder=folders["W8A16"]) == text
+    assert quantisation_of(named, None, folder=folders["W8A16"]).text == text
 
 
 def test_a_method_without_any_configuration_is_named_as_one_of_arguments_only(models: ModelStore) -> None:
@@ -103,7 +132,8 @@ def test_a_seed_that_was_quantised_in_another_way_is_refused_by_name(
         assert pull(bare).raw == seed.raw
         pull(folders["W8A16"])
     line = log_lines.one("the default loader (auto) loads", "could not pull")
-    assert "the identities differ: quantization_config is " in line
+    assert "the identities differ: quantization.methods is 'W8A8_DYNAMIC 1' at the server and 'W8A16 1' at the " in line
+    assert "quantization_config" not in line, "a digest says no more"
     assert "files that say how the weights are quantised" in line
     assert not log_lines.with_part("TRANSFER"), "before the first byte"
 

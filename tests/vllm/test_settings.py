@@ -473,3 +473,97 @@ def test_settings_are_read_before_the_model_is_built(
     load(models.get(KIND))
     assert seen[:2] == ["settings", "built"]
     assert seen.count("settings") == 1
+
+
+# --- vllm-ascend ----------------------------------------------------------------------------------------------------
+
+
+def of_ascend(folder: Path, **additional: Any) -> Settings:
+    """What the keys of `additional_config` add to the settings of a plain engine."""
+    usual, found = stated(folder), stated(folder, additional_config=additional)
+    return Settings(
+        {path: text for path, text in found.weights.items() if path not in usual.weights},
+        {path: text for path, text in found.processed.items() if path not in usual.processed},
+    )
+
+
+def test_keys_of_vllm_ascend_are_stated_by_their_path(folder: Path) -> None:
+    found = of_ascend(
+        folder,
+        finegrained_tp_config={"lmhead_tensor_parallel_size": 2, "mlp_tensor_parallel_size": 0},
+        eplb_config={"num_redundant_experts": 4, "eplb_policy_type": 1},
+        mix_placement=True,
+        layer_sharding=["o_proj"],
+        weight_nz_mode=2,
+        enable_mlapo=False,
+        ascend_log_path="/somewhere",
+        dump_config={"any": {"thing": 1}},
+    )
+    start = "additional_config."
+    assert found.weights == {
+        f"{start}finegrained_tp_config.lmhead_tensor_parallel_size": "2",
+        f"{start}eplb_config.num_redundant_experts": "4",
+        f"{start}mix_placement": "1",
+        f"{start}layer_sharding": '["o_proj"]',
+    }
+    assert found.processed == {f"{start}weight_nz_mode": "2", f"{start}enable_mlapo": "0"}
+    assert of_ascend(folder, weight_nz_mode=1, enable_mlapo=True, mix_placement=False) == Settings()
+
+
+def test_a_key_that_is_not_classed_counts_whatever_its_value(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    file.write_text("{}")
+    found = of_ascend(
+        folder, invented=False, eplb_config={"invented": 0}, other={"inner": {"x": 1}}, empty={}, f=str(file)
+    )
+    start = "additional_config."
+    assert found.weights == {
+        f"{start}invented": "false",
+        f"{start}eplb_config.invented": "0",
+        f"{start}other.inner.x": "1",
+        f"{start}empty": "{}",
+        f"{start}f": "{}",
+    }
+
+
+def test_a_file_counts_by_its_contents(folder: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+
+    def text(file: Path) -> str:
+        found = of_ascend(folder, eplb_config={"expert_map_path": str(file)})
+        return found.weights["additional_config.eplb_config.expert_map_path"]
+
+    here.write_text(json.dumps({"layer_list": [list(range(40))]}))
+    there.write_text(json.dumps({"layer_list": [list(range(40))]}, indent=2))
+    assert text(here) == text(there)
+    there.write_text(json.dumps({"layer_list": [list(range(1, 41))]}))
+    assert text(here) != text(there)
+    assert {text(here)[:8], text(there)[:8]} == {"blake2b:"}
+    config = harness.engine_config(folder, additional_config={"eplb_config": {"expert_map_path": str(tmp_path / "no")}})
+    unknown = settings_of(config, config.model_config, "target", folder).unknown
+    assert f"additional_config.eplb_config.expert_map_path names {tmp_path / 'no'}, which can't be read" in unknown
+
+
+def test_a_variable_of_vllm_ascend_stands_for_a_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "0")
+    monkeypatch.setenv("VLLM_ASCEND_BALANCE_SCHEDULING", "1")
+    assert stated(folder).processed["additional_config.weight_nz_mode"] == "0"
+    given = stated(folder, additional_config={"weight_nz_mode": 1})
+    assert "additional_config.weight_nz_mode" not in given.processed, "the key decides"
+    before = stated(folder).weights
+    monkeypatch.setenv("VLLM_ASCEND_INVENTED", "1")
+    assert stated(folder).weights == {**before, "VLLM_ASCEND_INVENTED": "1"}
+
+
+def test_a_configuration_of_another_kind_is_compared_by_its_hash_or_not_at_all(folder: Path) -> None:
+    class Hashed:
+        def compute_hash(self) -> str:
+            return "abc"
+
+    def change(value: object) -> Callable[[Any], None]:
+        return lambda config: setattr(config, "additional_config", value)
+
+    assert stated(folder, change(Hashed())).weights["additional_config"] == "abc"
+    config = harness.engine_config(folder)
+    config.additional_config = object()
+    assert "object in additional_config" in settings_of(config, config.model_config, "target", folder).unknown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from netloader.core import messages as m
-from netloader.core.identity import Difference, ModelIdentity, Role, Severity, differences
+from netloader.core.identity import OF_QUANTIZATION, Difference, ModelIdentity, Role, Severity, differences
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context, Refuse
 from netloader.core.protocol.events import Held, NotHeld, Queued, TurnTaken
@@ -43,7 +43,7 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str, role: Role) ->
     if "dtype" in fields:
         # Without a dtype in config.json an engine takes that of the weight files, which a client may not have.
         return text, "give both sides the same --dtype, the same model and parallel sizes"
-    if fields == {"quantization_config"}:
+    if all(field == "quantization_config" or field.startswith(OF_QUANTIZATION) for field in fields):
         return (
             text,
             "give both sides the same arguments, config.json and other files that say how the weights are quantised",
@@ -51,8 +51,8 @@ def _explain(found: Sequence[Difference], ours: str, theirs: str, role: Role) ->
     settings = sorted(fields - set(ModelIdentity.__struct_fields__))
     if settings:
         return text, (
-            "start both sides with the same arguments, environment variables and config.json, as far as they decide "
-            + ", ".join(settings)
+            "start both sides with the same arguments, files that they name, environment variables and config.json, as "
+            "far as they decide " + ", ".join(settings)
         )
     if fields <= {"model", "fingerprint"}:
         return (

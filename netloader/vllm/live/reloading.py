@@ -26,6 +26,7 @@ from netloader.vllm.model.fallback import fallback_loader
 from netloader.vllm.model.registered import buffers_of, computed_names
 from netloader.vllm.model.snapshot import Located, named_raw_tensors, same_bits
 from netloader.vllm.model.topology import topology_of
+from netloader.vllm.model.unquantised import reloads_exactly
 from netloader.vllm.serve.guard import serving_only
 from netloader.vllm.serve.raw_holding import raw_holding
 from netloader.vllm.serve.retention import keep_policy, named, quantised_modules
@@ -45,10 +46,6 @@ _RELOAD = "_netloader_reload"
 _PAUSED = "_netloader_paused"
 _COMPUTED = "_netloader_computed"
 _IN_USE = "_netloader_in_use"
-
-_EXACT = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "Attention")
-"""Methods and modules for which vLLM's reload gives the same bytes as a first load; each was compared byte by byte.
-Others give different bytes (W8A8 and MoE on CPUs, with vLLM 0.32), or were not compared."""
 
 _SLACK = 60.0
 
@@ -307,9 +304,9 @@ def _why_not(model: torch.nn.Module, loaded: _Loaded | None, path: str) -> str:
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, QuantizeMethodBase):
-            if type(method).__name__ not in _EXACT:
+            if not reloads_exactly(method):
                 other[name] = type(method).__name__
-        elif hasattr(module, "process_weights_after_loading") and type(module).__name__ not in _EXACT:
+        elif hasattr(module, "process_weights_after_loading") and not reloads_exactly(module):
             other[name] = type(module).__name__  # the module itself derives tensors
     if other:
         some = named(f"{name} ({method})" for name, method in other.items())

@@ -42,7 +42,6 @@ class Built:
         unsupported: Why the model can be neither pulled nor served; empty when it can.
         identity: What must match at a source; None for a model that is not supported.
         fingerprint: Fingerprint of the checkpoint's files on this host; empty when there are none.
-        maps: Digest of the expert maps of the layers; empty when there are none.
         traced: Which weights hold the tensors that the constructor read from files.
     """
 
@@ -52,7 +51,6 @@ class Built:
     unsupported: str = ""
     identity: ModelIdentity | None = None
     fingerprint: str = ""
-    maps: str = ""
     traced: Traced = field(default_factory=Traced)
 
 
@@ -82,10 +80,9 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
         unknown = why_unknown(identity) or context.settings.unknown or _why_not_sendable(identity)
         if unknown:
             return replace(built, unsupported=unknown)
-        maps = expert_maps(model)
-        placement = ", ".join(text for text in (context.topology.experts, maps) if text)
+        placement = ", ".join(text for text in (context.topology.experts, expert_maps(model)) if text)
         identity = msgspec.structs.replace(identity, fingerprint=fingerprint, expert_placement=placement)
-        return replace(built, identity=identity, maps=maps)
+        return replace(built, identity=identity)
     except Exception as error:
         log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", context.rank)
         return replace(built, unsupported=f"looking at the model failed: {error_text(error)}")

@@ -19,7 +19,6 @@ from netloader.vllm.load.processed_pull import Adopted, adopt_processed, check_s
 from netloader.vllm.load.pulling import check_digests, only_processed, pull_raw
 from netloader.vllm.load.relaying import withdraw
 from netloader.vllm.model.agreement import Report
-from netloader.vllm.model.expert_maps import expert_maps
 from netloader.vllm.model.initial_values import InitialValues
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def pull(context: Context, built: Built, model: torch.nn.Module) -> Pulled:
         wanted = {name: tensor for name, tensor in built.tensors.items() if name not in without}
         failed = replace(failed, initial=InitialValues(wanted, built.traced.filled))
         report = pull_raw(wanted, identity, context.sources, context.config, _probe_seconds(context), context.server)
-        _check_source(context, built, model, report.identity, without)
+        _check_source(context, built, report.identity, without)
     except MemoryStillInUse as error:
         return replace(_because(failed, str(error)), memory_in_use=error)
     except NetloaderError as error:
@@ -154,17 +153,13 @@ def _probe_seconds(context: Context) -> float:
     return 0.0 if context.probed is None else context.probed.seconds
 
 
-def _check_source(
-    context: Context, built: Built, model: torch.nn.Module, theirs: ModelIdentity, without: frozenset[str]
-) -> None:
+def _check_source(context: Context, built: Built, theirs: ModelIdentity, without: frozenset[str]) -> None:
     """Check the statements of a source against the weights that it sent.
 
     Raises:
         RemoteProtocolError: A statement can't be true.
     """
     check_digests(theirs)
-    if expert_maps(model) != built.maps:
-        raise RemoteProtocolError("the source holds other expert maps than it said", hint="pull from another source")
     if context.left_out(built.tensors, {**built.load_state, **theirs.load_state}) != without:
         raise RemoteProtocolError(
             f"the source says {theirs.load_state} of its {context.role}, which does not fit the tensors that it holds",

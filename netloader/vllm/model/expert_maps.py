@@ -2,7 +2,8 @@
 
 Two engines of equal sizes may place experts differently. Then row 0 of a layer's weights belongs to different experts,
 and a pull would succeed and give a wrong model. The placement follows from configuration (of vLLM Ascend, in
-`additional_config`), or from a tensor that the constructor of a layer fills. Both are compared before the first byte.
+`additional_config`, see :mod:`netloader.vllm.model.settings`), or from a tensor that the constructor of a layer fills.
+Both are compared before the first byte. No such tensor is pulled.
 
 The tensors are found by a list of names (EXPERT_MAPS), because no other property distinguishes them from weights:
 
@@ -13,7 +14,7 @@ The tensors are found by a list of names (EXPERT_MAPS), because no other propert
 - The class of the layer does not: vLLM and vLLM Ascend have several, and releases move the maps between them.
 
 A map with another name is not compared directly. Its inputs are compared: the parallel sizes, the placement strategy,
-and the settings in `configured_experts`.
+and the settings.
 """
 
 from __future__ import annotations
@@ -21,49 +22,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netloader.vllm.model.digest import digest_of
-from netloader.vllm.model.quantisation import contents_of
-from netloader.vllm.model.registered import buffers_of
+from netloader.vllm.model.registered import EXPERT_MAPS, buffers_of, is_expert_map, parameters_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EXPERT_MAPS", "configured_experts", "expert_maps", "moving_experts", "unreadable_map"]
-
-EXPERT_MAPS = (
-    # vLLM
-    "_expert_map",
-    "expert_mask",
-    "expert_global_to_physical",
-    "expert_physical_to_global",
-    "expert_local_to_global",
-    "expert_substitution_routes",
-    # vLLM Ascend
-    "global_expert_map",
-    "log2phy",
-)
-"""Attributes of a layer, tensors or None, with the places of experts. The constructor of the layer fills them."""
-
-
-def configured_experts(vllm_config: Any) -> str:
-    """A digest of the settings of vLLM Ascend that place experts, and of the file they name; empty when none is set."""
-    additional, balancing = _additional(vllm_config)
-    settings = {
-        "map": contents_of(Path(path)) if (path := _map_path(balancing)) else None,
-        "redundant": balancing.get("num_redundant_experts"),
-        "shared": additional.get("mix_placement"),
-    }
-    settings = {name: value for name, value in settings.items() if value}
-    return f"configured {_digest(json.dumps(settings, sort_keys=True, default=str))}" if settings else ""
-
-
-def unreadable_map(vllm_config: Any) -> str:
-    """The path of a configured expert map that can't be read, and therefore not be compared; else empty."""
-    path = _map_path(_additional(vllm_config)[1])
-    return path if path and contents_of(Path(path)) is None else ""
+__all__ = ["expert_maps", "moving_experts"]
 
 
 def moving_experts(vllm_config: Any) -> bool:
@@ -89,10 +56,11 @@ def _maps(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     for prefix, module in model.named_modules():
-        held = {**vars(module), **dict(buffers_of(module))}  # not `getattr`, which would call properties
-        for name in EXPERT_MAPS:
-            value = held.get(name)
-            if isinstance(value, torch.Tensor):
+        # Not `getattr`, which would call properties.
+        held = {**vars(module), **dict(buffers_of(module)), **dict(parameters_of(module))}
+        for name in sorted(EXPERT_MAPS & held.keys()):
+            value = held[name]
+            if isinstance(value, torch.Tensor) and is_expert_map(name, value):
                 yield f"{prefix}.{name}", value
 
 
@@ -103,10 +71,6 @@ def _additional(vllm_config: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]
         return {}, {}
     balancing = additional.get("eplb_config")
     return additional, balancing if isinstance(balancing, Mapping) else {}
-
-
-def _map_path(balancing: Mapping[str, Any]) -> str:
-    return str(balancing.get("expert_map_path") or "")
 
 
 def _digest(text: str) -> str:

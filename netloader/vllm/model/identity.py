@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from netloader.checkpoint import fingerprint_of
 from netloader.checkpoint.names import repo_id_of
 from netloader.core.identity import MODEL, REPOSITORY, SERVED, ModelIdentity, Role
-from netloader.vllm.model.quantisation import quantisation_text
+from netloader.vllm.model.quantisation import quantisation_of
 from netloader.vllm.model.settings import Settings
 from netloader.vllm.model.topology import Topology
 
@@ -110,9 +111,8 @@ def identity_of(
         cache_config: vLLM's configuration of its KV cache. Its dtype may decide which scales a model has.
         load_config: How vLLM was told to load.
     """
-    import vllm
-
     role = role_of(model_config)
+    quantisation = quantisation_of(model_config, cache_config, load_config, folder_of(model_config))
     return ModelIdentity(
         # A peer of protocol 1 compares this text, and made it in the same way.
         model=str(model_config.model) if name is None else name,
@@ -121,7 +121,7 @@ def identity_of(
         revision=str(model_config.revision or ""),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
-        quantization_config=quantisation_text(model_config, cache_config, load_config, folder_of(model_config)),
+        quantization_config=quantisation.text,
         layout="raw",
         role=role,
         tp_size=topology.tp_size,
@@ -132,7 +132,23 @@ def identity_of(
         ep_rank=topology.ep_rank,
         expert_placement=topology.experts,
         tied=tied,
-        engine=f"vllm {vllm.__version__}",
-        settings=dict(settings.weights),
+        engine=_engine(),
+        settings={**settings.weights, **quantisation.settings},
         processed_settings=dict(settings.processed),
     )
+
+
+def _engine() -> str:
+    """The version of vLLM, and that of the package with its platform, if it has one of its own."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    engine, package = f"vllm {vllm.__version__}", _package_of(type(current_platform).__module__)
+    for entry in entry_points(group="vllm.platform_plugins"):  # vLLM has found the package by one of these
+        if package != "vllm" and entry.dist is not None and _package_of(entry.module) == package:
+            return f"{engine}, {entry.dist.name} {entry.dist.version}"
+    return engine if package == "vllm" else f"{engine}, {package} of unknown version"
+
+
+def _package_of(module: str) -> str:
+    return module.partition(".")[0]

@@ -7,11 +7,15 @@ import enum
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["NotComparable", "digest_of_plain", "plain"]
+__all__ = ["NotComparable", "contents_of", "digest_of_plain", "plain", "short_text"]
 
 _DEPTH = 16
+
+_SHORT = 64
+"""Most characters of a value that is stated as it is; of a longer one, a digest is stated."""
 
 
 class NotComparable(Exception):
@@ -53,6 +57,26 @@ def plain(value: Any, depth: int = 0, *, strict: bool = False) -> Any:
     if type(value).__name__ == "dtype":
         return str(value)  # a dtype of torch
     return _not_comparable(value, strict=strict)
+
+
+def contents_of(file: Path) -> Any:
+    """The contents of a JSON file. A digest if the file is not JSON; None if it can't be read, which vLLM reports."""
+    try:
+        data = file.read_bytes()
+    except (OSError, ValueError):  # a name with a zero byte is a ValueError
+        return None
+    try:
+        return json.loads(data)
+    except ValueError:
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def short_text(value: Any) -> str:
+    """A value in the types of JSON as text, if that has at most 64 characters; else a digest of it."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if len(text) <= _SHORT:
+        return text
+    return f"blake2b:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def _not_comparable(value: Any, *, strict: bool) -> str:

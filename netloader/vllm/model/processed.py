@@ -23,7 +23,7 @@ import msgspec
 from netloader.errors import NetloaderError
 from netloader.tensors.mappings import ANY, HEAP, mapped
 from netloader.vllm.model.load_state import TRANSFERRED_FACTS
-from netloader.vllm.model.registered import buffers_of, parameters_of, unset_names, weights_of
+from netloader.vllm.model.registered import buffers_of, is_expert_map, parameters_of, unset_names, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -350,7 +350,12 @@ def _emptied(walk: _Walk, raw_bytes: Mapping[str, int]) -> list[str]:
 
 
 def _separate_views(walk: _Walk) -> None:
-    """Separate the named tensors into tensors to transfer and views of those, which are facts. Check closures too."""
+    """Separate the named tensors into tensors to transfer, and views of those and expert maps, which are facts.
+
+    Check closures too.
+    """
+    from netloader.vllm.model.digest import digest_of
+
     found = walk.found
     owners: dict[int, tuple[str, torch.Tensor]] = {}  # by storage: its largest tensor
     home = next((t.device for t in walk.named.values() if t.numel()), None)
@@ -360,6 +365,9 @@ def _separate_views(walk: _Walk) -> None:
             if key not in owners or owners[key][1].nbytes < tensor.nbytes:
                 owners[key] = (name, tensor)
     for name, tensor in walk.named.items():
+        if is_expert_map(name.rpartition(".")[2], tensor):
+            found.facts[name] = f"map {digest_of(tensor)}"  # it follows from the configuration
+            continue
         if home is not None and tensor.device != home:
             _elsewhere(found, name, tensor)
             continue

@@ -1,4 +1,4 @@
-"""Everything that decides how a model is quantised, as one text that two engines can compare.
+"""Everything that decides how a model is quantised, as one text that two engines can compare, and in words.
 
 vLLM's own object (`QuantizationConfig`) can't be compared, because it changes while the model is built, and its
 attributes differ between releases. Its inputs stay the same: the configuration of the model, the user's overrides, and
@@ -20,40 +20,61 @@ No quantisation method is listed here by name. The inputs follow from the way in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from netloader.core.identity import ModelIdentity, quantised_unknown_how
-from netloader.vllm.model.plain_values import NotComparable, digest_of_plain, plain
+from netloader.core.identity import OF_QUANTIZATION, ModelIdentity, quantised_unknown_how
+from netloader.vllm.model.plain_values import NotComparable, contents_of, digest_of_plain, plain, short_text
 
-__all__ = ["contents_of", "quantisation_text", "why_unknown"]
+__all__ = ["Quantisation", "quantisation_of", "why_unknown"]
 
 log = logging.getLogger(__name__)
 
 _DERIVED = frozenset({"total_num_heads", "total_num_kv_heads"})
 """Keys that vLLM adds to the model's configuration during start-up."""
 
+_DESCRIPTION = "quant_model_description.json"
+"""ModelSlim's file: a method for each tensor, and settings for all of them."""
+
+_MOST, _LONGEST = 32, 64
+"""Most settings of a part of the configuration that are stated by name, and most characters of such a name."""
+
 _OVERRIDES = ("quantization_config_file", "quantization_config_dict_json")
 _ENVIRONMENT = ("VLLM_", "_QUANT_CONFIG")
 """Beginning and end of the names of variables that hold a whole configuration, as JSON or as the path of a file."""
 
 
-def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = None, folder: Path | None = None) -> str:
-    """A digest over the configuration of the quantisation, and the dtype of the KV cache if it is not the default.
+@dataclass(frozen=True)
+class Quantisation:
+    """How a model is quantised.
+
+    Attributes:
+        text: A digest over the configuration, and the dtype of the KV cache if it is not the default. Empty for a model
+            that is not quantised, and for one whose quantisation is not known.
+        settings: What the configuration says, by path. The digest decides whether two are equal; these show in what
+            they differ.
+    """
+
+    text: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+def quantisation_of(
+    model_config: Any, cache_config: Any, load_config: Any = None, folder: Path | None = None
+) -> Quantisation:
+    """The configuration of the quantisation of a model.
 
     Args:
         model_config: vLLM's configuration of the model.
         cache_config: vLLM's configuration of its KV cache, or None.
         load_config: How vLLM was told to load.
         folder: The folder of the model's files; None if the model's name is its path, or if there are none.
-
-    Returns:
-        The text. Empty for a model that is not quantised, and for one whose quantisation is not known.
     """
     method = model_config.quantization
     parts = dict(_inputs(model_config, Path(str(model_config.model)) if folder is None else folder))
@@ -61,7 +82,7 @@ def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = N
     if method and (not parts or _reads_by_itself(method)):
         built = _built(model_config, load_config)
         if built is None:
-            return ""
+            return Quantisation()
         if not parts:
             found.append("arguments only")
         parts["built"] = built
@@ -70,7 +91,31 @@ def quantisation_text(model_config: Any, cache_config: Any, load_config: Any = N
     cache = str(getattr(cache_config, "cache_dtype", "auto"))
     if cache != "auto":
         found.append(f"kv-cache {cache}")
-    return ", ".join(found)
+    return Quantisation(", ".join(found), dict(_settings(parts)))
+
+
+def _settings(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What each part of a configuration says, at most `_MOST` settings of it and a digest of the others."""
+    for part, contents in parts.items():
+        if part == "built":
+            continue  # made from the other parts
+        known = json.loads(json.dumps(plain(contents)))
+        if not isinstance(known, dict):
+            yield f"{OF_QUANTIZATION}{part}", short_text(known)
+            continue
+        # ModelSlim lists the method of each tensor by the name of the tensor, beside settings for all of them.
+        methods = {key: value for key, value in known.items() if "." in key and isinstance(value, str)}
+        others = {key: value for key, value in known.items() if key not in methods}
+        shown = [key for key in sorted(others) if len(key) <= _LONGEST][:_MOST]
+        start = OF_QUANTIZATION if part in ("config", _DESCRIPTION) else f"{OF_QUANTIZATION}{part}."
+        yield from ((f"{start}{key}", short_text(others[key])) for key in shown)
+        if methods:
+            count = sorted(Counter(methods.values()).items())
+            yield f"{start}methods", short_text(", ".join(f"{method} {number}" for method, number in count))
+            yield f"{start}tensors", f"blake2b:{digest_of_plain(methods)}"
+        if len(others) > len(shown):
+            rest = {key: value for key, value in others.items() if key not in shown}
+            yield f"{start}others", f"blake2b:{digest_of_plain(rest)}"
 
 
 def why_unknown(identity: ModelIdentity) -> str:
@@ -166,15 +211,3 @@ def _files(method: str, folder: Path) -> Iterator[tuple[str, Any]]:
         # vLLM uses every file whose name ends with one of these.
         if file.name.endswith(named) or (foreign and "quant" in file.name.lower()):
             yield file.name, contents_of(file)
-
-
-def contents_of(file: Path) -> Any:
-    """The contents of a JSON file. A digest if the file is not JSON; None if it can't be read, which vLLM reports."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    try:
-        return json.loads(data)
-    except ValueError:
-        return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -10,7 +10,23 @@ import torch
 if TYPE_CHECKING:
     from torch.nn import Module
 
-__all__ = ["buffers_of", "computed_names", "parameters_of", "unset_names", "weights_of"]
+__all__ = ["EXPERT_MAPS", "buffers_of", "computed_names", "is_expert_map", "parameters_of", "unset_names", "weights_of"]
+
+EXPERT_MAPS = frozenset(
+    (
+        # vLLM
+        *("_expert_map", "expert_mask", "expert_substitution_routes"),
+        *("expert_global_to_physical", "expert_physical_to_global", "expert_local_to_global"),
+        # vLLM Ascend
+        *("global_expert_map", "log2phy"),
+    )
+)
+"""Attributes of a layer, tensors or None, with the places of experts. The constructor of the layer fills them."""
+
+
+def is_expert_map(name: str, tensor: torch.Tensor) -> bool:
+    """Whether the attribute `name` of a module, a tensor, says where experts are."""
+    return name in EXPERT_MAPS and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def parameters_of(module: Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -25,10 +41,13 @@ def buffers_of(module: Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def weights_of(module: Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters and persistent buffers of the module: the tensors that a checkpoint has."""
-    yield from parameters_of(module)
+    """The parameters and persistent buffers of the module: the tensors that a checkpoint has.
+
+    Maps of experts are left out: they follow from the configuration, and are in no checkpoint, however registered.
+    """
     computed = computed_names(module)
-    yield from ((name, buffer) for name, buffer in buffers_of(module) if name not in computed)
+    buffers = ((name, buffer) for name, buffer in buffers_of(module) if name not in computed)
+    yield from ((n, tensor) for n, tensor in [*parameters_of(module), *buffers] if not is_expert_map(n, tensor))
 
 
 def computed_names(module: Module) -> set[str]:

@@ -3,6 +3,9 @@
 settings.toml says of each field of vLLM's configuration, and of each of its environment variables, what it decides. A
 field that is not listed there comes from a newer vLLM. If it is not at its default, it counts as one that decides
 weights: two engines with equal settings match, and others are refused by its path.
+
+The same holds for the settings of vllm-ascend: the keys of `additional_config`, and its environment variables. Nobody
+knows the default of a key that is not listed there, so it always counts.
 """
 
 from __future__ import annotations
@@ -22,21 +25,27 @@ from typing import Any
 
 from netloader.core.identity import Role
 from netloader.vllm.model.config_file import digest_of_config
-from netloader.vllm.model.plain_values import NotComparable, plain
+from netloader.vllm.model.plain_values import NotComparable, contents_of, plain, short_text
 
-__all__ = ["ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
+__all__ = ["ADDITIONAL", "ASCEND_ENVIRONMENT", "ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
 
 ENVIRONMENT = "environment"
 """The key of the table under which environment variables are listed."""
 
-_SHORT = 64
-"""Most characters of a value that is stated as it is; of a longer one, a digest is stated."""
+ADDITIONAL = "vllm-ascend additional_config"
+"""The key of the table under which keys of ``--additional-config`` are listed, nested ones with dots."""
+
+ASCEND_ENVIRONMENT = "vllm-ascend environment"
+"""The key of the table under which environment variables of vllm-ascend are listed."""
+
+_ADDITIONAL = "additional_config"
+"""The field of vLLM's configuration that holds them."""
+
+_OF_ASCEND = "VLLM_ASCEND_"
+"""How the names of its variables begin, but for a few that other software has too."""
 
 _POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window")
 """What the tables of rotary embeddings are computed from."""
-
-_NEW = "weights"
-"""What a field decides that is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Entry:
         neutral: Values that do nothing, beside those that never do anything.
         always: Whether the value is always stated.
         by: Fields of the identity that say it, if it is decided elsewhere.
+        file: Whether the value is the path of a file, whose contents count.
+        variable: The environment variable that has the value if the key is not given.
     """
 
     decides: str
@@ -56,12 +67,18 @@ class Entry:
     neutral: tuple[Any, ...] = ()
     always: bool = False
     by: tuple[str, ...] = ()
+    file: bool = False
+    variable: str = ""
 
     def is_neutral(self, value: Any) -> bool:
         """Whether `value`, in the types of JSON, does nothing."""
         if value is None or value in ("", "auto", [], {}):
             return True
         return value in self.neutral if self.neutral else not value
+
+
+_UNKNOWN = Entry("weights", "not classed yet", always=True)
+"""What a field decides that is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,15 @@ def _entries(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
     for group in groups:
         neutral = group.get("neutral", [])
         values = tuple(neutral) if isinstance(neutral, list) else (neutral,)
-        entry = Entry(group["decides"], group["why"], values, group.get("always", False), tuple(group.get("by", ())))
+        entry = Entry(
+            group["decides"],
+            group["why"],
+            values,
+            group.get("always", False),
+            tuple(group.get("by", ())),
+            group.get("file", False),
+            group.get("variable", ""),
+        )
         for name in group["fields"]:
             yield name, entry
 
@@ -109,10 +134,11 @@ def settings_of(vllm_config: Any, model_config: Any, role: Role, folder: Path | 
     weights: dict[str, str] = {}
     processed: dict[str, str] = {}
     try:
-        for path, entry, value in (*_Walk(model_config, role, folder).fields(vllm_config, ""), *_environment()):
+        of_vllm = _Walk(model_config, role, folder).fields(vllm_config, "")
+        for path, entry, value in (*of_vllm, *_additional(vllm_config), *_environment()):
             known = json.loads(json.dumps(plain(value, strict=True)))
             if entry.always or not entry.is_neutral(known):
-                (processed if entry.decides == "processed" else weights)[path] = _text(known)
+                (processed if entry.decides == "processed" else weights)[path] = short_text(known)
     except NotComparable as error:
         return Settings(unknown=f"settings of the engine can't be compared: {error}")
     return Settings(weights, processed)
@@ -160,7 +186,7 @@ class _Walk:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from self.fields(value, f"{path}.")
         elif not _is_default(field, value):
-            yield path, Entry(_NEW, "not classed yet", always=True), value
+            yield path, _UNKNOWN, value
 
     def _values(self, path: str, entry: Entry, config: Any, value: Any) -> Iterator[Found]:
         match path:
@@ -188,11 +214,60 @@ def _environment() -> Iterator[Found]:
     # A variable that is set counts, also if to the value that it has anyway: which one that is depends on the release.
     from vllm.envs import environment_variables
 
-    table = read_table()[ENVIRONMENT]
+    table = read_table()
     for name in sorted(set(environment_variables) & os.environ.keys()):
-        entry = table.get(name, Entry(_NEW, "not classed yet"))
+        entry = table[ENVIRONMENT].get(name, _UNKNOWN)
         if entry.decides in ("weights", "processed"):
             yield name, dataclasses.replace(entry, always=True), environment_variables[name]()
+    of_ascend = table[ASCEND_ENVIRONMENT]
+    for name in sorted(name for name in os.environ if name in of_ascend or name.startswith(_OF_ASCEND)):
+        entry = of_ascend.get(name, _UNKNOWN)
+        if entry.decides in ("weights", "processed"):
+            yield name, dataclasses.replace(entry, always=True), os.environ[name]
+
+
+def _additional(vllm_config: Any) -> Iterator[Found]:
+    """The settings of vllm-ascend, or of another package that extends vLLM."""
+    given = getattr(vllm_config, _ADDITIONAL, None) or {}
+    if not isinstance(given, Mapping):
+        if not hasattr(given, "compute_hash"):  # vLLM asks for it too
+            raise NotComparable(f"{type(given).__qualname__} in {_ADDITIONAL}")
+        yield _ADDITIONAL, _UNKNOWN, given.compute_hash()
+        return
+    yield from _keys(given, "")
+    for path, entry in read_table()[ADDITIONAL].items():
+        if entry.variable in os.environ and path not in given and entry.decides in ("weights", "processed"):
+            yield f"{_ADDITIONAL}.{path}", entry, _switch(os.environ[entry.variable])
+
+
+def _keys(given: Mapping[Any, Any], prefix: str) -> Iterator[Found]:
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        path, entry = f"{_ADDITIONAL}.{name}", read_table()[ADDITIONAL].get(name)
+        if isinstance(value, Mapping) and (value if entry is None else entry.decides == "inside"):
+            yield from _keys(value, f"{name}.")
+        elif entry is None:
+            # It may name a file, whose path says nothing about another host.
+            found = contents_of(Path(value)) if isinstance(value, str) else None
+            yield path, _UNKNOWN, value if found is None else found
+        elif entry.decides == "inside" and value:
+            yield path, _UNKNOWN, value
+        elif entry.decides in ("weights", "processed"):
+            yield path, entry, _contents(path, value) if entry.file and value else _switch(value)
+
+
+def _contents(path: str, file: Any) -> Any:
+    found = contents_of(Path(str(file)))
+    if found is None:
+        raise NotComparable(f"{path} names {file}, which can't be read")
+    return found
+
+
+def _switch(value: Any) -> Any:
+    """`value`, with a number in place of a switch or of the text of a number: all three say the same to vllm-ascend."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return int(value) if isinstance(value, bool) else value
 
 
 def _overrides(value: Any) -> Any:
@@ -237,10 +312,3 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
         make: Any = field.default_factory
         default = default if make is dataclasses.MISSING else make()
     return bool(value is default or (type(value) is type(default) and value == default))
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    if len(text) <= _SHORT:
-        return text
-    return f"blake2b:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=16).hexdigest()}"

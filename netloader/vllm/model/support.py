@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from netloader.vllm.model.expert_maps import moving_experts, unreadable_map
+from netloader.vllm.model.expert_maps import moving_experts
 
 if TYPE_CHECKING:
     import torch
@@ -86,11 +86,6 @@ def _moving_experts(vllm_config: Any, _: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
-def _expert_map(vllm_config: Any, _: Mapping[str, torch.Tensor]) -> str:
-    path = unreadable_map(vllm_config)
-    return f"the expert map {path} can't be read, so that nothing can be compared with it" if path else ""
-
-
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}"
@@ -98,7 +93,6 @@ def _some(names: list[str]) -> str:
 
 _CHECKS: tuple[Callable[[Any, Mapping[str, torch.Tensor]], str], ...] = (
     _moving_experts,
-    _expert_map,
     _offload,
     _online_quantisation,
     _uninitialised,

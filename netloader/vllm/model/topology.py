@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from netloader.vllm.model.expert_maps import configured_experts
-
 __all__ = ["Topology", "topology_of"]
 
 
@@ -45,8 +43,6 @@ def topology_of(vllm_config: Any, model_config: Any) -> Topology:
     parallel = vllm_config.parallel_config
     tensor, pipeline = get_tp_group(), get_pp_group()
     ep_size, ep_rank, experts = _experts_of(parallel, model_config, tensor)
-    configured = configured_experts(vllm_config) if model_config.is_moe else ""
-    experts = ", ".join(text for text in (experts, configured) if text)
     return Topology(
         rank=torch.distributed.get_rank() + _replica_offset(parallel),
         tp_size=tensor.world_size,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from netloader.config import Config
 from netloader.vllm.model.copies import Copies, Keep
 from netloader.vllm.model.snapshot import Located
+from netloader.vllm.model.unquantised import is_quantised
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +28,7 @@ _COPY_THEM = (
 
 def quantised_modules(model: torch.nn.Module) -> frozenset[str]:
     """Names of the modules whose weights are quantised."""
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
-    found = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        method = getattr(module, "quant_method", None)
-        # Plain layers have a method too; its class name begins with "Unquantized".
-        if isinstance(method, QuantizeMethodBase) and not type(method).__name__.startswith("Unquantized"):
-            found.add(name)
-    return frozenset(found)
+    return frozenset(name for name, module in model.named_modules(remove_duplicate=False) if is_quantised(module))
 
 
 def keep_policy(
