@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +24,17 @@ from netloader.core.plan import Block, Plan
 from netloader.errors import ManifestError
 from netloader.tensors.memory import TensorMemory
 
-__all__ = ["SCRATCH_BYTES", "ComputedBlock", "ComputedMemory", "Inverse", "Scratch", "read"]
+__all__ = ["CALL_BYTES", "SCRATCH_BYTES", "ComputedBlock", "ComputedMemory", "Inverse", "Scratch", "read"]
 
 SCRATCH_BYTES = 8 << 20
 """Bytes of each scratch buffer. A block of the usual size is computed in one step, a larger one in several."""
+
+CALL_BYTES = 16 << 20
+"""The size from which on no further block is added to a call of a channel, because each view owns its bytes until the
+call returns. A call has one block more at most."""
+
+_PAUSED_SECONDS = 15.0
+"""Seconds that a computation waits while :meth:`Scratch.paused` lasts: less than clients wait for a source."""
 
 _ALIGNMENT = 512
 """Tiles are copied from and to multiples of this. The copy needs 64 bytes, and tensors begin at multiples of 512."""
@@ -108,16 +117,21 @@ def _within(shape: Sequence[int], row: int, first: int, past: int) -> Iterator[_
 class Scratch:
     """The memory with which blocks are computed on one device: allocated once, and never larger.
 
-    Thread-safe. On the CPU it needs none.
+    Thread-safe. On the CPU it needs none. It also counts the bytes that computed views own, whoever asked for them.
 
     Args:
         device: The device of the tensors.
         tiled: Whether tensors in a private memory format are read, which needs a second buffer.
         nbytes: Bytes of each buffer.
+
+    Attributes:
+        owned: Bytes in host memory that computed views own now.
     """
 
     def __init__(self, device: torch.device, *, tiled: bool = False, nbytes: int = SCRATCH_BYTES) -> None:
         self.nbytes = nbytes
+        self.owned = 0
+        self._counting = threading.Lock()
         self._device = device
         self._lock = threading.Lock()
         self._tiles: torch.Tensor | None = None
@@ -134,6 +148,31 @@ class Scratch:
         """Wait until all that is queued on the device is complete: what is read from now on comes after it."""
         if self._device.type != "cpu":
             self._module.synchronize(self._device)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do nothing on the device meanwhile. Computations wait, and fail if it lasts long.
+
+        Raises:
+            ManifestError: The computation that runs does not end.
+        """
+        if not self._lock.acquire(timeout=_PAUSED_SECONDS):
+            raise ManifestError(f"a computation on {self._device} does not end")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def host_bytes(self, nbytes: int) -> torch.Tensor:
+        """Host memory for a view, counted until it is freed: one-dimensional ``uint8`` of undefined content."""
+        made = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self._count(nbytes)
+        weakref.finalize(made, self._count, -nbytes).atexit = False
+        return made
+
+    def _count(self, nbytes: int) -> None:
+        with self._counting:
+            self.owned += nbytes
 
     def read(self, tensor: torch.Tensor, inverse: Inverse, box: _Box, out: torch.Tensor) -> None:
         """Read a part of a view.
@@ -158,7 +197,12 @@ class Scratch:
                 self.read(tensor, inverse, half, out[done : done + count])
                 done += count
             return
-        with self._lock:
+        if not self._lock.acquire(timeout=_PAUSED_SECONDS):
+            raise ManifestError(
+                f"{self._device} is busy: weights can't be computed on it now",
+                hint="it is over soon: a client tries again while its WAIT lasts",
+            )
+        try:
             if self._device.index is not None:
                 self._module.set_device(self._device)
             with self._module.stream(self._stream):
@@ -167,6 +211,8 @@ class Scratch:
                 self._stage[: out.nbytes].copy_(self._rows[: out.nbytes], non_blocking=True)
                 self._stream.synchronize()
             out.view(torch.uint8).copy_(self._stage[: out.nbytes])
+        finally:
+            self._lock.release()
 
     def _tile(self, tensor: torch.Tensor, inverse: Inverse, box: _Box) -> torch.Tensor:
         """The part, over a copy of the tiles that it is in.
@@ -276,7 +322,7 @@ class ComputedBlock:
 
     def buffers(self) -> Sequence[memoryview]:
         """The same as a byte view."""
-        return [memoryview(self._computed().numpy())]
+        return [self._computed().numpy().data]
 
     def regions(self) -> Regions[int]:
         """The same by address. Valid while this object exists."""
@@ -288,7 +334,7 @@ class ComputedBlock:
     def _computed(self) -> torch.Tensor:
         with self._lock:
             if self._bytes is None:
-                made = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+                made = self._scratch.host_bytes(self.nbytes)
                 start = 0
                 for (tensor, inverse), nbytes in zip(self._parts, self._block.sizes, strict=True):
                     source, way = (tensor, inverse) if inverse is not None else _as_it_is(tensor)
@@ -311,12 +357,16 @@ class ComputedMemory:
         memory: The tensors that are in memory. For a tensor that is computed, the one that it is computed from.
         inverses: By place in the manifest, how the computed ones are read.
         scratch: For the device of the tensors.
+
+    Attributes:
+        call_bytes: The size from which on no further block is added to a call of a channel; None: the channel's own.
     """
 
     def __init__(self, memory: TensorMemory, inverses: Mapping[int, Inverse], scratch: Scratch) -> None:
         self._memory = memory
         self._inverses = inverses
         self._scratch = scratch
+        self.call_bytes = CALL_BYTES if inverses else None
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order.

@@ -166,7 +166,10 @@ class TensorMemory:
 
     Attributes:
         device: Device of the tensors, as torch names it (``cpu``, ``cuda:0``).
+        call_bytes: None: views own no memory, so any number of them may be in one call of a channel.
     """
+
+    call_bytes: int | None = None
 
     def __init__(
         self,

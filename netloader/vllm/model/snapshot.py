@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from netloader.core.protocol.events import Announcement
     from netloader.tensors import Inverse, Scratch
 
-__all__ = ["Located", "RawWeights", "UnnamedTensors", "named_raw_tensors", "same_bits"]
+__all__ = ["ALWAYS_COPIED_BYTES", "Located", "RawWeights", "UnnamedTensors", "named_raw_tensors", "same_bits"]
 
 log = logging.getLogger(__name__)
 
@@ -185,13 +185,14 @@ class RawWeights:
         policy: Returns for a name what is kept of that tensor.
 
     Attributes:
+        announcement: The manifest and digests.
         copies: The copies, by the setting that asks for them.
         device: The device of the tensors, as torch names it; the CPU when there are no tensors.
     """
 
     def __init__(self, model: torch.nn.Module, announcement: Announcement, policy: Callable[[str], Keep]) -> None:
         self._raw: dict[str, _Raw] = {}
-        self._announcement = announcement
+        self.announcement = announcement
         self.copies: dict[Keep, Copies] = {}
         self.device = "cpu"
         named = named_raw_tensors(model)
@@ -315,7 +316,7 @@ class RawWeights:
 
         from netloader.tensors import HASHERS, ComputedMemory, Scratch, TensorMemory, digest_blocks
 
-        announcement = self._announcement
+        announcement = self.announcement
         manifest, plan = announcement.manifest, announcement.plan
         nothing = torch.empty(0)
         places = [found.get(spec.name, _Found(nothing)) for spec in manifest.tensors]

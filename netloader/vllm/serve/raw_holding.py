@@ -69,6 +69,10 @@ class RawMemory:
         device: The device of all tensors, as torch names it.
         inverses: For some of them, by place in that order, how the bytes are computed.
         scratch: The memory for that; None if none are computed.
+
+    Attributes:
+        call_bytes: The size from which on no further block is added to a call of a channel; None: the channel's own.
+        scratch: The memory with which blocks are computed.
     """
 
     def __init__(
@@ -85,9 +89,10 @@ class RawMemory:
         self._references = references
         self._substitutes = dict(substitutes)
         self._inverses = dict(inverses or {})
-        self._scratch = scratch or Scratch(torch.device("cpu"))
+        self.scratch = scratch or Scratch(torch.device("cpu"))
         self._lock = threading.Lock()
         self._memory = self._build()
+        self.call_bytes = self._memory.call_bytes
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order.
@@ -122,7 +127,7 @@ class RawMemory:
         # An empty tensor replaces one that was dropped in the meantime. Its blocks are then answered with "gone".
         tensors = [torch.empty(0) if tensor is None else tensor for tensor in found]
         in_place = TensorMemory(self._manifest, tensors, torch.device(self.device), weak=True)
-        return ComputedMemory(in_place, self._inverses, self._scratch)
+        return ComputedMemory(in_place, self._inverses, self.scratch)
 
 
 def raw_holding(
