@@ -158,7 +158,7 @@ def test_four_bit_weights_need_copies_of_their_second_scales_only(
 ) -> None:
     listed = [
         f"model.layers.{layer}.{name}.weight_scale_second"
-        for layer in range(2)
+        for layer in range(4)
         for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     ]
     case = Case("w4a8", "hccl", {"INT8_CACHE": "dram", "INT8_CACHE_NAME": listed, "KEEP_RAW": False})
