@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from netloader.codecs.block_view import BlockView
-from netloader.codecs.npu_formats import is_private, to_plain
+from netloader.codecs.npu_formats import copy_tiles, is_private, to_plain
 from netloader.codecs.regions import Regions, regions_over
 from netloader.codecs.staging import staging
 from netloader.core.plan import Block, Plan
@@ -38,8 +38,6 @@ _PAUSED_SECONDS = 15.0
 
 _ALIGNMENT = 512
 """Tiles are copied from and to multiples of this. The copy needs 64 bytes, and tensors begin at multiples of 512."""
-
-_DEVICE_TO_DEVICE = 3  # ACL_MEMCPY_DEVICE_TO_DEVICE
 
 
 @dataclass(frozen=True)
@@ -202,6 +200,7 @@ class Scratch:
                 f"{self._device} is busy: weights can't be computed on it now",
                 hint="it is over soon: a client tries again while its WAIT lasts",
             )
+        before = self._module.current_device()
         try:
             if self._device.index is not None:
                 self._module.set_device(self._device)
@@ -212,28 +211,17 @@ class Scratch:
                 self._stream.synchronize()
             out.view(torch.uint8).copy_(self._stage[: out.nbytes])
         finally:
+            self._module.set_device(before)
             self._lock.release()
 
     def _tile(self, tensor: torch.Tensor, inverse: Inverse, box: _Box) -> torch.Tensor:
-        """The part, over a copy of the tiles that it is in.
-
-        Operators would take the memory of `tensor` for rows, or convert all of it. So the runtime copies the bytes.
-        """
-        import acl
-
+        """The part, over a copy of the tiles that it is in."""
         if self._tiles is None:
             raise ManifestError("tiles are read with a scratch memory that was made for plain tensors")
-        storage = tensor.untyped_storage()
-        first = _begin(tensor, inverse, box)
-        past = first + box.extent(inverse)[1] - box.extent(inverse)[0]
+        storage, (first, past) = tensor.untyped_storage(), _place(tensor, inverse, box)
         begin = first // _ALIGNMENT * _ALIGNMENT
         end = min(-(-past // _ALIGNMENT) * _ALIGNMENT, storage.nbytes())
-        into, source = self._tiles.data_ptr(), storage.data_ptr() + begin
-        stream = self._stream.npu_stream
-        code = acl.rt.memcpy_async(into, self.nbytes, source, end - begin, _DEVICE_TO_DEVICE, stream)
-        if code:
-            raise ManifestError(f"tiles can't be copied on {self._device}: acl.rt.memcpy_async returned {code}")
-        self._stream.synchronize()  # torch_npu queues operators in a thread of its own: they may not overtake the copy
+        copy_tiles(storage.data_ptr() + begin, end - begin, self._tiles, self._stream)
         return _typed(self._tiles, (first - begin) // inverse.read.itemsize, inverse.read, box.size, inverse.stride)
 
 
@@ -266,16 +254,17 @@ def read(tensor: torch.Tensor, inverse: Inverse, offset: int, out: torch.Tensor,
 
 
 def _strided(tensor: torch.Tensor, inverse: Inverse, box: _Box) -> torch.Tensor:
-    return _typed(tensor, _begin(tensor, inverse, box) // inverse.read.itemsize, inverse.read, box.size, inverse.stride)
+    first, _ = _place(tensor, inverse, box)
+    return _typed(tensor, first // inverse.read.itemsize, inverse.read, box.size, inverse.stride)
 
 
-def _begin(tensor: torch.Tensor, inverse: Inverse, box: _Box) -> int:
-    """Where the part begins in the storage, in bytes. torch would enlarge a storage that is too small, so check it."""
+def _place(tensor: torch.Tensor, inverse: Inverse, box: _Box) -> tuple[int, int]:
+    """The bytes of the storage that the part is in. torch would enlarge a storage that is too small, so check it."""
     storage = tensor.untyped_storage()
     first, past = (tensor.data_ptr() - storage.data_ptr() + at for at in box.extent(inverse))
     if past > storage.nbytes():
         raise ManifestError("a tensor that others are computed from has less memory than it had")
-    return first
+    return first, past
 
 
 def _typed(

@@ -21,7 +21,7 @@ from netloader.tensors import Inverse, Scratch, read
 
 __all__ = ["Form", "as_it_is", "find_inverse", "sample_of"]
 
-_SAMPLES, _SAMPLE_BYTES = 4, 1024
+_SAMPLES, _SAMPLE_BYTES = 4, 256
 """Samples of a tensor, spread evenly over its bytes, and their size."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -46,9 +46,10 @@ class RawHolding:
         return self.memory.device
 
     def equal_to(self, tensor: torch.Tensor) -> _Reference | None:
-        """A weak reference to one of its tensors that equals `tensor`; None when there is none."""
+        """A weak reference to one of its raw tensors that equals `tensor`; None when there is none."""
         kept = [weakref.ref(tensor) for tensor in self.located.kept.values()]
-        for reference in [*kept, *self.located.live.values()]:
+        live = [ref for name, ref in self.located.live.items() if name not in self.located.inverses]
+        for reference in [*kept, *live]:
             found = reference()
             if (
                 found is not None

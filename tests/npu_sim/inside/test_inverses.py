@@ -130,6 +130,11 @@ def test_a_computation_waits_while_graphs_are_captured(monkeypatch: pytest.Monke
         way_back(raw, now, scratch)
 
 
-def test_the_stream_is_its_own() -> None:
-    scratch = Scratch(DEVICE)
-    assert scratch._stream is not torch_npu.npu.current_stream()
+def test_the_thread_keeps_its_device_and_its_stream() -> None:
+    """A load computes in the engine's thread."""
+    raw, scratch = values(64, 48), Scratch(DEVICE, tiled=True)
+    torch_npu.npu.set_device(0)
+    stream = torch_npu.npu.current_stream()
+    assert way_back(raw, processed(raw), scratch) is not None
+    assert torch_npu.npu.current_device() == 0
+    assert torch_npu.npu.current_stream() is stream

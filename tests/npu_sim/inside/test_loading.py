@@ -218,6 +218,41 @@ async def test_only_what_is_listed_is_copied_and_the_rest_is_computed(transport:
     assert wrong(client, expected) == []
 
 
+def test_a_full_device_computes_nothing_and_serves_what_it_can(caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model(8, SERVER)
+    announcement = held(model).announcement
+    memory.accounts.limit = memory.accounts.used[1] + (1 << 20)
+    raw = RawWeights(model, announcement, keep_policy(QUANTISED, Config()))
+    memory.accounts.limit = 64 << 30
+    assert "npu:1 is full, so no raw tensor is computed" in caplog.text
+    process(model)
+    located = raw.locate(model)
+    assert set(located.lost) == {"int8.weight", "packed.weight", "twice.weight"}
+    assert located.inverses == {}
+
+
+def test_the_scratch_memory_is_there_before_the_engine_measures_its_own() -> None:
+    model = small_model(9, SERVER)
+    config = Config(int8_cache="dram", int8_cache_name=("packed.weight",))
+    raw = RawWeights(model, held(model).announcement, keep_policy(QUANTISED, config))
+    process(model)
+    located = raw.locate(model)
+    measured = memory.accounts.used[1]
+    offer = raw_holding(raw.announcement, SERVER, located, "ab" * 16)
+    plan = offer.announcement.plan
+    views = offer.memory.views(plan, range(len(plan.blocks)))
+    computed = [view for view in views if "computed" in repr(view)]
+    assert computed
+    for view in computed:
+        view.regions()
+    assert memory.accounts.used[1] == measured
+    unchanged = small_model(9, SERVER)
+    used = memory.accounts.used[1]
+    without = RawWeights(unchanged, held(unchanged).announcement, keep_policy(QUANTISED, config))
+    assert without.locate(unchanged).scratch is None
+    assert memory.accounts.used[1] == used, "it is freed if nothing is computed"
+
+
 def test_a_rewrite_in_place_destroys_an_original_kept_by_reference_and_not_a_copy() -> None:
     name = "embed.weight"
     lost = load(small_model(5, SERVER), in_place=name, int8_cache="dram").located.lost
