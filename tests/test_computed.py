@@ -131,6 +131,11 @@ def test_all_blocks_have_the_bytes_of_the_raw_tensors(change: str, data: st.Data
             random(8, 1, dtype=torch.bfloat16).float().view(8),
             ("cast to bfloat16", "reshape"),
         ),
+        (
+            random(7, 7, 32).transpose(0, -1),
+            random(7, 7, 32).transpose(0, -1).transpose(-1, -2).contiguous(),
+            ("transpose",),
+        ),
         (random(8, 6), random(8, 6).add(1), None),
         (random(8, 6), random(8, 6).bfloat16(), None),
         (random(8, 6, dtype=torch.int8), random(8, 6, dtype=torch.int8).float(), None),
@@ -221,6 +226,20 @@ def test_a_tensor_that_vanished_or_was_given_other_memory_is_gone() -> None:
     assert "was dropped" in memory.missing(plan, [0])[0]
     with pytest.raises(ManifestError, match="dropped"):
         memory.views(plan, [0])
+
+
+def test_a_tensor_that_was_given_other_memory_after_the_check_is_not_computed_from() -> None:
+    """The view says how the old memory is read."""
+    raw, now, _ = turned(64, 64)
+    now = torch.nn.Parameter(now)
+    memory = TensorMemory(hold({"w": raw}, ModelIdentity()).announcement.manifest, [now], CPU, weak=True)
+    assert memory.detached(0).data_ptr() == now.data_ptr()
+    now.data = torch.zeros(64, 64, dtype=torch.bfloat16)
+    with pytest.raises(ManifestError, match="w is gone: it was given other memory"):
+        memory.detached(0)
+    del now
+    with pytest.raises(ManifestError, match="w is gone: it was dropped"):
+        memory.detached(0)
 
 
 def test_memory_that_became_smaller_is_not_read_past_its_end() -> None:

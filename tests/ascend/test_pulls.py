@@ -40,7 +40,7 @@ class Case:
 
 
 DRAM, HBM = {"INT8_CACHE": "dram"}, {"INT8_CACHE": "hbm"}
-NO_COPIES = {"INT8_CACHE": "no", "KEEP_RAW": False}
+NO_COPIES: Mapping[str, Any] = {"INT8_CACHE": "no", "KEEP_RAW": False}
 BY_REFERENCE = {"llama", "eagle"}
 """Kinds whose raw tensors all survive post-processing: a server needs no copies."""
 
