@@ -6,14 +6,19 @@ import gc
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
+import anyio
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import netloader
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES
+from netloader.core.protocol.events import Announcement
 from netloader.errors import ManifestError
 from netloader.tensors import (
     ComputedBlock,
@@ -270,3 +275,47 @@ def test_computations_wait_while_they_are_paused(monkeypatch: pytest.MonkeyPatch
         raise AssertionError("two at once")
     with scratch.paused():
         pass
+
+
+@dataclass(frozen=True)
+class Served:
+    announcement: Announcement
+    memory: ComputedMemory
+    device: str = "cpu"
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm", "gloo", "memory"])
+async def test_clients_get_computed_blocks_and_each_call_owns_few_of_them(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients, limit, block = 3, 64 << 10, 16 << 10
+    raw = random(1024, 2048, dtype=torch.bfloat16)
+    now = raw.t().contiguous()
+    inverse = way_back(raw, now)
+    assert inverse is not None
+    known = hold({"w": raw}, ModelIdentity(model="m"), block_bytes=block).announcement
+    scratch = Scratch(CPU)
+    memory = ComputedMemory(TensorMemory(known.manifest, [now], CPU, weak=True), {0: inverse}, scratch)
+    assert memory.call_bytes == module.CALL_BYTES
+    memory.call_bytes = limit
+    most: list[int] = [0]
+    made = scratch.host_bytes
+
+    def watched(nbytes: int) -> torch.Tensor:
+        found = made(nbytes)
+        most[0] = max(most[0], scratch.owned)
+        return found
+
+    monkeypatch.setattr(scratch, "host_bytes", watched)
+    pulled = [torch.zeros_like(raw) for _ in range(clients)]
+    async with netloader.Server(host="127.0.0.1", transport=transport, fan_out=0) as server:
+        server.add(Served(known, memory))
+        async with anyio.create_task_group() as group:
+            for into in pulled:
+                source = [f"127.0.0.1:{server.port}"]
+                pull = partial(netloader.pull, {"w": into}, ModelIdentity(model="m"), sources=source)
+                group.start_soon(partial(pull, transport=transport))
+    assert all(torch.equal(into, raw) for into in pulled)
+    assert limit < most[0] <= clients * 3 * (limit + block) < raw.nbytes
+    gc.collect()
+    assert scratch.owned == 0

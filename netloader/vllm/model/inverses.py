@@ -23,8 +23,8 @@ __all__ = ["Form", "as_it_is", "find_inverse", "sample_of"]
 
 _SAMPLE_BYTES = 128
 _PLACES = (0.0, 0.618, 0.236, 0.854, 0.472, 0.09, 0.708, 1.0)
-"""Samples of a tensor: their size, and where they are, as parts of its bytes. At even distances, all of them could be on
-the diagonal of a tensor, which a transposition leaves as it is."""
+"""Samples of a tensor: their size, and where they are, as parts of its bytes. At even distances, all could be on the
+diagonal of a tensor, which a transposition leaves as it is."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NZ, _TILE_BYTES, _TILE_ROWS = "fractal-nz", 32, 16
