@@ -138,3 +138,19 @@ def test_the_thread_keeps_its_device_and_its_stream() -> None:
     assert way_back(raw, processed(raw), scratch) is not None
     assert torch_npu.npu.current_device() == 0
     assert torch_npu.npu.current_stream() is stream
+
+
+def test_it_computes_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, scratch = values(64, 48), Scratch(DEVICE, tiled=True)
+    now, engine = processed(raw), torch_npu.npu.current_stream()
+    copy, seen = acl.rt.memcpy_async, set[int]()
+
+    def watched(into: int, room: int, source: int, nbytes: int, kind: int, stream: int) -> int:
+        assert torch_npu.npu.current_stream().npu_stream == stream
+        seen.add(stream)
+        return int(copy(into, room, source, nbytes, kind, stream))
+
+    monkeypatch.setattr(acl.rt, "memcpy_async", watched)
+    assert way_back(raw, now, scratch) is not None
+    assert len(seen) == 1
+    assert engine.npu_stream not in seen

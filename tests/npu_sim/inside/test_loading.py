@@ -218,6 +218,17 @@ async def test_only_what_is_listed_is_copied_and_the_rest_is_computed(transport:
     assert wrong(client, expected) == []
 
 
+def test_what_is_computed_comes_after_all_that_the_engine_has_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(11, SERVER)
+    waited: list[str] = []
+    monkeypatch.setattr(torch_npu.npu, "synchronize", lambda device=None: waited.append(str(device)))
+    raw = RawWeights(model, held(model).announcement, keep_policy(QUANTISED, Config()))
+    assert waited == [SERVER]
+    process(model)
+    raw.locate(model)
+    assert waited == [SERVER, SERVER]
+
+
 def test_a_full_device_computes_nothing_and_serves_what_it_can(caplog: pytest.LogCaptureFixture) -> None:
     model = small_model(8, SERVER)
     announcement = held(model).announcement
