@@ -15,11 +15,14 @@ import torch
 from netloader import sync
 from netloader.config import load_config
 from netloader.core.identity import ModelIdentity
-from netloader.errors import NetloaderError, NoSourceLeft
-from netloader.tensors import digests, hold
+from netloader.errors import ManifestError, NetloaderError, NoSourceLeft
+from netloader.tensors import computed, digests, hold
 from netloader.transports.hccl import devices
 from netloader.vllm.live import hooks
+from netloader.vllm.model.copies import Keep
+from netloader.vllm.model.snapshot import RawWeights
 from netloader.vllm.serve import server_loop, serving
+from netloader.vllm.serve.raw_holding import raw_holding
 
 MODULE = "tests_stand_in_worker"
 WEIGHT = torch.arange(1000, dtype=torch.float32)
@@ -276,3 +279,42 @@ def test_wake_up_hashes_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(digests, "digest_of", meet)
     serving.check_unchanged(holding)
     assert met.is_set()
+
+
+def test_nothing_is_computed_on_the_device_while_graphs_are_captured(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.rand(64, 48))
+    announcement = hold(dict(model.named_parameters()), ModelIdentity(model="m")).announcement
+    raw = RawWeights(model, announcement, lambda _: Keep.NO)
+    model.weight = torch.nn.Parameter(model.weight.detach().t().contiguous())
+    holding = raw_holding(announcement, "cpu", raw.locate(model), "ab" * 16)
+    server.offer(holding, "a test")
+    monkeypatch.setattr(computed, "_PAUSED_SECONDS", 0.01)
+    seen: list[str] = []
+
+    def capture(self: Any) -> int:
+        with pytest.raises(ManifestError, match="does not end") as caught, holding.memory.scratch.paused():
+            pass
+        seen.append(caught.value.message)
+        return 7
+
+    assert worker(monkeypatch, compile_or_warm_up_model=capture).compile_or_warm_up_model() == 7
+    assert seen
+    with holding.memory.scratch.paused():
+        pass
+
+
+def test_a_capture_is_not_ended_by_a_server_that_does_not_answer(
+    server: serving.WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    one = worker(monkeypatch, compile_or_warm_up_model=lambda self: 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "computes_nothing", broken)
+        assert one.compile_or_warm_up_model() == 7
+    with pytest.raises(NoSourceLeft, match="pausing computations while graphs are captured failed"):
+        pulled(server, "target")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from netloader import tensors
 from netloader.config import Config
 from netloader.core.identity import ModelIdentity
+from netloader.errors import ManifestError
 from netloader.vllm.model import copies
 from netloader.vllm.model.agreement import REPORT_BYTES, Report, disagreement, load_digest
 from netloader.vllm.model.copies import Keep, is_full
@@ -23,9 +25,11 @@ from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.initial_values import InitialValues, NotRestored
 from netloader.vllm.model.load_state import apply_load_state, load_state_of
 from netloader.vllm.model.plain_state import PlainState
-from netloader.vllm.model.snapshot import RawWeights, UnnamedTensors, named_raw_tensors
+from netloader.vllm.model.snapshot import ALWAYS_COPIED_BYTES, Located, RawWeights, UnnamedTensors, named_raw_tensors
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError
+from netloader.vllm.serve.raw_holding import RawHolding, raw_holding
 from netloader.vllm.serve.retention import copy_log_lines, hint_for, keep_policy, kept_text
+from netloader.vllm.serve.serving import check_unchanged
 
 
 class Tiny(torch.nn.Module):
@@ -88,7 +92,7 @@ def test_an_unchanged_tensor_is_live_and_a_replaced_one_is_kept() -> None:
     model = Tiny()
     before = {name: tensor.detach().clone() for name, tensor in named_raw_tensors(model).items()}
     raw = recorded(model, lambda _: Keep.REFERENCE)
-    model.up.weight = torch.nn.Parameter(model.up.weight.detach().t().contiguous())
+    model.up.weight = torch.nn.Parameter(model.up.weight.detach().flip(0).contiguous())
     located = raw.locate(model)
     assert located.lost == {}
     assert set(located.kept) == {"up.weight"}
@@ -126,6 +130,137 @@ def test_a_rewrite_in_place_is_seen() -> None:
         "embed.weight": "vLLM rewrote it in place",
         "head.weight": "vLLM rewrote it in place",
     }
+
+
+def replace(model: Any, name: str, values: torch.Tensor) -> None:
+    """Give a parameter other memory, as post-processing does."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, torch.nn.Parameter(values, requires_grad=False))
+
+
+def served(raw: RawWeights, located: Located) -> RawHolding:
+    return raw_holding(raw.announcement, raw.device, located, "ab" * 16)
+
+
+@pytest.mark.parametrize("keep", [Keep.NO, Keep.REFERENCE, Keep.COPY])
+def test_what_can_be_computed_back_needs_no_original(keep: Keep) -> None:
+    model = Tiny()
+    raw = recorded(model, lambda _: keep)
+    original = weakref.ref(model.up.weight.untyped_storage())
+    replace(model, "up.weight", model.up.weight.detach().t().contiguous())
+    located = raw.locate(model)
+    assert (located.lost, located.kept) == ({}, {})
+    assert located.inverses["up.weight"].steps == ("transpose",)
+    assert kept_text(located) == "1 tensor computed from processed ones"
+    assert raw.originals() == {}
+    gc.collect()
+    assert original() is None, "KEEP_RAW's reference and its copy are freed"
+    check_unchanged(served(raw, located))
+
+
+@pytest.mark.parametrize("keep", [Keep.DRAM, Keep.HBM])
+def test_a_copy_that_int8_cache_asks_for_is_served_although_it_could_be_computed(keep: Keep) -> None:
+    model = Tiny()
+    raw = recorded(model, lambda _: keep)
+    replace(model, "up.weight", model.up.weight.detach().t().contiguous())
+    located = raw.locate(model)
+    assert set(located.kept) == {"up.weight"}
+    assert located.inverses == {}
+
+
+@pytest.mark.parametrize(("keep", "place"), [(Keep.NO, ""), (Keep.REFERENCE, "kept"), (Keep.COPY, "kept")])
+def test_what_only_looks_right_is_never_served(keep: Keep, place: str) -> None:
+    """The samples are equal, but an element between them is not: the digests show it."""
+    model = Tiny()
+    raw = recorded(model, lambda _: keep)
+    changed = model.up.weight.detach().t().contiguous()
+    changed[3, 20] += 1
+    replace(model, "up.weight", changed)
+    located = raw.locate(model)
+    assert located.inverses == {}
+    if place:
+        assert set(located.kept) == {"up.weight"}
+        check_unchanged(served(raw, located))
+    else:
+        assert located.lost == {"up.weight": "vLLM replaced it"}
+
+
+def test_square_weights_that_were_transposed_are_not_taken_for_raw() -> None:
+    model = Tiny()
+    raw = recorded(model, lambda _: Keep.NO)
+    for name in ("embed.weight", "up.weight"):
+        replace(model, name, model.get_parameter(name).detach().t().contiguous())
+    model.head.weight = model.embed.weight
+    located = raw.locate(model)
+    assert located.lost == {}
+    assert {name: way.steps for name, way in located.inverses.items()} == dict.fromkeys(
+        ["embed.weight", "head.weight", "up.weight"], ("transpose",)
+    )
+    check_unchanged(served(raw, located))
+
+
+def test_the_same_bytes_under_another_shape_are_served_where_they_are() -> None:
+    model = Tiny()
+    raw = recorded(model, lambda _: Keep.NO)
+    replace(model, "up.weight", model.up.weight.detach().t())
+    replace(model, "embed.weight", model.embed.weight.detach().clone().view(-1))
+    model.head.weight = model.embed.weight
+    located = raw.locate(model)
+    assert (located.lost, located.inverses, located.scratch) == ({}, {}, None)
+    holding = served(raw, located)
+    assert holding.memory.call_bytes is None
+    check_unchanged(holding)
+
+
+def test_a_tensor_that_others_are_computed_from_may_vanish_or_change() -> None:
+    model = Tiny()
+    raw = recorded(model, lambda _: Keep.NO)
+    replace(model, "up.weight", model.up.weight.detach().t().contiguous())
+    holding = served(raw, raw.locate(model))
+    assert holding.memory.call_bytes is not None
+    check_unchanged(holding)
+    model.up.weight.data[5, 7] += 1
+    with pytest.raises(ManifestError, match=r"up\.weight is not what it was"):
+        check_unchanged(holding)
+    model.up.weight.data = model.up.weight.data.clone()
+    with pytest.raises(ManifestError, match="given other memory"):
+        check_unchanged(holding)
+    del model.up
+    gc.collect()
+    plan = holding.announcement.plan
+    gone = {
+        name for number in holding.memory.missing(plan, range(len(plan.blocks))) for name in plan.tensors_of(number)
+    }
+    assert "up.weight" in gone
+    assert "embed.weight" not in gone
+
+
+@given(st.data())
+def test_any_mixture_of_changes_is_served_as_it_was_loaded(data: st.DataObject) -> None:
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=6))
+    model = torch.nn.Module()
+    for number, shape in enumerate(shapes):
+        dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.int8]))
+        values = torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        model.register_buffer(f"w{number}", values)
+    announcement = tensors.hold(
+        named_raw_tensors(model), ModelIdentity(), block_bytes=data.draw(st.integers(1024, 20000))
+    ).announcement
+    raw = RawWeights(model, announcement, lambda _: data.draw(st.sampled_from([Keep.NO, Keep.REFERENCE, Keep.COPY])))
+    changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda w: w,
+        lambda w: w.t(),
+        lambda w: w.t().contiguous(),
+        lambda w: w.clone().view(-1),
+        lambda w: w.float() if w.dtype == torch.bfloat16 else w.t().contiguous(),
+        lambda w: w.clone().view(torch.uint8),
+    ]
+    for name, values in list(model.named_buffers()):
+        model.register_buffer(name, data.draw(st.sampled_from(changes))(values))
+    located = raw.locate(model)
+    assert located.lost == {}
+    assert not [name for name, original in located.kept.items() if original.nbytes > ALWAYS_COPIED_BYTES]
+    check_unchanged(raw_holding(announcement, "cpu", located, "ab" * 16))
 
 
 @pytest.mark.parametrize("keep", [Keep.DRAM, Keep.HBM, Keep.COPY])

@@ -18,6 +18,7 @@ class RelayedMemory:
     """The memory that a pull fills, as the memory of a holding."""
 
     destination: PullDestination
+    call_bytes: int | None = None
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order."""

@@ -14,7 +14,12 @@ __all__ = ["BlockView"]
 
 
 class BlockView(Protocol):
-    """The bytes of one block in the memory of the caller's tensors, without a copy."""
+    """The bytes of one block in the memory of the caller's tensors, without a copy.
+
+    When sending, the bytes may be computed by the first call of `tensors`, `buffers` or `regions`, in memory that the
+    view owns. So the call may take long, and the memory is valid for as long as the view exists: the caller of `send`
+    keeps it until `send` returns.
+    """
 
     @property
     def number(self) -> int:

@@ -4,7 +4,7 @@ A private format (FRACTAL_NZ) is stored in tiles, whose layout only torch_npu kn
 which both sides make a copy. The destination tensor keeps its storage, and so its address, its aliases and the graphs
 that captured it.
 
-This module does not import torch_npu at module level, because it is only needed for tensors on an ``npu``.
+This module does not import torch_npu or acl at module level, because they are only needed for tensors on an ``npu``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 
 from netloader.errors import ManifestError, TransportError
 
-__all__ = ["PLAIN", "format_of", "from_plain", "gather", "is_private", "scatter", "to_plain"]
+__all__ = ["PLAIN", "copy_tiles", "format_of", "from_plain", "gather", "is_private", "scatter", "to_plain"]
 
 PLAIN = "nd"
 _ND = 2
+_DEVICE_TO_DEVICE = 3  # ACL_MEMCPY_DEVICE_TO_DEVICE
 _BASE = frozenset({-1, 0, 1, 2, 16, 27, 30, 35, 47})
 """Formats whose memory is row-major; they differ only in the names of the dimensions."""
 
@@ -75,6 +76,27 @@ def from_plain(plain: torch.Tensor, tensor: torch.Tensor) -> None:
             _castable(tensor.detach()).copy_(_castable(plain))
     except RuntimeError as error:
         raise TransportError(f"{tensor.dtype} cannot be converted to format {format_of(tensor)}: {error}") from error
+
+
+def copy_tiles(source: int, nbytes: int, into: torch.Tensor, stream: Any) -> None:
+    """Copy memory of a device as it is, whatever its format. Operators would take tiles for rows, or convert them.
+
+    Args:
+        source: Address of the first byte, a multiple of 64.
+        nbytes: Bytes.
+        into: Plain memory on the same device.
+        stream: A stream of that device, which is waited for: torch_npu queues operators in a thread of its own, so that
+            they could overtake the copy.
+
+    Raises:
+        ManifestError: The runtime can't copy it.
+    """
+    import acl
+
+    code = acl.rt.memcpy_async(into.data_ptr(), into.nbytes, source, nbytes, _DEVICE_TO_DEVICE, stream.npu_stream)
+    if code:
+        raise ManifestError(f"{nbytes} bytes can't be copied on {into.device}: acl.rt.memcpy_async returned {code}")
+    stream.synchronize()
 
 
 def gather(spans: Sequence[torch.Tensor], staging: torch.Tensor) -> torch.Tensor:

@@ -433,7 +433,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         if not self._holdings.holds(holding):
             self._granted.drop()
             return partial(self._report_gone, *self._holdings.why_gone(holding))
-        batch = self._granted.take(holding.announcement.plan, min(max(_FIRST_BYTES, self._nbytes), _SEND_BYTES))
+        most = min(max(_FIRST_BYTES, self._nbytes), _SEND_BYTES, holding.memory.call_bytes or _SEND_BYTES)
+        batch = self._granted.take(holding.announcement.plan, most)
         self._sending += 1
         try:
             views = await look_up(holding.memory.views, holding.announcement.plan, batch)

@@ -15,6 +15,14 @@ __all__ = ["Holding", "Memory"]
 class Memory(Protocol):
     """The memory of a holding's blocks."""
 
+    @property
+    def call_bytes(self) -> int | None:
+        """The size from which on no further block is added to a call of a channel; None: the channel's own.
+
+        For views that own memory until the call returns.
+        """
+        ...
+
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order.
 

@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
     error.add_note(f"netloader: {TORCH_HINT}")
     raise
 
+from netloader.tensors.computed import ComputedBlock, ComputedMemory, Inverse, Scratch, read
 from netloader.tensors.describe import DTYPES, describe
 from netloader.tensors.destination import Allocate, Destination, destination
 from netloader.tensors.digests import ALGORITHMS, DEFAULT, digest_blocks, digest_of, digest_plan
@@ -24,9 +25,13 @@ __all__ = [
     "HASHERS",
     "LEAST_BYTES",
     "Allocate",
+    "ComputedBlock",
+    "ComputedMemory",
     "Destination",
+    "Inverse",
     "MemoryBlock",
     "Prefaulter",
+    "Scratch",
     "TensorHolding",
     "TensorMemory",
     "describe",
@@ -35,4 +40,5 @@ __all__ = [
     "digest_of",
     "digest_plan",
     "hold",
+    "read",
 ]

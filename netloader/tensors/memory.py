@@ -166,7 +166,10 @@ class TensorMemory:
 
     Attributes:
         device: Device of the tensors, as torch names it (``cpu``, ``cuda:0``).
+        call_bytes: None: views own no memory, so any number of them may be in one call of a channel.
     """
+
+    call_bytes: int | None = None
 
     def __init__(
         self,
@@ -293,6 +296,19 @@ class TensorMemory:
         found = [self._references[index]() for index in places]
         tensors = [tensor for tensor in found if tensor is not None]
         return tensors if len(tensors) == len(found) else None
+
+    def detached(self, index: int) -> torch.Tensor:
+        """The tensor at this place of the manifest, as one that keeps its present memory.
+
+        Raises:
+            ManifestError: It was freed, or was given other memory.
+        """
+        tensor = self._tensor(index)
+        found = None if tensor is None else tensor.detach()
+        if found is None or found.data_ptr() != self._addresses[index]:
+            reason = "was dropped by its owner" if found is None else "was given other memory"
+            raise ManifestError(f"{self._manifest.tensors[index].name} is gone: it {reason}")
+        return found
 
     def _tensor(self, index: int) -> torch.Tensor | None:
         return self._references[index]() if self._references else self._tensors[index]

@@ -137,7 +137,8 @@ class Channel(Protocol):
         """Send blocks, whole and in order.
 
         The channel may read the memory until this returns or raises. After that the memory may be reused, unless
-        MemoryStillInUse was raised.
+        MemoryStillInUse was raised. A view may own the memory that it shows, because its bytes are computed when they
+        are first asked for. So ask for them in a worker thread, and keep the views until then.
 
         Raises:
             MemoryStillInUse: The operation can't be stopped within a bounded time, and may still read the memory.

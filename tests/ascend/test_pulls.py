@@ -40,6 +40,7 @@ class Case:
 
 
 DRAM, HBM = {"INT8_CACHE": "dram"}, {"INT8_CACHE": "hbm"}
+NO_COPIES: Mapping[str, Any] = {"INT8_CACHE": "no", "KEEP_RAW": False}
 BY_REFERENCE = {"llama", "eagle", "qwen3-moe", "deepseek"}
 """Kinds whose raw tensors all survive post-processing: a server needs no copies."""
 
@@ -49,6 +50,26 @@ CASES += [
     Case("w8a8", "tcp", DRAM),
     Case("w4a8", "hccl", HBM),
     Case("moe-w8a8", "hccl", DRAM, 2, {"enable_expert_parallel": True}),
+]
+COMPUTED = (
+    "qwen3-moe",
+    "deepseek",
+    "w8a8",
+    "w8a8-dynamic",
+    "w8a16",
+    "w8a8-mix",
+    "moe-w8a8",
+    "compressed-tensors",
+    "deepseek-w8a8",
+    "mtp",
+)
+"""Kinds whose raw tensors are all computed from processed ones: a server needs no copies."""
+
+CASES += [Case(kind, "hccl", NO_COPIES) for kind in COMPUTED]
+CASES += [
+    Case("w8a8", "tcp", NO_COPIES),
+    Case("qwen3-moe", "tcp", NO_COPIES),
+    Case("moe-w8a8", "hccl", NO_COPIES, 2, {"enable_expert_parallel": True}),
 ]
 
 
@@ -120,10 +141,38 @@ def test_other_weights_at_the_seed_are_noticed(store: Store, from_disk: FromDisk
     assert f"rank 0: final {projection}.weight_scale" in names
 
 
-def test_what_post_processing_replaces_is_not_served_without_copies(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_what_is_computed_needs_no_originals(store: Store, tmp_path: Path, kind: str) -> None:
+    """Only tensors of up to 4096 bytes are copied, by whatever settings."""
     with Instance.on([0], tmp_path / "seed") as seed:
-        seed.load(store.get("w8a8"), {}, settings(TRANSPORT="hccl", INT8_CACHE="no"))
+        chosen = KINDS[kind]
+        seed.load(store.get(chosen.model), chosen.arguments(store.get), settings(TRANSPORT="hccl", **NO_COPIES))
         seed.profiled()
-        (lines,) = seed.lines("does not serve its target", "self_attn.qkv_proj.weight (vLLM replaced it)")
+        (lines,) = seed.lines("serves target", "computed from processed ones")
         assert len(lines) == 1, seed.engines[0].text()
+        kept = lines[0].partition("originals kept: ")[2]
+        assert not kept or kept.startswith("a few bytes each: ")
+        assert "; " not in kept
+
+
+def test_four_bit_weights_need_copies_of_their_second_scales_only(
+    store: Store, from_disk: FromDisk, tmp_path: Path
+) -> None:
+    listed = [
+        f"model.layers.{layer}.{name}.weight_scale_second"
+        for layer in range(4)
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]
+    case = Case("w4a8", "hccl", {"INT8_CACHE": "dram", "INT8_CACHE_NAME": listed, "KEEP_RAW": False})
+    found = pull(case, store, tmp_path)
+    assert not differences(found.client, from_disk("w4a8", 1))
+
+
+def test_what_is_lost_is_named_without_copies(store: Store, tmp_path: Path) -> None:
+    with Instance.on([0], tmp_path / "seed") as seed:
+        seed.load(store.get("w4a8"), {}, settings(TRANSPORT="hccl", **NO_COPIES))
+        seed.profiled()
+        (lines,) = seed.lines("does not serve its target", "weight_scale_second (vLLM replaced it)")
+        assert len(lines) == 1, seed.engines[0].text()
+        assert "left 8 raw tensors behind" in lines[0], "the weights are computed"
         assert "set INT8_CACHE to dram or hbm on the server" in lines[0]

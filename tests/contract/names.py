@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netloader.vllm.live.hooks import CHANGES, DISCARDS, PROFILES, WAKES
+from netloader.vllm.live.hooks import CAPTURES, CHANGES, DISCARDS, PROFILES, WAKES
 
 OLDEST = "0.23.0"
 """The release that the current vllm-ascend pairs with."""
@@ -145,7 +145,7 @@ NAMES = (
     # --- what is wrapped, by name: netloader/vllm/live/hooks.py ---
     *(
         Name("vllm.v1.worker.gpu_worker", f"Worker.{name}", optional=name in LATER)
-        for name in (*CHANGES, DISCARDS, WAKES, PROFILES)
+        for name in (*CHANGES, DISCARDS, WAKES, PROFILES, CAPTURES)
     ),
     # --- models ---
     Name("vllm.model_executor.layers.quantization", "get_quantization_config", ("quantization",)),

@@ -109,3 +109,38 @@ def test_a_copy_keeps_the_values_after_a_rewrite_in_place(
     server = serving.running_server()
     assert server is not None
     assert pull(models.bare("llama-bf16"), server.address).raw == seeds.disk("llama-bf16") == loaded.raw
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Post-processing that also transposes the embeddings, as that of other devices does with weights.
+
+    Yields the tensor's name. The model can't run then.
+    """
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+
+    def and_turn(model: torch.nn.Module, *arguments: object) -> None:
+        process(model, *arguments)
+        weight = model.get_parameter(EMBEDDINGS)
+        weight.data = weight.data.t().contiguous()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_loader, "process_weights_after_loading", and_turn)
+        yield EMBEDDINGS
+
+
+def test_what_is_only_transposed_is_computed_and_no_original_is_kept(
+    turned: str, seeds: Seeds, models: ModelStore, log_lines: LogLines
+) -> None:
+    loaded = load(models.get("llama-bf16"))
+    assert "1 tensor computed from processed ones" in log_lines.one("serves target")
+    located = _served().located
+    assert located.inverses[turned].steps == ("transpose",)
+    assert turned not in located.kept
+    server = serving.running_server()
+    assert server is not None
+    assert pull(models.bare("llama-bf16"), server.address).raw == seeds.disk("llama-bf16") == loaded.raw
+    scratch = _served().memory.scratch
+    assert scratch.owned == 0, "what was computed was freed with the views"

@@ -12,6 +12,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from netloader.config import FORMAT_NAMES
@@ -19,7 +20,7 @@ from netloader.errors import ManifestError, NetloaderError
 from netloader.vllm.serve.guard import serving_only
 from netloader.vllm.serve.serving import ROLES, running_server
 
-__all__ = ["CHANGES", "DISCARDS", "PROFILES", "WAKES", "pause_transfers_until_profiled", "wrap_worker"]
+__all__ = ["CAPTURES", "CHANGES", "DISCARDS", "PROFILES", "WAKES", "pause_transfers_until_profiled", "wrap_worker"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ DISCARDS = "discard"
 
 WAKES = "wake_up"
 PROFILES = "determine_available_memory"
+
+CAPTURES = "compile_or_warm_up_model"
+"""The method in which graphs are captured. Operations that others queue on the device can spoil a capture."""
 
 _NO_SLEEP = ("vllm.v1.worker.cpu_worker",)
 """Workers without sleep mode: `sleep` and `wake_up` only log that, and `discard` raises an error."""
@@ -77,6 +81,7 @@ def wrap_worker(worker_class: str) -> bool:
         _wrap(found, WAKES, _around_wake_up)
         _wrap(found, DISCARDS, _around_discard)
     _wrap(found, PROFILES, _around_profiling)
+    _wrap(found, CAPTURES, _around_capture)
     return True
 
 
@@ -166,6 +171,15 @@ def _around_profiling(original: Callable[..., Any], worker: Any, *args: Any, **k
     finally:
         with serving_only("letting transfers go on after vLLM has measured its memory", running_server()):
             move_again(_numbered(str(getattr(worker, "device", ""))))
+
+
+def _around_capture(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    server = running_server()
+    with ExitStack() as stack:
+        if server is not None:
+            with serving_only("pausing computations while graphs are captured", server):
+                stack.enter_context(server.computes_nothing())
+        return original(worker, *args, **kwargs)
 
 
 def _numbered(device: str) -> str:

@@ -1,4 +1,4 @@
-"""The raw layout that is served after post-processing: live tensors that are still raw, and originals of the others."""
+"""The raw layout that is served after post-processing: live tensors, raw or computed from, and originals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from netloader.errors import ManifestError
-from netloader.tensors import TensorMemory
+from netloader.tensors import ComputedMemory, Inverse, Scratch, TensorMemory
 from netloader.vllm.model.snapshot import Located, same_bits
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ class RawHolding:
         return self.memory.device
 
     def equal_to(self, tensor: torch.Tensor) -> _Reference | None:
-        """A weak reference to one of its tensors that equals `tensor`; None when there is none."""
+        """A weak reference to one of its raw tensors that equals `tensor`; None when there is none."""
         kept = [weakref.ref(tensor) for tensor in self.located.kept.values()]
-        for reference in [*kept, *self.located.live.values()]:
+        live = [ref for name, ref in self.located.live.items() if name not in self.located.inverses]
+        for reference in [*kept, *live]:
             found = reference()
             if (
                 found is not None
@@ -67,17 +68,32 @@ class RawMemory:
         references: Weak references to the tensors, in the order of the manifest.
         substitutes: For some of them, by place in that order, an equal tensor of another model.
         device: The device of all tensors, as torch names it.
+        inverses: For some of them, by place in that order, how the bytes are computed.
+        scratch: The memory for that; None if none are computed.
+
+    Attributes:
+        call_bytes: The size from which on no further block is added to a call of a channel; None: the channel's own.
+        scratch: The memory with which blocks are computed.
     """
 
     def __init__(
-        self, manifest: Manifest, references: list[_Reference], substitutes: Mapping[int, _Reference], device: str
+        self,
+        manifest: Manifest,
+        references: list[_Reference],
+        substitutes: Mapping[int, _Reference],
+        device: str,
+        inverses: Mapping[int, Inverse] | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.device = device
         self._manifest = manifest
         self._references = references
         self._substitutes = dict(substitutes)
+        self._inverses = dict(inverses or {})
+        self.scratch = scratch or Scratch(torch.device("cpu"))
         self._lock = threading.Lock()
         self._memory = self._build()
+        self.call_bytes = self._memory.call_bytes
 
     def views(self, plan: Plan, numbers: Sequence[int]) -> Sequence[BlockView]:
         """Views of these blocks, in this order.
@@ -107,11 +123,12 @@ class RawMemory:
                 self._memory = self._build()
             return bool(dropped)
 
-    def _build(self) -> TensorMemory:
+    def _build(self) -> ComputedMemory:
         found = [reference() for reference in self._references]
         # An empty tensor replaces one that was dropped in the meantime. Its blocks are then answered with "gone".
         tensors = [torch.empty(0) if tensor is None else tensor for tensor in found]
-        return TensorMemory(self._manifest, tensors, torch.device(self.device), weak=True)
+        in_place = TensorMemory(self._manifest, tensors, torch.device(self.device), weak=True)
+        return ComputedMemory(in_place, self._inverses, self.scratch)
 
 
 def raw_holding(
@@ -132,13 +149,17 @@ def raw_holding(
     """
     references: list[_Reference] = []
     substitutes: dict[int, _Reference] = {}
+    inverses: dict[int, Inverse] = {}
     for place, spec in enumerate(announcement.manifest.tensors):
         live = located.live.get(spec.name)
         references.append(weakref.ref(located.kept[spec.name]) if live is None else live)
+        if spec.name in located.inverses:
+            inverses[place] = located.inverses[spec.name]
+            continue
         tensor = None if live is None else live()
         equal = None if target is None or tensor is None else target.equal_to(tensor)
         if equal is not None:
             substitutes[place] = equal
-    memory = RawMemory(announcement.manifest, references, substitutes, device)
+    memory = RawMemory(announcement.manifest, references, substitutes, device, inverses, located.scratch)
     identity = msgspec.structs.replace(announcement.identity, load=load)
     return RawHolding(replace(announcement, identity=identity), memory, located)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from netloader.config import Config
+from netloader.errors import plural
 from netloader.vllm.model.copies import Copies, Keep
 from netloader.vllm.model.snapshot import Located
 from netloader.vllm.model.unquantised import is_quantised
@@ -98,12 +99,19 @@ def copy_log_lines(copies: Mapping[Keep, Copies]) -> Iterator[tuple[int, str]]:
 
 
 def kept_text(located: Located) -> str:
-    """The memory that originals take, by the setting that keeps them; empty when there are none."""
+    """The memory that originals take, by the setting that keeps them, and how many tensors are computed without one.
+
+    Empty when there are neither.
+    """
     costs = [
         f"{keep.value}: {nbytes} bytes on {device}{' (false frees them)' if keep in _BY_KEEP_RAW else ''}"
         for (keep, device), nbytes in located.costs().items()
     ]
-    return f"originals kept: {'; '.join(costs)}" if costs else ""
+    parts = [f"originals kept: {'; '.join(costs)}"] if costs else []
+    if located.inverses:
+        count = len(located.inverses)
+        parts.append(f"{plural(count, 'tensor')} computed from processed ones")
+    return ", ".join(parts)
 
 
 def named(names: Iterable[str]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
@@ -232,6 +233,22 @@ class WorkerServer:
 
     async def _retract_all(self, roles: Sequence[Role], reason: str) -> dict[Role, tuple[Holding, ...]]:
         return {role: held for role in roles if (held := await self._retract(role, reason))}
+
+    @contextmanager
+    def computes_nothing(self) -> Iterator[None]:
+        """Meanwhile, raw weights are not computed from processed ones on the device.
+
+        Raises:
+            ManifestError: A computation that runs does not end.
+        """
+        from netloader.vllm.serve.raw_holding import RawHolding
+
+        held: tuple[Holding, ...] = self._call(self._server.holdings.held)
+        with ExitStack() as stack:
+            for holding in held:
+                if isinstance(holding, RawHolding):
+                    stack.enter_context(holding.memory.scratch.paused())
+            yield
 
     def forget_paused(self, roles: Sequence[Role]) -> None:
         """Drop the holdings that were kept for :meth:`resume`."""

@@ -192,11 +192,76 @@ async def test_a_full_device_sends_all_copies_to_the_host(transport: str) -> Non
     assert wrong(client, expected) == []
 
 
-def test_without_copies_the_refusal_names_the_tensors_and_keep_raw() -> None:
-    loaded = load(small_model(4, SERVER))
-    assert set(loaded.located.lost) == {"int8.weight", "packed.weight", "twice.weight"}
-    assert set(loaded.located.lost.values()) == {"vLLM replaced it"}
-    assert hint_for(loaded.located.lost, QUANTISED, Config()) == "set INT8_CACHE to dram or hbm on the server"
+async def test_without_copies_what_can_be_computed_back_is_and_the_rest_is_named() -> None:
+    """Tiles of a matrix that was not transposed have no way back by blocks. `int8.weight` is in the same block."""
+    model = small_model(4, SERVER)
+    located = load(model).located
+    assert located.lost == {"packed.weight": "vLLM replaced it"}
+    assert hint_for(located.lost, QUANTISED, Config()) == "set INT8_CACHE to dram or hbm on the server"
+    steps = {name: way.steps for name, way in located.inverses.items()}
+    assert steps == {"twice.weight": ("transpose",)}
+
+
+@pytest.mark.parametrize("transport", ["hccl", "tcp"])
+async def test_only_what_is_listed_is_copied_and_the_rest_is_computed(transport: str) -> None:
+    model = small_model(7, SERVER)
+    expected = on_host(model)
+    loaded = load(model, int8_cache="dram", int8_cache_name=("packed.weight",), keep_raw=False)
+    located = loaded.located
+    assert located.lost == {}
+    assert set(located.kept) == {"packed.weight", "int8.scale"}
+    text = kept_text(located)
+    assert "INT8_CACHE=dram: 16384 bytes on cpu" in text
+    assert text.endswith("2 tensors computed from processed ones")
+    client = small_model(70, CLIENT)
+    await pull(client, loaded.offer(), transport)
+    assert wrong(client, expected) == []
+
+
+def test_what_is_computed_comes_after_all_that_the_engine_has_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(11, SERVER)
+    waited: list[str] = []
+    monkeypatch.setattr(torch_npu.npu, "synchronize", lambda device=None: waited.append(str(device)))
+    raw = RawWeights(model, held(model).announcement, keep_policy(QUANTISED, Config()))
+    assert waited == [SERVER]
+    process(model)
+    raw.locate(model)
+    assert waited == [SERVER, SERVER]
+
+
+def test_a_full_device_computes_nothing_and_serves_what_it_can(caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model(8, SERVER)
+    announcement = held(model).announcement
+    memory.accounts.limit = memory.accounts.used[1] + (1 << 20)
+    raw = RawWeights(model, announcement, keep_policy(QUANTISED, Config()))
+    memory.accounts.limit = 64 << 30
+    assert "npu:1 is full, so no raw tensor is computed" in caplog.text
+    process(model)
+    located = raw.locate(model)
+    assert set(located.lost) == {"int8.weight", "packed.weight", "twice.weight"}
+    assert located.inverses == {}
+
+
+def test_the_scratch_memory_is_there_before_the_engine_measures_its_own() -> None:
+    model = small_model(9, SERVER)
+    config = Config(int8_cache="dram", int8_cache_name=("packed.weight",))
+    raw = RawWeights(model, held(model).announcement, keep_policy(QUANTISED, config))
+    process(model)
+    located = raw.locate(model)
+    measured = memory.accounts.used[1]
+    offer = raw_holding(raw.announcement, SERVER, located, "ab" * 16)
+    plan = offer.announcement.plan
+    views = offer.memory.views(plan, range(len(plan.blocks)))
+    computed = [view for view in views if "computed" in repr(view)]
+    assert computed
+    for view in computed:
+        view.regions()
+    assert memory.accounts.used[1] == measured
+    unchanged = small_model(9, SERVER)
+    used = memory.accounts.used[1]
+    without = RawWeights(unchanged, held(unchanged).announcement, keep_policy(QUANTISED, config))
+    assert without.locate(unchanged).scratch is None
+    assert memory.accounts.used[1] == used, "it is freed if nothing is computed"
 
 
 def test_a_rewrite_in_place_destroys_an_original_kept_by_reference_and_not_a_copy() -> None:

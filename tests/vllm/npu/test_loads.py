@@ -163,17 +163,13 @@ def test_a_full_device_sends_the_copies_to_the_host(
     assert log_lines.one("target: pulled", "over hccl")
 
 
-def test_without_copies_int8_weights_are_refused_and_loaded_from_disk(
-    from_disk: FromDisk, models: ModelStore, log_lines: LogLines
+def test_without_copies_int8_weights_are_computed_from_tiles(
+    from_disk: FromDisk, models: ModelStore, tmp_path: Path, log_lines: LogLines
 ) -> None:
     folder = models.get("llama-w8a8")
-    disk = from_disk(folder)
-    load(folder, SERVER)
-    assert "set INT8_CACHE to dram or hbm" in log_lines.one("does not serve its target", "vLLM replaced it")
-    found = pull(folder)
-    assert log_lines.one("the default loader (auto) loads the target: could not pull", "raw tensors behind")
-    assert found.raw == disk.raw
-    assert everything(found) == everything(disk)
+    three(from_disk(folder), folder, tmp_path, KEEP_RAW=False).same()
+    assert "16 tensors computed from processed ones" in log_lines.one("serves target at")
+    assert log_lines.one("target: pulled", "over hccl")
 
 
 @pytest.fixture

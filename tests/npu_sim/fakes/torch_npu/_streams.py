@@ -19,6 +19,8 @@ class Stream:
 
     def __init__(self, device: object = None, priority: int = 0, **_: Any) -> None:
         self.pending: list[Joinable] = []
+        self.npu_stream = id(self)
+        """The runtime's handle."""
 
     def synchronize(self) -> None:
         """Wait until all pending work has ended."""
