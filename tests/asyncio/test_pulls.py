@@ -159,7 +159,7 @@ async def test_a_pull_that_wait_for_ends_leaves_nothing(stalling: netloader.Serv
 async def test_its_own_timeout_says_which_source_and_leaves_nothing(stalling: netloader.Server) -> None:
     before = asyncio.all_tasks()
     with pytest.raises(netloader.NetloaderError, match=str(stalling.address)):
-        await netloader.pull(empty(), IDENTITY, sources=[stalling.address], timeout=0.2)
+        await netloader.pull(empty(), IDENTITY, sources=[stalling.address], timeout=2)
     await only(before)
     await pulls(stalling)
 
