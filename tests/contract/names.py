@@ -81,6 +81,10 @@ NAMES = (
     Name("vllm.config", "ModelConfig.revision"),
     Name("vllm.config", "ModelConfig.runner_type"),
     Name("vllm.config", "ModelConfig.served_model_name"),
+    Name("vllm.config", "ModelConfig.tokenizer"),
+    Name("vllm.config", "ModelConfig.tokenizer_mode"),
+    Name("vllm.config", "ModelConfig.tokenizer_revision"),
+    Name("vllm.config", "ModelConfig.trust_remote_code"),
     Name("vllm.config", "ModelConfig.word_embeddings_untied_by_checkpoint", optional=True),
     Name("vllm.config", "OffloadConfig.prefetch"),
     Name("vllm.config", "OffloadConfig.uva"),
@@ -99,6 +103,7 @@ NAMES = (
     Name("vllm.config", "SpeculativeConfig.draft_model_config"),
     Name("vllm.config", "SpeculativeConfig.target_model_config"),
     Name("vllm.config", "SpeculativeConfig.use_eagle"),
+    Name("vllm.tokenizers", "get_tokenizer", ("tokenizer_name", "revision", "trust_remote_code")),
     # --- ranks ---
     Name("vllm.distributed", "get_pcp_group"),
     Name("vllm.distributed", "get_pp_group"),

@@ -567,3 +567,53 @@ def test_a_configuration_of_another_kind_is_compared_by_its_hash_or_not_at_all(f
     config = harness.engine_config(folder)
     config.additional_config = object()
     assert "object in additional_config" in settings_of(config, config.model_config, "target", folder).unknown
+
+
+# --- rows of a classifier, which a tokenizer chooses ----------------------------------------------------------------
+
+
+def a_tokenizer(folder: Path, *words: str) -> Path:
+    """A tokenizer on disk whose ids are the places of `words`."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder.mkdir()
+    vocabulary = {word: place for place, word in enumerate(["[UNK]", *words])}
+    Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return folder
+
+
+TOKENIZER = "model_config.tokenizer"
+
+
+@pytest.mark.parametrize("method", ["from_2_way_softmax", "no_post_processing", None])
+def test_rows_that_a_tokenizer_chooses_are_stated_by_the_ids_of_their_tokens(
+    method: str | None, folder: Path, tmp_path: Path
+) -> None:
+    """vLLM makes `score.weight` from rows of the output head: equal `hf_overrides` give other rows."""
+
+    def text(tokenizer: Path) -> str:
+        def change(config: Any) -> None:
+            model = config.model_config
+            model.tokenizer, model.skip_tokenizer_init = str(tokenizer), False
+            owner = model.hf_text_config if method == "no_post_processing" else model.hf_config
+            owner.method, owner.classifier_from_token = method, ["no", "yes"]
+
+        return stated(folder, change).weights[TOKENIZER]
+
+    one = a_tokenizer(tmp_path / "one", "no", "yes")
+    assert text(one) == '{"no": 1, "yes": 2}'
+    assert text(a_tokenizer(tmp_path / "two", "yes", "no")) == '{"no": 2, "yes": 1}'
+    assert text(a_tokenizer(tmp_path / "three", "no", "yes", "more")) == text(one), "only these ids decide"
+    assert TOKENIZER not in stated(folder, tokenizer=str(one)).weights
+
+
+def test_without_the_ids_of_its_tokens_such_a_model_is_not_comparable(folder: Path, tmp_path: Path) -> None:
+    config = harness.engine_config(folder)
+    config.model_config.tokenizer = str(tmp_path / "none")
+    config.model_config.hf_config.method = "from_2_way_softmax"
+    config.model_config.hf_config.classifier_from_token = ["no", "yes"]
+    unknown = settings_of(config, config.model_config, "target", folder).unknown
+    assert f"the tokenizer {tmp_path / 'none'} does not give the ids of ['no', 'yes']" in unknown

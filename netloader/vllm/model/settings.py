@@ -24,6 +24,7 @@ from types import CodeType
 from typing import Any
 
 from netloader.core.identity import Role
+from netloader.vllm.model.classifier_tokens import classifier_tokens_of
 from netloader.vllm.model.config_file import digest_of_config
 from netloader.vllm.model.plain_values import NotComparable, contents_of, plain, short_text
 
@@ -200,6 +201,8 @@ class _Walk:
                 digest = digest_of_config(Path(given) if given else self.folder, str(config.config_format))
                 if digest:
                     yield path, entry, f"blake2b:{digest}"
+            case "model_config.tokenizer":
+                yield path, entry, classifier_tokens_of(config)
             case "model_config.hf_text_config":
                 for name in _POSITIONS:
                     if getattr(value, name, None) is not None:
