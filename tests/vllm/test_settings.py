@@ -401,6 +401,26 @@ def test_engines_with_equal_settings_pull_from_each_other(
     assert log_lines.one("pulled", "from 127.0.0.1")
 
 
+def test_an_engine_serves_what_its_source_knows_of_the_configuration_file(
+    seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows no file. A client with another file than its source's would pull from it else."""
+    from netloader.vllm.serve import serving
+
+    path = "model_config.hf_config"
+    seed = seeds.get(KIND)
+    told = seed.holding.announcement.identity.settings
+    assert told is not None
+    monkeypatch.setattr(inspect_engine, "settings_of", lambda *_: Settings())
+    with source_of(seed.holding) as source:
+        assert load(models.bare(KIND), source).raw == seed.disk
+    server = serving.running_server()
+    assert server is not None
+    (holding,) = server._server.holdings.held()
+    serving.stop_server()
+    assert holding.announcement.identity.settings == {path: told[path]}
+
+
 def test_a_peer_of_protocol_1_serves_engines_without_settings(
     seeds: Seeds, models: ModelStore, log_lines: LogLines
 ) -> None:
