@@ -67,6 +67,7 @@ NAMES = (
     Name("vllm.config", "LoadConfig.load_format"),
     Name("vllm.config", "LoadConfig.model_loader_extra_config"),
     Name("vllm.envs", "environment_variables"),
+    Name("vllm.config", "ModelConfig._hf_config_revision", optional=True),
     Name("vllm.config", "ModelConfig.architecture"),
     Name("vllm.config", "ModelConfig.config_format"),
     Name("vllm.config", "ModelConfig.dtype"),

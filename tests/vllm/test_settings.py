@@ -314,6 +314,40 @@ def test_another_configuration_file_counts(key: str, folder: Path, tmp_path: Pat
     assert stated(folder, hf_config_path=str(copy)) != stated(folder)
 
 
+def _at(folder: Path, path: str) -> Settings:
+    config = harness.engine_config(folder)
+    config.model_config.hf_config_path = path
+    return settings_of(config, config.model_config, "target", folder)
+
+
+def test_a_configuration_file_in_a_repository_counts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--hf-config-path` names a folder or a repository, which is looked for in the cache of the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a1" * 20)
+    snapshot = repository / "snapshots" / ("a1" * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    path = "model_config.hf_config"
+    assert _at(folder, "org/name").weights[path] == _at(folder, str(snapshot)).weights[path]
+    assert _at(folder, "org/name").weights[path] != stated(folder).weights[path]
+
+
+@pytest.mark.parametrize("text", [None, "no json"])
+def test_a_configuration_file_that_was_given_and_can_not_be_read_is_not_comparable(
+    text: str | None, folder: Path, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path) in _at(folder, str(tmp_path)).unknown
+    assert "org/none" in _at(folder, "org/none").unknown
+
+
 # --- functions in hf_overrides --------------------------------------------------------------------------------------
 
 

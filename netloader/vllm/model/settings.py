@@ -26,6 +26,7 @@ from typing import Any
 from netloader.core.identity import Role
 from netloader.vllm.model.classifier_tokens import classifier_tokens_of
 from netloader.vllm.model.config_file import digest_of_config
+from netloader.vllm.model.folders import folder_of_config
 from netloader.vllm.model.plain_values import NotComparable, contents_of, plain, short_text
 
 __all__ = ["ADDITIONAL", "ASCEND_ENVIRONMENT", "ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
@@ -197,9 +198,7 @@ class _Walk:
             case "model_config.hf_overrides":
                 yield path, entry, _overrides(value)
             case "model_config.hf_config":
-                given = getattr(config, "hf_config_path", None)
-                digest = digest_of_config(Path(given) if given else self.folder, str(config.config_format))
-                if digest:
+                if digest := self._config_file(config):
                     yield path, entry, f"blake2b:{digest}"
             case "model_config.tokenizer":
                 yield path, entry, classifier_tokens_of(config)
@@ -211,6 +210,15 @@ class _Walk:
                 yield path, entry, sorted(kind for kind, most in value.items() if getattr(most, "count", most) == 0)
             case _:
                 yield path, entry, value
+
+    def _config_file(self, config: Any) -> str:
+        given = getattr(config, "hf_config_path", None)
+        name = str(given or config.model)
+        folder = folder_of_config(config, name) if given else self.folder
+        digest = digest_of_config(folder, str(config.config_format), downloaded=not Path(name).exists())
+        if given and not digest:
+            raise NotComparable(f"model_config.hf_config_path names {given}, where no configuration file can be read")
+        return digest
 
 
 def _environment() -> Iterator[Found]:
