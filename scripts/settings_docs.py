@@ -117,6 +117,8 @@ def _decides(entry: Entry) -> str:
     text, _ = DECIDES[entry.decides]
     if entry.by:
         return f"{text}: {', '.join('refused' if name == 'refused' else f'`{name}`' for name in entry.by)}"
+    if entry.neutral == ():
+        return f"{text}, also at `false`"
     if entry.neutral:
         return f"{text}, unless {' or '.join(f'`{_value(value)}`' for value in entry.neutral)}"
     if entry.file:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from vllm.config.utils import config as configuration
 from netloader.core.identity import Role
 from netloader.vllm.load import inspect_engine
 from netloader.vllm.load.inspect_engine import Engine
+from netloader.vllm.model.plain_values import hidden_text
 from netloader.vllm.model.settings import ENVIRONMENT, Settings, read_table, settings_of
 from netloader.vllm.model.snapshot import named_raw_tensors
 from tests.models import ModelStore
@@ -88,6 +90,11 @@ class Newer(KernelConfig):
     nested: Invented = dataclasses.field(default_factory=Invented)
 
 
+def hidden(values: dict[str, Any]) -> dict[str, str]:
+    """The texts of settings that are not classed."""
+    return {path: hidden_text(path, value) for path, value in values.items()}
+
+
 def test_a_field_that_is_not_classed_counts_unless_it_is_at_its_default(folder: Path) -> None:
     usual = stated(folder)
 
@@ -102,12 +109,12 @@ def test_a_field_that_is_not_classed_counts_unless_it_is_at_its_default(folder: 
         return {path: text for path, text in found.weights.items() if path not in usual.weights}
 
     assert paths() == paths(derived=6) == {}
-    assert paths(invented="two") == {"kernel_config.invented": "two"}
-    assert paths(listed=[1]) == {"kernel_config.listed": "[1]"}
-    assert paths(counted=5) == {"kernel_config.counted": "5"}
+    assert paths(invented="two") == hidden({"kernel_config.invented": "two"})
+    assert paths(listed=[1]) == hidden({"kernel_config.listed": [1]})
+    assert paths(counted=5) == hidden({"kernel_config.counted": 5})
     four: Any = Invented()
     four.inner = 4
-    assert paths(nested=four) == {"kernel_config.nested.inner": "4"}
+    assert paths(nested=four) == hidden({"kernel_config.nested.inner": 4})
 
 
 def test_a_variable_that_is_not_classed_counts_if_it_is_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +123,27 @@ def test_a_variable_that_is_not_classed_counts_if_it_is_set(folder: Path, monkey
     monkeypatch.setitem(envs.environment_variables, "VLLM_INVENTED", lambda: 7)
     assert "VLLM_INVENTED" not in stated(folder).weights
     monkeypatch.setenv("VLLM_INVENTED", "7")
-    assert stated(folder).weights["VLLM_INVENTED"] == "7"
+    assert stated(folder).weights["VLLM_INVENTED"] == hidden_text("VLLM_INVENTED", 7)
+
+
+@pytest.mark.parametrize("name", ["VLLM_INVENTED_KEY", "VLLM_ASCEND_INVENTED_KEY"])
+def test_the_value_of_a_setting_that_is_not_classed_goes_to_no_peer(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has said that it is no secret."""
+    from vllm import envs
+
+    if "ASCEND" not in name:
+        monkeypatch.setitem(envs.environment_variables, name, lambda: os.environ[name])
+    texts: list[str] = []
+    for secret in ("hunter2", "hunter3"):
+        monkeypatch.setenv(name, secret)
+        found = stated(folder, additional_config={"invented": {"password": secret}})
+        assert secret not in str(found)
+        texts.append(found.weights[name])
+        assert found.weights["additional_config.invented.password"] != found.weights[name], "not one digest for all"
+    assert texts[0] != texts[1]
+    assert all(text.startswith("a value that is not shown (digest ") for text in texts)
 
 
 # --- what matches ---------------------------------------------------------------------------------------------------
@@ -271,6 +298,45 @@ def test_backends_of_linear_layers_count_by_quantisation_too(folder: Path) -> No
 
 def _names(config: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
+
+
+def test_scales_of_an_encoder_are_compared_by_their_contents(folder: Path, tmp_path: Path) -> None:
+    def found(file: Path) -> Settings:
+        config = harness.engine_config(folder)
+        _multimodal()(config)
+        config.model_config.multimodal_config.mm_encoder_fp8_scale_path = str(file)
+        return settings_of(config, config.model_config, "target", folder)
+
+    path = "model_config.multimodal_config.mm_encoder_fp8_scale_path"
+    files = [tmp_path / name for name in ("one.json", "same.json", "other.json")]
+    for file, scale in zip(files, (1.5, 1.5, 2.5), strict=True):
+        file.write_text(json.dumps({"q": scale}))
+    one, same, other = (found(file).processed[path] for file in files)
+    assert one == same == '{"q": 1.5}'
+    assert other == '{"q": 2.5}'
+    assert f"{path} names {tmp_path / 'none'}, which can't be read" in found(tmp_path / "none").unknown
+
+
+TRI_STATE = {"use_trtllm_attention": "attention_config", "index_share_for_mtp_iteration": "speculative_config"}
+
+
+@pytest.mark.parametrize("name", TRI_STATE)
+def test_what_was_forced_off_is_not_what_vllm_chooses(name: str, folder: Path, models: ModelStore) -> None:
+    path, draft = f"{TRI_STATE[name]}.{name}", {**DRAFT, "model": str(models.get("draft"))}
+
+    def found(value: bool | None) -> str | None:
+        arguments: dict[str, Any] = {"role": "draft", "speculative_config": draft}
+        return stated(folder, _set(path, value), **arguments).processed.get(path)
+
+    assert [found(value) for value in (None, False, True)] == [None, "false", "true"]
+
+
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_a_rate_of_zero_prunes_nothing(rate: float | None, folder: Path) -> None:
+    start = "model_config.multimodal_config.video_pruning"
+    found = stated(folder, _multimodal(video_pruning_rate=rate))
+    assert [path for path in found.processed if path.startswith(start)] == []
+    assert stated(folder, _multimodal(video_pruning_rate=0.5)).processed[f"{start}_rate"] == "0.5"
 
 
 def test_a_limit_that_keeps_the_encoder_does_not_count(folder: Path) -> None:
@@ -571,13 +637,8 @@ def test_a_key_that_is_not_classed_counts_whatever_its_value(folder: Path, tmp_p
         folder, invented=False, eplb_config={"invented": 0}, other={"inner": {"x": 1}}, empty={}, f=str(file)
     )
     start = "additional_config."
-    assert found.weights == {
-        f"{start}invented": "false",
-        f"{start}eplb_config.invented": "0",
-        f"{start}other.inner.x": "1",
-        f"{start}empty": "{}",
-        f"{start}f": "{}",
-    }
+    values = {"invented": False, "eplb_config.invented": 0, "other.inner.x": 1, "empty": {}, "f": {}}
+    assert found.weights == hidden({f"{start}{name}": value for name, value in values.items()})
 
 
 def test_a_file_counts_by_its_contents(folder: Path, tmp_path: Path) -> None:
@@ -606,7 +667,7 @@ def test_a_variable_of_vllm_ascend_stands_for_a_key(folder: Path, monkeypatch: p
     assert "additional_config.weight_nz_mode" not in given.processed, "the key decides"
     before = stated(folder).weights
     monkeypatch.setenv("VLLM_ASCEND_INVENTED", "1")
-    assert stated(folder).weights == {**before, "VLLM_ASCEND_INVENTED": "1"}
+    assert stated(folder).weights == {**before, **hidden({"VLLM_ASCEND_INVENTED": "1"})}
 
 
 def test_a_configuration_of_another_kind_is_compared_by_its_hash_or_not_at_all(folder: Path) -> None:
@@ -617,7 +678,8 @@ def test_a_configuration_of_another_kind_is_compared_by_its_hash_or_not_at_all(f
     def change(value: object) -> Callable[[Any], None]:
         return lambda config: setattr(config, "additional_config", value)
 
-    assert stated(folder, change(Hashed())).weights["additional_config"] == "abc"
+    found = stated(folder, change(Hashed())).weights["additional_config"]
+    assert found == hidden_text("additional_config", "abc")
     config = harness.engine_config(folder)
     config.additional_config = object()
     assert "object in additional_config" in settings_of(config, config.model_config, "target", folder).unknown

@@ -27,7 +27,7 @@ from netloader.core.identity import Role
 from netloader.vllm.model.classifier_tokens import classifier_tokens_of
 from netloader.vllm.model.config_file import digest_of_config
 from netloader.vllm.model.folders import folder_of_config
-from netloader.vllm.model.plain_values import NotComparable, contents_of, plain, short_text
+from netloader.vllm.model.plain_values import NotComparable, contents_of, hidden_text, plain, short_text
 
 __all__ = ["ADDITIONAL", "ASCEND_ENVIRONMENT", "ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
 
@@ -57,29 +57,31 @@ class Entry:
     Attributes:
         decides: ``weights``, ``processed``, ``elsewhere``, ``inside`` or ``nothing``.
         why: The reason.
-        neutral: Values that do nothing, beside those that never do anything.
+        neutral: Values that do nothing, beside those that never do anything. None: also false and 0.
         always: Whether the value is always stated.
         by: Fields of the identity that say it, if it is decided elsewhere.
         file: Whether the value is the path of a file, whose contents count.
         variable: The environment variable that has the value if the key is not given.
+        classed: Whether the table has it. Else it may be a secret, and its value is not shown.
     """
 
     decides: str
     why: str
-    neutral: tuple[Any, ...] = ()
+    neutral: tuple[Any, ...] | None = None
     always: bool = False
     by: tuple[str, ...] = ()
     file: bool = False
     variable: str = ""
+    classed: bool = True
 
     def is_neutral(self, value: Any) -> bool:
         """Whether `value`, in the types of JSON, does nothing."""
         if value is None or value in ("", "auto", [], {}):
             return True
-        return value in self.neutral if self.neutral else not value
+        return not value if self.neutral is None else value in self.neutral
 
 
-_UNKNOWN = Entry("weights", "not classed yet", always=True)
+_UNKNOWN = Entry("weights", "not classed yet", always=True, classed=False)
 """What a field decides that is not in the table."""
 
 
@@ -107,12 +109,12 @@ def read_table() -> Mapping[str, Mapping[str, Entry]]:
 
 def _entries(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
     for group in groups:
-        neutral = group.get("neutral", [])
+        neutral = group.get("neutral")
         values = tuple(neutral) if isinstance(neutral, list) else (neutral,)
         entry = Entry(
             group["decides"],
             group["why"],
-            values,
+            None if neutral is None else values,
             group.get("always", False),
             tuple(group.get("by", ())),
             group.get("file", False),
@@ -140,7 +142,8 @@ def settings_of(vllm_config: Any, model_config: Any, role: Role, folder: Path | 
         for path, entry, value in (*of_vllm, *_additional(vllm_config), *_environment()):
             known = json.loads(json.dumps(plain(value, strict=True)))
             if entry.always or not entry.is_neutral(known):
-                (processed if entry.decides == "processed" else weights)[path] = short_text(known)
+                text = short_text(known) if entry.classed else hidden_text(path, known)
+                (processed if entry.decides == "processed" else weights)[path] = text
     except NotComparable as error:
         return Settings(unknown=f"settings of the engine can't be compared: {error}")
     return Settings(weights, processed)
@@ -209,7 +212,7 @@ class _Walk:
             case "model_config.multimodal_config.limit_per_prompt":
                 yield path, entry, sorted(kind for kind, most in value.items() if getattr(most, "count", most) == 0)
             case _:
-                yield path, entry, value
+                yield path, entry, _contents(path, value) if entry.file and value else value
 
     def _config_file(self, config: Any) -> str:
         given = getattr(config, "hf_config_path", None)
