@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
+import linecache
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -438,6 +441,134 @@ def test_functions_are_compared_by_name_and_source(folder: Path) -> None:
     assert len(set(texts)) == len(texts)
     assert texts[0].startswith("unchanged ")
     assert texts == [overridden(folder, function).weights["model_config.hf_overrides"] for function in functions]
+
+
+MODULE = """
+import json
+import os
+import helpers
+from collections import OrderedDict
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+HEADS = {value}
+LAYERS = [1, 2, {value}]
+NAMES = {{"a": {value}}}
+
+def helper(config):
+    return HEADS
+
+def constant(config):
+    config.num_attention_heads = HEADS
+    return config
+
+def nested(config):
+    def inner():
+        return [LAYERS[0] for _ in range(3)]
+    config.layers = inner()
+    return config
+
+class Plain:
+    value = {value}
+
+def calls_a_helper(config):
+    return helper(config)
+
+def uses_a_class(config):
+    return Plain.value
+
+def uses_another_module(config):
+    return helpers.heads
+
+def imports_another_module(config):
+    from helpers import heads
+    return heads
+
+def imports_a_neighbour(config):
+    from .json import heads
+    return heads
+
+def uses_known_modules(config):
+    import math
+    config.dtype = torch.bfloat16, json.dumps(1), OrderedDict(), deepcopy(1), math.pi, len(sorted([1]))
+    config.HEADS = 1
+    return config
+
+ORDERED = SimpleNamespace(heads=HEADS)
+
+def reads_an_object(config):
+    return ORDERED.heads
+
+@torch.no_grad()
+def wrapped(config):
+    return HEADS
+
+def calls_a_wrapped_helper(config):
+    return wrapped(config)
+
+def reads_the_host(config):
+    return os.environ["HEADS"]
+
+def reads_a_file(config):
+    return open("/heads").read()
+
+def missing(config):
+    return not_defined_yet
+
+by_lambda = lambda config: NAMES
+"""
+
+
+def _module(folder: Path, monkeypatch: pytest.MonkeyPatch, value: int) -> dict[str, Any]:
+    """The functions of a module of a user with this constant in it."""
+    package = folder / f"value_{value}"
+    package.mkdir()
+    (package / "helpers.py").write_text("heads = 3")
+    (package / "of_user.py").write_text(MODULE.format(value=value))
+    monkeypatch.syspath_prepend(package)
+    for name in ("helpers", "of_user"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    found = vars(importlib.import_module("of_user"))
+    linecache.checkcache()
+    return found
+
+
+@pytest.mark.parametrize("name", ["constant", "nested", "by_lambda", "uses_known_modules"])
+def test_what_a_function_reads_from_its_module_is_compared(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source of both is equal, and their constants differ."""
+    texts = []
+    for value in (4, 5):
+        found = overridden(folder, _module(tmp_path, monkeypatch, value)[name])
+        assert found.unknown == ""
+        texts.append(found.weights["model_config.hf_overrides"])
+    assert (texts[0] == texts[1]) == (name == "uses_known_modules")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("calls_a_helper", "helper"),
+        ("uses_a_class", "Plain"),
+        ("uses_another_module", "helpers"),
+        ("imports_another_module", "helpers"),
+        ("imports_a_neighbour", ".json"),
+        ("reads_an_object", "ORDERED"),
+        ("calls_a_wrapped_helper", "wrapped"),
+        ("reads_the_host", "os"),
+        ("reads_a_file", "open"),
+        ("missing", "not_defined_yet"),
+    ],
+)
+def test_a_function_that_uses_code_that_is_not_compared_makes_the_settings_unknown(
+    name: str, told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = overridden(folder, _module(tmp_path, monkeypatch, 4)[name]).unknown
+    assert f"the function {name} in hf_overrides uses {told}" in unknown
 
 
 def test_a_function_that_can_not_be_compared_makes_the_settings_unknown(folder: Path) -> None:

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import inspect
 import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from netloader.core.identity import Role
 from netloader.vllm.model.classifier_tokens import classifier_tokens_of
 from netloader.vllm.model.config_file import digest_of_config
 from netloader.vllm.model.folders import folder_of_config
+from netloader.vllm.model.function_texts import function_text
 from netloader.vllm.model.plain_values import NotComparable, contents_of, hidden_text, plain, short_text
 
 __all__ = ["ADDITIONAL", "ASCEND_ENVIRONMENT", "ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
@@ -288,34 +286,7 @@ def _overrides(value: Any) -> Any:
     """`hf_overrides`, without files of quantisations, whose contents other fields compare."""
     if isinstance(value, Mapping):
         return {key: item for key, item in value.items() if not str(key).startswith("quantization_config_")}
-    return _function(value) if callable(value) else value
-
-
-def _function(value: Any) -> Any:
-    """What a function does, as far as its source says; None for vLLM's own, which follow from the role."""
-    if isinstance(value, functools.partial):
-        parts = [_function(value.func), [_argument(item) for item in value.args], dict(value.keywords)]
-        return parts if any(parts) else None
-    if str(getattr(value, "__module__", "")).partition(".")[0] == "vllm":
-        return None
-    if not inspect.isfunction(value) or value.__closure__ or value.__defaults__ or value.__kwdefaults__:
-        raise NotComparable(f"{value!r} in hf_overrides")
-    try:
-        source = inspect.getsource(value)
-    except (OSError, TypeError):
-        raise NotComparable(f"the function {value.__qualname__} in hf_overrides has no source") from None
-    text = f"{source}{_code(value.__code__)}" if value.__name__ == "<lambda>" else source
-    return f"{value.__qualname__} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-
-
-def _code(code: CodeType) -> str:
-    """What the source of a lambda does not say, because it is the source of its whole line."""
-    constants = [_code(item) if isinstance(item, CodeType) else repr(item) for item in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _argument(value: Any) -> Any:
-    return _function(value) if callable(value) else value
+    return function_text(value) if callable(value) else value
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
