@@ -61,10 +61,10 @@ _RULES = """Values are compared as follows:
   pulled. A file that is there and can't be read, or none at `--hf-config-path`, can't be compared: the model is then
   neither pulled nor served. With `--config-format auto` and a repository that has both files, both count if it can't be
   told which one vLLM reads.
-- Where a field names a file (`mm_encoder_fp8_scale_path`), its contents count. If it can't be read, the model is neither
-  pulled nor served.
-- A classifier that vLLM makes from rows of the output head (`classifier_from_token`) depends on the tokenizer. The ids of
-  these tokens are stated. If the tokenizer can't be loaded, the model is neither pulled nor served.
+- Where a field names a file (`mm_encoder_fp8_scale_path`), its contents count. If it can't be read, the model is
+  neither pulled nor served.
+- A classifier that vLLM makes from rows of the output head (`classifier_from_token`) depends on the tokenizer. The ids
+  of these tokens are stated. If the tokenizer can't be loaded, the model is neither pulled nor served.
 - A function in `hf_overrides` is compared by its name, its source, and the plain values that it reads from its module
   (numbers, texts, lists, mappings). One can't be compared whose source is not known, or that depends on anything else:
   a closure, default arguments, a function, class or module of yours, a file, the environment. Its model is then neither

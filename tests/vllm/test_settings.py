@@ -326,6 +326,8 @@ TRI_STATE = {"use_trtllm_attention": "attention_config", "index_share_for_mtp_it
 @pytest.mark.parametrize("name", TRI_STATE)
 def test_what_was_forced_off_is_not_what_vllm_chooses(name: str, folder: Path, models: ModelStore) -> None:
     path, draft = f"{TRI_STATE[name]}.{name}", {**DRAFT, "model": str(models.get("draft"))}
+    if name not in _names(getattr(harness.engine_config(folder, speculative_config=draft), TRI_STATE[name])):
+        pytest.skip("this vLLM has no such setting")
 
     def found(value: bool | None) -> str | None:
         arguments: dict[str, Any] = {"role": "draft", "speculative_config": draft}
@@ -864,3 +866,24 @@ def test_without_the_ids_of_its_tokens_such_a_model_is_not_comparable(folder: Pa
     config.model_config.hf_config.classifier_from_token = ["no", "yes"]
     unknown = settings_of(config, config.model_config, "target", folder).unknown
     assert f"the tokenizer {tmp_path / 'none'} does not give the ids of ['no', 'yes']" in unknown
+
+
+def test_only_the_tokenizer_decides_the_classifier(models: ModelStore, log_lines: LogLines, tmp_path: Path) -> None:
+    """Why its ids are stated. vLLM makes a new head while it loads such a model, for which it is not served either."""
+    overrides = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "method": "from_2_way_softmax",
+        "classifier_from_token": ["no", "yes"],
+    }
+
+    def loaded(tokenizer: Path) -> dict[str, str]:
+        log_lines.lines.clear()
+        given = {"hf_overrides": overrides, "runner": "pooling", "tokenizer": str(tokenizer)}
+        raw = load(models.get("llama-tied"), arguments=given).raw
+        assert log_lines.one("does not serve its target", "lm_head")
+        return raw
+
+    one = loaded(a_tokenizer(tmp_path / "one", "no", "yes"))
+    other = loaded(a_tokenizer(tmp_path / "other", "yes", "no"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == ["score.weight"]
