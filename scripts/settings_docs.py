@@ -51,19 +51,31 @@ the end it says the same for [vllm-ascend](#keys-of-additional_config-vllm-ascen
 _RULES = """Values are compared as follows:
 
 - A field at a value that does nothing is not stated. Unless the table names such a value, that is none, `false`, `0`,
-  `auto` or an empty value. A field that is marked *always* is always stated.
+  `auto` or an empty value. A field that is marked *always* is always stated. Where none leaves a choice to vLLM and
+  `false` forbids something, `false` is stated.
 - A value of up to 64 characters is stated as it is. Of a longer one, a digest is stated.
 - The value is the one that vLLM has resolved when the load begins. For `convert` and `runner` the resolved kind counts.
-- `hf_config` is a digest of `config.json` (or `params.json`), without keys that decide no raw tensor: about positions,
-  special tokens, generation and training, who wrote the file, and what the identity compares by itself. It is compared
-  only if both sides state it.
-- A function in `hf_overrides` is compared by its name and its source. One whose source is not known, or that depends on
-  other values (a closure, default arguments), can't be compared. Its model is then neither pulled nor served. What a
-  function reads from its module is not compared.
+- `hf_config` is a digest of the file that vLLM reads, `config.json` or `params.json`, without keys that decide no raw
+  tensor: about positions, special tokens, generation and training, who wrote the file, and what the identity compares
+  by itself. It is compared only if both sides state it. A side without the file states that of its source, once it has
+  pulled. A file that is there and can't be read, or none at `--hf-config-path`, can't be compared: the model is then
+  neither pulled nor served. With `--config-format auto` and a repository that has both files, both count if it can't be
+  told which one vLLM reads.
+- Where a field names a file (`mm_encoder_fp8_scale_path`), its contents count. If it can't be read, the model is
+  neither pulled nor served.
+- A classifier that vLLM makes from rows of the output head (`classifier_from_token`) depends on the tokenizer. The ids
+  of these tokens are stated. If the tokenizer can't be loaded, the model is neither pulled nor served.
+- A function in `hf_overrides` is compared by its name, its source, and the plain values that it reads from its module
+  (numbers, texts, lists, mappings). One can't be compared whose source is not known, or that depends on anything else:
+  a closure, default arguments, a function, class or module of yours, a file, the environment. Its model is then neither
+  pulled nor served. Modules such as `torch`, `transformers`, `json` and `math` may be used.
 - An environment variable is compared if it is set, also if it is set to the value that it has anyway.
 - For a draft model, its own `model_config` counts, and `speculative_config` too.
 - A field that is not in this table comes from a newer vLLM. If it is not at its default, it counts as one that decides
   weights. So two engines with equal settings match, and others are refused by its path.
+- The value of a setting that is not in this table may be a secret, so it is not shown: both sides state a digest of it,
+  which depends on the path too (`a value that is not shown (digest ...)`). A peer could still find a short value by
+  trying many.
 
 Of vllm-ascend the keys of `additional_config` are compared, nested ones by their path, such as
 `additional_config.eplb_config.num_redundant_experts`:
@@ -117,6 +129,8 @@ def _decides(entry: Entry) -> str:
     text, _ = DECIDES[entry.decides]
     if entry.by:
         return f"{text}: {', '.join('refused' if name == 'refused' else f'`{name}`' for name in entry.by)}"
+    if entry.neutral == ():
+        return f"{text}, also at `false`"
     if entry.neutral:
         return f"{text}, unless {' or '.join(f'`{_value(value)}`' for value in entry.neutral)}"
     if entry.file:

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "decisions" / "0041-private-names.md"
 
-BY_TEXT = ("_LOAD_FORMAT_TO_MODEL_LOADER", "_expert_map", "_vllm_is_uva_offloaded")
+BY_TEXT = ("_LOAD_FORMAT_TO_MODEL_LOADER", "_expert_map", "_hf_config_revision", "_vllm_is_uva_offloaded")
 """Names of vLLM that are looked up as text."""
 
 SHARED = ("_buffers", "_parameters", "_devices", "_threads", "_timeout", "_expert_map")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from netloader.vllm.model.config_file import digest_of_config
+from netloader.vllm.model.plain_values import NotComparable
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -58,17 +59,42 @@ def test_the_order_of_keys_does_not_matter(tmp_path: Path) -> None:
 def test_the_file_of_the_format_that_vllm_reads_counts(tmp_path: Path) -> None:
     alone = digest(tmp_path, {"dim": 4}, "params.json")
     assert alone not in ("", digest(tmp_path, {"dim": 5}, "params.json"))
+    (tmp_path / "params.json").unlink()
     one = digest(tmp_path, CONFIG)
+    assert one == digest_of_config(tmp_path, "hf") == digest_of_config(tmp_path, "auto", downloaded=True)
     assert one != digest(tmp_path, CONFIG | {"a": 1}) != alone
+    digest(tmp_path, CONFIG)
     digest(tmp_path, {"dim": 4}, "params.json")
     assert digest_of_config(tmp_path, "mistral") == alone
-    assert digest_of_config(tmp_path, "hf") not in (alone, digest_of_config(tmp_path))
-    both = digest_of_config(tmp_path)
-    digest(tmp_path, {"dim": 5}, "params.json")
-    assert digest_of_config(tmp_path) != both, "vLLM chooses, so that both count"
+    assert digest_of_config(tmp_path, "hf") == digest_of_config(tmp_path) == one
+    (tmp_path / "consolidated-00001-of-00002.safetensors").touch()
+    assert digest_of_config(tmp_path) == alone, "vLLM takes the format of Mistral for such weight files"
+    assert digest_of_config(tmp_path, downloaded=True) == alone
 
 
-def test_without_a_file_that_can_be_read_nothing_is_stated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config_format", "downloaded"), [("auto", True), ("of_a_plugin", False)])
+def test_both_files_count_if_it_can_not_be_told_which_one_vllm_reads(
+    config_format: str, downloaded: bool, tmp_path: Path
+) -> None:
+    """vLLM asks the hub for the weight files of a repository; a snapshot may have only some."""
+
+    def found(name: str, config: Any) -> str:
+        (tmp_path / name).write_text(json.dumps(config))
+        return digest_of_config(tmp_path, config_format, downloaded=downloaded)
+
+    found("config.json", CONFIG)
+    texts = {found("params.json", {"dim": 4}), found("params.json", {"dim": 5}), found("config.json", {})}
+    assert len(texts) == 3
+
+
+def test_without_a_file_nothing_is_stated(tmp_path: Path) -> None:
     assert digest_of_config(None) == digest_of_config(tmp_path) == digest_of_config(tmp_path / "model.gguf") == ""
+    digest(tmp_path, CONFIG)
+    assert digest_of_config(tmp_path, "mistral") == ""
+
+
+def test_a_file_that_can_not_be_read_is_not_comparable(tmp_path: Path) -> None:
+    """It may differ from that of a peer, so it does not count as one that is missing."""
     (tmp_path / "config.json").write_text("no json")
-    assert digest_of_config(tmp_path) == ""
+    with pytest.raises(NotComparable, match=r"config\.json can't be read"):
+        digest_of_config(tmp_path)

@@ -26,7 +26,9 @@ __all__ = [
     "check_sendable",
     "differences",
     "is_digest",
+    "known_settings",
     "name_of",
+    "passed_on",
     "quantised_unknown_how",
 ]
 
@@ -176,6 +178,15 @@ def check_sendable(identity: ModelIdentity) -> None:
         raise ConfigError(field=field.upper(), value=value, allowed=allowed, reason=reason, hint=hint)
 
 
+def known_settings(own: ModelIdentity, source: ModelIdentity) -> dict[str, str] | None:
+    """The settings of a side that holds what it pulled from `source`: its own, with those that only `source` knows.
+
+    They are compared where both sides know them. Without them, a third side that has others would match this one.
+    """
+    theirs = {path: text for path, text in (source.settings or {}).items() if path in _WHERE_KNOWN}
+    return {**theirs, **(own.settings or {})} if theirs else own.settings
+
+
 def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:
     """The identity that a relay announces: its own, with the fields that only its source knows."""
     return msgspec.structs.replace(
@@ -184,6 +195,7 @@ def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:
         load_state=own.load_state or source.load_state,
         fingerprint=source.fingerprint,
         load=source.load,
+        settings=known_settings(own, source),
     )
 
 

@@ -34,15 +34,21 @@ Fields = dict[tuple[str, str], None]
 
 def fields_of(sources: Sources, table: Mapping[str, Mapping[str, Entry]] = TABLE) -> Fields:
     """Every field of `VllmConfig`, and of the configurations in it, and every environment variable."""
-    found: Fields = {}
+    found: Fields = dict.fromkeys(types_of(sources, table))
+    found.update(dict.fromkeys((ENVIRONMENT, name) for name in _variables(sources)))
+    return found
+
+
+def types_of(sources: Sources, table: Mapping[str, Mapping[str, Entry]] = TABLE) -> Mapping[tuple[str, str], ast.expr]:
+    """The type of every field of `VllmConfig`, and of the configurations in it."""
+    found: dict[tuple[str, str], ast.expr] = {}
     queue = [_class_of(sources, "vllm.config", "VllmConfig")]
     for module, owner in queue:
         for name, annotation in _fields(sources, module, owner):
-            found[owner.name, name] = None
+            found[owner.name, name] = annotation
             entry = table.get(owner.name, {}).get(name)
             if entry is None or entry.decides == "inside":
                 queue += [each for each in _configs(sources, module, annotation) if each not in queue]
-    found.update(dict.fromkeys((ENVIRONMENT, name) for name in _variables(sources)))
     return found
 
 
@@ -153,9 +159,41 @@ def test_entries_say_what_they_have_to() -> None:
             assert entry.why, (owner, name)
             assert bool(entry.by) == (entry.decides == "elsewhere"), (owner, name)
             assert set(entry.by) <= {*ModelIdentity.__struct_fields__, "refused"}, (owner, name)
-            compared = entry.neutral or entry.always or entry.file or entry.variable
+            compared = entry.neutral is not None or entry.always or entry.file or entry.variable
             assert not compared or entry.decides in ("weights", "processed"), (owner, name)
-            assert not (entry.file or entry.variable) or owner == ADDITIONAL, (owner, name)
+            assert not entry.file or owner not in (ENVIRONMENT, ASCEND_ENVIRONMENT), (owner, name)
+            assert not entry.variable or owner == ADDITIONAL, (owner, name)
+
+
+def _is_number_or_none(annotation: ast.expr) -> bool:
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    none = any(isinstance(node, ast.Constant) and node.value is None for node in ast.walk(annotation))
+    return (none or "Optional" in names) and bool(names & {"bool", "int", "float"})
+
+
+@pytest.mark.parametrize("number", RELEASES)
+def test_the_table_says_whether_false_and_0_are_the_same_as_none(number: str) -> None:
+    """None may leave the choice to vLLM, where false forbids something."""
+    numbers = [pair for pair, annotation in types_of(release(number)).items() if _is_number_or_none(annotation)]
+    assert ("AttentionConfig", "use_trtllm_attention") in numbers
+    deciding = [(pair, TABLE[pair[0]][pair[1]]) for pair in numbers]
+    unclear = [
+        ".".join(pair)
+        for pair, entry in deciding
+        if entry.decides in ("weights", "processed") and entry.neutral is None and not entry.always
+    ]
+    assert not unclear, f"{', '.join(unclear)} may be None: give the group `neutral`, [] if false and 0 do something"
+
+
+def test_every_field_that_names_a_file_is_compared_by_its_contents() -> None:
+    words = ("path", "file", "folder", "dir", "location")
+    paths = [
+        f"{owner}.{name}"
+        for owner, names in TABLE.items()
+        for name, entry in names.items()
+        if entry.decides in ("weights", "processed") and not entry.file and set(name.lower().split("_")) & {*words}
+    ]
+    assert not paths, f"{', '.join(paths)}: a path says nothing about another host; add `file = true`"
 
 
 def test_no_field_is_listed_twice() -> None:

@@ -16,6 +16,7 @@ from netloader.core.identity import (
     check_sendable,
     differences,
     is_digest,
+    passed_on,
     quantised_unknown_how,
 )
 from netloader.errors import ConfigError
@@ -283,3 +284,18 @@ def test_another_method_is_not_listed_setting_by_setting() -> None:
         quantization="fp8", quantization_config="b2", settings={"quantization.activation_scheme": "static"}
     )
     assert severities(quantised("a1", GROUPS), theirs).keys() == {"quantization", "quantization_config"}
+
+
+def test_a_relay_passes_on_the_configuration_file_that_only_its_source_knows() -> None:
+    """Else a client with another file, which its source refuses, would pull the same weights from the relay."""
+    path = "model_config.hf_config"
+    source, client = changed(settings={path: "a"}), changed(settings={path: "b"})
+    for own in (changed(settings={}), changed(settings={"code": "r2"}), BASE):
+        relay = passed_on(own, source)
+        assert relay.settings == {**(own.settings or {}), path: "a"}
+        assert Difference(path, "b", "a") in differences(client, relay)
+        assert passed_on(own, relay).settings == relay.settings, "and so on along a chain"
+    assert passed_on(client, source).settings == {path: "b"}, "its own, if it knows that"
+    unknown = changed(settings={"other": "1"})
+    assert passed_on(BASE, unknown).settings is None
+    assert passed_on(changed(settings={}), unknown).settings == {}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
+import linecache
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from vllm.config.utils import config as configuration
 from netloader.core.identity import Role
 from netloader.vllm.load import inspect_engine
 from netloader.vllm.load.inspect_engine import Engine
+from netloader.vllm.model.plain_values import hidden_text
 from netloader.vllm.model.settings import ENVIRONMENT, Settings, read_table, settings_of
 from netloader.vllm.model.snapshot import named_raw_tensors
 from tests.models import ModelStore
@@ -88,6 +93,11 @@ class Newer(KernelConfig):
     nested: Invented = dataclasses.field(default_factory=Invented)
 
 
+def hidden(values: dict[str, Any]) -> dict[str, str]:
+    """The texts of settings that are not classed."""
+    return {path: hidden_text(path, value) for path, value in values.items()}
+
+
 def test_a_field_that_is_not_classed_counts_unless_it_is_at_its_default(folder: Path) -> None:
     usual = stated(folder)
 
@@ -102,12 +112,12 @@ def test_a_field_that_is_not_classed_counts_unless_it_is_at_its_default(folder: 
         return {path: text for path, text in found.weights.items() if path not in usual.weights}
 
     assert paths() == paths(derived=6) == {}
-    assert paths(invented="two") == {"kernel_config.invented": "two"}
-    assert paths(listed=[1]) == {"kernel_config.listed": "[1]"}
-    assert paths(counted=5) == {"kernel_config.counted": "5"}
+    assert paths(invented="two") == hidden({"kernel_config.invented": "two"})
+    assert paths(listed=[1]) == hidden({"kernel_config.listed": [1]})
+    assert paths(counted=5) == hidden({"kernel_config.counted": 5})
     four: Any = Invented()
     four.inner = 4
-    assert paths(nested=four) == {"kernel_config.nested.inner": "4"}
+    assert paths(nested=four) == hidden({"kernel_config.nested.inner": 4})
 
 
 def test_a_variable_that_is_not_classed_counts_if_it_is_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +126,27 @@ def test_a_variable_that_is_not_classed_counts_if_it_is_set(folder: Path, monkey
     monkeypatch.setitem(envs.environment_variables, "VLLM_INVENTED", lambda: 7)
     assert "VLLM_INVENTED" not in stated(folder).weights
     monkeypatch.setenv("VLLM_INVENTED", "7")
-    assert stated(folder).weights["VLLM_INVENTED"] == "7"
+    assert stated(folder).weights["VLLM_INVENTED"] == hidden_text("VLLM_INVENTED", 7)
+
+
+@pytest.mark.parametrize("name", ["VLLM_INVENTED_KEY", "VLLM_ASCEND_INVENTED_KEY"])
+def test_the_value_of_a_setting_that_is_not_classed_goes_to_no_peer(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has said that it is no secret."""
+    from vllm import envs
+
+    if "ASCEND" not in name:
+        monkeypatch.setitem(envs.environment_variables, name, lambda: os.environ[name])
+    texts: list[str] = []
+    for secret in ("hunter2", "hunter3"):
+        monkeypatch.setenv(name, secret)
+        found = stated(folder, additional_config={"invented": {"password": secret}})
+        assert secret not in str(found)
+        texts.append(found.weights[name])
+        assert found.weights["additional_config.invented.password"] != found.weights[name], "not one digest for all"
+    assert texts[0] != texts[1]
+    assert all(text.startswith("a value that is not shown (digest ") for text in texts)
 
 
 # --- what matches ---------------------------------------------------------------------------------------------------
@@ -273,6 +303,47 @@ def _names(config: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
+def test_scales_of_an_encoder_are_compared_by_their_contents(folder: Path, tmp_path: Path) -> None:
+    def found(file: Path) -> Settings:
+        config = harness.engine_config(folder)
+        _multimodal()(config)
+        config.model_config.multimodal_config.mm_encoder_fp8_scale_path = str(file)
+        return settings_of(config, config.model_config, "target", folder)
+
+    path = "model_config.multimodal_config.mm_encoder_fp8_scale_path"
+    files = [tmp_path / name for name in ("one.json", "same.json", "other.json")]
+    for file, scale in zip(files, (1.5, 1.5, 2.5), strict=True):
+        file.write_text(json.dumps({"q": scale}))
+    one, same, other = (found(file).processed[path] for file in files)
+    assert one == same == '{"q": 1.5}'
+    assert other == '{"q": 2.5}'
+    assert f"{path} names {tmp_path / 'none'}, which can't be read" in found(tmp_path / "none").unknown
+
+
+TRI_STATE = {"use_trtllm_attention": "attention_config", "index_share_for_mtp_iteration": "speculative_config"}
+
+
+@pytest.mark.parametrize("name", TRI_STATE)
+def test_what_was_forced_off_is_not_what_vllm_chooses(name: str, folder: Path, models: ModelStore) -> None:
+    path, draft = f"{TRI_STATE[name]}.{name}", {**DRAFT, "model": str(models.get("draft"))}
+    if name not in _names(getattr(harness.engine_config(folder, speculative_config=draft), TRI_STATE[name])):
+        pytest.skip("this vLLM has no such setting")
+
+    def found(value: bool | None) -> str | None:
+        arguments: dict[str, Any] = {"role": "draft", "speculative_config": draft}
+        return stated(folder, _set(path, value), **arguments).processed.get(path)
+
+    assert [found(value) for value in (None, False, True)] == [None, "false", "true"]
+
+
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_a_rate_of_zero_prunes_nothing(rate: float | None, folder: Path) -> None:
+    start = "model_config.multimodal_config.video_pruning"
+    found = stated(folder, _multimodal(video_pruning_rate=rate))
+    assert [path for path in found.processed if path.startswith(start)] == []
+    assert stated(folder, _multimodal(video_pruning_rate=0.5)).processed[f"{start}_rate"] == "0.5"
+
+
 def test_a_limit_that_keeps_the_encoder_does_not_count(folder: Path) -> None:
     path = "model_config.multimodal_config.limit_per_prompt"
     assert path not in stated(folder, _multimodal(limit_per_prompt={"image": 3})).weights
@@ -314,6 +385,40 @@ def test_another_configuration_file_counts(key: str, folder: Path, tmp_path: Pat
     assert stated(folder, hf_config_path=str(copy)) != stated(folder)
 
 
+def _at(folder: Path, path: str) -> Settings:
+    config = harness.engine_config(folder)
+    config.model_config.hf_config_path = path
+    return settings_of(config, config.model_config, "target", folder)
+
+
+def test_a_configuration_file_in_a_repository_counts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--hf-config-path` names a folder or a repository, which is looked for in the cache of the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a1" * 20)
+    snapshot = repository / "snapshots" / ("a1" * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    path = "model_config.hf_config"
+    assert _at(folder, "org/name").weights[path] == _at(folder, str(snapshot)).weights[path]
+    assert _at(folder, "org/name").weights[path] != stated(folder).weights[path]
+
+
+@pytest.mark.parametrize("text", [None, "no json"])
+def test_a_configuration_file_that_was_given_and_can_not_be_read_is_not_comparable(
+    text: str | None, folder: Path, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path) in _at(folder, str(tmp_path)).unknown
+    assert "org/none" in _at(folder, "org/none").unknown
+
+
 # --- functions in hf_overrides --------------------------------------------------------------------------------------
 
 
@@ -338,6 +443,134 @@ def test_functions_are_compared_by_name_and_source(folder: Path) -> None:
     assert len(set(texts)) == len(texts)
     assert texts[0].startswith("unchanged ")
     assert texts == [overridden(folder, function).weights["model_config.hf_overrides"] for function in functions]
+
+
+MODULE = """
+import json
+import os
+import helpers
+from collections import OrderedDict
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+HEADS = {value}
+LAYERS = [1, 2, {value}]
+NAMES = {{"a": {value}}}
+
+def helper(config):
+    return HEADS
+
+def constant(config):
+    config.num_attention_heads = HEADS
+    return config
+
+def nested(config):
+    def inner():
+        return [LAYERS[0] for _ in range(3)]
+    config.layers = inner()
+    return config
+
+class Plain:
+    value = {value}
+
+def calls_a_helper(config):
+    return helper(config)
+
+def uses_a_class(config):
+    return Plain.value
+
+def uses_another_module(config):
+    return helpers.heads
+
+def imports_another_module(config):
+    from helpers import heads
+    return heads
+
+def imports_a_neighbour(config):
+    from .json import heads
+    return heads
+
+def uses_known_modules(config):
+    import math
+    config.dtype = torch.bfloat16, json.dumps(1), OrderedDict(), deepcopy(1), math.pi, len(sorted([1]))
+    config.HEADS = 1
+    return config
+
+ORDERED = SimpleNamespace(heads=HEADS)
+
+def reads_an_object(config):
+    return ORDERED.heads
+
+@torch.no_grad()
+def wrapped(config):
+    return HEADS
+
+def calls_a_wrapped_helper(config):
+    return wrapped(config)
+
+def reads_the_host(config):
+    return os.environ["HEADS"]
+
+def reads_a_file(config):
+    return open("/heads").read()
+
+def missing(config):
+    return not_defined_yet
+
+by_lambda = lambda config: NAMES
+"""
+
+
+def _module(folder: Path, monkeypatch: pytest.MonkeyPatch, value: int) -> dict[str, Any]:
+    """The functions of a module of a user with this constant in it."""
+    package = folder / f"value_{value}"
+    package.mkdir()
+    (package / "helpers.py").write_text("heads = 3")
+    (package / "of_user.py").write_text(MODULE.format(value=value))
+    monkeypatch.syspath_prepend(package)
+    for name in ("helpers", "of_user"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    found = vars(importlib.import_module("of_user"))
+    linecache.checkcache()
+    return found
+
+
+@pytest.mark.parametrize("name", ["constant", "nested", "by_lambda", "uses_known_modules"])
+def test_what_a_function_reads_from_its_module_is_compared(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source of both is equal, and their constants differ."""
+    texts = []
+    for value in (4, 5):
+        found = overridden(folder, _module(tmp_path, monkeypatch, value)[name])
+        assert found.unknown == ""
+        texts.append(found.weights["model_config.hf_overrides"])
+    assert (texts[0] == texts[1]) == (name == "uses_known_modules")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("calls_a_helper", "helper"),
+        ("uses_a_class", "Plain"),
+        ("uses_another_module", "helpers"),
+        ("imports_another_module", "helpers"),
+        ("imports_a_neighbour", ".json"),
+        ("reads_an_object", "ORDERED"),
+        ("calls_a_wrapped_helper", "wrapped"),
+        ("reads_the_host", "os"),
+        ("reads_a_file", "open"),
+        ("missing", "not_defined_yet"),
+    ],
+)
+def test_a_function_that_uses_code_that_is_not_compared_makes_the_settings_unknown(
+    name: str, told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = overridden(folder, _module(tmp_path, monkeypatch, 4)[name]).unknown
+    assert f"the function {name} in hf_overrides uses {told}" in unknown
 
 
 def test_a_function_that_can_not_be_compared_makes_the_settings_unknown(folder: Path) -> None:
@@ -399,6 +632,26 @@ def test_engines_with_equal_settings_pull_from_each_other(
         pulled = load(models.bare(KIND), source, SERVE=False, arguments=overrides)
     assert pulled.raw == disk.raw
     assert log_lines.one("pulled", "from 127.0.0.1")
+
+
+def test_an_engine_serves_what_its_source_knows_of_the_configuration_file(
+    seeds: Seeds, models: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows no file. A client with another file than its source's would pull from it else."""
+    from netloader.vllm.serve import serving
+
+    path = "model_config.hf_config"
+    seed = seeds.get(KIND)
+    told = seed.holding.announcement.identity.settings
+    assert told is not None
+    monkeypatch.setattr(inspect_engine, "settings_of", lambda *_: Settings())
+    with source_of(seed.holding) as source:
+        assert load(models.bare(KIND), source).raw == seed.disk
+    server = serving.running_server()
+    assert server is not None
+    (holding,) = server._server.holdings.held()
+    serving.stop_server()
+    assert holding.announcement.identity.settings == {path: told[path]}
 
 
 def test_a_peer_of_protocol_1_serves_engines_without_settings(
@@ -517,13 +770,8 @@ def test_a_key_that_is_not_classed_counts_whatever_its_value(folder: Path, tmp_p
         folder, invented=False, eplb_config={"invented": 0}, other={"inner": {"x": 1}}, empty={}, f=str(file)
     )
     start = "additional_config."
-    assert found.weights == {
-        f"{start}invented": "false",
-        f"{start}eplb_config.invented": "0",
-        f"{start}other.inner.x": "1",
-        f"{start}empty": "{}",
-        f"{start}f": "{}",
-    }
+    values = {"invented": False, "eplb_config.invented": 0, "other.inner.x": 1, "empty": {}, "f": {}}
+    assert found.weights == hidden({f"{start}{name}": value for name, value in values.items()})
 
 
 def test_a_file_counts_by_its_contents(folder: Path, tmp_path: Path) -> None:
@@ -552,7 +800,7 @@ def test_a_variable_of_vllm_ascend_stands_for_a_key(folder: Path, monkeypatch: p
     assert "additional_config.weight_nz_mode" not in given.processed, "the key decides"
     before = stated(folder).weights
     monkeypatch.setenv("VLLM_ASCEND_INVENTED", "1")
-    assert stated(folder).weights == {**before, "VLLM_ASCEND_INVENTED": "1"}
+    assert stated(folder).weights == {**before, **hidden({"VLLM_ASCEND_INVENTED": "1"})}
 
 
 def test_a_configuration_of_another_kind_is_compared_by_its_hash_or_not_at_all(folder: Path) -> None:
@@ -563,7 +811,79 @@ def test_a_configuration_of_another_kind_is_compared_by_its_hash_or_not_at_all(f
     def change(value: object) -> Callable[[Any], None]:
         return lambda config: setattr(config, "additional_config", value)
 
-    assert stated(folder, change(Hashed())).weights["additional_config"] == "abc"
+    found = stated(folder, change(Hashed())).weights["additional_config"]
+    assert found == hidden_text("additional_config", "abc")
     config = harness.engine_config(folder)
     config.additional_config = object()
     assert "object in additional_config" in settings_of(config, config.model_config, "target", folder).unknown
+
+
+# --- rows of a classifier, which a tokenizer chooses ----------------------------------------------------------------
+
+
+def a_tokenizer(folder: Path, *words: str) -> Path:
+    """A tokenizer on disk whose ids are the places of `words`."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder.mkdir()
+    vocabulary = {word: place for place, word in enumerate(["[UNK]", *words])}
+    Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return folder
+
+
+TOKENIZER = "model_config.tokenizer"
+
+
+@pytest.mark.parametrize("method", ["from_2_way_softmax", "no_post_processing", None])
+def test_rows_that_a_tokenizer_chooses_are_stated_by_the_ids_of_their_tokens(
+    method: str | None, folder: Path, tmp_path: Path
+) -> None:
+    """vLLM makes `score.weight` from rows of the output head: equal `hf_overrides` give other rows."""
+
+    def text(tokenizer: Path) -> str:
+        def change(config: Any) -> None:
+            model = config.model_config
+            model.tokenizer, model.skip_tokenizer_init = str(tokenizer), False
+            owner = model.hf_text_config if method == "no_post_processing" else model.hf_config
+            owner.method, owner.classifier_from_token = method, ["no", "yes"]
+
+        return stated(folder, change).weights[TOKENIZER]
+
+    one = a_tokenizer(tmp_path / "one", "no", "yes")
+    assert text(one) == '{"no": 1, "yes": 2}'
+    assert text(a_tokenizer(tmp_path / "two", "yes", "no")) == '{"no": 2, "yes": 1}'
+    assert text(a_tokenizer(tmp_path / "three", "no", "yes", "more")) == text(one), "only these ids decide"
+    assert TOKENIZER not in stated(folder, tokenizer=str(one)).weights
+
+
+def test_without_the_ids_of_its_tokens_such_a_model_is_not_comparable(folder: Path, tmp_path: Path) -> None:
+    config = harness.engine_config(folder)
+    config.model_config.tokenizer = str(tmp_path / "none")
+    config.model_config.hf_config.method = "from_2_way_softmax"
+    config.model_config.hf_config.classifier_from_token = ["no", "yes"]
+    unknown = settings_of(config, config.model_config, "target", folder).unknown
+    assert f"the tokenizer {tmp_path / 'none'} does not give the ids of ['no', 'yes']" in unknown
+
+
+def test_only_the_tokenizer_decides_the_classifier(models: ModelStore, log_lines: LogLines, tmp_path: Path) -> None:
+    """Why its ids are stated. vLLM makes a new head while it loads such a model, for which it is not served either."""
+    overrides = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "method": "from_2_way_softmax",
+        "classifier_from_token": ["no", "yes"],
+    }
+
+    def loaded(tokenizer: Path) -> dict[str, str]:
+        log_lines.lines.clear()
+        given = {"hf_overrides": overrides, "runner": "pooling", "tokenizer": str(tokenizer)}
+        raw = load(models.get("llama-tied"), arguments=given).raw
+        assert log_lines.one("does not serve its target", "lm_head")
+        return raw
+
+    one = loaded(a_tokenizer(tmp_path / "one", "no", "yes"))
+    other = loaded(a_tokenizer(tmp_path / "other", "yes", "no"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == ["score.weight"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from netloader.config import Config
-from netloader.core.identity import Role
+from netloader.core.identity import Role, known_settings
 from netloader.errors import ManifestError, MemoryStillInUse, NetloaderError, unexpected
 from netloader.vllm.load.pulling import check_digests, pull_raw
 from netloader.vllm.model.agreement import Report, disagreement, exchange, groups_of_this_engine, load_digest
@@ -175,7 +175,8 @@ def _pull(model: torch.nn.Module, path: str, config: Config, rank: int) -> _Pull
             return _Pulled(Report("failed", rank, reason=f"no memory for the new weights beside the old ones: {error}"))
         log.exception("netloader: rank %d: unexpected error while pulling", rank)
         return _Pulled(Report("failed", rank, reason=unexpected(error).message))
-    identity = msgspec.structs.replace(identity, fingerprint=report.identity.fingerprint)
+    settings = known_settings(identity, report.identity)
+    identity = msgspec.structs.replace(identity, fingerprint=report.identity.fingerprint, settings=settings)
     announcement = None if report.announcement is None else replace(report.announcement, identity=identity)
     return _Pulled(Report("pulled", rank, root=report.root, load=report.identity.load), staging, announcement)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from netloader.core.identity import ModelIdentity
+from netloader.core.identity import ModelIdentity, known_settings
 from netloader.core.report import PullReport
 from netloader.vllm.load.agree_ranks import Decision
 from netloader.vllm.load.examine_model import Built
@@ -70,7 +70,8 @@ def _keep(built: Built, pulled: Pulled, model: torch.nn.Module) -> Filled:
     apply_load_state(model, theirs.load_state)
     tied = theirs.tied if built.identity.tied is None else built.identity.tied
     # The fingerprint is the source's. The pull has compared it with that of the files here, if there are any.
-    identity = msgspec.structs.replace(built.identity, tied=tied, fingerprint=theirs.fingerprint)
+    settings = known_settings(built.identity, theirs)
+    identity = msgspec.structs.replace(built.identity, tied=tied, fingerprint=theirs.fingerprint, settings=settings)
     return Filled(identity, theirs.fingerprint, report, pulled.adopted)
 
 

@@ -22,7 +22,8 @@ from netloader.vllm.load.processed_pull import Registrations
 from netloader.vllm.load.pulling import check_transports, probe_sources
 from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
 from netloader.vllm.model.fallback import fallback_loader
-from netloader.vllm.model.identity import folder_of, identity_of, role_of
+from netloader.vllm.model.folders import folder_of
+from netloader.vllm.model.identity import identity_of, role_of
 from netloader.vllm.model.settings import Settings, settings_of
 from netloader.vllm.model.topology import Topology, topology_of
 from netloader.vllm.serve.guard import refuse_on_failure, serving_only

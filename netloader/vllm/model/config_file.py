@@ -15,12 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from netloader.vllm.model.plain_values import digest_of_plain
+from netloader.vllm.model.plain_values import NotComparable, digest_of_plain
 
 __all__ = ["digest_of_config"]
 
 _NAMES = {"hf": "config.json", "mistral": "params.json"}
 """The file of each format."""
+
+_WEIGHTS_OF_MISTRAL = "consolidated*.safetensors"
+"""By such files vLLM tells a model whose configuration is in the format of Mistral."""
 
 _LEFT_OUT = frozenset(
     (
@@ -41,20 +44,38 @@ _LEFT_OUT = frozenset(
 _ENDINGS = ("_token_id", "_token_ids", "_token_index", "_dropout", "_dropout_prob", "dropout", "_pdrop")
 
 
-def digest_of_config(folder: Path | None, config_format: str = "auto") -> str:
-    """A digest over the file in `folder`; empty if there is none, or one that is not JSON.
+def digest_of_config(folder: Path | None, config_format: str = "auto", *, downloaded: bool = False) -> str:
+    """A digest over the file in `folder` that vLLM reads; empty if there is none.
 
     Args:
         folder: The folder with the configuration of the model; None if there is none on this host.
-        config_format: vLLM's ``--config-format``. If that leaves the choice to vLLM, the files of all formats count.
+        config_format: vLLM's ``--config-format``.
+        downloaded: Whether vLLM was given a repository, of which the folder may have only some files.
+
+    Raises:
+        NotComparable: The file can't be read, or is not JSON.
     """
-    names = [_NAMES[config_format]] if config_format in _NAMES else _NAMES.values()
-    files = [] if folder is None else [folder / name for name in names if (folder / name).is_file()]
-    try:
-        found = {file.name: _kept(json.loads(file.read_bytes())) for file in files}
-    except (OSError, ValueError):
-        return ""  # vLLM reports it
+    files = [] if folder is None else [folder / name for name in _names(folder, config_format, downloaded=downloaded)]
+    found = {}
+    for file in files:
+        try:
+            found[file.name] = _kept(json.loads(file.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise NotComparable(f"{file} can't be read: {error}") from error
     return digest_of_plain(found) if found else ""
+
+
+def _names(folder: Path, config_format: str, *, downloaded: bool) -> list[str]:
+    """The files that vLLM reads; both, if it can't be told which one."""
+    there = [name for name in _NAMES.values() if (folder / name).is_file()]
+    if config_format in _NAMES:
+        return [name for name in there if name == _NAMES[config_format]]
+    if config_format != "auto" or len(there) < len(_NAMES):
+        return there
+    # As vLLM chooses. Of a repository it asks the hub, so that a weight file that is not here shows nothing.
+    if any(file.is_file() for file in folder.glob(_WEIGHTS_OF_MISTRAL)):
+        return [_NAMES["mistral"]]
+    return there if downloaded else [_NAMES["hf"]]
 
 
 def _kept(value: Any) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 from netloader.checkpoint import fingerprint_of
 from netloader.checkpoint.names import repo_id_of
 from netloader.core.identity import MODEL, REPOSITORY, SERVED, ModelIdentity, Role
+from netloader.vllm.model.folders import downloaded, folder_of
 from netloader.vllm.model.quantisation import quantisation_of
 from netloader.vllm.model.settings import Settings
 from netloader.vllm.model.topology import Topology
 
-__all__ = ["fingerprint_of_model", "folder_of", "identity_of", "names_of", "role_of"]
+__all__ = ["fingerprint_of_model", "identity_of", "names_of", "role_of"]
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _STARTS_OF_PATHS = ("/", "./", "../", "~")
@@ -30,26 +31,6 @@ def fingerprint_of_model(model_config: Any) -> str:
     """Fingerprint of the model's files; empty when there are none on this host (yet)."""
     path = folder_of(model_config)
     return "" if path is None else fingerprint_of(path)
-
-
-def folder_of(model_config: Any) -> Path | None:
-    """The folder of the model's files; None when there is none on this host (yet)."""
-    path = Path(str(model_config.model))
-    return path if path.exists() else _downloaded(str(model_config.model), model_config.revision)
-
-
-def _downloaded(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that was downloaded from a hub; None when it was not. Uses no network."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        return None
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except (HFValidationError, ValueError):
-        return None  # not the name of a model on a hub, but for example the URL of an object store
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def names_of(model_config: Any, *, given: str | None, served: str | None) -> dict[str, str]:
@@ -84,7 +65,7 @@ def _repository(model_config: Any, weights: str) -> str:
         return next((f"{name}@{folder.name}" for folder in folders if (name := repo_id_of(folder))), "")
     if _is_path(text) or not _REPO_ID.fullmatch(text):
         return ""
-    folder = _downloaded(text, model_config.revision)
+    folder = downloaded(text, model_config.revision)
     return text if folder is None else f"{text}@{folder.name}"
 
 

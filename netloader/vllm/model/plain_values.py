@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NotComparable", "contents_of", "digest_of_plain", "plain", "short_text"]
+__all__ = ["NotComparable", "contents_of", "digest_of_plain", "hidden_text", "plain", "short_text"]
 
 _DEPTH = 16
 
 _SHORT = 64
 """Most characters of a value that is stated as it is; of a longer one, a digest is stated."""
+
+_ROUNDS = 50_000
+"""Rounds of the digest of a value that may be a secret: about 20 ms on one core for each guess at a short one."""
 
 
 class NotComparable(Exception):
@@ -77,6 +80,18 @@ def short_text(value: Any) -> str:
     if len(text) <= _SHORT:
         return text
     return f"blake2b:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=16).hexdigest()}"
+
+
+def hidden_text(path: str, value: Any) -> str:
+    """A digest of a value in the types of JSON, in words, for one that may be a secret.
+
+    Args:
+        path: The path of the setting. Equal values at two paths have other digests.
+        value: The value.
+    """
+    text = json.dumps(value, sort_keys=True)
+    digest = hashlib.pbkdf2_hmac("sha256", text.encode(), path.encode(), _ROUNDS, 16)
+    return f"a value that is not shown (digest {digest.hex()})"
 
 
 def _not_comparable(value: Any, *, strict: bool) -> str:

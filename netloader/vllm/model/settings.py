@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import inspect
 import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from netloader.core.identity import Role
+from netloader.vllm.model.classifier_tokens import classifier_tokens_of
 from netloader.vllm.model.config_file import digest_of_config
-from netloader.vllm.model.plain_values import NotComparable, contents_of, plain, short_text
+from netloader.vllm.model.folders import folder_of_config
+from netloader.vllm.model.function_texts import function_text
+from netloader.vllm.model.plain_values import NotComparable, contents_of, hidden_text, plain, short_text
 
 __all__ = ["ADDITIONAL", "ASCEND_ENVIRONMENT", "ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
 
@@ -55,29 +55,31 @@ class Entry:
     Attributes:
         decides: ``weights``, ``processed``, ``elsewhere``, ``inside`` or ``nothing``.
         why: The reason.
-        neutral: Values that do nothing, beside those that never do anything.
+        neutral: Values that do nothing, beside those that never do anything. None: also false and 0.
         always: Whether the value is always stated.
         by: Fields of the identity that say it, if it is decided elsewhere.
         file: Whether the value is the path of a file, whose contents count.
         variable: The environment variable that has the value if the key is not given.
+        classed: Whether the table has it. Else it may be a secret, and its value is not shown.
     """
 
     decides: str
     why: str
-    neutral: tuple[Any, ...] = ()
+    neutral: tuple[Any, ...] | None = None
     always: bool = False
     by: tuple[str, ...] = ()
     file: bool = False
     variable: str = ""
+    classed: bool = True
 
     def is_neutral(self, value: Any) -> bool:
         """Whether `value`, in the types of JSON, does nothing."""
         if value is None or value in ("", "auto", [], {}):
             return True
-        return value in self.neutral if self.neutral else not value
+        return not value if self.neutral is None else value in self.neutral
 
 
-_UNKNOWN = Entry("weights", "not classed yet", always=True)
+_UNKNOWN = Entry("weights", "not classed yet", always=True, classed=False)
 """What a field decides that is not in the table."""
 
 
@@ -105,12 +107,12 @@ def read_table() -> Mapping[str, Mapping[str, Entry]]:
 
 def _entries(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
     for group in groups:
-        neutral = group.get("neutral", [])
+        neutral = group.get("neutral")
         values = tuple(neutral) if isinstance(neutral, list) else (neutral,)
         entry = Entry(
             group["decides"],
             group["why"],
-            values,
+            None if neutral is None else values,
             group.get("always", False),
             tuple(group.get("by", ())),
             group.get("file", False),
@@ -138,7 +140,8 @@ def settings_of(vllm_config: Any, model_config: Any, role: Role, folder: Path | 
         for path, entry, value in (*of_vllm, *_additional(vllm_config), *_environment()):
             known = json.loads(json.dumps(plain(value, strict=True)))
             if entry.always or not entry.is_neutral(known):
-                (processed if entry.decides == "processed" else weights)[path] = short_text(known)
+                text = short_text(known) if entry.classed else hidden_text(path, known)
+                (processed if entry.decides == "processed" else weights)[path] = text
     except NotComparable as error:
         return Settings(unknown=f"settings of the engine can't be compared: {error}")
     return Settings(weights, processed)
@@ -196,10 +199,10 @@ class _Walk:
             case "model_config.hf_overrides":
                 yield path, entry, _overrides(value)
             case "model_config.hf_config":
-                given = getattr(config, "hf_config_path", None)
-                digest = digest_of_config(Path(given) if given else self.folder, str(config.config_format))
-                if digest:
+                if digest := self._config_file(config):
                     yield path, entry, f"blake2b:{digest}"
+            case "model_config.tokenizer":
+                yield path, entry, classifier_tokens_of(config)
             case "model_config.hf_text_config":
                 for name in _POSITIONS:
                     if getattr(value, name, None) is not None:
@@ -207,7 +210,16 @@ class _Walk:
             case "model_config.multimodal_config.limit_per_prompt":
                 yield path, entry, sorted(kind for kind, most in value.items() if getattr(most, "count", most) == 0)
             case _:
-                yield path, entry, value
+                yield path, entry, _contents(path, value) if entry.file and value else value
+
+    def _config_file(self, config: Any) -> str:
+        given = getattr(config, "hf_config_path", None)
+        name = str(given or config.model)
+        folder = folder_of_config(config, name) if given else self.folder
+        digest = digest_of_config(folder, str(config.config_format), downloaded=not Path(name).exists())
+        if given and not digest:
+            raise NotComparable(f"model_config.hf_config_path names {given}, where no configuration file can be read")
+        return digest
 
 
 def _environment() -> Iterator[Found]:
@@ -274,34 +286,7 @@ def _overrides(value: Any) -> Any:
     """`hf_overrides`, without files of quantisations, whose contents other fields compare."""
     if isinstance(value, Mapping):
         return {key: item for key, item in value.items() if not str(key).startswith("quantization_config_")}
-    return _function(value) if callable(value) else value
-
-
-def _function(value: Any) -> Any:
-    """What a function does, as far as its source says; None for vLLM's own, which follow from the role."""
-    if isinstance(value, functools.partial):
-        parts = [_function(value.func), [_argument(item) for item in value.args], dict(value.keywords)]
-        return parts if any(parts) else None
-    if str(getattr(value, "__module__", "")).partition(".")[0] == "vllm":
-        return None
-    if not inspect.isfunction(value) or value.__closure__ or value.__defaults__ or value.__kwdefaults__:
-        raise NotComparable(f"{value!r} in hf_overrides")
-    try:
-        source = inspect.getsource(value)
-    except (OSError, TypeError):
-        raise NotComparable(f"the function {value.__qualname__} in hf_overrides has no source") from None
-    text = f"{source}{_code(value.__code__)}" if value.__name__ == "<lambda>" else source
-    return f"{value.__qualname__} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-
-
-def _code(code: CodeType) -> str:
-    """What the source of a lambda does not say, because it is the source of its whole line."""
-    constants = [_code(item) if isinstance(item, CodeType) else repr(item) for item in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _argument(value: Any) -> Any:
-    return _function(value) if callable(value) else value
+    return function_text(value) if callable(value) else value
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
