@@ -20,6 +20,7 @@ from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES
 from netloader.core.protocol.events import Announcement
 from netloader.errors import ManifestError
+from netloader.session.off_loop import in_thread
 from netloader.tensors import (
     ComputedBlock,
     ComputedMemory,
@@ -293,7 +294,7 @@ async def test_clients_get_computed_blocks_and_each_call_owns_few_of_them(
     now = raw.t().contiguous()
     inverse = way_back(raw, now)
     assert inverse is not None
-    known = hold({"w": raw}, ModelIdentity(model="m"), block_bytes=block).announcement
+    known = (await in_thread(partial(hold, {"w": raw}, ModelIdentity(model="m"), block_bytes=block))).announcement
     scratch = Scratch(CPU)
     memory = ComputedMemory(TensorMemory(known.manifest, [now], CPU, weak=True), {0: inverse}, scratch)
     assert memory.call_bytes == module.CALL_BYTES
