@@ -463,7 +463,7 @@ async def test_measuring_that_begins_between_offer_and_connection_refuses_the_ch
         tasks.start_soon(connect)
         with pytest.raises(RefusedError, match="profiling"):
             await pending.accept()
-    devices.move_again(SERVER)
+    await anyio.to_thread.run_sync(devices.move_again, SERVER)
 
 
 def test_measuring_waits_until_a_communicator_is_made() -> None:
