@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,27 @@ class AttackingGloo:
 
 
 def processes_below(pid: int) -> list[int]:
-    """All processes that a process has started, directly or not."""
+    """All processes that a process has started, directly or not. Processes and threads may end meanwhile."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *processes_below(int(child))]
+    for thread in threads_of(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+            for child in map(int, children):
+                found += [child, *processes_below(child)]
     return found
+
+
+def threads_of(pid: int) -> list[int]:
+    """The threads of a process, none where it has ended."""
+    try:
+        return [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def command_of(pid: int) -> bytes:
+    """What a process was started as, empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

@@ -20,7 +20,7 @@ from netloader.discovery.fixed import FixedSources
 from netloader.errors import NoSourceLeft, TransferTimeout
 from netloader.tensors import destination, digest_of
 from netloader.transports.gloo import GlooTransport
-from tests.cases.hostile.gloo_attacks import AttackingGloo, processes_below, zeros
+from tests.cases.hostile.gloo_attacks import AttackingGloo, command_of, processes_below, threads_of, zeros
 from tests.commands import Serving, serving
 from tests.drivers import kit
 from tests.transports.bare_gloo import started
@@ -40,19 +40,18 @@ async def attack(server: kit.WatchedServer, attacking: AttackingGloo, token: byt
 def gloos() -> list[int]:
     """Processes below this one that have made a group, which is what gloo's own thread is for."""
     return [
-        pid
-        for pid in processes_below(os.getpid())
-        if b"gloo.spawner" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        and len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+        pid for pid in processes_below(os.getpid()) if b"gloo.spawner" in command_of(pid) and len(threads_of(pid)) > 1
     ]
 
 
 def spins(pid: int) -> bool:
-    """Whether a process uses a processor all the time."""
-    took = [_ticks(pid)]
-    time.sleep(0.3)  # a rate needs some time
-    took.append(_ticks(pid))
-    return took[1] - took[0] >= 3
+    """Whether a process uses a processor all the time; one that has ended does not."""
+    try:
+        before = _ticks(pid)
+        time.sleep(0.3)  # a rate needs some time
+        return _ticks(pid) - before >= 3
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _ticks(pid: int) -> int:
