@@ -40,6 +40,8 @@ class Source:
         labels: What else is known, for people and for observers; nothing is decided by it.
         load: How busy it is; 0 for idle or unknown. Of sources that are equal otherwise, the one with the least load is
             tried first, so all providers of one pull should use one scale (clients that it serves, say).
+        generation: Names one run of the server, where that is known. Another generation at the same address is another
+            server.
 
     Raises:
         ConfigError: `load` is negative or no number.
@@ -48,6 +50,7 @@ class Source:
     address: Address
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     load: float = 0.0
+    generation: str = ""
 
     def __post_init__(self) -> None:
         if not (self.load >= 0 and math.isfinite(self.load)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from netloader.core.sources import Source
 from netloader.discovery.base import (
     Appeared,
+    Backend,
     Claim,
     Claims,
     Listed,
@@ -18,6 +19,7 @@ from netloader.discovery.fixed import FixedSources
 
 __all__ = [
     "Appeared",
+    "Backend",
     "Claim",
     "Claims",
     "FixedSources",

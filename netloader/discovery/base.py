@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from netloader.core.addresses import Address
+from netloader.core.entries import Entry
 from netloader.core.sources import Source
 
 __all__ = [
     "Appeared",
+    "Backend",
     "Claim",
     "Claims",
     "Listed",
@@ -89,10 +91,10 @@ class SourceProvider(Protocol):
 
 
 class Publication(Protocol):
-    """A source that is published while the context of :meth:`Publisher.publish` is open."""
+    """A server that is published while the context of :meth:`Publisher.publish` is open."""
 
-    async def update(self, source: Source) -> None:
-        """Replace the labels and the load; the address stays the same.
+    async def update(self, entry: Entry) -> None:
+        """Replace what may change: kind, root, labels and load. Key, address and generation stay the same.
 
         Returns when the backend has accepted the update. If updates are made faster than the backend accepts them, only
         the latest one may be sent.
@@ -105,13 +107,14 @@ class Publication(Protocol):
 
 
 class Publisher(Protocol):
-    """Publishes a source, so that providers of the same backend find it."""
+    """Publishes a server, so that providers of the same backend find it."""
 
-    def publish(self, source: Source) -> AbstractAsyncContextManager[Publication]:
-        """Publish `source` for as long as the context is open.
+    def publish(self, entry: Entry) -> AbstractAsyncContextManager[Publication]:
+        """Publish `entry` for as long as the context is open.
 
         Entering the context returns when the backend has accepted the source. From then on every `SourceProvider` of
-        the same backend yields it as `Appeared`. Publish a source only after it serves: clients may connect at once.
+        the same backend and key yields it as `Appeared`. Publish a server only after it serves: clients may connect at
+        once.
 
         Lease: a published source expires within a minute after its process died or lost the backend. While the context
         is open, a task inside it renews the lease. If the backend cannot be reached for longer than the lease lasts,
@@ -124,12 +127,12 @@ class Publisher(Protocol):
         Publishing one address twice at the same time is an error of the caller.
 
         Args:
-            source: The address at which clients reach it, its labels and its load.
+            entry: What is published.
 
         Raises:
             DiscoveryError: (On entering.) The backend refused, or could not be reached within the provider's deadline.
                 Nothing is published. The caller may serve without being found.
-            LocalProtocolError: (On entering.) This address is published by this object already.
+            LocalProtocolError: (On entering.) This address is published by this object already, for this key.
         """
         ...
 
@@ -183,4 +186,27 @@ class Claims(Protocol):
             DiscoveryError: (On entering.) The backend cannot be reached, or refused. The caller goes on as without a
                 group.
         """
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A place where sources are found, and where servers are published and work is claimed, as far as it can.
+
+    A backend holds no connection: watching, publishing and claiming open their own and close them, on whatever event
+    loop they run. Making a backend checks its URL and does no I/O.
+    """
+
+    def sources(self, key: str) -> SourceProvider:
+        """The provider of the servers that are published with this key (`Entry.key`). One that can't know keys, such as
+        DNS, yields all servers: validation decides.
+        """
+        ...
+
+    def publisher(self) -> Publisher | None:
+        """Publishes servers; None if this backend is filled by others (DNS)."""
+        ...
+
+    def claims(self) -> Claims | None:
+        """Claims work; None if this backend can't."""
         ...
