@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from netloader.client.pull import pull_from
@@ -187,7 +190,7 @@ def test_labels_are_never_what_a_peer_chose(metrics: Metrics) -> None:
 
 
 def test_a_registry_takes_the_metrics_once(metrics: Metrics) -> None:
-    with pytest.raises(ConfigError, match="registry = 'CollectorRegistry' is not valid") as raised:
+    with pytest.raises(ConfigError, match=r"registry = .CollectorRegistry. is not valid") as raised:
         Metrics(metrics.registry)
     assert "give it to all pulls and servers" in raised.value.hint
 
@@ -202,3 +205,24 @@ def test_without_the_library_the_extra_is_named() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "pip install 'netloader[metrics]'" in run.stdout
+
+
+DOCS = (Path(__file__).parents[1] / "docs/metrics.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_documentation_is_that_of_the_code(metrics: Metrics) -> None:
+    described = {
+        (name, kind, tuple(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels in re.findall(r"^\| `(netloader_\w+)` \| (\w+) \|([^|]*)\|", DOCS, re.MULTILINE)
+    }
+    found = set()
+    for one in vars(metrics).values():
+        if isinstance(one, MetricWrapperBase):
+            name = one._name + ("_total" if one._type == "counter" else "")
+            found.add((name, one._type, one._labelnames))
+    assert described == found | {("netloader_build_info", "gauge", ("version",))}
+
+
+def test_every_reason_is_documented() -> None:
+    described = set(re.findall(r"^\| `(\w+)` \| [a-z]", DOCS.partition("| reason |")[2], re.MULTILINE))
+    assert described == {reason for reason in REASONS if reason and not reason.startswith("refused_")}

@@ -101,6 +101,15 @@ def _outcome(event: SessionEnded) -> str:
     return "refused" if isinstance(event.error, RefusedError) else "failed"
 
 
+def _of_process() -> CollectorRegistry:
+    from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
+
+
 def _one_of(value: str, allowed: frozenset[str]) -> str:
     return value if value in allowed else _OTHER
 
@@ -109,28 +118,28 @@ class Metrics:
     """An observer that counts. One of it may observe any number of pulls and servers, from several threads.
 
     Args:
-        registry: Where the metrics are registered; by default that of ``prometheus_client``. One registry takes them
-            once.
+        registry: Where the metrics are registered, once; by default a new one, with what ``prometheus_client`` says
+            about processes.
+        field: What asks for metrics, for errors.
 
     Attributes:
-        registry: As given.
+        registry: As given, or the new one.
 
     Raises:
         ConfigError: ``prometheus-client`` is not installed, or the registry has metrics of netloader already.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, *, field: str = "metrics") -> None:
         try:
             import prometheus_client as prometheus
         except ImportError as error:
             raise ConfigError(
-                field="metrics",
+                field=field,
                 value="on",
                 allowed="an installation with prometheus-client",
                 hint="install the extra `metrics`: pip install 'netloader[metrics]'",
             ) from error
-        self.registry = registry or prometheus.REGISTRY
-        ours = self.registry
+        self.registry = ours = _of_process() if registry is None else registry
         try:
             build = prometheus.Gauge(
                 "netloader_build_info", "1", ["version"], registry=ours, multiprocess_mode="livemax"
