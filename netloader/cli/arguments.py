@@ -148,6 +148,9 @@ def _add_serve(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--max-clients", type=_clients, default=8, metavar="N", help="served at once; others wait (8)")
     parser.add_argument("--address-file", type=Path, metavar="FILE", help="write host:port there while serving")
     parser.add_argument(
+        "--metrics-port", type=_port, metavar="PORT", help="answer /metrics, /healthz and /readyz there (default: no)"
+    )
+    parser.add_argument(
         "--stop-on-eof", action="store_true", help="stop when standard input ends: no parent process, no server"
     )
     parser.add_argument(

@@ -27,7 +27,10 @@ from netloader.core.protocol import State
 from netloader.core.report import Progress
 from netloader.discovery.address_file import AddressFile
 from netloader.errors import ConfigError, plural
-from netloader.observe.events import Event, PhaseEnded
+from netloader.observe.base import Observer
+from netloader.observe.events import Event, PhaseEnded, ServingStarted, ServingStopped
+from netloader.observe.metrics import Metrics
+from netloader.observe.metrics_server import MetricsServer
 from netloader.observe.progress import ProgressLog
 from netloader.tensors import hold
 from netloader.transports import registry
@@ -35,6 +38,8 @@ from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, Faults, FaultyTransport
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from netloader.tensors import TensorHolding
 
 __all__ = ["run"]
@@ -57,6 +62,7 @@ async def _serve(
 ) -> Exit:
     fault = None if options.fault is None else replace(Fault.parse(options.fault), times=None)
     transfers = _Transfers(options.progress_every)
+    exposed = _Exposed(options.host or "", options.metrics_port)
     server = _CommandServer(
         host=options.host,
         port=options.port,
@@ -64,11 +70,11 @@ async def _serve(
         token=token_from(options.token_file),
         max_clients=options.max_clients,
         stall_timeout=options.stall_timeout,
-        observers=[transfers.note],
+        observers=[transfers.note, *exposed.observers],
     )
     stop = Stop()
     with ending_signals() as signals:
-        async with server, anyio.create_task_group() as tasks:
+        async with exposed, server, anyio.create_task_group() as tasks:
             # Only the body of this scope is cancelled. The server then sends its clients a Goodbye when it closes.
             tasks.start_soon(stop_on_signal, signals, tasks.cancel_scope, stop, _say_signal)
             if options.stop_on_eof:
@@ -82,6 +88,45 @@ async def _serve(
                 await _serve_until_cancelled(server, holding, address_file, transfers)
     say("stopped")
     return Exit.OK
+
+
+class _Exposed:
+    """Metrics and probes of this process, at a port of their own; nothing without a port.
+
+    Args:
+        host: Where to listen.
+        port: As the user gave it.
+    """
+
+    def __init__(self, host: str, port: int | None) -> None:
+        self._host = host
+        self._port = port
+        self._serving = False
+        self._http: MetricsServer | None = None
+        self._registry: CollectorRegistry | None = None
+        self.observers: list[Observer] = []
+        if port is not None:
+            metrics = Metrics(field="--metrics-port")
+            self._registry = metrics.registry
+            self.observers = [metrics, self._note]
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, ServingStarted | ServingStopped):
+            self._serving = isinstance(event, ServingStarted)
+
+    def _missing(self) -> str:
+        return "" if self._serving else "the files are being read and hashed"
+
+    async def __aenter__(self) -> None:
+        if self._registry is not None and self._port is not None:
+            start = partial(MetricsServer, ready=self._missing, field="--metrics-port")
+            self._http = await anyio.to_thread.run_sync(start, self._host, self._port, self._registry)
+            say(f"metrics at port {self._http.port}")
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._http is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._http.close)
 
 
 class _CommandServer(Server):

@@ -169,11 +169,11 @@ class _Pull:
             report = await self._run(sources)
         except BaseException as error:  # kept in no variable: the frames of its traceback would then keep it
             seconds = time.monotonic() - self._began
-            self._observe(PullEnded(seconds, error=error if isinstance(error, Exception) else None))
+            self._observe(PullEnded(seconds, error=error if isinstance(error, Exception) else None, role=self._role))
             if not isinstance(error, Exception):
                 drop_tracebacks(error)  # anyio's frames keep a cancellation, and it would keep the caller's frames
             raise
-        self._observe(PullEnded(report.seconds, report))
+        self._observe(PullEnded(report.seconds, report, role=self._role))
         return report
 
     def _add_phase(self, event: Event) -> None:
@@ -359,6 +359,7 @@ class _Pull:
                     blocks=session.blocks,
                     nbytes=session.nbytes,
                     error=ended,
+                    unfinished=len(self._pull.ledger.in_flight(number)) if ended else 0,
                 )
             )
             self._observe(SourceLeft(number, source, ended))
@@ -459,6 +460,7 @@ class _Pull:
             session=number,
             blocks=blocks - before[0],
             nbytes=nbytes - before[1],
+            transport=session.session.transport,
         )
         session.blocks += came.blocks
         session.nbytes += came.nbytes

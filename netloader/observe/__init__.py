@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from netloader.observe.base import Observer, Observers
 from netloader.observe.events import (
+    BlocksSent,
     BlocksVerified,
     Event,
     PhaseEnded,
@@ -20,6 +21,7 @@ from netloader.observe.events import (
 )
 
 __all__ = [
+    "BlocksSent",
     "BlocksVerified",
     "Event",
     "Observer",

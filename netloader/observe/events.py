@@ -12,6 +12,7 @@ from netloader.core.report import Progress, PullReport
 from netloader.errors import NetloaderError, RefusedError
 
 __all__ = [
+    "BlocksSent",
     "BlocksVerified",
     "Event",
     "PhaseEnded",
@@ -49,11 +50,13 @@ class PullEnded:
         seconds: Duration of the pull.
         report: Its report, if every byte is verified.
         error: Why it failed; this may be an error that the caller's `progress` raised.
+        role: Role of the tensors, as in `PullBegan`.
     """
 
     seconds: float
     report: PullReport | None = None
     error: Exception | None = field(default=None, compare=False)
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +128,13 @@ class BlocksVerified(Progress):
         session: Number of the session that received them.
         blocks: Number of these blocks.
         nbytes: Their bytes.
+        transport: Name of the transport.
     """
 
     session: int
     blocks: int
     nbytes: int
+    transport: str = ""
 
 
 # --- a session, at either side ----------------------------------------------------------------------------------------
@@ -202,7 +207,8 @@ class SessionEnded:
         blocks: Blocks that were verified (client) or sent (server).
         nbytes: Their bytes.
         error: Why it failed; a refusal is a :class:`~netloader.RefusedError` with a code, on both sides.
-        unfinished: Blocks that were being sent when the session failed (server). Some of them may have arrived.
+        unfinished: Blocks that were asked for (client) or being sent (server) when the session failed. Some of those
+            that a server sent may have arrived. The client pulls them again.
         probe: Whether the client only asked what is held (server side).
     """
 
@@ -222,6 +228,25 @@ class SessionEnded:
     def stray(self) -> bool:
         """Whether this was a stray connection: it ended or violated the protocol before it asked for anything."""
         return self.error is not None and not self.role and not isinstance(self.error, RefusedError)
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksSent:
+    """A server sent blocks to a client. One event is emitted for many blocks. Their sum is that of `SessionEnded`.
+
+    Attributes:
+        session: Number of the session.
+        peer: Address of the client.
+        transport: Name of the transport.
+        blocks: Number of these blocks.
+        nbytes: Their bytes.
+    """
+
+    session: int
+    peer: str
+    transport: str
+    blocks: int
+    nbytes: int
 
 
 # --- what is served ---------------------------------------------------------------------------------------------------
@@ -274,6 +299,7 @@ Event = (
     | SourceLeft
     | SourceWaiting
     | BlocksVerified
+    | BlocksSent
     | SessionBegan
     | TransportChosen
     | PhaseEnded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -23,11 +23,13 @@ from netloader.errors import (
     TransportUnavailable,
 )
 from netloader.observe.base import Observers
+from netloader.observe.events import BlocksSent
 from netloader.server.admission import Admission
 from netloader.server.budgets import Stage
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import RelayCheck
+from netloader.server.session_info import SessionInfo
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
@@ -37,7 +39,7 @@ from netloader.session.off_loop import few_spans, look_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
 
-__all__ = ["ServerSession", "SessionInfo"]
+__all__ = ["ServerSession"]
 
 _QUEUE_UPDATE = 5.0
 """Seconds between two messages to a client that waits for its turn."""
@@ -78,29 +80,6 @@ takes no longer than that. A retraction takes effect between two calls."""
 _FIRST_BYTES = 4 << 20
 """Most bytes in a call until more have been sent. A call may last as long as its bytes take at the least rate, so a
 client that takes none must not hold its channel for a large one."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """A snapshot of one session.
-
-    Attributes:
-        peer: Address of the client.
-        state: State of the session.
-        role: Role that the client asked for; empty before it asked.
-        transport: Name of the transport; empty before one was chosen.
-        blocks: Blocks sent.
-        nbytes: Their bytes.
-        unfinished: Blocks that were being sent when a send failed. Some of them may have arrived.
-    """
-
-    peer: str
-    state: State
-    role: str
-    transport: str
-    blocks: int
-    nbytes: int
-    unfinished: int = 0
 
 
 class ServerSession(SessionDriver[ClientMessage]):
@@ -154,6 +133,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._blocks = 0
         self._unfinished = (0, 0)  # blocks in calls of the channel that have not ended, and their bytes
         self._nbytes = 0
+        self._told = (0, 0)
 
     async def run(self) -> None:
         """Serve the client to the end of its session. Its turn is freed in any case."""
@@ -177,6 +157,15 @@ class ServerSession(SessionDriver[ClientMessage]):
         if ended_well:  # the client has all blocks, although the call that sent the last ones has not returned
             return SessionInfo(self.peer, state, role, transport, self._blocks + unfinished, self._nbytes + more, 0)
         return SessionInfo(self.peer, state, role, transport, self._blocks, self._nbytes, unfinished)
+
+    def tell_sent(self) -> None:
+        """Emit an event for the blocks that were sent since the last one."""
+        info, (blocks, nbytes) = self.info(), self._told
+        if info.blocks > blocks:
+            self._told = info.blocks, info.nbytes
+            self._observe(
+                BlocksSent(self.number, self.peer, info.transport, info.blocks - blocks, info.nbytes - nbytes)
+            )
 
     @property
     def holding(self) -> Holding | None:
@@ -466,6 +455,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._turns.call_ended(self, nbytes, time.monotonic())
             self._blocks += len(batch)
             self._nbytes += nbytes
+            self.tell_sent()
             self.feed(e.BlocksSent(to_ranges(batch)))
 
         return account

@@ -83,14 +83,14 @@ async def test_observers_of_both_sides_get_the_events_of_a_pull_in_order_and_the
     ]
     assert order_of(theirs) == [
         *("ServingStarted", "SessionBegan", "connect", "validate", "plan", "TransportChosen"),
-        *("transfer", "finalize", "SessionEnded", "ServingStopped"),
+        *("BlocksSent", "transfer", "finalize", "SessionEnded", "ServingStopped"),
     ]
     assert ours[:3] == [
         PullBegan("target"),
         SourceChosen(1, address, {"zone": "a"}),
         SessionBegan("client", 1, address),
     ]
-    assert ours[-1] == PullEnded(report.seconds, report)
+    assert ours[-1] == PullEnded(report.seconds, report, role="target")
     spent = phases(ours)
     assert {name: spent.get(name, 0.0) for name in report.phases.as_dict()} == pytest.approx(report.phases.as_dict())
     came = [event for event in ours if isinstance(event, BlocksVerified)]
