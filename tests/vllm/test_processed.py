@@ -14,6 +14,7 @@ from netloader.errors import NetloaderError
 from netloader.tensors import mappings
 from netloader.transports.faults import Fault, FaultKind
 from netloader.vllm.load import processed_pull
+from netloader.vllm.model import post_processing
 from netloader.vllm.model.processed import FACTS, survey
 from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
@@ -246,7 +247,7 @@ def test_an_engine_without_support_pulls_no_processed_weights(
 ) -> None:
     disk = harness.load(harness.engine_config(folder))
     _seed, holding = offered(folder, {})
-    monkeypatch.setattr(processed_pull, "possible", lambda: False)
+    monkeypatch.setattr(post_processing, "possible", lambda: False)
     with source_of(holding) as source:
         assert pull(folder, source).raw == disk.raw
     line = log_lines.one("default loader", "could not pull: processed weights: ")
