@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from torch_npu import _collectives
 from vllm_ascend.ops.fused_moe.fused_moe import AscendFusedMoE
 from vllm_ascend.quantization.methods import registry
 from vllm_ascend.quantization.methods.w8a8_static import AscendW8A8LinearMethod
@@ -29,7 +30,7 @@ def no_raw_target() -> None:
 
 def post_process_twice() -> None:
     """A bug: nothing keeps vLLM's own call from post-processing weights that are processed already."""
-    ascend_processed.AscendContract.skipping = lambda self, model: nullcontext()  # type: ignore[method-assign,assignment]
+    ascend_processed.AscendContract.skipping = lambda self, model: nullcontext()  # type: ignore[assignment,method-assign,return-value]
 
 
 def another_release() -> None:
@@ -64,9 +65,9 @@ def nothing_recomputed() -> None:
 
 def other_harmless_values() -> None:
     """This process has built layers with experts before, and its communicators have names of their own."""
-    from torch_npu import _hccl  # noqa: F401 - the simulator's
-
     AscendFusedMoE.moe_counter = 6
+    for _ in range(6):
+        next(_collectives._numbers)
 
 
 def harmless_counts() -> None:

@@ -132,7 +132,7 @@ class Engine:
         """Change this process before it loads: a name in `tests.ascend.changes`."""
         from tests.ascend import changes
 
-        changes.CHANGES[task["what"]]()
+        changes.CHANGES[task["change"]]()
         return {}
 
     def values(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -140,10 +140,9 @@ class Engine:
         return {role: survey(model, {}).facts for role, model in models_of(self.worker).items()}
 
     def spoil(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Change one byte of a tensor that is served."""
+        """Change the first value of a tensor that is served."""
         tensor = survey(self.worker.model_runner.model, {}).tensors[task["tensor"]]
-        flat = tensor.view(torch.uint8).reshape(-1)
-        flat[flat.numel() // 2] ^= 1
+        tensor.flatten()[0:1].add_(1)
         return {}
 
     def built(self, task: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Processed weights under vllm-ascend: post-processed once at the client, filled by the pull, equal to a load from files.
+"""Processed weights under vllm-ascend: post-processed once at the client, filled by the pull, equal to a disk load.
 
 The servers keep no copies (`INT8_CACHE` `no`, `KEEP_RAW` `false`). Where the raw tensors are lost, they serve processed
 ones. For the other kinds of models, a change of the server's process withholds the raw layout.
@@ -60,8 +60,11 @@ class Case:
 
 
 TWO_RANKS: Mapping[str, Any] = {"enable_expert_parallel": True}
+DRAFTS = ("mtp", "eagle")
+"""Kinds with a draft, which shares tensors with its target, and is served raw only."""
+
 CASES = [
-    *(Case(kind, "hccl") for kind in KINDS),
+    *(Case(kind, "hccl") for kind in KINDS if kind not in DRAFTS),
     *(Case(kind, "tcp") for kind in LOST),
     Case("moe-w4a8-old", "hccl", 2, TWO_RANKS),
 ]
@@ -76,7 +79,7 @@ class Loaded:
 
     @classmethod
     def of(cls, instance: Instance, digests: Sequence[Digests]) -> Loaded:
-        """What an instance that has loaded holds. What its raw tensors were says nothing, if it pulled processed ones."""
+        """What an instance that has loaded holds. Its raw tensors are not known, if it pulled processed ones."""
         return cls([{"final": rank["final"]} for rank in digests], instance.all("values"))
 
     def differences(self, other: Loaded) -> list[str]:
@@ -143,7 +146,7 @@ def pull(
     ):
         for instance, changes in ((seed, at_seed), (client, at_client)):
             for what in changes:
-                instance.all("change", what=what)
+                instance.all("change", change=what)
         serving = settings(TRANSPORT=case.transport, **NO_COPIES)
         arguments = {**kind.arguments(store.get), **case.arguments}
         theirs = Loaded.of(seed, seed.load(store.get(served or kind.model), arguments, serving))
@@ -186,7 +189,7 @@ def test_a_failed_pull_ends_in_what_a_clean_load_gives(
 ) -> None:
     """The model has the structure of processed weights then: it is built again, and filled from its files."""
     found = pull(Case(kind, "hccl"), store, tmp_path, spoiled=LAST[kind], files=True)
-    assert len(found.lines(FALLBACK, "arrived with digest")[0]) == 1, found.lines("netloader")
+    assert len(found.lines("loads the target", FALLBACK, "arrived with digest")[0]) == 1, found.lines("netloader")
     assert len(found.lines("the model is built anew")[0]) == 1
     assert not found.client.differences(from_disk(kind, 1))
     assert found.seed.differences(from_disk(kind, 1)) == []
@@ -194,7 +197,7 @@ def test_a_failed_pull_ends_in_what_a_clean_load_gives(
 
 LAST = {
     "w4a4-flatquant": "model.layers.3.mlp.down_proj.weight_packed",
-    "deepseek-w8a8-consumer": "model.layers.1.self_attn.mla_attn.mla_attn.impl.wd_qkv",
+    "deepseek-w8a8-consumer": "model.layers.1.self_attn.mla_attn.mla_attn.impl.deq_scale_qkv",
     "moe-w4a8-old": "model.layers.1.mlp.experts.w2_weight",
 }
 """A tensor of the last layer. Blocks of those before it have arrived."""
@@ -225,7 +228,7 @@ def test_a_second_post_processing_ends_the_load(store: Store, tmp_path: Path, ki
 def test_values_that_are_read_from_tensors_are_computed_again(store: Store, tmp_path: Path) -> None:
     """Control: else they would be those of the zeros with which the client post-processed."""
     found = pull(Case("w4a4-flatquant", "hccl"), store, tmp_path, files=True, at_client=["nothing_recomputed"])
-    assert len(found.lines(FALLBACK, "plain values differ", "aclnn_clip_ratio")[0]) == 1
+    assert len(found.lines("loads the target", FALLBACK, "plain values differ", "aclnn_clip_ratio")[0]) == 1
 
 
 def test_values_that_differ_between_engines_are_left_out(store: Store, from_disk: FromDisk, tmp_path: Path) -> None:
@@ -238,29 +241,30 @@ def test_if_they_counted_nothing_would_be_kept(store: Store, tmp_path: Path) -> 
     """Control for the test above."""
     changes = ["other_harmless_values", "harmless_counts"]
     found = pull(Case("moe-w4a8", "hccl"), store, tmp_path, files=True, at_seed=["harmless_counts"], at_client=changes)
-    assert len(found.lines(FALLBACK, "plain values differ", "moe_instance_id")[0]) == 1
+    assert len(found.lines("loads the target", FALLBACK, "plain values differ", "moe_instance_id")[0]) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ("another_release", "processed weights are known for vllm 0.23.0, vllm-ascend 0.22.0, not for vllm 0.23.0"),
-        ("a_derived_scheme", "tests.ascend.changes.Derived is not in the table of vllm-ascend's methods"),
-        ("a_replaced_method", "its post-processing was replaced by tests.ascend.changes."),
-    ],
-)
-def test_what_is_not_known_is_refused_by_name(store: Store, tmp_path: Path, change: str, line: str) -> None:
-    """At the server, and at a client whose server does not know better."""
-    kind = "w8a8"
+UNKNOWN = {
+    "another_release": "processed weights are known for vllm 0.23.0, vllm-ascend 0.22.0, not for vllm 0.23.0",
+    "a_derived_scheme": "tests.ascend.changes.Derived is not in the table of vllm-ascend's methods",
+    "a_replaced_method": "its post-processing was replaced by tests.ascend.changes.",
+}
+
+
+@pytest.mark.parametrize("change", UNKNOWN)
+def test_a_server_refuses_by_name_what_is_not_known(store: Store, tmp_path: Path, change: str) -> None:
     with Instance.on([0], tmp_path / "seed") as seed:
-        seed.all("change", what="no_raw_target")
-        seed.all("change", what=change)
-        seed.load(store.get(kind), {}, settings(TRANSPORT="hccl", **NO_COPIES))
-        assert len(seed.lines("does not serve its target", line)[0]) == 1, seed.engines[0].text()
-    found = pull(
-        Case(kind, "hccl"), store, tmp_path / "pull", files=True, at_seed=["no_raw_target"], at_client=[change]
-    )
-    assert len(found.lines(FALLBACK, line)[0]) == 1
+        for each in ("no_raw_target", change):
+            seed.all("change", change=each)
+        seed.load(store.get("w8a8"), {}, settings(TRANSPORT="hccl", **NO_COPIES))
+        assert len(seed.lines("does not serve its target", UNKNOWN[change])[0]) == 1, seed.engines[0].text()
+
+
+@pytest.mark.parametrize("change", UNKNOWN)
+def test_a_client_refuses_by_name_what_is_not_known(store: Store, tmp_path: Path, change: str) -> None:
+    """Its source does not know better."""
+    found = pull(Case("w8a8", "hccl"), store, tmp_path, files=True, at_seed=["no_raw_target"], at_client=[change])
+    assert len(found.lines("loads the target", FALLBACK, UNKNOWN[change])[0]) == 1
     assert not found.lines("the model is built anew")[0], "nothing was post-processed"
 
 
