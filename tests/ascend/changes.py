@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch_npu import _collectives
+from vllm_ascend import utils
 from vllm_ascend.ops.fused_moe.fused_moe import AscendFusedMoE
 from vllm_ascend.quantization.methods import registry
 from vllm_ascend.quantization.methods.w8a8_static import AscendW8A8LinearMethod
@@ -63,6 +64,11 @@ def nothing_recomputed() -> None:
     ascend_processed.RECOMPUTED = {}  # type: ignore[attr-defined]
 
 
+def another_card() -> None:
+    """This process is on an Atlas A3."""
+    utils.get_ascend_device_type = lambda: utils.AscendDeviceType.A3
+
+
 def other_harmless_values() -> None:
     """This process has built layers with experts before, and its communicators have names of their own."""
     AscendFusedMoE.moe_counter = 6
@@ -84,6 +90,7 @@ CHANGES: Mapping[str, Callable[[], None]] = {
         a_derived_scheme,
         a_replaced_method,
         nothing_recomputed,
+        another_card,
         other_harmless_values,
         harmless_counts,
     )

@@ -268,6 +268,12 @@ def test_a_client_refuses_by_name_what_is_not_known(store: Store, tmp_path: Path
     assert not found.lines("the model is built anew")[0], "nothing was post-processed"
 
 
+def test_another_kind_of_card_is_refused_for_processed_weights(store: Store, tmp_path: Path) -> None:
+    """Operators pack weights for it, into tensors of the same shape."""
+    found = pull(Case("w4a4", "hccl"), store, tmp_path, files=True, at_client=["another_card"])
+    assert len(found.lines("loads the target", FALLBACK, "ascend_device_type is 'A2'")[0]) == 1, found.lines(FALLBACK)
+
+
 def test_the_table_has_the_methods_and_the_releases_of_the_documentation() -> None:
     page = table.PAGE.read_text(encoding="utf-8")
     shown = {name for row in page.splitlines() for name in row.split(" | ")[1:2] if name.startswith("Ascend")}

@@ -76,7 +76,8 @@ class VllmContract:
         inherited: dict[str, str] = {}
         for name, module in model.named_modules():
             method = getattr(module, "quant_method", None)
-            if isinstance(method, QuantizeMethodBase) and not _speaks_for_itself(type(method)):
+            declares = isinstance(method, QuantizeMethodBase) and getattr(method, _FLAG, False)
+            if declares and not _speaks_for_itself(type(method)):
                 inherited.setdefault(type(method).__name__, name)
         return [f"{name}: {method} only inherits {_FLAG}" for method, name in inherited.items()]
 
