@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Contract", "VllmContract", "contract", "possible"]
 
-_FLAG = "supports_pre_processed_weights"
-_PROCESS = "process_weights_after_loading"
+_OF_VLLM = "vllm.model_executor.model_loader.utils"
+"""Where vLLM's own post-processing is defined."""
 
 
 class Contract(Protocol):
@@ -58,7 +58,7 @@ def possible() -> bool:
     from vllm.model_executor import utils
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-    return hasattr(utils, "weights_already_processed") and hasattr(QuantizeMethodBase, _FLAG)
+    return hasattr(utils, "weights_already_processed") and hasattr(QuantizeMethodBase, "supports_pre_processed_weights")
 
 
 class VllmContract:
@@ -67,19 +67,21 @@ class VllmContract:
     def unknown(self, model: torch.nn.Module) -> list[str]:
         """Code of other packages that may not heed vLLM's rules."""
         from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-        from vllm.model_executor.model_loader import utils
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-        function = utils.process_weights_after_loading
-        if function.__module__ != utils.__name__:
-            where = f"{function.__module__}.{function.__qualname__}"
+        home = process_weights_after_loading.__module__
+        if home != _OF_VLLM:
+            where = f"{home}.{process_weights_after_loading.__qualname__}"
             return [f"{where} replaces vLLM's post-processing, and may not heed that weights are processed already"]
         inherited: dict[str, str] = {}
         for name, module in model.named_modules():
             method = getattr(module, "quant_method", None)
-            declares = isinstance(method, QuantizeMethodBase) and getattr(method, _FLAG, False)
+            declares = isinstance(method, QuantizeMethodBase) and getattr(
+                method, "supports_pre_processed_weights", False
+            )
             if declares and not _speaks_for_itself(type(method)):
                 inherited.setdefault(type(method).__name__, name)
-        return [f"{name}: {method} only inherits {_FLAG}" for method, name in inherited.items()]
+        return [f"{name}: {method} only inherits supports_pre_processed_weights" for method, name in inherited.items()]
 
     def undeclared(self, model: torch.nn.Module) -> list[str]:
         """The quantisation methods of `model` that do not declare that they support processed weights."""
@@ -88,9 +90,9 @@ class VllmContract:
         without: dict[str, str] = {}
         for name, module in model.named_modules():
             method = getattr(module, "quant_method", None)
-            if isinstance(method, QuantizeMethodBase) and not getattr(method, _FLAG, False):
+            if isinstance(method, QuantizeMethodBase) and not getattr(method, "supports_pre_processed_weights", False):
                 without.setdefault(type(method).__name__, name)
-        return [f"{name}: {method} does not declare {_FLAG}" for method, name in without.items()]
+        return [f"{name}: {method} does not declare supports_pre_processed_weights" for method, name in without.items()]
 
     def emptied(self, model: torch.nn.Module) -> frozenset[str]:  # noqa: ARG002
         """None: whatever is emptied is held elsewhere."""
@@ -117,8 +119,8 @@ def _speaks_for_itself(method: type) -> bool:
     A class of another package may derive from one of vLLM's, replace its post-processing and inherit the declaration.
     """
     for kind in method.__mro__:
-        if _FLAG in vars(kind) or kind.__module__.partition(".")[0] == "vllm":
+        if "supports_pre_processed_weights" in vars(kind) or kind.__module__.partition(".")[0] == "vllm":
             return True
-        if _PROCESS in vars(kind):
+        if "process_weights_after_loading" in vars(kind):
             return False
     return True
