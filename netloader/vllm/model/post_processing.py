@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Contract", "VllmContract", "contract", "possible"]
 
-_OF_VLLM = "vllm.model_executor.model_loader.utils"
-"""Where vLLM's own post-processing is defined."""
+_OF_VLLM = "vllm.model_executor.model_loader.utils.process_weights_after_loading"
+"""vLLM's own post-processing."""
 
 
 class Contract(Protocol):
@@ -69,9 +69,8 @@ class VllmContract:
         from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-        home = process_weights_after_loading.__module__
-        if home != _OF_VLLM:
-            where = f"{home}.{process_weights_after_loading.__qualname__}"
+        where = _full_name(process_weights_after_loading)
+        if where != _OF_VLLM:
             return [f"{where} replaces vLLM's post-processing, and may not heed that weights are processed already"]
         inherited: dict[str, str] = {}
         for name, module in model.named_modules():
@@ -111,6 +110,10 @@ class VllmContract:
 
         mode: AbstractContextManager[None] = weights_already_processed()
         return mode
+
+
+def _full_name(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _speaks_for_itself(method: type) -> bool:
