@@ -282,7 +282,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     for name in found:
         monkeypatch.setattr(pull_weights, name, answer(name))
-    monkeypatch.setattr(pull_weights, "check_supported", lambda: None)
+    monkeypatch.setattr(pull_weights, "check_supported", lambda _: None)
     return found
 
 

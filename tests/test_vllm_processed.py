@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from netloader.tensors import mappings
+from netloader.vllm.model import object_walk
+from netloader.vllm.model.ascend_table import Harmless
 from netloader.vllm.model.processed import survey
 
 SIZES = (1 << 32, (1 << 32) + 4096, 5_000_000_000, 300 << 30, (1 << 40) - 1)
@@ -90,3 +92,39 @@ def test_an_address_in_a_tensor_is_a_handle_although_it_is_not_mapped(
 def test_without_known_mappings_every_large_number_is_a_handle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mappings, "_MAPS", tmp_path / "none")
     assert problems_of(size=SIZES[0], count=4096) == [handle("size", SIZES[0])]
+
+
+def test_a_process_group_is_no_handle() -> None:
+    """Whatever class derives from torch's: packages of accelerators have their own."""
+
+    class Group(torch.distributed.ProcessGroup):
+        pass
+
+    group: Any = Group(0, 1)  # type: ignore[call-arg]
+    group.communicator = object()
+    assert problems_of(device_group=group, groups=[group]) == []
+    assert problems_of(opaque=object()) == ["opaque: builtins.object can't be looked into (a handle)"]
+
+
+def test_a_value_is_left_out_by_its_name_and_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Experts(torch.nn.Module):
+        pass
+
+    owner = f"{Experts.__module__}.{Experts.__qualname__}"
+    table = {"moe_instance_id": Harmless(frozenset({owner}), "it counts")}
+    monkeypatch.setattr(object_walk, "HARMLESS", table)
+
+    def values(**given: Any) -> set[str]:
+        experts, other = Experts(), torch.nn.Module()
+        for module in (experts, other):
+            vars(module).update(given)
+        return set(
+            survey(torch.nn.ModuleDict({"experts": experts, "other": other, "rest": torch.nn.Linear(1, 1)}), {}).facts
+        )
+
+    found = values(moe_instance_id=3, other_id=4)
+    assert {"other.moe_instance_id", "experts.other_id", "other.other_id"} <= found
+    assert "experts.moe_instance_id" not in found
+    experts: Any = Experts()
+    experts.moe_instance_id = torch.ones(3)
+    assert "experts.moe_instance_id" in survey(torch.nn.ModuleDict({"experts": experts}), {}).tensors

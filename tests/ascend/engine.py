@@ -128,6 +128,35 @@ class Engine:
         self.worker.model_runner.profile_run = lambda *args, **kwargs: None
         return {"bytes": self.worker.determine_available_memory()}
 
+    def change(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Change this process before it loads: a name in `tests.ascend.changes`."""
+        from tests.ascend import changes
+
+        changes.CHANGES[task["change"]]()
+        return {}
+
+    def values(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The plain values of each model, by role, by the path to them."""
+        return {role: survey(model, {}).facts for role, model in models_of(self.worker).items()}
+
+    def spoil(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Change the first value of a tensor that is served."""
+        tensor = survey(self.worker.model_runner.model, {}).tensors[task["tensor"]]
+        tensor.flatten()[0:1].add_(1)
+        return {}
+
+    def built(self, task: dict[str, Any]) -> dict[str, Any]:
+        """How many layers with experts are alive, how many vllm-ascend has noted, and the numbers that they have."""
+        import gc
+
+        from vllm_ascend.eplb.adaptor.vllm_adaptor import VllmEplbAdaptor
+        from vllm_ascend.ops.fused_moe.fused_moe import AscendFusedMoE
+
+        gc.collect()
+        layers = [each for each in gc.get_objects() if isinstance(each, AscendFusedMoE)]
+        numbers = sorted(layer.moe_instance_id for layer in layers)
+        return {"numbers": numbers, "noted": len(VllmEplbAdaptor._registered_moe_layers)}
+
     def serving(self, task: dict[str, Any]) -> dict[str, Any]:
         """The address of this process's server, if it has one."""
         from netloader.vllm.serve.serving import running_server

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from netloader.codecs.npu_formats import format_of
-from netloader.vllm.model.processed import FACTS, Survey, survey
+from netloader.vllm.model.object_walk import Survey
+from netloader.vllm.model.processed import FACTS, survey
 from tests.vllm import harness
 
 SURVIVES, REWRITTEN, LOST, DROPPED, DERIVED = "survives", "rewritten", "lost", "dropped", "derived"

@@ -172,7 +172,7 @@ def test_what_is_lost_is_named_without_copies(store: Store, tmp_path: Path) -> N
     with Instance.on([0], tmp_path / "seed") as seed:
         seed.load(store.get("w4a8"), {}, settings(TRANSPORT="hccl", **NO_COPIES))
         seed.profiled()
-        (lines,) = seed.lines("does not serve its target", "weight_scale_second (vLLM replaced it)")
+        (lines,) = seed.lines("target: no raw layout", "weight_scale_second (vLLM replaced it)")
         assert len(lines) == 1, seed.engines[0].text()
         assert "left 8 raw tensors behind" in lines[0], "the weights are computed"
         assert "set INT8_CACHE to dram or hbm on the server" in lines[0]

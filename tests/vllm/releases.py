@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from netloader.vllm.model.processed import possible
+from netloader.vllm.model.post_processing import possible
 
 __all__ = ["KNOWS_PROCESSED", "LOOKS_FOR_HEAD", "PACKS_EXPERTS", "needs_head_search", "reload_in_place"]
 

@@ -14,6 +14,7 @@ from netloader.errors import NetloaderError
 from netloader.tensors import mappings
 from netloader.transports.faults import Fault, FaultKind
 from netloader.vllm.load import processed_pull
+from netloader.vllm.model import post_processing
 from netloader.vllm.model.processed import FACTS, survey
 from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
@@ -246,11 +247,45 @@ def test_an_engine_without_support_pulls_no_processed_weights(
 ) -> None:
     disk = harness.load(harness.engine_config(folder))
     _seed, holding = offered(folder, {})
-    monkeypatch.setattr(processed_pull, "possible", lambda: False)
+    monkeypatch.setattr(post_processing, "possible", lambda: False)
     with source_of(holding) as source:
         assert pull(folder, source).raw == disk.raw
     line = log_lines.one("default loader", "could not pull: processed weights: ")
     assert "this vLLM does not know processed weights (use a newer vLLM, or a raw source)" in line
+
+
+def ascend_process_weights_after_loading(*_: Any) -> None:
+    """As newer releases of vllm-ascend put one in place of vLLM's: it heeds no mode."""
+
+
+def test_a_function_in_place_of_vllms_is_refused_because_it_would_process_twice(
+    folder: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.model_loader import utils
+
+    disk = harness.load(harness.engine_config(folder))
+    _seed, holding = offered(folder, {})
+    monkeypatch.setattr(utils, "process_weights_after_loading", ascend_process_weights_after_loading)
+    with source_of(holding) as source:
+        assert pull(folder, source).raw == disk.raw
+    line = f"{__name__}.ascend_process_weights_after_loading replaces vLLM's post-processing"
+    assert log_lines.one("default loader", "could not pull: processed weights: ", line)
+    load(folder)
+    assert log_lines.one("does not serve its target", line)
+
+
+def test_a_method_that_only_inherits_the_flag_is_refused(
+    folder: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It declares nothing about the post-processing that it has put in place of that of its base."""
+    from vllm.model_executor.layers.linear import LinearMethodBase
+
+    from tests.vllm.processed_method import Method
+
+    monkeypatch.setattr(LinearMethodBase, "supports_pre_processed_weights", True)
+    monkeypatch.delattr(Method, "supports_pre_processed_weights")
+    load(folder)
+    assert log_lines.one("does not serve its target", "Method only inherits supports_pre_processed_weights")
 
 
 def test_weights_that_change_after_they_were_taken_over_end_the_load(

@@ -21,7 +21,7 @@ from netloader.vllm.live import reloading
 from netloader.vllm.live.reloading import ReloadRefused
 from netloader.vllm.load import agree_ranks
 from netloader.vllm.load.inspect_engine import NothingPulled
-from netloader.vllm.model import processed
+from netloader.vllm.model import post_processing
 from netloader.vllm.model.agreement import Report
 from netloader.vllm.serve import serving
 from tests.models import ModelStore
@@ -448,7 +448,7 @@ def test_a_reload_by_a_loader_that_cannot(models: ModelStore, monkeypatch: pytes
 def test_an_engine_that_does_not_know_processed_weights_serves_none(
     models: ModelStore, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processed, "possible", lambda: False)
+    monkeypatch.setattr(post_processing, "possible", lambda: False)
     load(models.get("llama-w8a8"))
     line = log_lines.one("does not serve its target")
     assert "its processed weights are not exact either: this vLLM does not know processed weights" in line

@@ -79,7 +79,7 @@ def load_weights(context: Context, model: torch.nn.Module) -> Loaded:
             agreed = agree_on_roots(context, agreed, snapshot.root, filled.fingerprint)
     log_summary(context, filled, model)
     if filled.adopted is not None:
-        skip_transformations(context.post_processing)
+        skip_transformations(context.post_processing, model)
     return Loaded(context, replace(snapshot, load=agreed.load), filled.adopted)
 
 

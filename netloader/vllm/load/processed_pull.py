@@ -1,8 +1,8 @@
-"""Pulling processed weights: create the same tensors, compare their manifest, fill them, let vLLM derive the rest.
+"""Pulling processed weights: create the same tensors, compare their manifest, fill them, derive the rest.
 
-vLLM defines the order for weights that are processed already. Its post-processing runs once on the freshly built model
-and creates the tensors. The pull fills them. Post-processing runs again under `weights_already_processed` and creates
-everything else. Digests then show every difference from the source.
+Post-processing runs once on the freshly built model and creates the tensors. The pull fills them. By vLLM's rules,
+post-processing then runs again under `weights_already_processed` and creates everything else; under vllm-ascend it does
+not run again (see `netloader.vllm.model.post_processing`). Digests then show every difference from the source.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from netloader.errors import NetloaderError
+from netloader.vllm.model.ascend_processed import saved_registries
 from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.load_state import apply_load_state
-from netloader.vllm.model.processed import FACTS, fact_names, flag_problems, possible, survey
+from netloader.vllm.model.post_processing import Contract, contract
+from netloader.vllm.model.processed import FACTS, fact_names, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_HINT = "use a newer vLLM, or a raw source"
 
 
 class NotAdopted(NetloaderError):
@@ -61,30 +65,40 @@ class Adopted:
     names: frozenset[str]
 
 
-def check_supported() -> None:
-    """Check whether this vLLM can take over processed weights.
+def check_supported(model: torch.nn.Module) -> Contract:
+    """The rules by which this engine can take over processed weights.
+
+    Args:
+        model: The model, before it is post-processed.
 
     Raises:
-        NotAdopted: It can't.
+        NotAdopted: There are none, or they do not cover the model.
     """
-    if not possible():
-        raise NotAdopted("this vLLM does not know processed weights", hint="use a newer vLLM, or a raw source")
+    known, reason = contract()
+    if known is None:
+        raise NotAdopted(reason, hint=_HINT)
+    unknown = known.unknown(model)
+    if unknown:
+        raise NotAdopted(unknown[0], hint=_HINT)
+    return known
 
 
 def adopt_processed(
     model: torch.nn.Module,
     model_config: Any,
     device: str,
+    rules: Contract,
     pull: Callable[[Mapping[str, torch.Tensor]], PullReport],
 ) -> Adopted:
     """Post-process a freshly built model and fill it with processed weights from a source.
 
-    vLLM post-processes the model once more after the load. That has to run under `weights_already_processed` too.
+    vLLM post-processes the model once more after the load. :func:`skip_transformations` keeps it from changing tensors.
 
     Args:
         model: The model. If this function raises, the model has to be built again.
         model_config: vLLM's configuration of the model.
         device: The device of the model, as torch names it.
+        rules: What :func:`check_supported` returned.
         pull: Fills tensors. It checks names, dtypes, shapes, strides and aliases of all tensors before the first byte.
 
     Raises:
@@ -92,12 +106,11 @@ def adopt_processed(
     """
     import torch
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
-    from vllm.model_executor.utils import weights_already_processed
 
     _zero_values(model)
     process_weights_after_loading(model, model_config, torch.device(device))
     found = survey(model, {})
-    problems = [*flag_problems(model), *found.problems]
+    problems = [*rules.undeclared(model), *found.problems]
     if problems:
         raise NotAdopted(f"weights here are not all tensors with names: {problems[0]}", hint="use a raw source")
     report = pull(found.tensors)
@@ -105,17 +118,18 @@ def adopt_processed(
     pulled = {name: digest_of(tensor) for name, tensor in found.tensors.items()}
     adopted = Adopted(report, pulled, found.tensors[FACTS].clone(), frozenset(found.facts))
     del found
-    with weights_already_processed():
-        process_weights_after_loading(model, model_config, torch.device(device))
+    rules.finish(model, model_config, torch.device(device))
     check_adopted(model, adopted)
     return adopted
 
 
-def skip_transformations(post_processing: ExitStack) -> None:
-    """Tell vLLM's post-processing, which runs in `post_processing`, that the weights are processed already."""
-    from vllm.model_executor.utils import weights_already_processed
+def skip_transformations(post_processing: ExitStack, model: torch.nn.Module) -> None:
+    """Let vLLM's post-processing, which runs in `post_processing`, change no tensor of this processed model.
 
-    post_processing.enter_context(weights_already_processed())
+    Raises:
+        NotAdopted: This engine has no rules for processed weights.
+    """
+    post_processing.enter_context(check_supported(model).skipping(model))
 
 
 def check_adopted(model: torch.nn.Module, adopted: Adopted) -> None:
@@ -175,6 +189,7 @@ class Registrations:
         config = getattr(vllm_config, "compilation_config", None)
         tables = [getattr(config, name, None) for name in self._TABLES]
         self._before = [(table, table.copy()) for table in tables if table is not None]
+        self._restore_registries = saved_registries()
 
     def rebuild(self, model: torch.nn.Module) -> None:
         """Build the model again in the same object. Its present contents are freed first."""
@@ -185,6 +200,7 @@ class Registrations:
                 table.extend(before)
             else:
                 table.update(before)
+        self._restore_registries()
         gc.collect()
         log.info("netloader: the model is built anew, since its structure was that of processed weights")
         vars(model).update(vars(self._build()))

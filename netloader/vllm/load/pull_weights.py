@@ -124,9 +124,9 @@ def _pull_processed(
         # The raw weights may have been pulled completely, and refused afterwards: they are still passed on then.
         withdraw(context, (), "its owner restores the initial values")
         initial.restore()
-        check_supported()
+        rules = check_supported(model)
         failed = replace(failed, rebuild=True)
-        adopted = adopt_processed(model, context.engine.model_config, context.engine.device, pull_into)
+        adopted = adopt_processed(model, context.engine.model_config, context.engine.device, rules, pull_into)
         check_digests(adopted.report.identity)
     except NetloaderError as error:
         in_use = error if isinstance(error, MemoryStillInUse) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from netloader.checkpoint.names import repo_id_of
 from netloader.core.identity import MODEL, REPOSITORY, SERVED, ModelIdentity, Role
 from netloader.vllm.model.folders import downloaded, folder_of
 from netloader.vllm.model.quantisation import quantisation_of
+from netloader.vllm.model.release import release_of_engine
 from netloader.vllm.model.settings import Settings
 from netloader.vllm.model.topology import Topology
 
@@ -113,23 +113,7 @@ def identity_of(
         ep_rank=topology.ep_rank,
         expert_placement=topology.experts,
         tied=tied,
-        engine=_engine(),
+        engine=str(release_of_engine()),
         settings={**settings.weights, **quantisation.settings},
         processed_settings=dict(settings.processed),
     )
-
-
-def _engine() -> str:
-    """The version of vLLM, and that of the package with its platform, if it has one of its own."""
-    import vllm
-    from vllm.platforms import current_platform
-
-    engine, package = f"vllm {vllm.__version__}", _package_of(type(current_platform).__module__)
-    for entry in entry_points(group="vllm.platform_plugins"):  # vLLM has found the package by one of these
-        if package != "vllm" and entry.dist is not None and _package_of(entry.module) == package:
-            return f"{engine}, {entry.dist.name} {entry.dist.version}"
-    return engine if package == "vllm" else f"{engine}, {package} of unknown version"
-
-
-def _package_of(module: str) -> str:
-    return module.partition(".")[0]

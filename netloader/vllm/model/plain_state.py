@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from netloader.vllm.model.processed import plain_values
+from netloader.vllm.model.object_walk import plain_values
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from netloader.core.identity import Role
+from netloader.vllm.model.ascend_table import PACKAGE
 from netloader.vllm.model.classifier_tokens import classifier_tokens_of
 from netloader.vllm.model.config_file import digest_of_config
 from netloader.vllm.model.folders import folder_of_config
 from netloader.vllm.model.function_texts import function_text
 from netloader.vllm.model.plain_values import NotComparable, contents_of, hidden_text, plain, short_text
+from netloader.vllm.model.release import release_of_engine
 
 __all__ = ["ADDITIONAL", "ASCEND_ENVIRONMENT", "ENVIRONMENT", "Entry", "Settings", "read_table", "settings_of"]
 
@@ -83,6 +86,10 @@ _UNKNOWN = Entry("weights", "not classed yet", always=True, classed=False)
 """What a field decides that is not in the table."""
 
 
+_CARD = "ascend_device_type"
+_KIND_OF_CARD = Entry("processed", "operators pack weights for the kind of NPU", always=True)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides the tensors of a model, by path.
@@ -137,7 +144,7 @@ def settings_of(vllm_config: Any, model_config: Any, role: Role, folder: Path | 
     processed: dict[str, str] = {}
     try:
         of_vllm = _Walk(model_config, role, folder).fields(vllm_config, "")
-        for path, entry, value in (*of_vllm, *_additional(vllm_config), *_environment()):
+        for path, entry, value in (*of_vllm, *_additional(vllm_config), *_environment(), *_card()):
             known = json.loads(json.dumps(plain(value, strict=True)))
             if entry.always or not entry.is_neutral(known):
                 text = short_text(known) if entry.classed else hidden_text(path, known)
@@ -266,6 +273,12 @@ def _keys(given: Mapping[Any, Any], prefix: str) -> Iterator[Found]:
             yield path, _UNKNOWN, value
         elif entry.decides in ("weights", "processed"):
             yield path, entry, _contents(path, value) if entry.file and value else _switch(value)
+
+
+def _card() -> Iterator[Found]:
+    """The kind of NPU, which decides how vllm-ascend and its operators arrange weights."""
+    if release_of_engine().package == PACKAGE:
+        yield _CARD, _KIND_OF_CARD, sys.modules[f"{PACKAGE}.utils"].get_ascend_device_type().name
 
 
 def _contents(path: str, file: Any) -> Any:

@@ -18,7 +18,7 @@ from netloader.core.manifest import DIGEST_BYTES
 from netloader.vllm.model.copies import Copies, Keep, is_full, make_copies
 from netloader.vllm.model.digest import digest_of
 from netloader.vllm.model.initial_values import bits_of
-from netloader.vllm.model.processed import outside
+from netloader.vllm.model.object_walk import outside
 from netloader.vllm.model.registered import weights_of
 
 if TYPE_CHECKING:

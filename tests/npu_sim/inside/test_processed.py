@@ -26,7 +26,8 @@ from netloader.errors import NoSourceLeft
 from netloader.tensors import hold
 from netloader.vllm.load.processed_pull import Adopted, NotAdopted, check_adopted
 from netloader.vllm.model.digest import digest_of
-from netloader.vllm.model.processed import FACTS, Survey, survey
+from netloader.vllm.model.object_walk import Survey
+from netloader.vllm.model.processed import FACTS, survey
 from tests.npu_sim.inside.kit import FRACTAL_NZ
 
 SERVER, CLIENT = "npu:1", "npu:0"
