@@ -100,6 +100,7 @@ class LeaseClaims:
                 except DiscoveryError as error:
                     failing = began if failing is None else failing
                     outage.failed(error)
+                    seen.missing = None  # it counts from when the registry answers again
                     if began >= until or began - failing > 2 * self._pace.ttl:
                         raise
                     await anyio.sleep(self._pace.retry)
