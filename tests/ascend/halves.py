@@ -1,0 +1,51 @@
+"""What a test has an engine's process do while it serves or pulls: cut other blocks, stop half-way, say it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from netloader.core.report import Progress
+from netloader.observe import Event
+from netloader.observe.events import BlocksVerified
+from netloader.observe.progress import ProgressLog
+from netloader.tensors import holding
+from netloader.transports import registry
+from netloader.transports.base import Transport
+from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
+from netloader.vllm.load import pulling
+
+__all__ = ["cut_into", "hold_after", "tell_at"]
+
+
+def cut_into(blocks: int) -> None:
+    """Cut what this process serves into about so many blocks. Their size is odd, so they cut rows, tiles and elements.
+
+    Tiny models have a few blocks of the usual size otherwise, which cut none of their tensors.
+    """
+
+    def block_bytes_for(nbytes: int) -> int:
+        return max(nbytes // blocks, 1024) | 1
+
+    vars(holding)["block_bytes_for"] = block_bytes_for
+
+
+def hold_after(block: int) -> None:
+    """Have this process's server send nothing after that block of each transfer, over whatever transport."""
+    faults = Faults([Fault(FaultKind.HOLD, block, times=None)])
+    load: Callable[[str], Transport] = registry.load
+    vars(registry)["load"] = lambda name: FaultyTransport(load(name), faults)
+
+
+def tell_at(share: float, tell: Callable[[dict[str, int]], None]) -> None:
+    """Call `tell` once, with `verified` and `total` bytes, when this process has pulled that share of a model."""
+    told = False
+
+    class Telling(ProgressLog):
+        def __call__(self, event: Event | Progress) -> None:
+            nonlocal told
+            if isinstance(event, BlocksVerified) and not told and event.verified >= share * event.total:
+                told = True
+                tell({"verified": event.verified, "total": event.total})
+            super().__call__(event)
+
+    vars(pulling)["ProgressLog"] = Telling
