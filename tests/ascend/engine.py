@@ -105,6 +105,8 @@ class Engine:
 
         if "blocks" in task:
             halves.cut_into(task["blocks"])
+        if not task.get("computed", True):
+            halves.compute_nothing()
         if "hold" in task:
             halves.hold_after(task["hold"])
         if "tell" in task:

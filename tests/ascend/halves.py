@@ -1,4 +1,4 @@
-"""What a test has an engine's process do while it serves or pulls: cut other blocks, stop half-way, say it is there."""
+"""What a test has an engine's process do while it serves or pulls: other blocks, no computed ones, a stop half-way."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from netloader.transports import registry
 from netloader.transports.base import Transport
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from netloader.vllm.load import pulling
+from netloader.vllm.model import inverses
 
-__all__ = ["cut_into", "hold_after", "tell_at"]
+__all__ = ["compute_nothing", "cut_into", "hold_after", "tell_at"]
 
 
 def cut_into(blocks: int) -> None:
@@ -27,6 +28,11 @@ def cut_into(blocks: int) -> None:
         return max(nbytes // blocks, 1024) | 1
 
     vars(holding)["block_bytes_for"] = block_bytes_for
+
+
+def compute_nothing() -> None:
+    """Find no way back from processed tensors to raw ones, so that a server needs an original of each that changed."""
+    vars(inverses)["find_inverse"] = lambda *_: None
 
 
 def hold_after(block: int) -> None:
