@@ -109,6 +109,8 @@ class Engine:
             halves.compute_nothing()
         if "hold" in task:
             halves.hold_after(task["hold"])
+        if not task.get("fingerprint", True):
+            halves.know_no_fingerprint()
         if "tell" in task:
             halves.tell_at(task["tell"], say)
         return {}

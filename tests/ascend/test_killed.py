@@ -1,6 +1,7 @@
 """The seed is killed half-way through a pull: the clients read their files, and end in the model of a load from disk.
 
-The seed sends the first half of its blocks and no more. It is killed once both clients have verified what came.
+The seed sends the first half of its blocks and no more. It is killed once both clients have verified what came. It has
+other weights than the files of the clients, which do not notice that, so that nothing of what was pulled may be left.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.ascend.cases import LOSING, TRANSPORTS, Case, FromDisk
-from tests.ascend.kinds import KINDS, Store
+from tests.ascend.kinds import KINDS, OTHER, Store
 from tests.ascend.processes import PATIENCE
 from tests.ascend.pulls import Instance, differences, settings
 
@@ -27,7 +28,7 @@ CASES = [Case(kind, "named" if kind in LOSING else "no") for kind in KINDS]
 
 @contextmanager
 def half_way(
-    case: Case, store: Store, folder: Path, holding: Sequence[int] = (0,)
+    case: Case, store: Store, folder: Path, suffix: str = OTHER, holding: Sequence[int] = (0,)
 ) -> Iterator[tuple[Instance, Mapping[str, Instance], Mapping[str, Mapping[str, int]]]]:
     """A seed, clients that are half-way, by transport, and the bytes that each has verified, of how many.
 
@@ -35,9 +36,14 @@ def half_way(
         case: What is served.
         store: Has the files.
         folder: For the instances.
+        suffix: OTHER for other weights at the seed, or nothing.
         holding: The ranks that stop; what the clients say is that of the first one's.
     """
     model = KINDS[case.kind].model
+
+    def find(name: str) -> Path:
+        return store.get(name + suffix)
+
     with (
         Instance.on(case.cards(0), folder / "seed") as seed,
         Instance.on(case.cards(1), folder / "hccl") as hccl,
@@ -47,14 +53,14 @@ def half_way(
         for rank in holding:
             seed.engines[rank].call("prepare", blocks=BLOCKS, hold=HOLD)
         seed.load(
-            store.get(model),
-            case.arguments(store.get),
+            find(model),
+            case.arguments(find),
             settings(TRANSPORT=TRANSPORTS, FAN_OUT=0, **case.server, **NO_STALL),
         )
         seed.profiled()
         addresses = seed.addresses()
         for transport, client in clients.items():
-            client.engines[holding[0]].call("prepare", tell=TOLD)
+            client.engines[holding[0]].call("prepare", tell=TOLD, fingerprint=not suffix)
             sources = settings(addresses, TRANSPORT=transport, SERVE=False, **NO_STALL)
             client.begin_load(store.get(model), case.arguments(store.get), sources)
         yield seed, clients, {transport: client.engines[holding[0]].answer() for transport, client in clients.items()}
@@ -81,7 +87,7 @@ def test_all_ranks_read_their_files_if_one_of_their_seeds_is_killed(
     store: Store, from_disk: FromDisk, tmp_path: Path
 ) -> None:
     case = Case("moe-w8a8", "no", 2)
-    with half_way(case, store, tmp_path, holding=[1]) as (seed, clients, told):
+    with half_way(case, store, tmp_path, "", holding=[1]) as (seed, clients, told):
         address = seed.addresses()[1]
         seed.engines[1].kill()
         for transport, client in clients.items():
