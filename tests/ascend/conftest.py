@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from tests.ascend import processes
-from tests.ascend.kinds import Store
+from tests.ascend.cases import Case, FromDisk
+from tests.ascend.kinds import KINDS, Store
+from tests.ascend.pulls import Digests, Instance
 from tests.preloaded import Keeper
 
 
@@ -37,3 +40,16 @@ def preloaded_processes(ctrl_c_is_heard: None) -> Iterator[None]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Tiny checkpoints, each made once per session."""
     return Store(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def from_disk(store: Store, tmp_path_factory: pytest.TempPathFactory) -> FromDisk:
+    """What a kind of model is after a load from its files, which is done once for a number of ranks."""
+
+    @functools.cache
+    def load(kind: str, ranks: int) -> Sequence[Digests]:
+        case = Case(kind, "", ranks)
+        with Instance.on(case.cards(0), tmp_path_factory.mktemp("disk") / "ranks") as instance:
+            return instance.load(store.get(KINDS[kind].model), case.arguments(store.get))
+
+    return load

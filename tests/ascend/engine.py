@@ -83,6 +83,12 @@ def everything(model: torch.nn.Module) -> dict[str, str]:
     return maps | {name: harness.tensor_digest(t) for name, t in found.tensors.items() if name != FACTS}
 
 
+def say(answer: dict[str, Any]) -> None:
+    """Write a line of JSON for the test, in one piece: several threads may."""
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
 def _name(x: object) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}"
 
@@ -92,6 +98,22 @@ class Engine:
 
     def __init__(self) -> None:
         self.worker: Any = None
+
+    def prepare(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Change how this process serves or pulls from now on; see `tests.ascend.halves`."""
+        from tests.ascend import halves
+
+        if "blocks" in task:
+            halves.cut_into(task["blocks"])
+        if not task.get("computed", True):
+            halves.compute_nothing()
+        if "hold" in task:
+            halves.hold_after(task["hold"])
+        if not task.get("fingerprint", True):
+            halves.know_no_fingerprint()
+        if "tell" in task:
+            halves.tell_at(task["tell"], say)
+        return {}
 
     def load(self, task: dict[str, Any]) -> dict[str, Any]:
         """Start a worker; digests of its models' raw and final tensors, by role."""
@@ -184,7 +206,7 @@ def main() -> None:
             for child in multiprocessing.active_children():
                 child.terminate()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        say(answer)
     engine.close()
 
 

@@ -30,10 +30,13 @@ class Instance:
         with ExitStack() as stack:
             yield cls([stack.enter_context(Engine(card, folder, rank, more=more)) for rank, card in enumerate(cards)])
 
-    def all(self, what: str, **task: Any) -> list[dict[str, Any]]:
-        """Send each rank a request, then read their answers: they wait for each other meanwhile."""
+    def begin(self, what: str, **task: Any) -> None:
+        """Send each rank a request; `answers` waits for it."""
         for engine in self.engines:
             engine.request(what, **task)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The answer of each rank to the request that was begun: they wait for each other meanwhile."""
         answers, failed = [], []
         for engine in self.engines:
             try:
@@ -44,14 +47,24 @@ class Instance:
             raise failed[0]
         return answers
 
+    def all(self, what: str, **task: Any) -> list[dict[str, Any]]:
+        """Send each rank a request; their answers."""
+        self.begin(what, **task)
+        return self.answers()
+
     def load(
         self, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None
     ) -> Sequence[Digests]:
         """Load `model`, with netloader if there are settings for it; the digests of each rank."""
+        self.begin_load(model, arguments, extra)
+        return self.answers()
+
+    def begin_load(self, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
+        """Begin to do the same; `answers` are the digests."""
         load_format = "auto" if extra is None else "netloader"
         more = {"tensor_parallel_size": len(self.engines), "distributed_executor_backend": "mp"}
         parallel = more if len(self.engines) > 1 else {}
-        return self.all(
+        self.begin(
             "load",
             model=str(model),
             load_format=load_format,

