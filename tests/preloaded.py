@@ -221,8 +221,8 @@ class Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = [path for path in self._environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         text = (
-            f"import sys; sys.path.append({str(ROOT)!r}); from tests import preloaded; "
-            f"sys.path.pop(); sys.path[:0] = {paths!r}; "
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests import preloaded; "
+            f"sys.path.pop(0); sys.path[:0] = {paths!r}; "
             f"preloaded.load_and_keep({theirs.fileno()}, {self._libraries!r})"
         )
         with theirs:
