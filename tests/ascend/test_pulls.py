@@ -70,6 +70,7 @@ CASES += [
     Case("w8a8", "tcp", NO_COPIES),
     Case("qwen3-moe", "tcp", NO_COPIES),
     Case("moe-w8a8", "hccl", NO_COPIES, 2, {"enable_expert_parallel": True}),
+    Case("qwen3-moe", "hccl", NO_COPIES, 2, {"enable_expert_parallel": True}),
 ]
 
 
