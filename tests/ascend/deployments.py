@@ -13,6 +13,7 @@ from typing import Any, Self
 from tests.ascend.processes import PATIENCE, EngineFailed, environment
 from tests.ascend.pulls import Digests
 from tests.hccl.processes import Child
+from tests.preloaded import PYTHON
 
 LOOPBACK = "127.0.0.1"
 
@@ -51,6 +52,8 @@ class Deployment:
         hosts: How many hosts there are.
         places: For each rank, what a worker says of its place, as far as it differs from one rank's.
         one_command: Whether it starts all hosts: each stands for an engine core of its own.
+        module: What runs on a host.
+        python: The interpreter that runs it.
     """
 
     kind: str
@@ -58,6 +61,8 @@ class Deployment:
     hosts: int
     places: Sequence[Mapping[str, int]]
     one_command: bool = False
+    module: str = "tests.ascend.host"
+    python: str = PYTHON
 
 
 def free_ports(count: int, *, in_a_row: bool = False) -> list[int]:
@@ -114,7 +119,7 @@ class Running:
     def on(cls, cards: Sequence[int], deployment: Deployment) -> Iterator[Self]:
         """A host for each card. All processes have ended after the context."""
         with ExitStack() as stack:
-            hosts = [_host(card, stack) for card in cards[: deployment.hosts]]
+            hosts = [_host(card, deployment, stack) for card in cards[: deployment.hosts]]
             yield cls(deployment, hosts)
             for host in hosts:  # all of them, then wait: each waits for others
                 host.tell(json.dumps({"do": "end"}))
@@ -170,6 +175,6 @@ class Running:
         return sum(all(part in line for part in parts) for host in self.hosts for line in host.log)
 
 
-def _host(card: int, stack: ExitStack) -> Child:
+def _host(card: int, deployment: Deployment, stack: ExitStack) -> Child:
     variables = environment(ASCEND_RT_VISIBLE_DEVICES=str(card))
-    return stack.enter_context(Child(variables, module="tests.ascend.host"))
+    return stack.enter_context(Child(variables, module=deployment.module, python=deployment.python))
