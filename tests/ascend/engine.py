@@ -15,9 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch_npu
 
 from netloader.vllm.model.processed import FACTS, survey
-from tests.ascend import preload  # noqa: F401 - first of all
+from tests.ascend import (
+    preload,  # noqa: F401 - first of all
+    sleeping,
+)
 from tests.vllm import harness
 
 BeforeProcessing = Callable[[torch.nn.Module], None]
@@ -54,6 +58,8 @@ def start_worker(task: dict[str, Any]) -> Any:
     config = harness.engine_config(
         task["model"], load_format=task["load_format"], extra=task["extra"], **task["arguments"]
     )
+    if config.model_config.enable_sleep_mode:
+        sleeping.give_allocator()
     worker_class = resolve_obj_by_qualname(config.parallel_config.worker_cls)
     with set_current_vllm_config(config):
         worker = worker_class(
@@ -116,10 +122,19 @@ class Engine:
         return {}
 
     def load(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Start a worker; digests of its models' raw and final tensors, by role."""
+        """Start a worker; digests of its models' raw and final tensors, by role.
+
+        With `held`, the load goes on before post-processing when another line is on the standard input.
+        """
         raw: list[dict[str, str]] = []
+
+        def observe(model: torch.nn.Module) -> None:
+            raw.append(harness.raw_digests(model))
+            if task.get("held"):
+                sys.stdin.readline()
+
         self.worker = start_worker(task)
-        with before_processing(lambda model: raw.append(harness.raw_digests(model))):
+        with before_processing(observe):
             self.worker.load_model()
         models = models_of(self.worker)
         return {
@@ -146,9 +161,36 @@ class Engine:
         }
 
     def profile(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Measure the memory, as the engine's next step, without the forward pass: nothing computes here."""
+        """Measure the memory, as the engine's next step, without the forward pass: nothing computes here.
+
+        Returns:
+            `bytes` for the KV cache, and those of the whole `card`.
+        """
         self.worker.model_runner.profile_run = lambda *args, **kwargs: None
-        return {"bytes": self.worker.determine_available_memory()}
+        return {"bytes": self.worker.determine_available_memory(), "card": torch_npu.npu.mem_get_info()[1]}
+
+    def sleep(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Let the worker sleep at `level`; the bytes that this freed on its card."""
+        before, _ = torch_npu.npu.mem_get_info()
+        self.worker.sleep(task["level"])
+        return {"freed": torch_npu.npu.mem_get_info()[0] - before}
+
+    def wake_up(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Wake what has one of `tags`, or everything if that is None."""
+        self.worker.wake_up(task["tags"])
+        return {}
+
+    def update(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Let a trainer, which the test stands for, write zeros into the tensor `name`, in place."""
+        self.worker.weight_transfer_engine = sleeping.Trainer(task["name"])
+        self.worker.start_weight_update(is_checkpoint_format=False)
+        self.worker.update_weights({})
+        self.worker.finish_weight_update()
+        return {}
+
+    def final(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Digests of what its models hold now, by role."""
+        return {role: everything(model) for role, model in models_of(self.worker).items()}
 
     def change(self, task: dict[str, Any]) -> dict[str, Any]:
         """Change this process before it loads: a name in `tests.ascend.changes`."""
@@ -193,9 +235,8 @@ class Engine:
         serving.stop_server()
 
 
-def main() -> None:
-    """Answer requests until there are no more."""
-    engine = Engine()
+def serve_requests(engine: Any) -> None:
+    """Answer requests by the methods of `engine` until there are no more, then close it."""
     for line in sys.stdin:
         task = json.loads(line)
         try:
@@ -211,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve_requests(Engine())

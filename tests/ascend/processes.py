@@ -86,10 +86,22 @@ class Engine(Child):
         self, what: str, model: Path, arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Load a model, with netloader if there are settings for it: the answer to `load` or `survey`."""
+        self.begin_load(model, arguments, extra, what=what)
+        return self.answer()
+
+    def begin_load(
+        self,
+        model: Path,
+        arguments: Mapping[str, Any],
+        extra: Mapping[str, Any] | None = None,
+        *,
+        what: str = "load",
+        **more: Any,
+    ) -> None:
+        """Send the request of `load`, and more for it."""
         load_format = "auto" if extra is None else "netloader"
-        return self.call(
-            what, model=str(model), load_format=load_format, extra=dict(extra or {}), arguments=dict(arguments)
-        )
+        settings = {"load_format": load_format, "extra": dict(extra or {}), "arguments": dict(arguments)}
+        self.request(what, model=str(model), **settings, **more)
 
 
 def surveyed(name: str, store: Store, folder: Path) -> dict[str, Any]:

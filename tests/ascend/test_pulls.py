@@ -23,6 +23,7 @@ BLOCKS = 25
 
 CASES = [Case(kind, setting) for kind in KINDS for setting in (*COPIES, "named" if kind in LOSING else "no")]
 CASES += [Case("moe-w8a8", setting, 2) for setting in (*COPIES, "no")]
+CASES += [Case("qwen3-moe", "no", 2)]
 
 EXPERTS = ("qwen3-moe", "deepseek")
 """Kinds that are not quantised and change: INT8_CACHE asks for no copies of them."""

@@ -38,6 +38,7 @@ class Child:
         python: str = PYTHON,
     ) -> None:
         self.log: list[str] = []
+        self._logged = threading.Condition()
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.process = subprocess.Popen(
             [python, "-W", "ignore", "-m", module, *arguments],
@@ -61,12 +62,30 @@ class Child:
             if line.startswith("{"):
                 self._said.put(json.loads(line))
             else:
-                self.log.append(line)
+                self._note(line)
         self._said.put(None)
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
-        self.log.extend(self.process.stderr)
+        for line in self.process.stderr:
+            self._note(line)
+
+    def _note(self, line: str) -> None:
+        with self._logged:
+            self.log.append(line)
+            self._logged.notify_all()
+
+    def logs(self, *parts: str, patience: float = PATIENCE) -> str:
+        """The first line that it logs with all of `parts` in it, within `patience` seconds."""
+
+        def found() -> str:
+            return next((line for line in self.log if all(part in line for part in parts)), "")
+
+        with self._logged:
+            line = self._logged.wait_for(found, patience)
+        if not line:
+            raise AssertionError(f"it did not log {parts}:\n{self.text()}")
+        return line
 
     def heard(self, patience: float = PATIENCE) -> dict[str, Any]:
         """The next line of its output, decoded, within `timeout` seconds."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _absent, _collectives, _device, npu
+from . import _absent, _collectives, _device, _pools, npu
 from ._formats import Format, cast, format_of
 from ._int4 import npu_convert_weight_to_int4pack, npu_quantize
 
@@ -37,6 +37,12 @@ sys.modules["torch_npu._C._distributed_c10d"] = _C._distributed_c10d
 torch.distributed.is_hccl_available = lambda: True  # type: ignore[attr-defined]
 _collectives.install()
 _absent.install()
+_absent.module(
+    "torch_npu.npu.memory",
+    NPUPluggableAllocator=_pools.NPUPluggableAllocator,
+    MemPool=_pools.MemPool,
+    use_mem_pool=_pools.use_mem_pool,
+)
 
 # Names of dtypes, which tables of quantisation methods hold. torch has them itself.
 float8_e8m0fnu, float4_e2m1fn_x2 = torch.float8_e8m0fnu, torch.float4_e2m1fn_x2

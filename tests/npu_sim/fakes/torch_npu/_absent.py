@@ -44,5 +44,3 @@ def install() -> None:
     profiler = "torch_npu.profiler"
     module(profiler)
     module(f"{profiler}.dynamic_profile", **{name: missing(f"{profiler}.dynamic_profile.{name}") for name in names})
-    # Of the allocator only the names are needed, unless an engine is to sleep.
-    module("torch_npu.npu.memory", NPUPluggableAllocator=NotSimulated, MemPool=NotSimulated)

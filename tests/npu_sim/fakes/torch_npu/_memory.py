@@ -10,7 +10,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -77,7 +77,30 @@ class Accounts:
             self.used[index] -= nbytes
 
 
+class Pool(Protocol):
+    """Where memory comes from, if not from this module: see `_pools`."""
+
+    def rounded(self, nbytes: int) -> int:
+        """The bytes that it allocates for so many."""
+        ...
+
+    def allocate(self, nbytes: int, index: int) -> torch.Tensor:
+        """Bytes of the host."""
+        ...
+
+    def free(self, buffer: torch.Tensor) -> bool:
+        """Take them back; returns whether they are accounted for."""
+        ...
+
+
+class Route(threading.local):
+    """Where this thread's allocations come from."""
+
+    pool: Pool | None = None
+
+
 accounts = Accounts()
+route = Route()
 formats: dict[int, int] = {}  # address of a storage -> private format
 _blocks: dict[int, tuple[Any, ...]] = {}  # address of a managed tensor -> what it keeps alive
 
@@ -86,21 +109,23 @@ _blocks: dict[int, tuple[Any, ...]] = {}  # address of a managed tensor -> what 
 def _free(managed: Any) -> None:
     block = _blocks.pop(ctypes.addressof(managed.contents), None)
     if block is not None:
-        _, _, _, buffer, index = block
+        _, _, _, buffer, index, pool = block
         formats.pop(buffer.data_ptr(), None)
-        accounts.give(index, buffer.numel())
+        if pool is None or pool.free(buffer):
+            accounts.give(index, buffer.numel())
 
 
 def _raw(nbytes: int, index: int) -> torch.Tensor:
-    nbytes = max(nbytes, 1)
-    accounts.take(index, nbytes)
-    buffer = torch.zeros(nbytes, dtype=torch.uint8)
+    pool, nbytes = route.pool, max(nbytes, 1)
+    taken = nbytes if pool is None else pool.rounded(nbytes)
+    accounts.take(index, taken)
+    buffer = torch.zeros(taken, dtype=torch.uint8) if pool is None else pool.allocate(taken, index)
     shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)
     managed: Any = _DLManagedTensor()
     device, dtype = _DLDevice(_EXT_DEVICE, index), _DLDataType(1, 8, 1)
     managed.dl_tensor = _DLTensor(buffer.data_ptr(), device, 1, dtype, shape, strides, 0)
     managed.manager_ctx, managed.deleter = None, _free
-    _blocks[ctypes.addressof(managed)] = (managed, shape, strides, buffer, index)
+    _blocks[ctypes.addressof(managed)] = (managed, shape, strides, buffer, index, pool)
     made: torch.Tensor = torch._C._from_dlpack(_capsule(ctypes.addressof(managed), b"dltensor", None))
     return made
 
