@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +29,10 @@ Answers = Mapping[str, tuple[Token, ...]]
 
 _NAME = "checklist"
 _PARALLEL = ("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size")
-_STOP_TIMEOUT = 120.0
-_AFTER_READY = 30.0
+_AFTER_READY = 10.0
 """Seconds in which an engine that answers has to have logged its addresses: it logs them before it answers."""
-_WAIT = 120.0
+_LOG = "; its log ends with"
+"""After it, the error of an engine has the end of the log."""
 _SLEEPS = 2
 _KEPT = "the weights stay as they are: "
 _ASLEEP = "the weights are about to change (sleep)"
@@ -76,7 +75,9 @@ class Box:
         pulls: How often weights are pulled while the seed answers requests; how many requests are compared.
         timeout: Seconds for the start of an engine.
         sleep: Whether engines of this platform can sleep.
-        command: The command `vllm`.
+        stop_timeout: Seconds for the end of an engine.
+        wait: Seconds that a client waits for an engine that is not ready to serve.
+        command: The command `vllm`, with arguments that go before `serve`.
     """
 
     model: Path
@@ -89,7 +90,9 @@ class Box:
     pulls: int = 10
     timeout: float = 1800.0
     sleep: bool = False
-    command: str = "vllm"
+    stop_timeout: float = 120.0
+    wait: float = 120.0
+    command: Sequence[str] = ("vllm",)
 
     @property
     def ranks(self) -> int:
@@ -139,7 +142,7 @@ class Box:
         if load is not None:
             loader += ["--model-loader-extra-config", json.dumps({**self.settings, **load})]
         command = [
-            *(self.command, "serve", str(model), "--served-model-name", _NAME),
+            *(*self.command, "serve", str(model), "--served-model-name", _NAME),
             # Without a prefix cache, equal requests are computed alike.
             *("--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"),
             *parallel,
@@ -157,7 +160,7 @@ class Box:
         """A process that pulls from a rank of an engine: to a card, or into the host's memory."""
         environment = {**os.environ, **self.environment([card] if card else [])}
         device = "npu:0" if card else "cpu"
-        return Child(environment, device, source, module="scripts.engine_pulls", python=sys.executable)
+        return Child(environment, device, source, module="scripts.engine_pulls")
 
     def _is_parallel(self) -> bool:
         return any(argument.partition("=")[0] in _PARALLEL for argument in self.arguments)
@@ -202,7 +205,7 @@ class EngineChecks:
 
     def named(self) -> dict[str, Callable[[], str]]:
         """All checks by name, in their order."""
-        return {name: getattr(self, name.removeprefix("engine_")) for name in REMEDIES}
+        return {name: _in_one_line(getattr(self, name.removeprefix("engine_"))) for name in REMEDIES}
 
     def reference(self) -> str:
         """VLLM loads the model from storage, without netloader, and answers equally twice."""
@@ -210,7 +213,7 @@ class EngineChecks:
             self._ready(engine)
             answers = engine.answers(PROMPTS)
             again = engine.answers(PROMPTS)
-            engine.stop(_STOP_TIMEOUT)
+            engine.stop(self._box.stop_timeout)
         difference = _difference("the first time", answers, "the second time", again)
         if difference:
             raise FoundError(f"vLLM without netloader answers differently when it is asked again: {difference}")
@@ -229,7 +232,7 @@ class EngineChecks:
         self._roots = {rank: sync.probe(source).announcement.root for rank, source in sources.items()}
         self._sources, self._seed = sources, seed
         lines = seed.lines("serves target at")
-        return f"{len(self._sources)} ranks: {_from_netloader(lines[0])}"
+        return f"{len(sources)} of {box.ranks} ranks: {_from_netloader(lines[0])}"
 
     def beside(self) -> str:
         """Clients pull from all ranks while the seed answers requests: the answers stay the same."""
@@ -242,6 +245,7 @@ class EngineChecks:
                 for rank, source in sorted(self._sources.items())
             ]
             self._pull(pullers, seed)  # also waits until each process has loaded its libraries
+            seed.complete(PROMPTS[0])  # the first answer takes longer
             with RequestLoop(seed, PROMPTS[0]) as quiet:
                 quiet.wait_requests(box.pulls, box.timeout)
             with RequestLoop(seed, PROMPTS[0]) as busy:
@@ -302,7 +306,7 @@ class EngineChecks:
         client = _needs(self._client, "engine_pull")
         found = self._pulled_from(client)
         nbytes = sum(said["nbytes"] for said in found)
-        return f"{len(found)} ranks have the roots of the seed; {nbytes / 1e9:.2f} GB pulled"
+        return f"{len(found)} of {self._box.ranks} ranks have the roots of the seed; {nbytes / 1e9:.2f} GB pulled"
 
     def sleep(self) -> str:
         """An engine that sleeps refuses clients; awake it serves and answers as before."""
@@ -334,7 +338,9 @@ class EngineChecks:
                 raise
             outcome = f"refused, and the answers are the same: {refused[-1].partition(_KEPT)[2]}"
         else:
-            outcome = f"{len(client.lines('reloaded, root'))} ranks reloaded; same roots, tokens and logprobs"
+            outcome = (
+                f"{len(client.lines('reloaded, root'))} of {box.ranks} ranks reloaded; same roots, tokens and logprobs"
+            )
         self._pulled_from(client)
         difference = _difference("vLLM's own load", expected, "the engine after a reload", client.answers(PROMPTS))
         if difference:
@@ -344,14 +350,14 @@ class EngineChecks:
     def stop(self) -> str:
         """Both engines end when they are told to, and leave no process."""
         engines = [_needs(self._seed, "engine_serve"), _needs(self._client, "engine_pull")]
-        took = [engine.stop(_STOP_TIMEOUT) for engine in engines]
+        took = [engine.stop(self._box.stop_timeout) for engine in engines]
         return f"all processes had ended {took[0]:.1f} and {took[1]:.1f} s after SIGTERM"
 
     def _ready(self, engine: Engine) -> None:
         try:
             engine.wait_ready(self._box.timeout)
         except EngineFailed as error:
-            raise FoundError(f"{str(error).partition('; its log')[0]}; {_log(engine)}") from None
+            raise FoundError(f"{str(error).partition(_LOG)[0]}; {_log(engine)}") from None
 
     def _addresses(self, engine: Engine) -> Mapping[int, str]:
         try:
@@ -360,7 +366,7 @@ class EngineChecks:
             found = sorted(engine.addresses())
             raise FoundError(f"of {self._box.ranks} ranks only {found} serve; {_log(engine)}") from None
 
-    def _try_pull(self, engine: Engine, wait: float = _WAIT) -> list[dict[str, Any]]:
+    def _try_pull(self, engine: Engine, wait: float) -> list[dict[str, Any]]:
         """Pull every rank of an engine into the host's memory: its cards are full."""
         with ExitStack() as stack:
             sources = sorted(engine.addresses().items())
@@ -369,11 +375,11 @@ class EngineChecks:
     def _pulled_from(self, engine: Engine) -> list[dict[str, Any]]:
         """Pull every rank, and compare the roots with those of the seed."""
         self._addresses(engine)
-        return self._checked(self._try_pull(engine), engine)
+        return self._checked(self._try_pull(engine, self._box.wait), engine)
 
     def _pull(self, pullers: Sequence[Child], seed: Engine) -> list[dict[str, Any]]:
         """Have all processes pull at once."""
-        return self._checked(self._ask(pullers, _WAIT), seed)
+        return self._checked(self._ask(pullers, self._box.wait), seed)
 
     def _ask(self, pullers: Sequence[Child], wait: float) -> list[dict[str, Any]]:
         for puller in pullers:
@@ -393,6 +399,16 @@ def _needs(made: T | None, check: str) -> T:
     if made is None:
         raise NotRunError(f"{check} did not pass")
     return made
+
+
+def _in_one_line(check: Callable[[], str]) -> Callable[[], str]:
+    def run() -> str:
+        try:
+            return check()
+        except EngineFailed as error:
+            raise FoundError(str(error).partition(_LOG)[0]) from None
+
+    return run
 
 
 def _difference(one: str, left: Answers, other: str, right: Answers) -> str:

@@ -138,7 +138,7 @@ def _box(args: argparse.Namespace, arguments: Sequence[str], where: Where, folde
         pulls=args.pulls,
         timeout=args.timeout,
         sleep=not (args.cpu or args.no_sleep),
-        command=args.vllm,
+        command=[args.vllm],
     )
 
 
