@@ -338,9 +338,10 @@ class EngineChecks:
                 raise
             outcome = f"refused, and the answers are the same: {refused[-1].partition(_KEPT)[2]}"
         else:
-            outcome = (
-                f"{len(client.lines('reloaded, root'))} of {box.ranks} ranks reloaded; same roots, tokens and logprobs"
-            )
+            reloaded = len(client.lines("reloaded, root"))
+            if reloaded != box.ranks:
+                raise FoundError(f"{reloaded} of {box.ranks} ranks say that they reloaded; {_log(client)}")
+            outcome = f"{reloaded} of {box.ranks} ranks reloaded; same roots, tokens and logprobs"
         self._pulled_from(client)
         difference = _difference("vLLM's own load", expected, "the engine after a reload", client.answers(PROMPTS))
         if difference:

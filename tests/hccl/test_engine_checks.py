@@ -36,6 +36,7 @@ FOUND_BY = {
     "wakes up with zeros": ("engine_sleep", "by the engine that woke up"),
     "does not wake up": ("engine_sleep", "/wake_up answered 500"),
     "reloads zeros": ("engine_reload", "by the engine after a reload"),
+    "says nothing of a reload": ("engine_reload", "0 of 1 ranks say that they reloaded"),
     "fails to reload": ("engine_reload", "/collective_rpc answered 500"),
     "does not end": ("engine_stop", "still running"),
 }

@@ -24,6 +24,7 @@ from netloader.errors import NetloaderError
 from netloader.tensors.mappings import ANY, HEAP, mapped
 from netloader.vllm.model.load_state import TRANSFERRED_FACTS
 from netloader.vllm.model.registered import buffers_of, is_expert_map, parameters_of, unset_names, weights_of
+from netloader.vllm.model.unbuilt import is_unbuilt
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +196,8 @@ class _Walk:
         self.numbers: dict[str, int] = {}  # too large for a count, and not in mapped memory
 
     def module(self, name: str, module: torch.nn.Module) -> None:
+        if is_unbuilt(module):
+            return
         start = f"{name}." if name else ""
         for leaf in unset_names(module):
             self.empty.add(start + leaf)
