@@ -60,7 +60,7 @@ def test_engines_without_a_fault_pass(models: ModelStore, tmp_path: Path) -> Non
     }, lines
     assert status == 0
     assert "target: pulled " in lines["engine_pull"][1]
-    assert "5 pulls over " in lines["engine_beside"][1]
+    assert int(lines["engine_beside"][1].partition(" pulls over ")[0]) >= 5
 
 
 def test_a_seed_with_other_weights_turns_the_comparison_red(models: ModelStore, tmp_path: Path) -> None:
