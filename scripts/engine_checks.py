@@ -211,8 +211,8 @@ class EngineChecks:
         """VLLM loads the model from storage, without netloader, and answers equally twice."""
         with self._box.engine("reference", self._box.model, self._box.client_cards, load=None) as engine:
             self._ready(engine)
-            answers = engine.answers(PROMPTS)
-            again = engine.answers(PROMPTS)
+            answers = self._answers(engine)
+            again = self._answers(engine)
             engine.stop(self._box.stop_timeout)
         difference = _difference("the first time", answers, "the second time", again)
         if difference:
@@ -245,10 +245,10 @@ class EngineChecks:
                 for rank, source in sorted(self._sources.items())
             ]
             self._pull(pullers, seed)  # also waits until each process has loaded its libraries
-            seed.complete(PROMPTS[0])  # the first answer takes longer
-            with RequestLoop(seed, PROMPTS[0]) as quiet:
+            seed.complete(PROMPTS[0], timeout=box.timeout)  # the first answer takes longer
+            with self._requests(seed) as quiet:
                 quiet.wait_requests(box.pulls, box.timeout)
-            with RequestLoop(seed, PROMPTS[0]) as busy:
+            with self._requests(seed) as busy:
                 while not busy.errors and (len(pulled) < box.pulls * box.ranks or len(busy.pauses) < box.pulls):
                     pulled += self._pull(pullers, seed)
         for loop in (quiet, busy):
@@ -275,7 +275,7 @@ class EngineChecks:
         client = self._stack.enter_context(
             box.engine("client", bare, box.client_cards, *sleep, load=load, VLLM_SERVER_DEV_MODE="1")
         )
-        with RequestLoop(seed, PROMPTS[0], think=0.5) as loop:
+        with self._requests(seed, think=0.5) as loop:
             self._ready(client)
         if loop.errors or len(loop.answers) > 1:
             raise FoundError(f"the seed answered differently while an engine pulled: {loop.errors or 'other tokens'}")
@@ -294,7 +294,7 @@ class EngineChecks:
         seed, client = _needs(self._seed, "engine_serve"), _needs(self._client, "engine_pull")
         expected = _needs(self._expected, "engine_reference")
         for name, engine in (("the engine that serves", seed), ("the engine that pulled", client)):
-            difference = _difference("vLLM's own load", expected, name, engine.answers(PROMPTS))
+            difference = _difference("vLLM's own load", expected, name, self._answers(engine))
             if difference:
                 raise FoundError(difference)
         return (
@@ -321,7 +321,7 @@ class EngineChecks:
                     raise FoundError(f"a client of the sleeping engine was not refused: {said}")
             client.post("/wake_up", {}, timeout=box.timeout)
             self._pulled_from(client)
-            difference = _difference("vLLM's own load", expected, "the engine that woke up", client.answers(PROMPTS))
+            difference = _difference("vLLM's own load", expected, "the engine that woke up", self._answers(client))
             if difference:
                 raise FoundError(difference)
         return f"{_SLEEPS} times: refused clients while it slept; afterwards same roots, tokens and logprobs"
@@ -343,7 +343,7 @@ class EngineChecks:
                 raise FoundError(f"{reloaded} of {box.ranks} ranks say that they reloaded; {_log(client)}")
             outcome = f"{reloaded} of {box.ranks} ranks reloaded; same roots, tokens and logprobs"
         self._pulled_from(client)
-        difference = _difference("vLLM's own load", expected, "the engine after a reload", client.answers(PROMPTS))
+        difference = _difference("vLLM's own load", expected, "the engine after a reload", self._answers(client))
         if difference:
             raise FoundError(f"{difference} ({outcome})")
         return outcome
@@ -353,6 +353,12 @@ class EngineChecks:
         engines = [_needs(self._seed, "engine_serve"), _needs(self._client, "engine_pull")]
         took = [engine.stop(self._box.stop_timeout) for engine in engines]
         return f"all processes had ended {took[0]:.1f} and {took[1]:.1f} s after SIGTERM"
+
+    def _answers(self, engine: Engine) -> Answers:
+        return engine.answers(PROMPTS, timeout=self._box.timeout)
+
+    def _requests(self, engine: Engine, think: float = 0.0) -> RequestLoop:
+        return RequestLoop(engine, PROMPTS[0], think=think, timeout=self._box.timeout)
 
     def _ready(self, engine: Engine) -> None:
         try:

@@ -154,7 +154,7 @@ class Engine:
             raise EngineFailed(f"{path} answered {status}: {answer[:500]!r}")
         return json.loads(answer) if answer else None
 
-    def complete(self, prompt: str, tokens: int = 16, top: int = 5) -> tuple[Token, ...]:
+    def complete(self, prompt: str, tokens: int = 16, top: int = 5, timeout: float = 120.0) -> tuple[Token, ...]:
         """Generate `tokens` tokens greedily, each with its `top` likeliest alternatives and their logprobs."""
         body = {
             "model": self.name,
@@ -165,15 +165,15 @@ class Engine:
             "logprobs": top,
             "return_tokens_as_token_ids": True,
         }
-        choice = self.post("/v1/completions", body)["choices"][0]["logprobs"]
+        choice = self.post("/v1/completions", body, timeout)["choices"][0]["logprobs"]
         return tuple(
             Token(text, tuple(sorted(alternatives.items(), key=lambda pair: (-pair[1], pair[0]))))
             for text, alternatives in zip(choice["tokens"], choice["top_logprobs"], strict=True)
         )
 
-    def answers(self, prompts: Sequence[str], tokens: int = 16) -> dict[str, tuple[Token, ...]]:
+    def answers(self, prompts: Sequence[str], tokens: int = 16, timeout: float = 120.0) -> dict[str, tuple[Token, ...]]:
         """`complete` for each prompt; equal for two engines with equal weights."""
-        return {prompt: self.complete(prompt, tokens) for prompt in prompts}
+        return {prompt: self.complete(prompt, tokens, timeout=timeout) for prompt in prompts}
 
     def members(self) -> list[Member]:
         """The processes of this engine that are alive.
@@ -464,6 +464,7 @@ class RequestLoop:
     Attributes:
         think: Seconds between an answer and the next request: without any, an engine leaves no processor time to others
             that start on the same cores.
+        timeout: Seconds for one request.
         pauses: Seconds from each request to its answer.
         errors: Messages of failed requests.
         answers: Distinct answers seen.
@@ -473,6 +474,7 @@ class RequestLoop:
     prompt: str
     tokens: int = 8
     think: float = 0.0
+    timeout: float = 120.0
     pauses: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     answers: set[tuple[Token, ...]] = field(default_factory=set)
@@ -506,7 +508,7 @@ class RequestLoop:
         while not self._stop.is_set():
             begun = time.monotonic()
             try:
-                self.answers.add(self.engine.complete(self.prompt, self.tokens))
+                self.answers.add(self.engine.complete(self.prompt, self.tokens, timeout=self.timeout))
             except (OSError, EngineFailed, http.client.HTTPException, ValueError) as error:
                 self.errors.append(f"{type(error).__name__}: {error}")
                 return
