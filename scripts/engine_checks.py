@@ -35,6 +35,7 @@ _LOG = "; its log ends with"
 """After it, the error of an engine has the end of the log."""
 _SLEEPS = 2
 _KEPT = "the weights stay as they are: "
+_NO_RELOAD = "Method 'reload_weights' is not implemented"
 _ASLEEP = "the weights are about to change (sleep)"
 
 REMEDIES = {
@@ -313,7 +314,7 @@ class EngineChecks:
         box, client = self._box, _needs(self._client, "engine_pull")
         expected = _needs(self._expected, "engine_reference")
         if not box.sleep:
-            raise ByHandError("engines of this platform cannot sleep: run the checklist on an NPU")
+            raise ByHandError("no engine sleeps here: run the checklist on an NPU, without --no-sleep")
         for _ in range(_SLEEPS):
             client.post("/sleep?level=1", {}, timeout=box.timeout)
             for said in self._try_pull(client, wait=0.0):
@@ -333,6 +334,8 @@ class EngineChecks:
         try:
             client.post("/collective_rpc", {"method": "reload_weights"}, timeout=box.timeout)
         except EngineFailed:
+            if client.lines(_NO_RELOAD):
+                raise ByHandError("the workers of this vLLM cannot reload: nothing to do") from None
             refused = client.lines(_KEPT)
             if not refused:
                 raise
@@ -444,6 +447,7 @@ def _from_netloader(line: str) -> str:
 
 
 def _log(engine: Engine) -> str:
-    """Where the log is, and what netloader, or else an error, said last in it."""
-    lines = engine.lines("netloader: ") or engine.lines("Error")
+    """Where the log is, and what it says: the first error of an engine that has ended, or netloader's last line."""
+    ended = engine.process.poll() is not None
+    lines = (engine.lines("Error: ")[:1] if ended else []) or engine.lines("netloader: ")
     return f"the log {engine.log} says: {_from_netloader(lines[-1])}" if lines else f"see the log {engine.log}"
