@@ -73,14 +73,16 @@ def main() -> int:
     folder = Path(args.report or f"checklist-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     box = _box(args, given[mark + 1 :], where, folder)
-    with EngineChecks(box) as engines:
-        for name, run in engines.named().items():
-            if not wanted or name in wanted:
-                checklist.run(name, run, engine_checks.REMEDIES[name])
-    if not wanted:
-        for name, what in engine_checks.by_hand(box).items():
-            checklist.add(Line(name, "MANUAL", what))
-    checklist.write(folder, {**box.about(), "only": sorted(wanted)})
+    try:
+        with EngineChecks(box) as engines:
+            for name, run in engines.named().items():
+                if not wanted or name in wanted:
+                    checklist.run(name, run, engine_checks.REMEDIES[name])
+        if not wanted:
+            for name, what in engine_checks.by_hand(box).items():
+                checklist.add(Line(name, "MANUAL", what))
+    finally:  # also if somebody presses Ctrl-C
+        checklist.write(folder, {**box.about(), "only": sorted(wanted)})
     print(f"report: {folder}")
     return 1 if checklist.failed else 0
 

@@ -10,6 +10,7 @@ their weights are equal.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from typing import Any
 
 _TOP = 5
@@ -20,10 +21,12 @@ class _Answers:
 
     Attributes:
         asked: By the id of a request, its prompt and how many tokens it has.
+        made: Outputs of steps whose tokens nobody has sampled yet.
     """
 
     def __init__(self) -> None:
         self.asked: dict[str, tuple[bytes, int]] = {}
+        self.made: deque[Any] = deque()
 
     def step(self, model: Any, vocabulary: int, scheduled: Any) -> Any:
         """One token for each scheduled request, which has its whole prompt in its first step."""
@@ -81,8 +84,17 @@ def register() -> None:
 
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         vocabulary = self.model_config.get_vocab_size()
-        return answers.step(self.model_runner.get_model(), vocabulary, scheduler_output)
+        output = answers.step(self.model_runner.get_model(), vocabulary, scheduler_output)
+        if not output.req_ids:
+            return output
+        answers.made.append(output)
+        return None
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        del self, grammar_output
+        return answers.made.popleft()
 
     worker.NPUModelRunner.profile_run = lambda self, *args, **more: None
     worker.NPUWorker.compile_or_warm_up_model = lambda self: CompilationTimes(0.0, 0.0)
     worker.NPUWorker.execute_model = execute_model
+    worker.NPUWorker.sample_tokens = sample_tokens
