@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.ascend import processes
 from tests.ascend.kinds import Store
 from tests.hccl.checklists import run_checklist
+from tests.hccl.processes import ROOT
 
 SERVING = Path(__file__).parent / "serving"
 CHECKS = ("reference", "serve", "beside", "pull", "equal", "serve_again", "reload", "stop")
@@ -19,7 +20,7 @@ CHECKS = ("reference", "serve", "beside", "pull", "equal", "serve_again", "reloa
 
 def test_engines_of_vllm_ascend_serve_and_pull_over_hccl(store: Store, tmp_path: Path) -> None:
     names = [f"engine_{check}" for check in CHECKS]
-    path = os.pathsep.join([str(processes.FAKES), str(SERVING), str(processes.ROOT)])
+    path = os.pathsep.join([str(processes.FAKES), str(SERVING), str(ROOT)])
     found = run_checklist(
         store.get("llama"),
         tmp_path / "report",
