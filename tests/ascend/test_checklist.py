@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from tests.ascend import processes
-from tests.ascend.kinds import Store
+from tests.ascend.kinds import KINDS, Store
 from tests.hccl.checklists import run_checklist
 from tests.hccl.processes import ROOT
 
@@ -22,7 +22,7 @@ def test_engines_of_vllm_ascend_serve_and_pull_over_hccl(store: Store, tmp_path:
     names = [f"engine_{check}" for check in CHECKS]
     path = os.pathsep.join([str(processes.FAKES), str(SERVING), str(ROOT)])
     found = run_checklist(
-        store.get("llama"),
+        store.get(KINDS["llama"].model),
         tmp_path / "report",
         *("--only", ",".join(names), "--pulls", "3", "--no-sleep"),
         engine=("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 25)),
