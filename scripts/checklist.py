@@ -81,7 +81,8 @@ class Checklist:
             outcome, text = "FAIL", str(error)
         except Exception as error:  # noqa: BLE001 - one line for each check, whatever it found
             outcome, text = "FAIL", f"{type(error).__name__}: {error}"
-        self.add(Line(name, outcome, text[:_LONGEST], remedy if outcome == "FAIL" else "", time.monotonic() - began))
+        text = " / ".join(text.splitlines())[:_LONGEST]
+        self.add(Line(name, outcome, text, remedy if outcome == "FAIL" else "", time.monotonic() - began))
 
     def add(self, line: Line) -> None:
         """Print a line, and keep it."""

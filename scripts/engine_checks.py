@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -209,7 +210,7 @@ class EngineChecks:
         return {name: _in_one_line(getattr(self, name.removeprefix("engine_"))) for name in REMEDIES}
 
     def reference(self) -> str:
-        """VLLM loads the model from storage, without netloader, and answers equally twice."""
+        """An engine that loads from storage without netloader answers equally twice."""
         with self._box.engine("reference", self._box.model, self._box.client_cards, load=None) as engine:
             self._ready(engine)
             answers = self._answers(engine)
@@ -259,6 +260,8 @@ class EngineChecks:
             raise FoundError("the answers of the seed are not the same while clients pull")
         rates = [said["nbytes"] / said["seconds"] / 1e9 for said in pulled]
         transports = sorted({name for said in pulled for name in said["transports"]})
+        if self._expects_hccl and transports != ["hccl"]:
+            raise FoundError(f"clients with a card of their own pulled over {', '.join(transports)}, not over hccl")
         return (
             f"{len(pulled)} pulls over {', '.join(transports)}, {min(rates):.2f} to {max(rates):.2f} GB/s each; "
             f"a request takes {_spread(quiet.pauses)} without pulls, {_spread(busy.pauses)} beside them; same answers"
@@ -269,7 +272,10 @@ class EngineChecks:
         box, seed = self._box, _needs(self._seed, "engine_serve")
         sources = [{"device_id": rank, "sources": [source]} for rank, source in sorted(self._sources.items())]
         load = {"LISTEN_HOST": "127.0.0.1", "SOURCE": sources, "FALLBACK": False}
-        bare = strip_weights(box.model, box.folder / "without-weights")
+        bare = box.folder / "without-weights"
+        if bare.exists():  # of an earlier run
+            shutil.rmtree(bare)
+        strip_weights(box.model, bare)
         sleep = ("--enable-sleep-mode",) if box.sleep else ()
         if not box.seed_cards:
             seed.stand_back()  # vLLM on a processor leaves too little of it to an engine that starts
@@ -283,10 +289,9 @@ class EngineChecks:
         lines = client.lines("target: pulled ")
         if len(lines) != box.ranks:
             raise FoundError(f"{len(lines)} of {box.ranks} ranks say that they pulled; {_log(client)}")
-        if box.seed_cards and not self._box.settings.get("TRANSPORT"):
-            other = [line for line in lines if " over hccl" not in line]
-            if other:
-                raise FoundError(f"it was not pulled over hccl: {_from_netloader(other[0])}")
+        other = [line for line in lines if self._expects_hccl and " over hccl" not in line]
+        if other:
+            raise FoundError(f"it was not pulled over hccl: {_from_netloader(other[0])}")
         self._client = client
         return f"{_from_netloader(lines[0])}; the seed answered {len(loop.pauses)} requests meanwhile, the same"
 
@@ -362,6 +367,10 @@ class EngineChecks:
 
     def _requests(self, engine: Engine, think: float = 0.0) -> RequestLoop:
         return RequestLoop(engine, PROMPTS[0], think=think, timeout=self._box.timeout)
+
+    @property
+    def _expects_hccl(self) -> bool:
+        return bool(self._box.seed_cards) and not self._box.settings.get("TRANSPORT")
 
     def _ready(self, engine: Engine) -> None:
         try:

@@ -122,6 +122,25 @@ def test_without_sleep_mode_the_line_says_what_to_do(model: Path, tmp_path: Path
     )
 
 
+def test_a_pull_between_cards_has_to_go_over_hccl(model: Path, tmp_path: Path) -> None:
+    """The double has no card, so it pulls over another transport."""
+    lines = checked(model, tmp_path, last="engine_pull", seed_cards=["0"], client_cards=[""])
+    for name in ("engine_beside", "engine_pull"):
+        assert lines[name].outcome == "FAIL"
+        assert "over hccl" in lines[name].text
+    settings = {"TRANSPORT": "tcp"}
+    lines = checked(model, tmp_path, last="engine_pull", seed_cards=["0"], client_cards=[""], settings=settings)
+    assert lines["engine_pull"].outcome == "PASS", "a second run into the same folder, with a transport that was chosen"
+
+
+def test_a_check_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> str:
+        raise RuntimeError("first\nsecond")
+
+    Checklist().run("engine_stop", fails, "this")
+    assert capsys.readouterr().out == "FAIL engine_stop: RuntimeError: first / second To do: this\n"
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["hccl_checklist", *arguments])
     return hccl_checklist.main()
