@@ -1,437 +1,99 @@
-"""The hardware checklist of the hccl transport: one line for each claim that only Ascend hardware can show.
+"""The hardware checklist: one line for each claim that only Ascend hardware can show.
 
-    python -m scripts.hccl_checklist [--seed-device npu:0] [--receiver-devices npu:1,npu:2]
-                                     [--only NAME,NAME] [--large-mib N] [--mib N] [--peer HOST:PORT] [--block-ports]
+    python -m scripts.hccl_checklist [MODEL] [options] [-- arguments of vllm serve]
 
-Run it in a checkout, in an environment with torch_npu and netloader, on a host with at least two free NPUs (four for
-`all_ranks_at_once`). Each line is PASS, FAIL, or MANUAL (with the manual step), and says what was measured. `--peer`
-names a seed on another host. `--block-ports` lets one check add a rule to this host's firewall while it runs.
+Run it in a checkout, in an environment with torch_npu and netloader, on a host with at least two free NPUs. Without
+MODEL it checks the hccl transport. With MODEL, the folder of a model with its weight files, it also starts engines of
+vllm-ascend: one that vLLM loads by itself, one that serves, and one that pulls. It compares their tokens and logprobs.
 
-Exit status: 0 if nothing failed, 1 if something failed, 3 if there is no NPU and nothing was checked.
+The devices are used in their order: the first half belongs to the engine that serves, the second half to the one that
+pulls. Two devices give each engine one card; four give it two, and tensor parallelism. What follows `--` goes to every
+`vllm serve`, for example `-- --quantization ascend --max-model-len 4096`.
+
+Each line is PASS, FAIL (with what to do), MANUAL (with the manual step), or SKIP (an earlier check failed), and says
+what was measured. The same lines, with more details in JSON, and the logs of the engines are put into a folder.
+
+Exit status: 0 if nothing failed, 1 if something failed, 3 if there is no NPU and nothing was checked. With `--cpu` the
+engines run on the processor, and what needs an NPU is left out: that tests the checklist, and no claim about NPUs.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 from netloader.transports.hccl import HcclTransport
-from tests.hccl import contract, scenarios
-from tests.hccl.processes import ROOT, Child, receiver, seed
+from scripts import engine_checks
+from scripts.checklist import Checklist, Line
+from scripts.engine_checks import Box, EngineChecks
+from scripts.transport_checks import CHECKS, Where
 
 NO_NPU = 3
-PACKAGES = ("netloader", "torch", "torch-npu", "vllm", "vllm-ascend")
-BUFFERS = (20, 100, 256, 512)
-
-
-class ByHandError(Exception):
-    """A check cannot run here; the message says what to do by hand."""
-
-
-@dataclass
-class Where:
-    """The devices and options that the checks use."""
-
-    source: str
-    receivers: list[str]
-    large_mib: int
-    mib: int = 256
-    peer: str = ""
-    block_ports: bool = False
-    peer_mib: int = 1024
-
-    @property
-    def devices(self) -> list[str]:
-        """All devices, each once."""
-        return list(dict.fromkeys([self.source, *self.receivers]))
-
-    def environment(self, **extra: str) -> dict[str, str]:
-        """Environment of the processes: everything that the user set, and `extra`."""
-        return {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            **extra,
-        }
-
-    @contextmanager
-    def seed(self, environment: dict[str, str] | None = None, **options: Any) -> Iterator[tuple[Child, str]]:
-        """A process that serves."""
-        with seed(environment or self.environment(), self.source, **options) as made:
-            yield made
-
-    def receiver(self, port: str, number: int = 0, environment: dict[str, str] | None = None, **options: Any) -> Child:
-        """A process that pulls."""
-        device = self.receivers[number % len(self.receivers)]
-        return receiver(environment or self.environment(), port, device, **options)
-
-
-def versions(where: Where) -> str:
-    """Versions and every variable of HCCL."""
-    del where
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} -")
-    toolkit = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME") or "?"
-    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if "HCCL_" in name]
-    return f"{', '.join(found)}; CANN at {toolkit}; {' '.join(variables) or 'no HCCL variable is set'}"
-
-
-def installed_contract(where: Where) -> str:
-    """The installed torch_npu has what the transport uses."""
-    del where
-    import torch
-    import torch_npu
-    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
-
-    options = ProcessGroupHCCL.Options()
-    names = set(contract.ATTRIBUTES) - {"is_completed", "wait"}  # of torch's works, which need a group
-    lost = [name for name in sorted(names) if not (hasattr(ProcessGroupHCCL, name) or hasattr(options, name))]
-    lost += [f"torch.npu.{name}" for name in contract.EXPORTED if not hasattr(torch.get_device_module("npu"), name)]
-    lost += [name for name in ("npu_format_cast", "get_npu_format") if not hasattr(torch_npu, name)]
-    if lost:
-        raise AssertionError(f"missing: {', '.join(lost)}")
-    return f"torch_npu {torch_npu.__version__}: {len(names) + len(contract.EXPORTED) + 2} names are there"
-
-
-def one_pull(where: Where) -> str:
-    """All dtypes, a transposed tensor, an empty one and a scalar arrive; their addresses stay the same."""
-    with where.seed(mib=64) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        with where.receiver(port, mib=64) as one:
-            said = one.heard()
-            scenarios.all_right(said)
-        after = scenarios.at_rest(source, used)
-    return (
-        f"{said['nbytes']} bytes in {said['seconds']:.2f} s; device memory in use before {used}, after {after['used']}"
-    )
-
-
-def formats(where: Where) -> str:
-    """FRACTAL_NZ in bf16 and int8, and int8 tiles with dtype int32."""
-    with where.seed(mib=8, formats=1) as (_, port), where.receiver(port, mib=8, formats=1) as one:
-        said = one.heard()
-        scenarios.all_right(said)
-    return f"{said['nbytes']} bytes right, storages kept"
-
-
-def large(where: Where) -> str:
-    """Many gigabytes; with --large-mib, tensors of more than 4 GB."""
-    with where.seed(mib=where.large_mib) as (_, port), where.receiver(port, mib=where.large_mib) as one:
-        said = one.heard()
-        scenarios.all_right(said)
-    return f"{said['nbytes'] / 1e9:.2f} GB at {said['nbytes'] / said['seconds'] / 1e9:.2f} GB/s, digests included"
-
-
-def buffers(where: Where) -> str:
-    """Speed and memory as functions of P2P_HCCL_BUFFSIZE."""
-    found = []
-    for size in BUFFERS:
-        environment = where.environment(P2P_HCCL_BUFFSIZE=str(size))
-        options: dict[str, Any] = {"environment": environment, "mib": where.large_mib}
-        with where.seed(**options) as (_, port), where.receiver(port, **options) as one:
-            said = one.heard()
-            scenarios.all_right(said)
-            one.ended()
-            takes = [line.split(" takes ")[1] for line in one.log if "communicator for weights" in line]
-            counted = [text.partition(" of ")[0] for text in takes]
-        found.append(f"{size} MB: {said['nbytes'] / said['seconds'] / 1e9:.2f} GB/s, takes {counted}")
-    return "; ".join(found)
-
-
-def killed_receiver(where: Where) -> str:
-    """SIGKILL of a receiver in the middle: the seed survives, becomes idle soon, and serves the next one."""
-    with where.seed(mib=where.mib, stall=10) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        with where.receiver(port, mib=where.mib, then="die") as one:
-            one.ended()
-        began = time.monotonic()
-        after = scenarios.at_rest(source, used)
-        seconds = time.monotonic() - began
-        with where.receiver(port, number=1, mib=where.mib) as two:
-            scenarios.all_right(two.heard())
-    return f"at rest {seconds:.1f} s after the end of the receiver; memory before {used}, after {after['used']}"
-
-
-def stopped_receiver(where: Where) -> str:
-    """A receiver that stops reading (SIGSTOP): the seed survives and drops it."""
-    with where.seed(mib=where.mib, stall=10) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        with where.receiver(port, mib=where.mib, then="stop") as one:
-            one.heard()
-            began = time.monotonic()
-            scenarios.at_rest(source, used)
-            seconds = time.monotonic() - began
-    return f"at rest after {seconds:.1f} s, with a stall time of 10 s"
-
-
-def killed_seed(where: Where) -> str:
-    """SIGKILL of the seed in the middle: the receiver gets an error and goes on running."""
-    with where.seed(mib=where.mib) as (source, port), where.receiver(port, mib=where.mib, then="tell") as one:
-        one.heard()
-        source.kill()
-        began = time.monotonic()
-        said = one.ask("go on")
-        seconds = time.monotonic() - began
-        if one.ended() != 0:
-            raise AssertionError(f"the receiver's process ended badly: {one.text()}")
-    return f"after {seconds:.1f} s: {said['kind']}"
-
-
-def many(where: Where) -> str:
-    """Ten receivers one after the other, then all receiving devices at once; memory does not grow."""
-    with where.seed(mib=64) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        for number in range(10):
-            with where.receiver(port, number, mib=64) as one:
-                scenarios.all_right(one.heard())
-        in_turn = scenarios.at_rest(source, used)["used"]
-        together = [where.receiver(port, number, mib=64) for number in range(len(where.receivers))]
-        for one in together:
-            with one:
-                scenarios.all_right(one.heard())
-        after = scenarios.at_rest(source, used)["used"]
-    return f"memory in use: {used} before, {in_turn} after ten in turn, {after} after {len(together)} at once"
-
-
-def busy(where: Where) -> str:
-    """While memory is profiled nothing is opened."""
-    with where.seed(mib=8) as (source, port):
-        source.ask("still")
-        before = source.ask("status")["used"]
-        with where.receiver(port, mib=8) as one:
-            said = one.heard()
-        if "memory is being measured" not in str(said.get("error")):
-            raise AssertionError(f"it was served: {said}")
-        after = source.ask("status")["used"]
-        source.ask("move")
-    return f"refused as busy; memory in use {before} and {after}"
-
-
-def peer_never_connects(where: Where) -> str:
-    """A receiver that is ready and then never enters HCCL: only its own session fails, and the next pull works."""
-    with where.seed(mib=8) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        with where.receiver(port, mib=8, then="never") as one:
-            one.heard()
-            began = time.monotonic()
-            after = scenarios.at_rest(source, used)
-            seconds = time.monotonic() - began
-            with where.receiver(port, number=1, mib=8, wait=60) as two:
-                scenarios.all_right(two.heard())
-    return f"at rest after {seconds:.1f} s; memory in use before {used}, after {after['used']}; the next pull is right"
-
-
-def coexistence(where: Where) -> str:
-    """Beside vllm-ascend, in any order of plugins, the load format is netloader's."""
-    for package in ("vllm", "vllm_ascend"):
-        if importlib.util.find_spec(package) is None:
-            raise ByHandError(f"{package} is not installed here: run this line again in the engine's environment")
-    script = str(ROOT / "tests" / "hccl" / "ascend" / "registered.py")
-    plugins = ("netloader", "ascend_model_loader")
-    for order in (plugins, plugins[::-1]):
-        done = subprocess.run(
-            [sys.executable, script, *order],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=where.environment(VLLM_PLUGINS="none"),
-        )
-        if done.returncode != 0:
-            raise AssertionError(f"{' then '.join(order)}: {done.stderr[-1000:]}")
-        loader = json.loads(done.stdout.splitlines()[-1])["netloader"]
-        if not loader.startswith("netloader.vllm."):
-            raise AssertionError(f"{' then '.join(order)}: the load format is {loader}'s")
-    return "netloader's loader is the registered one in either order"
-
-
-def rank_table(where: Where) -> str:
-    """With RANK_TABLE_FILE, the transport refuses and gives the reason."""
-    del where
-    before = os.environ.get("RANK_TABLE_FILE")
-    os.environ["RANK_TABLE_FILE"] = "/nonexistent"
-    try:
-        reason = HcclTransport().missing("npu:0")
-    finally:
-        if before is None:
-            del os.environ["RANK_TABLE_FILE"]
-        else:
-            os.environ["RANK_TABLE_FILE"] = before
-    if reason is None:
-        raise AssertionError("it would have run")
-    return reason
-
-
-def asleep(where: Where) -> str:
-    """Weights are retracted and overwritten while receivers pull, then restored: no receiver has a wrong byte."""
-    rounds = 3
-    outcomes = []
-    with where.seed(mib=where.mib) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        for number in range(rounds):
-            with where.receiver(port, number, mib=where.mib, then="tell", after=0.1, wait=60) as one:
-                one.heard()
-                source.ask("sleep")
-                one.tell("go on")
-                source.ask("wake")
-                said = one.heard()
-                scenarios.all_right(said)
-                outcomes.append(said["retries"])
-        after = scenarios.at_rest(source, used)["used"]
-    return f"{rounds} rounds right, failed tries on the way: {outcomes}; memory in use {used} before, {after} after"
-
-
-def graph(where: Where) -> str:
-    """A graph that was captured before the pull computes with the new weights when it is replayed."""
-    with where.seed(mib=64) as (_, port), where.receiver(port, mib=64, graph=1) as one:
-        said = one.heard()
-        scenarios.all_right(said)
-    if said["replayed"] is None:
-        raise ByHandError("this torch_npu has no NPUGraph")
-    if not said["replayed"]:
-        raise AssertionError("the replay computed with something else than the pulled weights")
-    return f"{said['nbytes']} bytes in place, the replay computed with them"
-
-
-def all_ranks_at_once(where: Where) -> str:
-    """Every rank has its own seed and receiver, all at the same time; no device number equals its rank."""
-    devices = where.devices
-    ranks = len(devices) // 2
-    if ranks < 2:  # noqa: PLR2004 - one rank is `one_pull`
-        raise ByHandError("name three receiver devices or more: a seed and a receiver for each of two ranks")
-    environment = where.environment()
-    with ExitStack() as stack:
-        ports = [
-            stack.enter_context(seed(environment, devices[rank], seed=rank, mib=where.mib))[1] for rank in range(ranks)
-        ]
-        began = time.monotonic()
-        pulling = [
-            stack.enter_context(
-                receiver(environment, port, devices[ranks + (rank + 1) % ranks], seed=rank, mib=where.mib)
-            )
-            for rank, port in enumerate(ports)
-        ]
-        said = [one.heard() for one in pulling]
-        seconds = time.monotonic() - began
-        for each in said:
-            scenarios.all_right(each)
-    rates = ", ".join(f"{each['nbytes'] / each['seconds'] / 1e9:.2f}" for each in said)
-    return f"{ranks} ranks at once, {seconds:.1f} s with the start of their processes, each at {rates} GB/s"
-
-
-def two_instances(where: Where) -> str:
-    """Two instances on one host, with port ranges `auto`, serve each other's device at the same time."""
-    environment = where.environment(HCCL_HOST_SOCKET_PORT_RANGE="auto", HCCL_NPU_SOCKET_PORT_RANGE="auto")
-    first, second = where.source, where.receivers[0]
-    with (
-        seed(environment, first, seed=1, mib=64) as (_, port_of_first),
-        seed(environment, second, seed=2, mib=64) as (_, port_of_second),
-        receiver(environment, port_of_first, second, seed=1, mib=64) as one,
-        receiver(environment, port_of_second, first, seed=2, mib=64) as two,
-    ):
-        said = [one.heard(), two.heard()]
-        for each in said:
-            scenarios.all_right(each)
-    return f"both ways right, {said[0]['seconds']:.2f} and {said[1]['seconds']:.2f} s"
-
-
-def two_hosts(where: Where) -> str:
-    """A pull from `tests.hccl.child serve` on another host."""
-    host, _, port = where.peer.rpartition(":")
-    if not host:
-        raise ByHandError(
-            "on the other host: python -m tests.hccl.child serve --device=npu:0 --host=ITS-ADDRESS "
-            f"--mib={where.peer_mib} (it prints its port, and serves until its input ends); then here: "
-            f"--only two_hosts --peer ITS-ADDRESS:PORT --peer-mib={where.peer_mib}"
-        )
-    with where.receiver(port, host=host, mib=where.peer_mib) as one:
-        said = one.heard()
-        if "error" in said:
-            raise AssertionError(said["error"])
-        scenarios.all_right(said)
-    return f"{said['nbytes'] / 1e9:.2f} GB at {said['nbytes'] / said['seconds'] / 1e9:.2f} GB/s, digests included"
-
-
-@contextmanager
-def blocked(first: int, last: int) -> Iterator[None]:
-    """Block connections to these TCP ports of this host while the body runs."""
-    rule = ["INPUT", "-p", "tcp", "--dport", f"{first}:{last}", "-m", "comment", "--comment", "netloader", "-j", "DROP"]
-    subprocess.run(["iptables", "-I", *rule], check=True, capture_output=True, timeout=30)  # noqa: S607 - root's own
-    try:
-        yield
-    finally:
-        subprocess.run(["iptables", "-D", *rule], check=True, capture_output=True, timeout=30)  # noqa: S607
-
-
-def blocked_ports(where: Where) -> str:
-    """HCCL's host ports are blocked: an error within the timeout, and the next pull works."""
-    if not where.block_ports or os.geteuid() != 0 or shutil.which("iptables") is None:
-        raise ByHandError(
-            "as root, with iptables: --only blocked_ports --block-ports drops connections to HCCL's host ports while "
-            "it runs; or block the peer's ports by hand: an error in time, and the next pull works"
-        )
-    first = int(os.environ.get("HCCL_IF_BASE_PORT", "60000"))
-    limit = 120.0  # the minimum of HCCL_CONNECT_TIMEOUT
-    environment = where.environment(HCCL_CONNECT_TIMEOUT=f"{limit:.0f}")
-    with where.seed(environment, mib=8) as (source, port):
-        used = scenarios.at_rest(source)["used"]
-        began = time.monotonic()
-        with (
-            blocked(first, first + 31),
-            where.receiver(port, environment=environment, mib=8, timeout=limit) as one,
-        ):
-            said = one.heard(3 * limit)
-        seconds = time.monotonic() - began
-        if "error" not in said:
-            raise AssertionError(f"ports {first} to {first + 31} were blocked, and it was pulled in {seconds:.1f} s")
-        scenarios.at_rest(source, used)
-        with where.receiver(port, number=1, environment=environment, mib=8, wait=60) as two:
-            scenarios.all_right(two.heard())
-    return f"after {seconds:.1f} s: {said['kind']}; the next pull is right"
-
-
-Check = Callable[[Where], str]
-CHECKS: tuple[Check, ...] = (
-    *(
-        versions,
-        installed_contract,
-        rank_table,
-        one_pull,
-        formats,
-        busy,
-        killed_receiver,
-        stopped_receiver,
-        killed_seed,
-        peer_never_connects,
-    ),
-    *(many, asleep, graph, two_instances, all_ranks_at_once),
-    *(large, buffers, blocked_ports, two_hosts, coexistence),
-)
-MANUAL = {
-    "beside-inference": "pull 100 times from an engine with TP 2 under traffic: same outputs, no deadlock, latency",
-    "engine-ranks": "an engine with TP 4 or 8 and expert parallel: every rank pulls at once",
-    "engine-graph": "an engine that is not eager: reload in place; same tokens as after a load from storage",
-    "engine-sleep": "an engine that sleeps and wakes, and reloads, repeatedly, while clients pull",
-}
 
 
 def main() -> int:
     """Run the checks and print one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _parser()
+    given = sys.argv[1:]
+    mark = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:mark])
+    where = Where(
+        args.seed_device,
+        args.receiver_devices.split(","),
+        args.large_mib,
+        args.mib,
+        args.peer,
+        args.block_ports,
+        args.peer_mib,
+    )
+    transports = [check for check in CHECKS if not args.cpu]
+    wanted = set(filter(None, args.only.split(",")))
+    unknown = wanted - {check.__name__ for check in transports} - (set(engine_checks.REMEDIES) if args.model else set())
+    if unknown:
+        parser.error(f"no such check: {', '.join(sorted(unknown))}")
+    _refuse_what_does_not_fit(parser, args)
+    for device in () if args.cpu else (where.source, *where.receivers):
+        reason = HcclTransport().missing(device)
+        if reason is not None:
+            print(f"NOTHING CHECKED: {device} cannot be used: {reason}")
+            return NO_NPU
+    checklist = Checklist()
+    for check in transports:
+        if not wanted or check.__name__ in wanted:
+            checklist.run(check.__name__, lambda check=check: check(where))  # type: ignore[misc]
+    if args.model is None:
+        if not wanted:
+            checklist.add(Line("engines", "MANUAL", "name the folder of a model: the engines are checked then"))
+        return 1 if checklist.failed else 0
+    folder = Path(args.report or f"checklist-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    box = _box(args, given[mark + 1 :], where, folder)
+    try:
+        with EngineChecks(box) as engines:
+            for name, run in engines.named().items():
+                if not wanted or name in wanted:
+                    checklist.run(name, run, engine_checks.REMEDIES[name])
+        if not wanted:
+            for name, what in engine_checks.by_hand(box).items():
+                checklist.add(Line(name, "MANUAL", what))
+    finally:  # also if somebody presses Ctrl-C
+        checklist.write(folder, {**box.about(), "only": sorted(wanted)})
+    print(f"report: {folder}")
+    return 1 if checklist.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.hccl_checklist",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", type=Path, help="folder of a model, for the checks with engines")
     parser.add_argument("--seed-device", default="npu:0")
     parser.add_argument("--receiver-devices", default="npu:1")
     parser.add_argument("--only", default="", help="names of checks, comma separated")
@@ -440,33 +102,53 @@ def main() -> int:
     parser.add_argument("--peer", default="", help="HOST:PORT of a seed on another host, for two_hosts")
     parser.add_argument("--peer-mib", type=int, default=1024, help="what that seed was told as --mib")
     parser.add_argument("--block-ports", action="store_true", help="blocked_ports may change this host's firewall")
-    args = parser.parse_args()
-    receivers = args.receiver_devices.split(",")
-    where = Where(args.seed_device, receivers, args.large_mib, args.mib, args.peer, args.block_ports, args.peer_mib)
-    for device in (where.source, *where.receivers):
-        reason = HcclTransport().missing(device)
-        if reason is not None:
-            print(f"NOTHING CHECKED: {device} cannot be used: {reason}")
-            return NO_NPU
-    wanted = set(filter(None, args.only.split(",")))
-    unknown = wanted - {check.__name__ for check in CHECKS}
-    if unknown:
-        parser.error(f"no such check: {', '.join(sorted(unknown))}")
-    failed = 0
-    for check in CHECKS:
-        if wanted and check.__name__ not in wanted:
-            continue
-        try:
-            print(f"PASS {check.__name__}: {check(where)}", flush=True)
-        except ByHandError as error:
-            print(f"MANUAL {check.__name__}: {error}", flush=True)
-        except Exception as error:  # noqa: BLE001 - one line for each check, whatever it found
-            failed += 1
-            print(f"FAIL {check.__name__}: {type(error).__name__}: {str(error)[:2000]}", flush=True)
-    if not wanted:
-        for name, what in MANUAL.items():
-            print(f"MANUAL {name}: {what}")
-    return 1 if failed else 0
+    engines = parser.add_argument_group("engines")
+    engines.add_argument("--report", default="", help="folder for the report and the logs")
+    engines.add_argument("--settings", type=json.loads, default={}, help="netloader's settings, as JSON")
+    engines.add_argument("--pulls", type=int, default=100, help="pulls, and requests, of engine_beside")
+    engines.add_argument("--timeout", type=float, default=1800.0, help="seconds for the start of an engine")
+    engines.add_argument("--no-sleep", action="store_true", help="start no engine in sleep mode")
+    engines.add_argument("--cpu", action="store_true", help="run engines on the processor: a test of the checklist")
+    engines.add_argument("--vllm", default="vllm", help="the command")
+    engines.add_argument(
+        "--seed-model", type=Path, help="a control: folder with other weights for the seed. engine_equal has to fail"
+    )
+    return parser
+
+
+def _refuse_what_does_not_fit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.cpu and args.model is None:
+        parser.error("--cpu needs a model")
+    for model in (args.model, args.seed_model):
+        if model is not None and not (model / "config.json").is_file():
+            parser.error(f"{model} is not the folder of a model: it has no config.json")
+    if "TOKEN_FILE" in args.settings:
+        parser.error("the engines listen at 127.0.0.1 only, without a token: leave TOKEN_FILE out")
+
+
+def _box(args: argparse.Namespace, arguments: Sequence[str], where: Where, folder: Path) -> Box:
+    cards = [] if args.cpu else _cards(where.devices)
+    ranks = len(cards) // 2
+    return Box(
+        model=args.model.resolve(),
+        folder=folder,
+        seed_cards=cards[:ranks],
+        client_cards=cards[ranks : 2 * ranks],
+        arguments=arguments,
+        settings=args.settings,
+        seed_model=None if args.seed_model is None else args.seed_model.resolve(),
+        pulls=args.pulls,
+        timeout=args.timeout,
+        sleep=not (args.cpu or args.no_sleep),
+        command=[args.vllm],
+    )
+
+
+def _cards(devices: Sequence[str]) -> list[str]:
+    """The numbers of devices among all cards of the host, of which this process may see some only."""
+    numbers = [int(device.partition(":")[2] or 0) for device in devices]
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    return [visible.split(",")[number] if visible else str(number) for number in numbers]
 
 
 if __name__ == "__main__":

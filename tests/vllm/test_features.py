@@ -122,6 +122,21 @@ def test_online_quantisation_falls_back(
     assert connections == []
 
 
+def test_weights_without_memory_fall_back(falls_back: FallingBack) -> None:
+    """The model is not quantised, so the line does not say that it is."""
+
+    def empty(model: Any) -> None:
+        norm = model.model.norm
+
+        def fill(weight: Any, read: torch.Tensor) -> None:
+            norm.weight = torch.nn.Parameter(read.to(weight.dtype), requires_grad=False)
+
+        norm.weight = torch.nn.Parameter(norm.weight.data.to("meta"), requires_grad=False)
+        norm.weight.weight_loader = fill
+
+    falls_back("some weights have no memory before they are loaded (model.norm.weight)", rebuild=empty)
+
+
 class Wrapped(torch.Tensor):
     """A tensor class that keeps its data in other tensors, as torchao's do."""
 

@@ -869,7 +869,7 @@ def test_without_the_ids_of_its_tokens_such_a_model_is_not_comparable(folder: Pa
 
 
 def test_only_the_tokenizer_decides_the_classifier(models: ModelStore, log_lines: LogLines, tmp_path: Path) -> None:
-    """Why its ids are stated. vLLM makes a new head while it loads such a model, for which it is not served either."""
+    """Why its ids are stated. The model itself is served: `tests/vllm/test_unbuilt.py` pulls it."""
     overrides = {
         "architectures": ["LlamaForSequenceClassification"],
         "method": "from_2_way_softmax",
@@ -880,7 +880,7 @@ def test_only_the_tokenizer_decides_the_classifier(models: ModelStore, log_lines
         log_lines.lines.clear()
         given = {"hf_overrides": overrides, "runner": "pooling", "tokenizer": str(tokenizer)}
         raw = load(models.get("llama-tied"), arguments=given).raw
-        assert log_lines.one("does not serve its target", "lm_head")
+        assert log_lines.one("serves target at", "raw layout")
         return raw
 
     one = loaded(a_tokenizer(tmp_path / "one", "no", "yes"))

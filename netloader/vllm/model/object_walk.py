@@ -21,6 +21,7 @@ from netloader.tensors.mappings import ANY, HEAP, mapped
 from netloader.vllm.model.ascend_table import HARMLESS
 from netloader.vllm.model.load_state import TRANSFERRED_FACTS
 from netloader.vllm.model.registered import buffers_of, parameters_of, unset_names, weights_of
+from netloader.vllm.model.unbuilt import is_unbuilt
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,8 @@ class Walk:
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         """Note everything that one module holds, without its submodules."""
+        if is_unbuilt(module):
+            return
         start = f"{name}." if name else ""
         for leaf in unset_names(module):
             self.empty.add(start + leaf)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = ["NotComparable", "contents_of", "digest_of_plain", "hidden_text", "plain", "short_text"]
 
 _DEPTH = 16
@@ -57,8 +59,8 @@ def plain(value: Any, depth: int = 0, *, strict: bool = False) -> Any:
         return sorted((plain(item, depth + 1, strict=strict) for item in value), key=json.dumps)
     if isinstance(value, type):
         return value.__qualname__
-    if type(value).__name__ == "dtype":
-        return str(value)  # a dtype of torch
+    if isinstance(value, torch.dtype):
+        return str(value)
     return _not_comparable(value, strict=strict)
 
 

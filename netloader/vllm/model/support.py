@@ -21,7 +21,7 @@ def why_not(vllm_config: Any, tensors: Mapping[str, torch.Tensor], model_config:
         tensors: Parameters and persistent buffers of the model, before `load_weights`.
         model_config: vLLM's configuration of that model. For a draft it is not the one in `vllm_config`.
     """
-    reason = _quantisation(model_config)
+    reason = _quantisation(model_config) or _without_memory(model_config, tensors)
     if reason:
         return reason
     for check in _CHECKS:
@@ -31,11 +31,13 @@ def why_not(vllm_config: Any, tensors: Mapping[str, torch.Tensor], model_config:
     return ""
 
 
-def _online_quantisation(_: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+def _without_memory(model_config: Any, tensors: Mapping[str, torch.Tensor]) -> str:
     meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if not meta:
         return ""
-    return f"online quantisation creates weights while they are loaded ({_some(meta)})"
+    if model_config.quantization is not None:
+        return f"online quantisation creates weights while they are loaded ({_some(meta)})"
+    return f"some weights have no memory before they are loaded ({_some(meta)})"
 
 
 def _uninitialised(_: Any, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -94,7 +96,6 @@ def _some(names: list[str]) -> str:
 _CHECKS: tuple[Callable[[Any, Mapping[str, torch.Tensor]], str], ...] = (
     _moving_experts,
     _offload,
-    _online_quantisation,
     _uninitialised,
     _subclasses,
 )
