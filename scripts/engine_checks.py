@@ -153,7 +153,9 @@ class Box:
             *more,
         ]
         log = self.folder / f"{name}.log"
-        own = {} if self.seed_cards else ENVIRONMENT
+        # On a processor that is shared with other engines, a step may take minutes.
+        patient = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(int(self.timeout))}
+        own = {} if self.seed_cards else {**ENVIRONMENT, **patient}
         environment = self.environment(cards, **variables)
         with launched(command, log, port=port, name=_NAME, environment=environment, base=own) as started:
             yield started
@@ -277,8 +279,6 @@ class EngineChecks:
             shutil.rmtree(bare)
         strip_weights(box.model, bare)
         sleep = ("--enable-sleep-mode",) if box.sleep else ()
-        if not box.seed_cards:
-            seed.stand_back()  # vLLM on a processor leaves too little of it to an engine that starts
         client = self._stack.enter_context(
             box.engine("client", bare, box.client_cards, *sleep, load=load, VLLM_SERVER_DEV_MODE="1")
         )
