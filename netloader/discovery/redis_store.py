@@ -28,7 +28,7 @@ from netloader.discovery.leases import LeaseBackend
 from netloader.discovery.registry_urls import RegistryUrl, parse_registry_url
 from netloader.errors import ConfigError, DiscoveryError, LocalProtocolError
 
-__all__ = ["RedisRegistry", "RedisStore", "redis_backend"]
+__all__ = ["RedisRegistry", "RedisStore", "open_redis"]
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ return 1
 _Client = Redis | RedisCluster
 
 
-def redis_backend(url: str) -> LeaseBackend:
+def open_redis(url: str) -> LeaseBackend:
     """The backend of a URL: see docs/registries.md.
 
     Raises:

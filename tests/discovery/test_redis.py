@@ -1,4 +1,4 @@
-"""Redis as a registry: one server, behind Sentinel, a cluster; restarted, emptied, cut off, with a password, with TLS."""
+"""Redis as a registry: one server, Sentinel, a cluster; restarted, emptied, cut off; passwords and TLS."""
 
 from __future__ import annotations
 
