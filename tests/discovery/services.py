@@ -10,9 +10,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import anyio
+import anyio.to_thread
 import pytest
 
 __all__ = [
@@ -25,9 +28,13 @@ __all__ = [
     "etcd_server",
     "free_port",
     "needs",
+    "off_loop",
+    "redis_cli",
     "redis_cluster",
     "redis_server",
 ]
+
+T = TypeVar("T")
 
 HOST = "127.0.0.1"
 PATIENCE = 30.0
@@ -124,6 +131,22 @@ def cli(port: int, *arguments: str) -> str:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE).stdout.strip()
 
 
+async def redis_cli(port: int, *arguments: str) -> str:
+    """As above, beside the event loop."""
+    return await anyio.to_thread.run_sync(cli, port, *arguments)
+
+
+@contextlib.asynccontextmanager
+async def off_loop(context: contextlib.AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a context that blocks, beside the event loop."""
+    entered = await anyio.to_thread.run_sync(context.__enter__)
+    try:
+        yield entered
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(context.__exit__, None, None, None)
+
+
 @contextlib.contextmanager
 def running(command: Sequence[str], folder: Path, port: int, ready: Callable[[], bool]) -> Iterator[Service]:
     service = Service(command, folder, port, ready)
@@ -141,12 +164,8 @@ def a_redis(folder: Path, *options: str, port: int | None = None, tls: bool = Fa
     port = free_port() if port is None else port
     listening = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
     command = ["redis-server", "--bind", HOST, *listening, "--save", "", "--dir", str(folder), *options]
-    with running(
-        command,
-        folder,
-        port,
-        lambda: listens(port) and (tls or "PONG" in cli(port, "ping") or "NOAUTH" in cli(port, "ping")),
-    ) as it:
+    answers = ("PONG", "NOAUTH")
+    with running(command, folder, port, lambda: listens(port) and (tls or cli(port, "ping").startswith(answers))) as it:
         yield it
 
 
