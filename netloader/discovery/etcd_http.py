@@ -274,7 +274,8 @@ class EtcdGateway:
         except (aiohttp.ClientError, OSError) as error:
             if not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
                 self._next()
-            hint = _FILES if isinstance(error, FileNotFoundError | PermissionError) else _REACH
+            ours = "SSL" in str(error) or isinstance(error, FileNotFoundError | PermissionError)
+            hint = _FILES if ours else _REACH
             raise DiscoveryError(f"{self._url.shown}: {str(error) or type(error).__name__}", hint=hint) from error
 
 

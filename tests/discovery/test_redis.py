@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -15,6 +14,7 @@ import trustme
 
 from netloader.discovery.conformance import STORE_CHECKS, StoreCheck, check_store
 from netloader.errors import DiscoveryError
+from tests.discovery.calls import refused, succeeds, until
 from tests.discovery.fault_proxy import a_proxy
 from tests.discovery.services import Service, a_redis, a_sentinel, free_port, off_loop, redis_cli
 
@@ -23,15 +23,21 @@ redis = pytest.importorskip("redis", reason="needs the redis extra")
 from netloader.discovery import redis_store  # noqa: E402
 from netloader.discovery.redis_store import RedisRegistry  # noqa: E402
 
-T = TypeVar("T")
-
 
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
 async def test_a_server_conforms(check: StoreCheck, redis_server: Service) -> None:
     await check_store(RedisRegistry(f"redis://{redis_server.address}"), [check])
 
 
-@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
+LEASES = ("names_expire", "renewing_makes_names_last", "a_refused_renewal_prolongs_nothing")
+"""Checks that wait for leases, which a node of a cluster ends as a single server does."""
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(each, marks=[pytest.mark.slow] if each.__name__ in LEASES else []) for each in STORE_CHECKS],
+    ids=lambda check: check.__name__,
+)
 async def test_a_cluster_conforms(check: StoreCheck, redis_cluster: list[Service]) -> None:
     hosts = ",".join(node.address for node in redis_cluster)
     await check_store(RedisRegistry(f"redis+cluster://{hosts}"), [check])
@@ -45,30 +51,6 @@ def ours(where: str) -> RedisRegistry:
 def own_redis(tmp_path: Path) -> Iterator[Service]:
     with a_redis(tmp_path) as service:
         yield service
-
-
-async def succeeds(call: Callable[[], Awaitable[T]], within: float = 20.0) -> T:
-    """The answer of a call that is made until it succeeds."""
-    with anyio.fail_after(within):
-        while True:
-            try:
-                return await call()
-            except DiscoveryError:
-                await anyio.sleep(0.05)
-
-
-async def until(ask: Callable[[], Awaitable[str]], text: str) -> None:
-    """Wait until an answer has this text."""
-    with anyio.fail_after(20):
-        while text not in await ask():  # noqa: ASYNC110 - another process changes it
-            await anyio.sleep(0.1)
-
-
-async def refused(call: Callable[[], Awaitable[object]], within: float = 5.0) -> DiscoveryError:
-    """The error of a call that fails in time."""
-    with anyio.fail_after(within), pytest.raises(DiscoveryError) as caught:
-        await call()
-    return caught.value
 
 
 async def test_a_restarted_server_is_used_again(own_redis: Service) -> None:
