@@ -70,7 +70,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     load: Load = Load()
 
     def source(self) -> Source:
-        """The source that a pull is given.
+        """The source that a pull is given. Its labels are those of the entry, and ``kind``, ``layout`` and ``root``.
 
         Raises:
             DiscoveryError: `address` is no address.
@@ -79,7 +79,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
             address = parse_address(self.address)
         except ConfigError as error:
             raise DiscoveryError(f"an entry names the address {self.address!r}: {error}", hint=_HINT) from error
-        return Source(address, labels=dict(self.labels), load=self.load.share, generation=self.generation)
+        labels = {**self.labels, "kind": self.kind, "layout": self.layout, "root": self.root}
+        return Source(address, labels=labels, load=self.load.share, generation=self.generation)
 
 
 _HINT = "remove that entry from the registry; it was not written by netloader"

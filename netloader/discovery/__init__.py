@@ -8,12 +8,14 @@ from netloader.discovery.base import (
     Backend,
     Claim,
     Claims,
+    Holder,
     Listed,
     Publication,
     Publisher,
     SourceChange,
     SourceProvider,
     Vanished,
+    Wanted,
 )
 from netloader.discovery.fixed import FixedSources
 
@@ -23,6 +25,7 @@ __all__ = [
     "Claim",
     "Claims",
     "FixedSources",
+    "Holder",
     "Listed",
     "Publication",
     "Publisher",
@@ -30,4 +33,5 @@ __all__ = [
     "SourceChange",
     "SourceProvider",
     "Vanished",
+    "Wanted",
 ]

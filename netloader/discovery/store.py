@@ -16,11 +16,14 @@ __all__ = ["LeaseStore", "OpenStore"]
 class LeaseStore(Protocol):
     """One connection to a registry.
 
-    Names are ASCII paths (``a/b/c``), without a leading slash. Values have at most 64 KiB. Each call ends within the
-    deadline that the store was opened with, and raises `DiscoveryError` if the registry refuses or can't be reached. A
-    store connects again by itself: the next call after a failure may succeed. Calls may overlap.
+    Names are paths without a leading slash (``a/b/c``) of at most 512 characters. They consist of ASCII letters,
+    digits and ``-._~:%@/``, so no name holds a wildcard of any registry. Values have at most 64 KiB. Each call ends
+    within seconds, and raises `DiscoveryError` if the registry refuses or can't be reached. A call that failed or was
+    cancelled may have had its effect all the same. A store connects by itself, on the first call and after a failure:
+    the next call after a failure may succeed. Calls may overlap.
 
-    The registry's own clock ends leases. No clock of any host is compared with that of another.
+    The registry's own clock ends leases: never before `ttl` seconds have passed, and at most two seconds later. No
+    clock of any host is compared with that of another.
     """
 
     async def put(self, name: str, value: bytes, *, ttl: float) -> None:
@@ -46,8 +49,9 @@ class LeaseStore(Protocol):
     def changes(self, prefix: str) -> AsyncGenerator[None, None]:
         """Yield when something below `prefix` may have changed: once at the beginning, then soon after each change.
 
-        It may yield more often than something changes. A lost connection raises `DiscoveryError`; the caller reads
-        again and watches again.
+        The first one comes when the registry has accepted the watch: a read after it misses no change of which none is
+        yielded. It may yield more often than something changes, and need not tell that a name has expired. A lost
+        connection raises `DiscoveryError`; the caller reads again and watches again.
         """
         ...
 
@@ -56,5 +60,9 @@ class OpenStore(Protocol):
     """Makes connections to one registry. Making the object does no I/O."""
 
     def __call__(self) -> AbstractAsyncContextManager[LeaseStore]:
-        """Open a connection, and close it when the context is left. Connecting may be put off until the first call."""
+        """Open a connection, and close it when the context is left.
+
+        Entering raises nothing because of the registry: the first call connects. Leaving ends within 5 seconds, and
+        raises nothing because of the registry.
+        """
         ...
