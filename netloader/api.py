@@ -5,46 +5,40 @@ Importing this module does not import torch; using it does.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self
-
-import anyio.to_thread
+from typing import TYPE_CHECKING
 
 from netloader.client.arguments import check_asked, check_identity, check_pull, check_tensors, check_transport
 from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
+from netloader.client.registries import Search, check_named, wanted_for
 from netloader.config.arguments import Arguments
-from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
+from netloader.core.addresses import Address, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.core.version import own_version
+from netloader.discovery.argument import Discovery, check_discovery
 from netloader.discovery.base import SourceProvider
-from netloader.errors import LocalProtocolError, MemoryStillInUse
+from netloader.errors import MemoryStillInUse
 from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
 from netloader.server.own_address import own_host
-from netloader.server.own_loop import serving_at
 from netloader.server.server import HoldingServer
-from netloader.session.holding import Holding
+from netloader.server.tensor_server import Published, TensorServer
 from netloader.session.off_loop import FEW_SPANS, in_thread, shielded, weaken
-from netloader.session.own_task import OwnTask, in_own_task
-from netloader.session.relay_progress import Supply
+from netloader.session.own_task import in_own_task
 from netloader.transports import registry
 from netloader.transports.base import Transport
-from netloader.transports.contract_0_1 import adapted
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Allocate, Destination, TensorHolding
+    from netloader.tensors import Allocate, Destination
 
 __all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
 
@@ -56,15 +50,13 @@ Sources = Sequence[str | Address | Source] | SourceProvider
 
 _DAY = 86_400.0
 
-_log = logging.getLogger("netloader")
-
 
 def software() -> str:
     """Name and version of this software, as peers receive it."""
     return f"netloader {own_version()}"
 
 
-class Server(HoldingServer):
+class Server(TensorServer):
     """Serves named tensors to clients, as an asynchronous context manager.
 
     Example: ``async with netloader.Server(model.state_dict(), ModelIdentity(model="m")) as server: ...``
@@ -84,14 +76,15 @@ class Server(HoldingServer):
         stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
         device: Device of the tensors, when none are given yet.
         observers: Receive the events of the server and its sessions (:mod:`netloader.observe`).
+        discovery: Where it is published while it serves: a URL, a :class:`~netloader.discovery.Backend`, or several.
+            If a registry cannot be reached, the server serves all the same, and is published when that is possible.
+        zone: Published with it, so that clients can prefer a near server; None for that of ``NETLOADER_ZONE``.
 
     Raises (on entering, but for arguments that are not valid):
         ConfigError: Arguments are not valid, and the message names all of them; or the address cannot be bound.
         ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
     """
-
-    _exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"  # in its users' words
 
     def __init__(
         self,
@@ -107,6 +100,8 @@ class Server(HoldingServer):
         stall_timeout: float = 30.0,
         device: str = "cpu",
         observers: Sequence[Observer] = (),
+        discovery: Discovery = None,
+        zone: str | None = None,
     ) -> None:
         check = Arguments()
         check_tensors(check, tensors, identity, none=True)
@@ -119,6 +114,8 @@ class Server(HoldingServer):
         check.seconds("stall_timeout", stall_timeout, positive=True)
         check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
         check.functions("observers", observers)
+        backend = check_discovery(check, discovery)
+        check.zone("zone", zone)
         check.raise_all()
         options = ServeOptions(
             host=None if host is None else parse_host(host),
@@ -129,146 +126,26 @@ class Server(HoldingServer):
             timings=Timings(stall=stall_timeout),
             software=software(),
         )
-        carriers = _transports(_device_of(tensors, device), transport)[0]
         asked = PullOptions(token=token, software=options.software)
-        super().__init__(carriers, options, observers=observers, check_relay=partial(relay_at, options=asked))
-        self._first = None if tensors is None else (tensors, identity)
-        self._warn_if_exposed = token is None
-        self._held: list[TensorHolding] = []
-        self._own_host = ""
-        self._task: OwnTask | None = None
-
-    async def __aenter__(self) -> Self:
-        if self._task is not None:
-            raise LocalProtocolError("the server was started before", hint="make a new one")
-        self._task = OwnTask(self._running(), "the server")
-        await self._task.enter()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._task is None:
-            raise LocalProtocolError("the server is not running")
-        await self._task.leave()
-
-    @asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
-        """Run the server. Its task group needs enter and exit in one task: that of `OwnTask`."""
-        await super().__aenter__()
-        try:
-            self._own_host = await anyio.to_thread.run_sync(own_host, self.host, self._options.host)
-            await self._hold_first()
-            with serving_at(self.port, self.host, self._own_host):
-                yield
-        finally:
-            try:
-                await super().__aexit__(None, None, None)
-            finally:
-                for holding in self._held:
-                    await weaken(holding.memory.weaken, holding.announcement.manifest)
-
-    async def _hold_first(self) -> None:
-        first, self._first = self._first, None
-        if first is not None:
-            await self.hold(*first)
-
-    @property
-    def address(self) -> Address:
-        """An address at which other hosts may reach this server."""
-        return Address(self._own_host, self.port)
-
-    def add(self, holding: Holding, supply: Supply | None = None) -> None:
-        """Serve `holding`. The first time, say so if every host may pull it."""
-        super().add(holding, supply)
-        if self._warn_if_exposed and not is_loopback(self.host):
-            self._warn_if_exposed = False
-            _log.warning(
-                "netloader serves at %s to every host that can reach it, because no token is set (%s)",
-                Address(self.host, self.port),
-                self._exposed_hint,
-            )
-
-    async def hold(
-        self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity | None = None, *, weak: bool = False
-    ) -> str:
-        """Serve `tensors` under the role and layout of `identity`.
-
-        Describes and hashes them in worker threads.
-
-        Args:
-            tensors: Name -> tensor.
-            identity: Identity of the tensors.
-            weak: Hold only weak references. Blocks of tensors that their owner freed are answered with "gone".
-
-        Returns:
-            Their root, in hex.
-
-        Raises:
-            ManifestError: Some of them cannot be served; all of those are named.
-            LocalProtocolError: Other tensors are served under that role and layout, or the server has ended or runs in
-                another event loop.
-        """
-        from netloader.tensors import hold
-
-        if self._task is not None:
-            self._task.check_running()
-        make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
-        holding = await in_thread(make)
-        self.add(holding)
-        self._held.append(holding)
-        return holding.announcement.root
-
-    async def retract(
-        self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
-    ) -> None:
-        """Stop serving `role`, as :class:`~netloader.server.server.HoldingServer` does, and let go of its tensors."""
-        if self._task is not None:
-            self._task.check_loop()
-        try:
-            await super().retract(role, reason=reason, within=within, sources=sources)
-        finally:
-            await self._let_go()
-
-    async def _let_go(self) -> None:
-        """Hold the tensors of what is not served any more by weak references only."""
-        served = self.holdings.held()
-        gone = [holding for holding in self._held if not any(holding is one for one in served)]
-        self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
-        for holding in gone:
-            await weaken(holding.memory.weaken, holding.announcement.manifest)
+        super().__init__(
+            registry.wanted(_device_of(tensors, device), transport).transports,
+            options,
+            first=None if tensors is None else (tensors, identity),
+            published=Published(backend, zone),
+            observers=observers,
+            check_relay=partial(relay_at, options=asked),
+        )
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
     return default if not tensors else str(getattr(next(iter(tensors.values())), "device", default))
 
 
-def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dict[str, str]]:
-    """The wanted transports that can run on `device`, and the reasons why others cannot.
-
-    Objects are used as they are; names are looked up in the registry.
-
-    Raises:
-        TransportUnavailable: A name is unknown, or none of the wanted transports can run here.
-    """
-    items = [wanted] if isinstance(wanted, str | Transport) else list(wanted)
-    found: list[Transport] = []
-    reasons: dict[str, str] = {}
-    for item in items:
-        if isinstance(item, str):
-            available = registry.available(device, item)
-            found.extend(available.transports)
-            reasons |= available.reasons
-        else:
-            found.append(adapted(item))
-    return tuple(found), reasons
-
-
 async def pull(
     tensors: Mapping[str, torch.Tensor],
     identity: ModelIdentity | None = None,
     *,
-    sources: Sources,
+    sources: Sources | None = None,
     transport: Wanted = "auto",
     timeout: float | None = 1200.0,
     wait: float = 0.0,
@@ -280,6 +157,8 @@ async def pull(
     follow: bool = True,
     relay: HoldingServer | None = None,
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> PullReport:
     """Fill `tensors` from sources that hold the same ones, and verify every byte.
 
@@ -303,6 +182,10 @@ async def pull(
         relay: A running server of this process. It serves the verified blocks during the pull, and all of them
             afterwards. Retract the role there before the tensors change.
         observers: Receive the events of the pull (:mod:`netloader.observe`).
+        discovery: Registries to search for servers of this model: a URL, a :class:`~netloader.discovery.Backend`, or
+            several. Needs `identity` or `expect_root`. `sources` are tried first; then the nearest and least busy ones
+            that are found, also those that appear during the pull.
+        zone: Where this client runs: servers of this zone are preferred; None for that of ``NETLOADER_ZONE``.
 
     Returns:
         The report of the pull.
@@ -316,7 +199,10 @@ async def pull(
     """
     check = Arguments()
     check_tensors(check, tensors, identity)
-    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    search = check_pull(
+        check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone
+    )
+    check_named(check, search, identity, expect_root)
     check.function("progress", progress)
     check.integer("stripe", stripe, least=1)
     check.kind("follow", follow, bool, "True or False")
@@ -340,12 +226,13 @@ async def pull(
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
-    return (await _pull_into(filled, identity, found, transport, options, progress, observers, relay))[1]
+    return (await _pull_into(filled, identity, search, transport, options, progress, observers, relay))[1]
 
 
 async def pull_new(
     *,
-    sources: Sources,
+    sources: Sources | None = None,
+    identity: ModelIdentity | None = None,
     role: Role = "target",
     layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
     device: str = "cpu",
@@ -359,13 +246,16 @@ async def pull_new(
     allocate: Allocate | None = None,
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """Pull what a source holds into new tensors.
 
     Args:
         sources: As for :func:`pull`.
-        role: Role to ask for.
-        layouts: Layouts to accept, preferred first.
+        identity: Identity that the source must match. None accepts what the source holds under `role` and `layouts`.
+        role: Role to ask for without an identity.
+        layouts: Layouts to accept without an identity, preferred first.
         device: Device for the new tensors.
         max_bytes: Largest model to accept, in bytes.
         allocate: Makes the tensors for the manifest (and the metadata) that the source announces, instead of new ones
@@ -379,6 +269,8 @@ async def pull_new(
         expect_root: Root that the weights must have, in hex.
         progress: Called after blocks were verified.
         observers: Receive the events of the pull (:mod:`netloader.observe`).
+        discovery: As for :func:`pull`.
+        zone: As for :func:`pull`.
 
     Returns:
         Name -> tensor, and the report of the pull.
@@ -387,7 +279,11 @@ async def pull_new(
         NoSourceLeft, MemoryStillInUse, ConfigError: As for :func:`pull`.
     """
     check = Arguments()
-    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    search = check_pull(
+        check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone
+    )
+    check_named(check, search, identity, expect_root)
+    check_identity(check, identity)
     check_asked(check, role, layouts)
     check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
     check.integer("max_bytes", max_bytes, least=1)
@@ -400,8 +296,8 @@ async def pull_new(
     options = PullOptions(
         timeout=_DAY if timeout is None else timeout,
         wait=wait,
-        role=role,
-        layouts=tuple(layouts),
+        role=role if identity is None else identity.role,
+        layouts=tuple(layouts) if identity is None else (identity.layout,),
         token=token,
         expect_root=(expect_root or "").lower(),
         max_bytes=max_bytes,
@@ -409,13 +305,13 @@ async def pull_new(
         software=software(),
     )
     filled = destination(None, device=device, allocate=allocate)
-    return await _pull_into(filled, None, found, transport, options, progress, observers)
+    return await _pull_into(filled, identity, search, transport, options, progress, observers)
 
 
 async def _pull_into(
     filled: Destination,
     identity: ModelIdentity | None,
-    found: SourceProvider,
+    search: Search,
     transport: Wanted,
     options: PullOptions,
     progress: ProgressCallback | None,
@@ -424,11 +320,13 @@ async def _pull_into(
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     from netloader.tensors import digest_of
 
-    transports, unavailable = _transports(filled.device, transport)
-    options = replace(options, unavailable=unavailable)
+    available = registry.wanted(filled.device, transport)
+    own = (relay.address,) if isinstance(relay, TensorServer) else ()
+    found, here = await search.provider(*wanted_for(identity, options.role, options.layouts), lambda: own)
+    options = replace(options, unavailable=available.reasons, here=here)
     observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
     progress = None if isinstance(progress, Display) else progress  # as an observer it shows waits too
-    call = partial(pull_from, filled, identity, found, transports, digest_of, options, progress, relay, observers)
+    call = partial(pull_from, filled, identity, found, available.transports, digest_of, options, progress, relay, observers)
     return await in_own_task(partial(_prefaulted, filled, call, kept=relay is not None), "netloader.pull")
 
 

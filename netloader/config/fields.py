@@ -30,6 +30,8 @@ SHORTEST_TIMEOUT = 0.001
 
 _FORMAT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROOT = re.compile(r"[0-9A-Fa-f]{64}")
+_ZONE = re.compile(r"[A-Za-z0-9][\w./:-]{0,63}", re.ASCII)
+ALLOWED_ZONE = "the name of a zone: at most 64 letters, digits and -_./:, beginning with a letter or digit"
 _PLAIN_KEY = re.compile(r"[\w-]{1,100}")
 _MOST_DIGITS = 20
 _ENTRY = '{"device_id": 0, "sources": ["10.0.0.7:19374"]}'
@@ -86,6 +88,11 @@ class Faults:
 def is_root(value: object) -> bool:
     """Whether `value` is a root as text."""
     return isinstance(value, str) and _ROOT.fullmatch(value) is not None
+
+
+def is_zone(value: object) -> bool:
+    """Whether `value` names a zone."""
+    return isinstance(value, str) and _ZONE.fullmatch(value) is not None
 
 
 def key_text(key: object) -> str:
