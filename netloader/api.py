@@ -21,7 +21,7 @@ from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.core.version import own_version
-from netloader.discovery.argument import Discovery, check_discovery
+from netloader.discovery.argument import Discovery, check_discovery, check_zone
 from netloader.discovery.base import SourceProvider
 from netloader.errors import MemoryStillInUse
 from netloader.observe.base import Observer
@@ -115,7 +115,7 @@ class Server(TensorServer):
         check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
         check.functions("observers", observers)
         backend = check_discovery(check, discovery)
-        check.zone("zone", zone)
+        place = check_zone(check, zone)
         check.raise_all()
         options = ServeOptions(
             host=None if host is None else parse_host(host),
@@ -131,7 +131,7 @@ class Server(TensorServer):
             registry.wanted(_device_of(tensors, device), transport).transports,
             options,
             first=None if tensors is None else (tensors, identity),
-            published=Published(backend, zone),
+            published=Published(backend, place),
             observers=observers,
             check_relay=partial(relay_at, options=asked),
         )

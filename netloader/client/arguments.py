@@ -8,7 +8,7 @@ from typing import get_args
 from netloader.client.registries import Search
 from netloader.config.arguments import Arguments
 from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
-from netloader.discovery.argument import check_discovery
+from netloader.discovery.argument import check_discovery, check_zone
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
 from netloader.transports.base import Transport
@@ -74,5 +74,4 @@ def check_pull(
     check.token("token", token)
     check.root("expect_root", expect_root)
     backend = check_discovery(check, discovery)
-    check.zone("zone", zone)
-    return Search(found, backend, zone if isinstance(zone, str) else None)
+    return Search(found, backend, check_zone(check, zone))

@@ -27,12 +27,12 @@ class Search:
     Attributes:
         given: The given sources.
         backend: The registries; None for none.
-        zone: The zone in which this client runs; None for that of the environment.
+        zone: The zone in which this client runs; empty for none.
     """
 
     given: SourceProvider
     backend: Backend | None = None
-    zone: str | None = None
+    zone: str = ""
 
     async def provider(
         self, wanted: Sequence[Wanted], name: str = "", own: Callable[[], Collection[Address]] = tuple

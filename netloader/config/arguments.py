@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
-from netloader.config.fields import ALLOWED_ZONE, Faults, Hidden, is_root, is_zone
+from netloader.config.fields import Faults, Hidden, is_root
 from netloader.config.files import LEAST_TOKEN_BYTES, MOST_TOKEN_BYTES
 from netloader.core.addresses import parse_host
 from netloader.errors import ConfigError
@@ -79,11 +79,6 @@ class Arguments:
         if value is not None and value != "" and not is_root(value):
             hint = "a server logs its root when it starts to serve"
             self._wrong(name, value, "a root in 64 hexadecimal digits, or None", hint=hint)
-
-    def zone(self, name: str, value: object) -> None:
-        """A zone, or None."""
-        if value is not None and not is_zone(value):
-            self._wrong(name, value, f"{ALLOWED_ZONE}, or None")
 
     def kind(self, name: str, value: object, kinds: type | tuple[type, ...], allowed: str, hint: str = "") -> None:
         """An instance of one of these classes."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from netloader.config.arguments import Arguments
 from netloader.discovery.base import Backend
 from netloader.discovery.combined import combined
+from netloader.discovery.place import zone_of
 from netloader.discovery.registry import open_backend
 
-__all__ = ["Discovery", "check_discovery"]
+__all__ = ["Discovery", "check_discovery", "check_zone"]
 
 Discovery = str | Backend | Sequence[str | Backend] | None
 """Registries: a URL, a :class:`~netloader.discovery.Backend`, or several of them; None for no registry."""
@@ -36,3 +37,10 @@ def check_discovery(check: Arguments, discovery: object, *, field: str = "discov
         else:
             check.kind(name, one, Backend, "a URL, or a netloader.discovery.Backend")
     return combined(found) if len(found) == len(given) else None
+
+
+def check_zone(check: Arguments, zone: object) -> str:
+    """Check the argument ``zone``, and return the zone of this process."""
+    with check.reading():
+        return zone_of(zone)
+    return ""

@@ -8,10 +8,12 @@ import secrets
 import socket
 from pathlib import Path
 
+from netloader.config.fields import ALLOWED_ZONE, is_zone
 from netloader.core.choice import BOOT, HOST, NAME, ZONE, Here
 from netloader.core.texts import one_line
+from netloader.errors import ConfigError
 
-__all__ = ["ZONE_VARIABLE", "labels_of", "this_place"]
+__all__ = ["ZONE_VARIABLE", "labels_of", "this_place", "zone_of"]
 
 ZONE_VARIABLE = "NETLOADER_ZONE"
 """Environment variable that names the zone where no other was given: hosts of one fleet share their configuration."""
@@ -20,16 +22,29 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LABEL_LENGTH = 200
 
 
-def this_place(zone: str | None = None, name: str = "") -> Here:
-    """Where this process runs.
+def zone_of(given: object, *, field: str = "zone") -> str:
+    """The zone of this process: the given one, else that of :data:`ZONE_VARIABLE`, else empty.
+
+    Raises:
+        ConfigError: One of the two is given and is not the name of a zone.
+    """
+    variable = os.environ.get(ZONE_VARIABLE, "").strip()
+    if given is None and not variable:
+        return ""
+    name, zone = (ZONE_VARIABLE, variable) if given is None else (field, given)
+    if not isinstance(zone, str) or not is_zone(zone):
+        raise ConfigError(field=name, value=zone, allowed=ALLOWED_ZONE)
+    return zone
+
+
+def this_place(zone: str = "", name: str = "") -> Here:
+    """Where this process runs. Reads a file.
 
     Args:
-        zone: The zone; None for that of :data:`ZONE_VARIABLE`, if it is set.
+        zone: The zone; empty for none.
         name: Name of the model.
     """
-    if zone is None:
-        zone = os.environ.get(ZONE_VARIABLE, "").strip()
-    return Here(secrets.token_hex(8), _short(socket.gethostname()), _boot(), _short(zone), _short(name))
+    return Here(secrets.token_hex(8), _short(socket.gethostname()), _boot(), zone, _short(name))
 
 
 def labels_of(here: Here) -> dict[str, str]:

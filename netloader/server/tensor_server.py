@@ -47,13 +47,13 @@ class Published:
 
     Attributes:
         backend: The registries; None to publish nothing.
-        zone: The zone in which it runs; None for that of the environment.
+        zone: The zone in which it runs; empty for none.
         rank: The rank that it serves.
         host: Host of the published address if the server listens at all addresses; empty to determine one.
     """
 
     backend: Backend | None = None
-    zone: str | None = None
+    zone: str = ""
     rank: int = 0
     host: str = ""
 
