@@ -199,9 +199,7 @@ async def pull(
     """
     check = Arguments()
     check_tensors(check, tensors, identity)
-    search = check_pull(
-        check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone
-    )
+    search = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone)
     check_named(check, search, identity, expect_root)
     check.function("progress", progress)
     check.integer("stripe", stripe, least=1)
@@ -279,9 +277,7 @@ async def pull_new(
         NoSourceLeft, MemoryStillInUse, ConfigError: As for :func:`pull`.
     """
     check = Arguments()
-    search = check_pull(
-        check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone
-    )
+    search = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone)
     check_named(check, search, identity, expect_root)
     check_identity(check, identity)
     check_asked(check, role, layouts)
@@ -326,7 +322,9 @@ async def _pull_into(
     options = replace(options, unavailable=available.reasons, here=here)
     observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
     progress = None if isinstance(progress, Display) else progress  # as an observer it shows waits too
-    call = partial(pull_from, filled, identity, found, available.transports, digest_of, options, progress, relay, observers)
+    call = partial(
+        pull_from, filled, identity, found, available.transports, digest_of, options, progress, relay, observers
+    )
     return await in_own_task(partial(_prefaulted, filled, call, kept=relay is not None), "netloader.pull")
 
 

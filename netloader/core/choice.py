@@ -11,7 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["BOOT", "HOST", "KIND", "NAME", "ZONE", "Here", "Preference", "busy_class", "distance", "preference"]
+__all__ = [
+    "BOOT",
+    "HOST",
+    "KIND",
+    "NAME",
+    "ZONE",
+    "Here",
+    "Preference",
+    "busy_class",
+    "distance",
+    "other_name",
+    "preference",
+]
 
 HOST = "host"
 """Label: the name of the host, for people."""
@@ -24,9 +36,6 @@ ZONE = "zone"
 
 NAME = "name"
 """Label: the name of the model."""
-
-KIND = "kind"
-"""Label: ``seed`` or ``relay``."""
 
 _HASH_BYTES = 8
 
@@ -80,13 +89,18 @@ def preference(here: Here, source: str, labels: Mapping[str, str], load: float) 
         labels: Its labels.
         load: Clients in relation to what it serves at once.
     """
-    name = labels.get(NAME, "")
     return Preference(
-        bool(name and here.name and name != here.name),
+        other_name(here, labels),
         distance(here, labels),
         busy_class(load),
         _hash(here.client, source),
     )
+
+
+def other_name(here: Here, labels: Mapping[str, str]) -> bool:
+    """Whether a source states another name for the model than the client does."""
+    name = labels.get(NAME, "")
+    return bool(name and here.name and name != here.name)
 
 
 def distance(here: Here, labels: Mapping[str, str]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from netloader.core.addresses import Address
-from netloader.core.choice import Here, preference
+from netloader.core.choice import Here, other_name, preference
 from netloader.errors import ConfigError
 
 __all__ = ["MAX_KNOWN", "Source", "Sources"]
@@ -179,6 +179,8 @@ class Sources:
                     continue
                 self._useless.pop(source.address, None)
                 candidate = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
+                # Under another name there is probably another model: no session with it beside those that work.
+                candidate.last_resort = source.one_of_many and other_name(self._here, source.labels)
                 self._known[source.address] = candidate
             candidate.lost, candidate.source = False, source
             candidate.preferred = self._preferred(source)

@@ -43,9 +43,7 @@ class Preferred:
         own: Addresses of this process.
     """
 
-    def __init__(
-        self, found: SourceProvider, here: Here, own: Callable[[], Collection[Address]] = tuple
-    ) -> None:
+    def __init__(self, found: SourceProvider, here: Here, own: Callable[[], Collection[Address]] = tuple) -> None:
         self._found = found
         self._here = here
         self._own = own

@@ -350,3 +350,12 @@ def test_a_source_that_vanished_from_a_registry_that_lost_its_data_may_be_found_
     assert candidates.take(0.0, work=True) is None
     candidates.add([found(ONE, "g1")])
     assert candidates.take(0.0, work=True) == ONE
+
+
+def test_a_source_with_another_name_is_tried_only_when_nothing_else_is_left() -> None:
+    here = Here(client="c", name="m")
+    candidates = Sources([found(ONE, name="other"), found(TWO, name="m")], **TERMS, here=here)
+    assert candidates.take(0.0, work=True) == TWO
+    assert candidates.take(0.0, work=True) is None
+    candidates.drop(TWO)
+    assert candidates.take(0.0, work=True) == ONE
