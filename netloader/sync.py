@@ -92,7 +92,7 @@ def pull(
         discovery=discovery,
         zone=zone,
     )
-    return _wait_for(call, "netloader-pull")
+    return wait_for(call, "netloader-pull")
 
 
 def pull_new(
@@ -137,7 +137,7 @@ def pull_new(
         discovery=discovery,
         zone=zone,
     )
-    return _wait_for(call, "netloader-pull")
+    return wait_for(call, "netloader-pull")
 
 
 def probe(
@@ -152,7 +152,7 @@ def probe(
     """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors, and :func:`pull`'s."""
     refuse_to_block((source,), "probe")
     call = partial(api.probe, source, identity, role=role, layouts=layouts, timeout=timeout, token=token)
-    return _wait_for(call, "netloader-probe")
+    return wait_for(call, "netloader-probe")
 
 
 class SyncServer:
@@ -225,7 +225,7 @@ def serve(
         yield SyncServer(server, portal)
 
 
-def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
+def wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
     """Run `call` in an event loop and a thread of its own, and wait for both to end. An interrupt cancels it.
 
     A blocking portal is made for a loop that stays, and would take a millisecond longer.

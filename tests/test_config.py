@@ -342,7 +342,7 @@ def test_no_password_of_a_registry_is_shown(given: str | list[str], tmp_path: Pa
         else:
             urls = [url.reveal() for url in config.discovery or ()]
             assert urls == [value] if isinstance(value, str) else urls == value
-            said = f"{config} {config!r} {config.overrides} {config.discovery} {[str(url) for url in config.discovery or ()]}"
+            said = f"{config} {config!r} {config.overrides} {config.discovery} {list(map(str, config.discovery or ()))}"
         assert password not in said
         assert "host" in said or "not shown" in said
 

@@ -267,11 +267,11 @@ def _check_origin(config: Config) -> None:
     """Whether its registry can give leases is checked where it is opened."""
     if config.origin != "lease":
         return
-    missing = ""
     if not config.discovery:
-        missing, hint = "there is no DISCOVERY, in which an origin could be agreed", "set DISCOVERY, or leave ORIGIN out"
+        missing, hint = "there is no DISCOVERY", "set DISCOVERY, in which the engines agree on one, or leave ORIGIN out"
     elif not config.serve:
-        missing, hint = "SERVE is false, so that others would wait for what is never served", "leave SERVE or ORIGIN out"
-    if missing:
-        allowed = "'any'; 'lease' with a DISCOVERY that gives leases, and SERVE"
-        raise ConfigError(field="ORIGIN", value=config.origin, allowed=allowed, reason=missing, hint=hint)
+        missing, hint = "SERVE is false, so that others would wait in vain", "leave SERVE or ORIGIN out"
+    else:
+        return
+    allowed = "'any'; 'lease' with a DISCOVERY that gives leases, and SERVE"
+    raise ConfigError(field="ORIGIN", value=config.origin, allowed=allowed, reason=missing, hint=hint)

@@ -16,7 +16,17 @@ from netloader.core.identity import MAX_MODEL
 from netloader.core.urls import Url, without_secrets
 from netloader.errors import ConfigError, shown
 
-__all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Faults", "Field", "Int8Cache", "Origin", "SourceEntry", "key_text"]
+__all__ = [
+    "FIELDS",
+    "FORMAT_NAMES",
+    "ConfigErrors",
+    "Faults",
+    "Field",
+    "Int8Cache",
+    "Origin",
+    "SourceEntry",
+    "key_text",
+]
 
 Int8Cache = Literal["hbm", "dram", "no"]
 Origin = Literal["any", "lease"]
@@ -325,7 +335,9 @@ def _discovery(field: Field, value: str | list[str]) -> tuple[Url, ...]:
     for url in urls:
         fault = _fault_of_text(url)
         if fault or not _URL.fullmatch(url):
-            field.reject(value, fault or "it is no URL: each begins with a scheme and a colon, and holds no white space")
+            field.reject(
+                value, fault or "it is no URL: each begins with a scheme and a colon, and holds no white space"
+            )
     if len(set(urls)) < len(urls):
         field.reject(value, "a URL stands twice")
     return tuple(map(Url, urls))

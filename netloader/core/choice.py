@@ -14,7 +14,6 @@ from typing import NamedTuple
 __all__ = [
     "BOOT",
     "HOST",
-    "KIND",
     "NAME",
     "ZONE",
     "Here",

@@ -80,7 +80,11 @@ def open_backend(url: str, *, field: str = "discovery") -> Backend:
         what = error.reason or f"{error.field} is wrong"
         # Not `from error`: a traceback would show what this hides.
         raise ConfigError(
-            field=field, value=shown, allowed=error.allowed, reason=secrets_hidden(what, url), hint=secrets_hidden(error.hint, url)
+            field=field,
+            value=shown,
+            allowed=error.allowed,
+            reason=secrets_hidden(what, url),
+            hint=secrets_hidden(error.hint, url),
         ) from None
     if not isinstance(backend, Backend):
         reason = f"{entry.value} is registered as {scheme!r} but makes no backend: {type(backend).__name__}"

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from netloader.core.addresses import Address, is_wildcard
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import DIGEST_BYTES
 from netloader.core.report import PullReport
+from netloader.discovery.configured import registries_of
 from netloader.errors import ConfigError, ManifestError, NetloaderError
 from netloader.session.holding import Holding
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError, serving_line
@@ -76,6 +78,13 @@ class _EngineServer(Server):
     _exposed_hint = "set TOKEN_FILE on both sides, or LISTEN_HOST to an address that only trusted hosts reach"
 
 
+def _engine_server(rank: int, host_name: str, **options: Any) -> Server:
+    """The server of one rank, which announces `host_name` if it listens at all addresses."""
+    server = _EngineServer(**options)
+    server.published = replace(server.published, rank=rank, host=host_name)
+    return server
+
+
 class WorkerServer:
     """A server with an event loop of its own, in a daemon thread.
 
@@ -95,13 +104,14 @@ class WorkerServer:
         self.pid = os.getpid()
         self.settings = _settings(config)
         self._rank = rank
-        self._host_name = host_name
         self._file = None if config.output_prefix is None else AddressFile(config.output_prefix, rank)
         self._cleanup: FileCleanup | None = None
         self._stopped = False
         self._paused: dict[Role, tuple[Holding, ...]] = {}
         make = partial(
-            _EngineServer,
+            _engine_server,
+            rank,
+            host_name or "",
             host=config.listen_host,
             port=port,
             transport=config.transport or "auto",
@@ -110,6 +120,8 @@ class WorkerServer:
             fan_out=config.fan_out,
             stall_timeout=config.stall_timeout,
             device=device,
+            discovery=registries_of(config),
+            zone=config.zone,
         )
         self._loop = ServerLoop(make, f"rank {rank}")
         self._server = self._loop.server
@@ -121,9 +133,11 @@ class WorkerServer:
     @property
     def address(self) -> str:
         """The address under which clients reach the server."""
-        if self._host_name and is_wildcard(self._server.host):
-            return str(Address(self._host_name, self._server.port))
         return str(self._server.address)
+
+    def own_addresses(self) -> tuple[Address, ...]:
+        """The addresses at which this process must not pull."""
+        return (self._server.address,)
 
     def expect(self, role: Role, reason: str) -> None:
         """Answer clients that no layout of the model is ready yet."""
@@ -395,6 +409,7 @@ def _settings(config: Config) -> tuple[object, ...]:
     return (
         *(config.listen_port, config.listen_host, config.output_prefix),
         *(config.transport, config.max_clients, config.fan_out, config.stall_timeout, config.token_file),
+        *(config.discovery, config.zone),
     )
 
 
