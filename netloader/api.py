@@ -5,12 +5,16 @@ Importing this module does not import torch; using it does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Any
 
 from netloader.client.arguments import check_asked, check_identity, check_pull, check_tensors, check_transport
+from netloader.client.origin import turn_of, work_of
 from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
 from netloader.client.registries import Search, check_named, wanted_for
@@ -23,7 +27,8 @@ from netloader.core.sources import Source
 from netloader.core.version import own_version
 from netloader.discovery.argument import Discovery, check_discovery, check_zone
 from netloader.discovery.base import SourceProvider
-from netloader.errors import MemoryStillInUse
+from netloader.discovery.fixed import FixedSources
+from netloader.errors import MemoryStillInUse, NoSourceLeft
 from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 
     from netloader.tensors import Allocate, Destination
 
-__all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
+__all__ = ["Server", "own_host", "probe", "pull", "pull_new", "pull_or_load"]
 
 Wanted = str | Transport | Sequence[str | Transport]
 """Transports to use: ``auto``, a name or an object, or several of them, preferred first."""
@@ -48,7 +53,16 @@ Wanted = str | Transport | Sequence[str | Transport]
 Sources = Sequence[str | Address | Source] | SourceProvider
 """Sources to pull from: a list, or a provider that finds them."""
 
+Load = Callable[[Callable[[str], None]], Awaitable[None] | None]
+"""Fills tensors from storage; is given a function that tells others how far it is."""
+
 _DAY = 86_400.0
+
+_PUBLISHED_WITHIN = 10.0
+"""Seconds in which a registry has to accept what was loaded, before the lease is given back."""
+
+_PULL_WAIT = 5.0
+"""Seconds that a pull goes on trying sources that are not ready, before it is asked anew who loads."""
 
 
 def software() -> str:
@@ -225,6 +239,84 @@ async def pull(
     filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
     return (await _pull_into(filled, identity, search, transport, options, progress, observers, relay))[1]
+
+
+async def pull_or_load(
+    tensors: Mapping[str, torch.Tensor],
+    identity: ModelIdentity,
+    load: Load,
+    *,
+    server: Server,
+    discovery: Discovery,
+    sources: Sources | None = None,
+    wait: float = 600.0,
+    zone: str | None = None,
+    **options: Any,
+) -> PullReport | None:
+    """Fill `tensors` from a source; if nobody holds them, one instance of the fleet loads them, and the others wait.
+
+    Which one that is, they agree by a lease in the registry. If it dies, the lease ends, and the next one loads. So
+    storage is read once for all that are started together. After a pause longer than the lease, two may load at once,
+    which costs reading and nothing else. While an instance waits, the log says for whom, and how far that one is.
+
+    Args:
+        tensors: As for :func:`pull`.
+        identity: As for :func:`pull`.
+        load: Fills `tensors` from storage. It is called with a function that tells those that wait how far it is, in a
+            short text. A coroutine function is awaited; any other function runs in a thread.
+        server: A running server, published in the same registries. It serves the tensors afterwards, and the verified
+            blocks during a pull. Retract the role there before the tensors change.
+        discovery: Registries, of which one gives leases.
+        sources: Tried before anything else, once.
+        wait: Seconds to wait for an instance that loads. After that, this one loads too, without the lease.
+        zone: As for :func:`pull`.
+        options: Further arguments of :func:`pull`.
+
+    Returns:
+        The report of the pull; None if the tensors were loaded from storage here.
+
+    Raises:
+        NoSourceLeft: `wait` is over, and sources that are published could not give every block.
+        ConfigError: Arguments are not valid, or no registry can give a lease.
+        Exception: What :func:`pull` and `load` raise otherwise.
+    """
+    check = Arguments()
+    check_tensors(check, tensors, identity)
+    check.seconds("wait", wait)
+    check.kind("identity", identity, ModelIdentity, "a netloader.ModelIdentity")
+    check.function("load", load)
+    check.kind("server", server, Server, "a running netloader.Server with discovery=...")
+    search = Search(FixedSources(()), check_discovery(check, discovery), check_zone(check, zone))
+    claims = None if search.backend is None else search.backend.claims()
+    if claims is None:
+        check.kind("discovery", discovery, (), "a registry that gives leases, such as redis:// or etcd://")
+    check.raise_all()
+    call = partial(pull, tensors, identity, discovery=discovery, zone=zone, relay=server, **options)
+    until = time.monotonic() + wait
+    if sources:
+        with suppress(NoSourceLeft):
+            return await call(sources=sources)
+    wanted, name = wanted_for(identity, identity.role, ())
+    provider, _ = await search.provider(wanted, name, lambda: (server.address,))
+    while claims is not None:
+        left = max(0.0, until - time.monotonic())
+        async with turn_of(provider, claims, work_of(wanted[0].key), within=left, what=name or "the model") as turn:
+            if turn.loads:
+                tell = _tell_nobody if turn.claim is None else turn.claim.tell
+                await (load(tell) if iscoroutinefunction(load) else in_thread(partial(load, tell)))
+                await server.hold(tensors, identity)
+                await server.until_published(identity.role, within=_PUBLISHED_WITHIN)
+                return None
+        try:
+            return await call(wait=min(left, _PULL_WAIT))
+        except NoSourceLeft:
+            if time.monotonic() >= until:
+                raise
+    return None
+
+
+def _tell_nobody(_progress: str) -> None:
+    pass
 
 
 async def pull_new(

@@ -70,6 +70,7 @@ class _Shown:
     holding: Holding
     supply: Supply | None
     generation: str = field(default_factory=lambda: secrets.token_hex(8))
+    published: bool = False  # the registry has accepted it, or the first attempt has failed
 
 
 class Publishing:
@@ -111,6 +112,11 @@ class Publishing:
         """An observer: what is served has changed."""
         if isinstance(event, ServingStarted | ServingStopped):
             self._notify()
+
+    async def published(self, holding: Holding) -> None:
+        """Wait until `holding` is published, or the first attempt to do so has failed. Bound it by a deadline."""
+        while not any(shown.holding is holding and shown.published for shown in self._shown.values()):
+            await self._changed.wait()
 
     def stop(self) -> None:
         """Withdraw everything, and publish nothing any more. :meth:`run` ends soon after, within seconds."""
@@ -172,6 +178,8 @@ class Publishing:
         """
         entry = self._entry(slot, shown)
         async with self._publisher.publish(entry) as publication:
+            shown.published = True
+            self._notify()
             while self._shown.get(slot) is shown:
                 changed = self._changed
                 with anyio.move_on_after(UPDATE_EVERY) as waited:

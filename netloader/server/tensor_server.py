@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import anyio
 import anyio.to_thread
 
 from netloader.core.addresses import Address, is_loopback, is_wildcard
@@ -199,6 +200,19 @@ class TensorServer(HoldingServer):
         self.add(holding)
         self._held.append(holding)
         return holding.announcement.root
+
+    async def until_published(self, role: Role = "target", *, within: float) -> bool:
+        """Wait until what is served under `role` is published, for `within` seconds at most.
+
+        Returns:
+            False if it is not: it is not served, there is no registry, or the registry does not answer in time.
+        """
+        holding = next((one for one in self.holdings.held() if one.announcement.identity.role == role), None)
+        if self._publishing is None or holding is None:
+            return False
+        with anyio.move_on_after(within) as waited:
+            await self._publishing.published(holding)
+        return not waited.cancelled_caught
 
     async def retract(
         self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
