@@ -18,6 +18,7 @@ from netloader.core.identity import ModelIdentity, Role
 from netloader.discovery.base import Backend
 from netloader.discovery.configured import registries_of
 from netloader.errors import NetloaderError
+from netloader.vllm.load.choose_origin import loads_from_storage
 from netloader.vllm.load.drafts import left_out, named_like_target, served_name, shares_with_target
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.find_sources import OfRank, find_sources
@@ -173,8 +174,10 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
     with refuse_on_failure(server, engine.role):
         if registry is not None:
             registry = OfRank(registry, rank, tuple if server is None else server.own_addresses)
-        sources = _sources(engine, config, topology, settings, registry)
-        why_no_source = "" if sources else _why_no_source(config, rank)
+        why_no_source = _why_storage(engine, config, topology, settings, registry, server)
+        left = max(0.0, config.wait - (time.monotonic() - began))
+        sources = () if why_no_source else _sources(engine, config, topology, settings, registry, left)
+        why_no_source = why_no_source or ("" if sources else _why_no_source(config, rank))
         if default_loader is None and not sources:
             raise NothingPulled(
                 f"rank {rank} has nothing to pull from ({why_no_source}), and FALLBACK is false",
@@ -198,14 +201,38 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
     )
 
 
+def _why_storage(
+    engine: Engine,
+    config: Config,
+    topology: Topology,
+    settings: Settings,
+    registry: Backend | None,
+    server: WorkerServer | None,
+) -> str:
+    """Why this engine is the one that loads from storage; empty if ORIGIN does not ask for one, or it is another one.
+
+    Raises:
+        AgreementError: Another rank ended, or did not report in time.
+    """
+    if config.origin != "lease" or registry is None or not config.fallback:
+        return ""  # with FALLBACK false, no engine may load from storage
+    identity, given = model_identity(engine, config, topology, settings), config.sources_for(topology.rank)
+    at_once = msgspec.structs.replace(config, wait=0.0)
+
+    def answers() -> bool:
+        return bool(given) and probe_sources(given, engine.role, at_once) is not None
+
+    return loads_from_storage(registry, server, identity, answers, rank=topology.rank, wait=config.wait)
+
+
 def _sources(
-    engine: Engine, config: Config, topology: Topology, settings: Settings, registry: Backend | None
+    engine: Engine, config: Config, topology: Topology, settings: Settings, registry: Backend | None, wait: float
 ) -> tuple[Address, ...]:
     """The addresses of SOURCE, then those that DISCOVERY knows. With a SOURCE, no other one is waited for here."""
     given = config.sources_for(topology.rank)
     if registry is None:
         return given
-    wait = 0.0 if given else config.wait
+    wait = 0.0 if given else wait
     try:
         identity = model_identity(engine, config, topology, settings)
         found = find_sources(registry, identity, topology.rank, wait=wait, zone=config.zone)
