@@ -15,10 +15,14 @@ __all__ = ["GROUP", "known", "open_backend", "without_secrets"]
 
 GROUP = "netloader.discovery"
 
-_OURS: dict[str, str] = {}
+_OURS: dict[str, str] = {
+    "dir": "netloader.discovery.folder:open_folder",
+    "dns": "netloader.discovery.dns_records:open_dns",
+    "dns+srv": "netloader.discovery.dns_records:open_dns",
+}
 """The schemes of this package. They are also known where it is not installed (a source tree on the path)."""
 
-_EXTRAS: dict[str, str] = {}
+_EXTRAS: dict[str, str] = {"dns": "dns", "dns+srv": "dns"}
 """By scheme, which extra of this package installs what it imports."""
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")
@@ -43,7 +47,9 @@ def known() -> tuple[str, ...]:
 
 
 def open_backend(url: str, *, field: str = "discovery") -> Backend:
-    """The backend that a URL names. No I/O is done yet.
+    """The backend that a URL names. It does no I/O, but the first call for a scheme imports what it needs.
+
+    On an event loop, call it in a thread.
 
     Args:
         url: ``scheme:...``. The scheme is the name of an entry point, whose object is called with the whole URL.

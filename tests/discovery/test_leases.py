@@ -155,6 +155,24 @@ def test_of_two_servers_at_one_address_the_later_stays(caplog: pytest.LogCapture
     assert [record.levelname for record in caplog.records if "another server" in record.getMessage()] == ["WARNING"]
 
 
+def test_a_server_that_was_cut_off_does_not_replace_a_later_one() -> None:
+    async def work(world: Faulty, watcher: Watcher) -> None:
+        later = msgspec.structs.replace(ONE, generation="second")
+        cut = Faulty(world.registry)
+        async with backend(cut).publisher().publish(ONE) as published:
+            await watcher.until(lambda: AT_ONE in watcher.sources, AT_ONCE)
+            cut.stop()
+            async with backend(world).publisher().publish(later):
+                await anyio.sleep(TTL)
+                published.update(msgspec.structs.replace(ONE, load=Load(clients=3)))
+                await anyio.sleep(TTL)
+                cut.start()
+                await anyio.sleep(2 * TTL)
+                assert watcher.words == [".", "+10.0.0.1:1/first", "-10.0.0.1:1", "+10.0.0.1:1/second"]
+
+    watched(work)
+
+
 def test_an_emptied_registry_makes_nobody_vanish() -> None:
     async def work(world: Faulty, watcher: Watcher) -> None:
         async with backend(world).publisher().publish(ONE), backend(world).publisher().publish(TWO):

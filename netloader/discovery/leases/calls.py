@@ -1,4 +1,4 @@
-"""Calls to a registry: their times and deadlines, what is logged of an outage, and listening for changes."""
+"""Calls to a registry: their times and deadlines, and listening for changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import anyio.lowlevel
 from netloader.discovery.store import LeaseStore
 from netloader.errors import ConfigError, DiscoveryError
 
-__all__ = ["Outage", "Pace", "ask", "listen"]
+__all__ = ["LEAVING", "Pace", "ask", "listen"]
 
 T = TypeVar("T")
 
@@ -72,30 +72,6 @@ class Pace:
         alive. A dead name expires after `ttl`, its absence is noticed within `renew`, and this ends before two leases.
         """
         return self.ttl / 2
-
-
-class Outage:
-    """Logs that a registry does not answer: once as a warning, and once when it answers again.
-
-    Args:
-        what: Which registry, and what for.
-    """
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._down = False
-
-    def failed(self, error: DiscoveryError) -> None:
-        """A call failed."""
-        if not self._down:
-            _log.warning("netloader: %s: %s; it is tried again until it answers", self._what, error)
-        self._down = True
-
-    def over(self) -> None:
-        """A call succeeded."""
-        if self._down:
-            _log.info("netloader: %s: it answers again", self._what)
-        self._down = False
 
 
 async def ask(call: Awaitable[T], seconds: float) -> T:

@@ -18,7 +18,8 @@ import msgspec
 from netloader.discovery.base import Claim, Holder
 from netloader.discovery.beside import beside
 from netloader.discovery.leases import names
-from netloader.discovery.leases.calls import LEAVING, Outage, Pace, ask, listen
+from netloader.discovery.leases.calls import LEAVING, Pace, ask, listen
+from netloader.discovery.outage import Outage
 from netloader.discovery.store import LeaseStore, OpenStore
 from netloader.errors import DiscoveryError, legible
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import anyio
@@ -13,11 +12,13 @@ import anyio.lowlevel
 
 from netloader.core.entries import MAX_ENTRY_BYTES, decode_entry
 from netloader.core.sources import MAX_KNOWN, Source
-from netloader.discovery.base import Appeared, Listed, SourceChange, Vanished, Wanted
+from netloader.discovery.base import Listed, SourceChange, Wanted
 from netloader.discovery.beside import beside
-from netloader.discovery.leases.calls import Outage, Pace, ask, listen
+from netloader.discovery.leases.calls import Pace, ask, listen
 from netloader.discovery.leases.names import WITHDRAWN, server_name, servers_prefix
+from netloader.discovery.outage import Outage
 from netloader.discovery.store import OpenStore
+from netloader.discovery.told import Told
 from netloader.errors import ConfigError, DiscoveryError, plural
 
 __all__ = ["LeaseSources"]
@@ -31,61 +32,6 @@ _AT_ONCE = 256
 """Entries that are decoded without giving others the event loop."""
 
 _log = logging.getLogger("netloader")
-
-
-@dataclass(slots=True)
-class _Told:
-    source: Source
-    missing: float | None = None  # since when its name is missing
-
-
-class Told:
-    """What one stream has told of the servers, and what it has to tell next. Pure: the time is an argument.
-
-    Args:
-        missing: Seconds for which a name may be missing before its server has vanished.
-    """
-
-    def __init__(self, missing: float) -> None:
-        self._missing = missing
-        self._told: dict[str, _Told] = {}
-
-    def __len__(self) -> int:
-        return len(self._told)
-
-    @property
-    def due(self) -> float | None:
-        """When the next missing server will have vanished."""
-        return min(
-            (told.missing + self._missing for told in self._told.values() if told.missing is not None), default=None
-        )
-
-    def changes(self, found: Mapping[str, Source | None], now: float) -> list[SourceChange]:
-        """What has changed.
-
-        Args:
-            found: The servers by name; None for one that has withdrawn.
-            now: The time.
-        """
-        changes: list[SourceChange] = []
-        for name, told in list(self._told.items()):
-            if name not in found:
-                told.missing = now if told.missing is None else told.missing
-                gone = now - told.missing >= self._missing
-            else:
-                source, told.missing = found[name], None
-                gone = source is None or source.generation != told.source.generation
-            if gone:
-                del self._told[name]
-                changes.append(Vanished(told.source.address))
-        for name, source in sorted(found.items()):
-            if source is None:
-                continue
-            known = self._told.get(name)
-            if known is None or known.source != source:
-                self._told[name] = _Told(source)
-                changes.append(Appeared(source))
-        return changes
 
 
 class LeaseSources:
