@@ -28,7 +28,7 @@ from netloader.discovery.leases import LeaseBackend
 from netloader.discovery.registry_urls import RegistryUrl, parse_registry_url
 from netloader.errors import ConfigError, DiscoveryError, LocalProtocolError
 
-__all__ = ["RedisRegistry", "RedisStore", "redis_backend"]
+__all__ = ["RedisRegistry", "RedisStore", "open_redis"]
 
 T = TypeVar("T")
 
@@ -68,10 +68,16 @@ for i = 2, 3 do
     end
 end
 """
-_PUT = """
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-redis.call('PUBLISH', KEYS[1], '')
+_TELL = """
+local at = string.find(KEYS[1], '/', 1, true)
+while at do
+    redis.call('PUBLISH', string.sub(KEYS[1], 1, at), '')
+    at = string.find(KEYS[1], '/', at + 1, true)
+end
 """
+"""Each folder of the name is a channel. Patterns of channels can't be allowed to a user without allowing all."""
+
+_PUT = f"redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])\n{_TELL}"
 _PUT_SCRIPT = _PUT + _WRITE
 _CREATE_SCRIPT = f"if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end\n{_PUT}{_WRITE}return 1"
 _RENEW_SCRIPT = f"""
@@ -80,12 +86,12 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 {_WRITE}
 return 1
 """
-_REMOVE_SCRIPT = """
+_REMOVE_SCRIPT = f"""
 if redis.call('GET', KEYS[1]) ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('PUBLISH', KEYS[1], '')
+{_TELL}
 return 1
 """
 """KEYS: of the name, the names in order, when they end. ARGV: the name, the value, the lease in milliseconds."""
@@ -93,7 +99,7 @@ return 1
 _Client = Redis | RedisCluster
 
 
-def redis_backend(url: str) -> LeaseBackend:
+def open_redis(url: str) -> LeaseBackend:
     """The backend of a URL: see docs/registries.md.
 
     Raises:
@@ -251,7 +257,7 @@ class RedisStore:
     async def changes(self, prefix: str) -> AsyncGenerator[None, None]:
         """See :meth:`netloader.discovery.store.LeaseStore.changes`. It does not tell that a name has expired."""
         async with AsyncExitStack() as stack:
-            listening = await self._ask(lambda: self._listen(stack, _key(prefix) + "*"))
+            listening = await self._ask(lambda: self._listen(stack, _key(prefix).rpartition("/")[0] + "/"))
             yield
             while True:
                 await self._message(listening)
@@ -276,8 +282,8 @@ class RedisStore:
             found |= {name: value for name, value in zip(names, values, strict=True) if value is not None}
         return dict(islice(found.items(), limit))
 
-    async def _listen(self, stack: AsyncExitStack, pattern: str) -> Any:
-        """A connection on which Redis has confirmed that it tells what matches `pattern`. `stack` closes it."""
+    async def _listen(self, stack: AsyncExitStack, channel: str) -> Any:
+        """A connection on which Redis has confirmed that it tells what is published. `stack` closes it."""
         client = self._client
         if isinstance(client, RedisCluster):
             # Every node of a cluster tells what is published at any of them.
@@ -287,8 +293,8 @@ class RedisStore:
             stack.push_async_callback(_close, client)
         listening = client.pubsub()
         stack.push_async_callback(_close, listening)
-        await listening.psubscribe(pattern)
-        while (await listening.get_message(timeout=self._deadline) or {}).get("type") != "psubscribe":
+        await listening.subscribe(channel)
+        while (await listening.get_message(timeout=self._deadline) or {}).get("type") != "subscribe":
             pass
         return listening
 
@@ -298,7 +304,7 @@ class RedisStore:
         with _translated(self._name):
             while True:
                 message = await listening.get_message(timeout=_QUIET)
-                if message is not None and message["type"] == "pmessage":
+                if message is not None and message["type"] == "message":
                     return
                 if message is None and asked:
                     raise DiscoveryError(f"{self._name} does not answer within {_QUIET:g} s", hint=_REACH)
@@ -365,11 +371,11 @@ def _translated(name: str) -> Iterator[None]:
     """Raise errors of redis-py and of the system as `DiscoveryError` with a hint."""
     try:
         yield
-    except (errors.RedisError, OSError) as error:
+    except (errors.RedisError, errors.RedisClusterException, OSError) as error:
         text = str(error)
         hint = next((hint for kind, hint in _HINTS if isinstance(error, kind)), _REACH)
         if "NOAUTH" in text or "WRONGPASS" in text:
             hint = _HINTS[0][1]
-        elif "CERTIFICATE" in text or "SSL" in text or "certificate" in text:
+        elif "CERTIFICATE" in text or "SSL" in text or "certificate" in text or "No such file" in text:
             hint = "check ca= (and cert=, key=), and that the server's certificate names this host"
         raise DiscoveryError(f"{name}: {text or type(error).__name__}", hint=hint) from error

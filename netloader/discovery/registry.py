@@ -19,10 +19,29 @@ _OURS: dict[str, str] = {
     "dir": "netloader.discovery.folder:open_folder",
     "dns": "netloader.discovery.dns_records:open_dns",
     "dns+srv": "netloader.discovery.dns_records:open_dns",
+    "etcd": "netloader.discovery.etcd_store:open_etcd",
+    "etcds": "netloader.discovery.etcd_store:open_etcd",
+    "redis": "netloader.discovery.redis_store:open_redis",
+    "rediss": "netloader.discovery.redis_store:open_redis",
+    "redis+sentinel": "netloader.discovery.redis_store:open_redis",
+    "rediss+sentinel": "netloader.discovery.redis_store:open_redis",
+    "redis+cluster": "netloader.discovery.redis_store:open_redis",
+    "rediss+cluster": "netloader.discovery.redis_store:open_redis",
 }
 """The schemes of this package. They are also known where it is not installed (a source tree on the path)."""
 
-_EXTRAS: dict[str, str] = {"dns": "dns", "dns+srv": "dns"}
+_EXTRAS: dict[str, str] = {
+    "dns": "dns",
+    "dns+srv": "dns",
+    "etcd": "etcd",
+    "etcds": "etcd",
+    "redis": "redis",
+    "rediss": "redis",
+    "redis+sentinel": "redis",
+    "rediss+sentinel": "redis",
+    "redis+cluster": "redis",
+    "rediss+cluster": "redis",
+}
 """By scheme, which extra of this package installs what it imports."""
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")

@@ -10,9 +10,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import anyio
+import anyio.to_thread
 import pytest
 
 __all__ = [
@@ -23,11 +26,17 @@ __all__ = [
     "an_etcd",
     "cli",
     "etcd_server",
+    "etcdctl",
     "free_port",
     "needs",
+    "off_loop",
+    "redis_cli",
     "redis_cluster",
     "redis_server",
+    "three_etcds",
 ]
+
+T = TypeVar("T")
 
 HOST = "127.0.0.1"
 PATIENCE = 30.0
@@ -124,6 +133,22 @@ def cli(port: int, *arguments: str) -> str:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE).stdout.strip()
 
 
+async def redis_cli(port: int, *arguments: str) -> str:
+    """As above, beside the event loop."""
+    return await anyio.to_thread.run_sync(cli, port, *arguments)
+
+
+@contextlib.asynccontextmanager
+async def off_loop(context: contextlib.AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a context that blocks, beside the event loop."""
+    entered = await anyio.to_thread.run_sync(context.__enter__)
+    try:
+        yield entered
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(context.__exit__, None, None, None)
+
+
 @contextlib.contextmanager
 def running(command: Sequence[str], folder: Path, port: int, ready: Callable[[], bool]) -> Iterator[Service]:
     service = Service(command, folder, port, ready)
@@ -141,12 +166,8 @@ def a_redis(folder: Path, *options: str, port: int | None = None, tls: bool = Fa
     port = free_port() if port is None else port
     listening = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
     command = ["redis-server", "--bind", HOST, *listening, "--save", "", "--dir", str(folder), *options]
-    with running(
-        command,
-        folder,
-        port,
-        lambda: listens(port) and (tls or "PONG" in cli(port, "ping") or "NOAUTH" in cli(port, "ping")),
-    ) as it:
+    answers = ("PONG", "NOAUTH")
+    with running(command, folder, port, lambda: listens(port) and (tls or cli(port, "ping").startswith(answers))) as it:
         yield it
 
 
@@ -190,24 +211,61 @@ def a_cluster(folder: Path) -> Iterator[list[Service]]:
 
 
 @contextlib.contextmanager
-def an_etcd(folder: Path, *options: str) -> Iterator[Service]:
-    """An etcd of one member, with data on disk."""
-    needs("etcd", "etcdctl")
-    port, peers = free_port(), f"http://{HOST}:{free_port()}"
-    own = any(option.startswith("--listen-client-urls") for option in options)
-    command = [
-        *("etcd", "--name", "one", "--data-dir", str(folder / "data"), "--logger", "zap"),
-        *(() if own else ("--listen-client-urls", f"http://{HOST}:{port}")),
-        *(() if own else ("--advertise-client-urls", f"http://{HOST}:{port}")),
-        *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers, "--initial-cluster", f"one={peers}"),
-        *options,
-    ]
-    with running(command, folder, port, lambda: etcd_is_ready(port)) as it:
+def an_etcd(folder: Path, *, tls: Sequence[str] = ()) -> Iterator[Service]:
+    """An etcd of one member, with data on disk. `tls` are its options for that."""
+    [command] = _etcds([folder], tls)
+    port = _port_of(command)
+    with running(command, folder, port, lambda: listens(port) and (bool(tls) or _is_healthy(port))) as it:
         yield it
 
 
-def etcd_is_ready(port: int) -> bool:
-    return listens(port) and etcdctl(port, "endpoint", "health").returncode == 0
+@contextlib.contextmanager
+def three_etcds(folder: Path) -> Iterator[list[Service]]:
+    """An etcd of three members."""
+    folders = [folder / name for name in "abc"]
+    for each in folders:
+        each.mkdir()
+    commands = _etcds(folders)
+    ports = [_port_of(command) for command in commands]
+    # None of them serves before two of them run.
+    members = [
+        Service(command, at, port, lambda: True) for command, at, port in zip(commands, folders, ports, strict=True)
+    ]
+    try:
+        for member in members:
+            member.start()
+        until = time.monotonic() + PATIENCE
+        while not all(listens(port) and _is_healthy(port) for port in ports):
+            assert time.monotonic() < until, "the members do not find each other"
+            time.sleep(0.05)
+        yield members
+    finally:
+        for member in members:
+            member.kill()
+
+
+def _etcds(folders: Sequence[Path], tls: Sequence[str] = ()) -> list[list[str]]:
+    needs("etcd", "etcdctl")
+    peers = {f"member-{number}": f"http://{HOST}:{free_port()}" for number in range(len(folders))}
+    commands = []
+    for (name, peer), folder in zip(peers.items(), folders, strict=True):
+        clients = f"http{'s' if tls else ''}://{HOST}:{free_port()}"
+        command = ["etcd", "--name", name, "--data-dir", str(folder / "data"), "--logger", "zap"]
+        command += ["--listen-client-urls", clients, "--advertise-client-urls", clients]
+        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        command += ["--initial-cluster", ",".join(f"{each}={where}" for each, where in peers.items()), *tls]
+        commands.append(command)
+    return commands
+
+
+def _port_of(command: Sequence[str]) -> int:
+    return int(command[command.index("--listen-client-urls") + 1].rpartition(":")[2])
+
+
+def _is_healthy(port: int) -> bool:
+    done = etcdctl(port, "endpoint", "health")
+    # With users, who asks without one is told so by an etcd that serves.
+    return done.returncode == 0 or "user name" in done.stderr
 
 
 def etcdctl(port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
