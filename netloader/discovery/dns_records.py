@@ -207,6 +207,7 @@ class DnsSources:
                 found, ttl = await asked.sources()
             except DiscoveryError as error:
                 outage.failed(error)
+                told.unknown()
                 pause = _RETRY
             else:
                 outage.over()

@@ -38,6 +38,11 @@ class Told:
             (told.missing + self._missing for told in self._told.values() if told.missing is not None), default=None
         )
 
+    def unknown(self) -> None:
+        """What there is can't be known now: the time for which names may be missing begins anew."""
+        for told in self._told.values():
+            told.missing = None
+
     def changes(self, found: Mapping[str, Source | None], now: float) -> list[SourceChange]:
         """What has changed.
 

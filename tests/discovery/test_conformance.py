@@ -47,7 +47,7 @@ def done(check: Callable[[], Awaitable[None]]) -> None:
     async def main(_: object) -> None:
         await check()
 
-    run(main)
+    run(main, alone=True)
 
 
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)

@@ -44,7 +44,7 @@ def watched(work: Callable[[Faulty, Watcher], Awaitable[None]]) -> Watcher:
             tasks.cancel_scope.cancel()
         return watcher
 
-    return run(main)
+    return run(main, alone=True)
 
 
 async def killed_after(seconds: float, world: Faulty, entry: Entry) -> None:
@@ -289,7 +289,7 @@ def claimed(work: Callable[[Faulty], Awaitable[None]]) -> None:
     async def main(_: object) -> None:
         await work(Faulty())
 
-    run(main)
+    run(main, alone=True)
 
 
 def test_one_instance_holds_a_claim_and_the_others_see_who_and_how_far() -> None:

@@ -59,9 +59,10 @@ class Clock:
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, moment: float) -> None:
         super().__init__()
         self._clock = clock
+        self._moment = moment
         self._began = time.perf_counter()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -69,7 +70,7 @@ class _JumpingSelector(selectors.DefaultSelector):
             raise AssertionError(f"it goes on and on, {self._clock.now - _START:g} s after the beginning")
         if timeout is not None and timeout <= 0:
             return super().select(0)
-        news = super().select(_MOMENT)
+        news = super().select(self._moment)
         until = time.perf_counter() + _NO_LONGER
         while not news and self._clock.at_work() and time.perf_counter() < until:
             news = super().select(_MOMENT)
@@ -91,9 +92,9 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class _JumpingLoop(DebugLoop):
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, moment: float) -> None:
         self._jumping_clock = clock
-        super().__init__(_JumpingSelector(clock))
+        super().__init__(_JumpingSelector(clock, moment))
 
     def time(self) -> float:
         return self._jumping_clock.now
@@ -103,8 +104,11 @@ class _JumpingLoop(DebugLoop):
         await super().shutdown_default_executor()
 
 
-def run(work: Callable[[Clock], Awaitable[R]], *modules: ModuleType) -> R:
-    """Run `work` in such a loop; the ``time`` of `modules` is replaced by its clock."""
+def run(work: Callable[[Clock], Awaitable[R]], *modules: ModuleType, alone: bool = False) -> R:
+    """Run `work` in such a loop; the ``time`` of `modules` is replaced by its clock.
+
+    `alone`: it uses neither sockets nor threads, so the clock jumps at once.
+    """
     clock = Clock()
 
     async def watched() -> R:
@@ -112,7 +116,7 @@ def run(work: Callable[[Clock], Awaitable[R]], *modules: ModuleType) -> R:
         clock.at_work = lambda: limiter.borrowed_tokens
         return await work(clock)
 
-    options: Mapping[str, Any] = {"debug": True, "loop_factory": lambda: _JumpingLoop(clock)}
+    options: Mapping[str, Any] = {"debug": True, "loop_factory": lambda: _JumpingLoop(clock, 0.0 if alone else _MOMENT)}
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             patch.setattr(module, "time", clock)

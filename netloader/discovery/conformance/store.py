@@ -237,12 +237,12 @@ class _Listener:
                     more.set()
 
     async def quiet(self) -> int:
-        """How often something was told, once nothing more is told of what happened before; or after a second."""
-        with anyio.move_on_after(1.0):
+        """How often something was told, once nothing more is told of what happened before; or after half a second."""
+        with anyio.move_on_after(0.5):
             heard = -1
             while heard != self._heard:
                 heard = self._heard
-                await anyio.sleep(0.2)
+                await anyio.sleep(0.1)
         return self._heard
 
     async def hears(self, otherwise: str, *, since: int) -> None:

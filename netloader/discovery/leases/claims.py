@@ -100,6 +100,7 @@ class LeaseClaims:
                 except DiscoveryError as error:
                     failing = began if failing is None else failing
                     outage.failed(error)
+                    seen.missing = None  # it counts from when the registry answers again
                     if began >= until or began - failing > 2 * self._pace.ttl:
                         raise
                     await anyio.sleep(self._pace.retry)
@@ -274,17 +275,17 @@ class _LeaseClaim:
     async def run(self) -> None:
         """Renew the lock and tell how far the work is, until the lock is lost or this is cancelled."""
         pace = self._lock.pace
-        answered = True
+        sent, answered = anyio.current_time(), True
         while True:
-            sent = anyio.current_time()
             if answered:
-                await anyio.sleep(pace.update)
                 with anyio.move_on_at(sent + pace.renew):
                     await self._more.wait()
+                await anyio.sleep_until(sent + pace.update)
             else:
                 await anyio.sleep(pace.retry)
             if not self.held:
                 return
+            sent = anyio.current_time()
             answered = await self._renew()
 
     async def _renew(self) -> bool:

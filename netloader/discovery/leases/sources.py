@@ -70,6 +70,7 @@ class LeaseSources:
                     values = await ask(store.read(below, limit=MAX_KNOWN + 1), pace.call)
                 except DiscoveryError as error:
                     outage.failed(error)
+                    told.unknown()
                     await anyio.sleep(pace.retry)
                     continue
                 outage.over()
