@@ -20,14 +20,21 @@ pytest.importorskip("aiohttp", reason="needs the etcd extra")
 
 from netloader.discovery.etcd_store import EtcdRegistry
 
+LONG = ("renewing_makes_names_last", "a_refused_renewal_prolongs_nothing")
+"""Checks that wait for several leases."""
 
-@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(each, marks=[pytest.mark.slow] if each.__name__ in LONG else []) for each in STORE_CHECKS],
+    ids=lambda check: check.__name__,
+)
 async def test_it_conforms(check: StoreCheck, etcd_server: Service) -> None:
     await check_store(EtcdRegistry(f"etcd://{etcd_server.address}"), [check])
 
 
 def ours(where: str) -> EtcdRegistry:
-    return EtcdRegistry(where, deadline=3.0)
+    return EtcdRegistry(where, deadline=1.5)
 
 
 @pytest.fixture
@@ -101,9 +108,9 @@ async def test_a_partition_is_noticed_and_heals(own_etcd: Service) -> None:
     async with a_proxy(own_etcd.port) as proxy, ours(f"etcd://{proxy.address}")() as store:
         await store.put("n/a", b"1", ttl=60)
         proxy.stall()
-        assert "does not answer within 3 s" in str(await refused(lambda: store.renew("n/a", b"1", ttl=60)))
+        assert "does not answer within 1.5 s" in str(await refused(lambda: store.renew("n/a", b"1", ttl=60)))
         async with aclosing(store.changes("n/")) as changes:
-            assert "does not answer within 3 s" in str(await refused(lambda: anext(changes)))
+            assert "does not answer within 1.5 s" in str(await refused(lambda: anext(changes)))
         proxy.heal()
         assert await succeeds(lambda: store.renew("n/a", b"1", ttl=60))
         async with aclosing(store.changes("n/")) as changes:
@@ -115,6 +122,7 @@ async def test_a_partition_is_noticed_and_heals(own_etcd: Service) -> None:
         assert await succeeds(lambda: store.read("n/", limit=10)) == {"n/a": b"1"}
 
 
+@pytest.mark.slow
 async def test_members_that_are_down_are_passed_over(tmp_path: Path) -> None:
     async with off_loop(three_etcds(tmp_path)) as members:
         hosts = ",".join([f"127.0.0.1:{free_port()}", *(member.address for member in members)])

@@ -20,35 +20,58 @@ pytest.importorskip("redis", reason="needs the redis extra")
 pytest.importorskip("aiohttp", reason="needs the etcd extra")
 pytest.importorskip("dns", reason="needs the dns extra")
 
+import netloader.discovery.dns_records  # noqa: F401 - files are read, not on the event loop
 from netloader.discovery.etcd_store import EtcdRegistry
 from netloader.discovery.redis_store import RedisRegistry
 
 TTL = 6.0
-SERVERS = 50
-CLIENTS = 50
 OTHER = 1
 """The seed of other weights."""
 
-HOSTS = [f"127.0.7.{number + 1}" for number in range(SERVERS)]
-KILLED, CUT, RESTARTED, HEALTHY = HOSTS[:5], HOSTS[5:8], HOSTS[8], HOSTS[9:]
+
+class Plan:
+    """What becomes of each host.
+
+    Args:
+        hosts: How many there are, and how many clients.
+        killed: How many are killed.
+        cut: How many can't reach the registry any more. All but the first of them can't be reached by anybody.
+
+    Attributes:
+        hosts, killed, cut, restarted, healthy: Their addresses.
+    """
+
+    def __init__(self, hosts: int, killed: int, cut: int) -> None:
+        self.hosts = [f"127.0.7.{number + 1}" for number in range(hosts)]
+        self.killed, self.cut = self.hosts[:killed], self.hosts[killed : killed + cut]
+        self.restarted, *self.healthy = self.hosts[killed + cut :]
 
 
-async def pulls(discovery: str) -> list[Client]:
-    """All clients at once; each has pulled."""
-    clients = [Client() for _ in range(CLIENTS)]
+plans = pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(Plan(10, 2, 1), id="ten"),
+        pytest.param(Plan(50, 5, 3), id="fifty", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+    ],
+)
+
+
+async def pulls(plan: Plan, discovery: str) -> list[Client]:
+    """As many clients as servers, all at once; each has pulled."""
+    clients = [Client() for _ in plan.hosts]
     async with anyio.create_task_group() as tasks:
         for client in clients:
             tasks.start_soon(client.pull, discovery)
     return clients
 
 
-def check(clients: Sequence[Client], port: int) -> None:
+def check(plan: Plan, clients: Sequence[Client], port: int) -> None:
     for client in clients:
         assert client.exact
         assert client.report is not None
         gave = {address for address, share in client.report.sources.items() if share.nbytes}
-        assert gave <= {f"{host}:{port}" for host in (*HEALTHY, *CUT)}
-        for host in (*KILLED, *CUT, RESTARTED):
+        assert gave <= {f"{host}:{port}" for host in (*plan.healthy, *plan.cut)}
+        for host in plan.hosts:
             assert client.chosen[f"{host}:{port}"] <= 1, (client.order, client.report.attempts)
 
 
@@ -58,16 +81,16 @@ async def names(store: LeaseStore) -> set[str]:
     return {name.rpartition("/")[2].rpartition(":")[0] for name, value in found.items() if value.startswith(b"{")}
 
 
-async def over_a_registry(open_store: OpenStore, url: str, proxied: str, proxy: FaultProxy) -> None:
+async def over_a_registry(plan: Plan, open_store: OpenStore, url: str, proxied: str, proxy: FaultProxy) -> None:
     port = free_port()
     async with a_fleet(port) as fleet, open_store() as store:
-        killed = [await fleet.start([host], url) for host in KILLED]
-        cut = [await fleet.start([host], proxied) for host in CUT]
-        restarted = await fleet.start([RESTARTED], url)
+        killed = [await fleet.start([host], url) for host in plan.killed]
+        cut = [await fleet.start([host], proxied) for host in plan.cut]
+        restarted = await fleet.start([plan.restarted], url)
         for first in range(3):
-            await fleet.start(HEALTHY[first::3], url)
+            await fleet.start(plan.healthy[first::3], url)
         with anyio.fail_after(30):
-            while await names(store) != set(HOSTS):  # noqa: ASYNC110 - others write
+            while await names(store) != set(plan.hosts):  # noqa: ASYNC110 - others write
                 await anyio.sleep(0.1)
 
         proxy.stall()  # they can't reach the registry, and two of them nobody
@@ -76,60 +99,63 @@ async def over_a_registry(open_store: OpenStore, url: str, proxied: str, proxy: 
         for process in (*killed, restarted):
             await fleet.kill(process)
         began = anyio.current_time()
-        await fleet.start([RESTARTED], url, seed=OTHER)
+        await fleet.start([plan.restarted], url, seed=OTHER)
         gone: list[float] = []
 
         async def watch() -> None:
-            while (*KILLED, *CUT) and await names(store) & {*KILLED, *CUT}:  # noqa: ASYNC110 - others write
+            while await names(store) & {*plan.killed, *plan.cut}:  # noqa: ASYNC110 - others write
                 await anyio.sleep(0.1)
             gone.append(anyio.current_time() - began)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
-            check(await pulls(url), port)
+            check(plan, await pulls(plan, url), port)
         assert gone[0] < 2 * TTL
-        assert await names(store) == {RESTARTED, *HEALTHY}
+        assert await names(store) == {plan.restarted, *plan.healthy}
 
         proxy.heal()
         for process in cut[1:]:
             go_on(process)
         with anyio.fail_after(30):
-            while await names(store) != {*CUT, RESTARTED, *HEALTHY}:  # noqa: ASYNC110 - others write
+            while await names(store) != {*plan.cut, plan.restarted, *plan.healthy}:  # noqa: ASYNC110 - others write
                 await anyio.sleep(0.1)
 
 
-async def test_redis(redis_server: Service) -> None:
+@plans
+async def test_redis(plan: Plan, redis_server: Service) -> None:
     async with a_proxy(redis_server.port) as proxy:
         url = f"redis://{redis_server.address}/5?ttl={TTL}"
         proxied = f"redis://{proxy.address}/5?ttl={TTL}"
-        await over_a_registry(RedisRegistry(url), url, proxied, proxy)
+        await over_a_registry(plan, RedisRegistry(url), url, proxied, proxy)
 
 
-async def test_etcd(etcd_server: Service) -> None:
+@plans
+async def test_etcd(plan: Plan, etcd_server: Service) -> None:
     async with a_proxy(etcd_server.port) as proxy:
         url, proxied = f"etcd://{etcd_server.address}?ttl={TTL}", f"etcd://{proxy.address}?ttl={TTL}"
-        await over_a_registry(EtcdRegistry(url), url, proxied, proxy)
+        await over_a_registry(plan, EtcdRegistry(url), url, proxied, proxy)
 
 
 @needs_dnsmasq
-async def test_dns(tmp_path: Path) -> None:
+@plans
+async def test_dns(plan: Plan, tmp_path: Path) -> None:
     port = free_port()
     server = await anyio.to_thread.run_sync(NameServer, tmp_path)
     async with off_loop(server), a_fleet(port) as fleet:
-        await dns(fleet, server, port)
+        await dns(plan, fleet, server, port)
 
 
-async def dns(fleet: Fleet, server: NameServer, port: int) -> None:
-    killed = [await fleet.start([host], None) for host in KILLED]
-    cut = [await fleet.start([host], None) for host in CUT]
-    restarted = await fleet.start([RESTARTED], None)
+async def dns(plan: Plan, fleet: Fleet, server: NameServer, port: int) -> None:
+    killed = [await fleet.start([host], None) for host in plan.killed]
+    cut = [await fleet.start([host], None) for host in plan.cut]
+    restarted = await fleet.start([plan.restarted], None)
     for first in range(3):
-        await fleet.start(HEALTHY[first::3], None)
-    await anyio.to_thread.run_sync(partial(server.set, sources=HOSTS))
-    for process in cut:
+        await fleet.start(plan.healthy[first::3], None)
+    await anyio.to_thread.run_sync(partial(server.set, sources=plan.hosts))
+    for process in cut[1:]:
         suspend(process)
     for process in (*killed, restarted):
         await fleet.kill(process)
-    await fleet.start([RESTARTED], None, seed=OTHER)
+    await fleet.start([plan.restarted], None, seed=OTHER)
     # The records of the dead stay: nobody withdraws them.
-    check(await pulls(f"dns://sources.fleet.test:{port}?server={server.address}"), port)
+    check(plan, await pulls(plan, f"dns://sources.fleet.test:{port}?server={server.address}"), port)

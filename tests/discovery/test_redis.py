@@ -23,28 +23,28 @@ redis = pytest.importorskip("redis", reason="needs the redis extra")
 from netloader.discovery import redis_store  # noqa: E402
 from netloader.discovery.redis_store import RedisRegistry  # noqa: E402
 
-
-@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
-async def test_a_server_conforms(check: StoreCheck, redis_server: Service) -> None:
-    await check_store(RedisRegistry(f"redis://{redis_server.address}"), [check])
-
-
-LEASES = ("names_expire", "renewing_makes_names_last", "a_refused_renewal_prolongs_nothing")
-"""Checks that wait for leases, which a node of a cluster ends as a single server does."""
+LONG = ("renewing_makes_names_last", "a_refused_renewal_prolongs_nothing")
+"""Checks that wait for several leases."""
 
 
 @pytest.mark.parametrize(
     "check",
-    [pytest.param(each, marks=[pytest.mark.slow] if each.__name__ in LEASES else []) for each in STORE_CHECKS],
+    [pytest.param(each, marks=[pytest.mark.slow] if each.__name__ in LONG else []) for each in STORE_CHECKS],
     ids=lambda check: check.__name__,
 )
+async def test_a_server_conforms(check: StoreCheck, redis_server: Service) -> None:
+    await check_store(RedisRegistry(f"redis://{redis_server.address}"), [check])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
 async def test_a_cluster_conforms(check: StoreCheck, redis_cluster: list[Service]) -> None:
     hosts = ",".join(node.address for node in redis_cluster)
     await check_store(RedisRegistry(f"redis+cluster://{hosts}"), [check])
 
 
 def ours(where: str) -> RedisRegistry:
-    return RedisRegistry(where, deadline=2.0)
+    return RedisRegistry(where, deadline=1.0)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ async def test_a_server_that_stands_still_is_left_in_time(own_redis: Service) ->
     async with ours(f"redis://{own_redis.address}")() as store:
         await store.put("n/a", b"1", ttl=30)
         own_redis.suspend()
-        assert "does not answer within 2 s" in str(await refused(lambda: store.read("n/", limit=10)))
+        assert "does not answer within 1 s" in str(await refused(lambda: store.read("n/", limit=10)))
         own_redis.go_on()
         assert await succeeds(lambda: store.read("n/", limit=10)) == {"n/a": b"1"}
 
@@ -139,7 +139,7 @@ async def test_a_watch_that_hears_nothing_is_given_up(own_redis: Service, monkey
     async with a_proxy(own_redis.port) as proxy, ours(f"redis://{proxy.address}")() as store:
         async with aclosing(store.changes("n/")) as changes:
             await anext(changes)
-            with anyio.move_on_after(1.5) as scope:  # silent, and alive
+            with anyio.move_on_after(0.9) as scope:  # silent, and alive
                 await anext(changes)
             assert scope.cancelled_caught
         async with aclosing(store.changes("n/")) as changes:
@@ -222,6 +222,7 @@ async def test_tls(tmp_path: Path) -> None:
             assert "check ca=" in (await refused(lambda: store.read("n/", limit=10))).hint
 
 
+@pytest.mark.slow
 async def test_sentinel_names_the_next_master(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("master", "replica", "sentinel")]
     for folder in folders:
