@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 import pytest
+from anyio.abc import Process
 
 from netloader.discovery.store import LeaseStore, OpenStore
 from tests.discovery.fault_proxy import FaultProxy, a_proxy
@@ -24,7 +25,6 @@ import netloader.discovery.dns_records  # noqa: F401 - files are read, not on th
 from netloader.discovery.etcd_store import EtcdRegistry
 from netloader.discovery.redis_store import RedisRegistry
 
-TTL = 6.0
 OTHER = 1
 """The seed of other weights."""
 
@@ -36,12 +36,15 @@ class Plan:
         hosts: How many there are, and how many clients.
         killed: How many are killed.
         cut: How many can't reach the registry any more. All but the first of them can't be reached by anybody.
+        ttl: Seconds of a lease.
 
     Attributes:
+        ttl: As given.
         hosts, killed, cut, restarted, healthy: Their addresses.
     """
 
-    def __init__(self, hosts: int, killed: int, cut: int) -> None:
+    def __init__(self, hosts: int, killed: int, cut: int, ttl: float) -> None:
+        self.ttl = ttl
         self.hosts = [f"127.0.7.{number + 1}" for number in range(hosts)]
         self.killed, self.cut = self.hosts[:killed], self.hosts[killed : killed + cut]
         self.restarted, *self.healthy = self.hosts[killed + cut :]
@@ -50,10 +53,29 @@ class Plan:
 plans = pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(Plan(10, 2, 1), id="ten"),
-        pytest.param(Plan(50, 5, 3), id="fifty", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+        pytest.param(Plan(10, 2, 1, 4.0), id="ten"),
+        pytest.param(Plan(50, 5, 3, 6.0), id="fifty", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
     ],
 )
+
+
+async def started(
+    plan: Plan, fleet: Fleet, url: str | None, proxied: str | None
+) -> tuple[list[Process], list[Process], Process]:
+    """All servers: those that are killed, those that are cut off, and the one that is restarted."""
+    alone = (*plan.killed, *plan.cut, plan.restarted)
+    processes: dict[str, Process] = {}
+
+    async def start(hosts: list[str], discovery: str | None) -> None:
+        processes[hosts[0]] = await fleet.start(hosts, discovery)
+
+    async with anyio.create_task_group() as tasks:
+        for host in alone:
+            tasks.start_soon(start, [host], proxied if host in plan.cut else url)
+        for first in range(3):
+            tasks.start_soon(start, plan.healthy[first::3], url)
+    killed, cut = ([processes[host] for host in hosts] for hosts in (plan.killed, plan.cut))
+    return killed, cut, processes[plan.restarted]
 
 
 async def pulls(plan: Plan, discovery: str) -> list[Client]:
@@ -84,11 +106,7 @@ async def names(store: LeaseStore) -> set[str]:
 async def over_a_registry(plan: Plan, open_store: OpenStore, url: str, proxied: str, proxy: FaultProxy) -> None:
     port = free_port()
     async with a_fleet(port) as fleet, open_store() as store:
-        killed = [await fleet.start([host], url) for host in plan.killed]
-        cut = [await fleet.start([host], proxied) for host in plan.cut]
-        restarted = await fleet.start([plan.restarted], url)
-        for first in range(3):
-            await fleet.start(plan.healthy[first::3], url)
+        killed, cut, restarted = await started(plan, fleet, url, proxied)
         with anyio.fail_after(30):
             while await names(store) != set(plan.hosts):  # noqa: ASYNC110 - others write
                 await anyio.sleep(0.1)
@@ -110,7 +128,7 @@ async def over_a_registry(plan: Plan, open_store: OpenStore, url: str, proxied: 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
             check(plan, await pulls(plan, url), port)
-        assert gone[0] < 2 * TTL
+        assert gone[0] < 2 * plan.ttl
         assert await names(store) == {plan.restarted, *plan.healthy}
 
         proxy.heal()
@@ -124,15 +142,16 @@ async def over_a_registry(plan: Plan, open_store: OpenStore, url: str, proxied: 
 @plans
 async def test_redis(plan: Plan, redis_server: Service) -> None:
     async with a_proxy(redis_server.port) as proxy:
-        url = f"redis://{redis_server.address}/5?ttl={TTL}"
-        proxied = f"redis://{proxy.address}/5?ttl={TTL}"
+        url = f"redis://{redis_server.address}/5?ttl={plan.ttl:g}"
+        proxied = f"redis://{proxy.address}/5?ttl={plan.ttl:g}"
         await over_a_registry(plan, RedisRegistry(url), url, proxied, proxy)
 
 
+@pytest.mark.slow
 @plans
 async def test_etcd(plan: Plan, etcd_server: Service) -> None:
     async with a_proxy(etcd_server.port) as proxy:
-        url, proxied = f"etcd://{etcd_server.address}?ttl={TTL}", f"etcd://{proxy.address}?ttl={TTL}"
+        url, proxied = f"etcd://{etcd_server.address}?ttl={plan.ttl:g}", f"etcd://{proxy.address}?ttl={plan.ttl:g}"
         await over_a_registry(plan, EtcdRegistry(url), url, proxied, proxy)
 
 
@@ -146,11 +165,7 @@ async def test_dns(plan: Plan, tmp_path: Path) -> None:
 
 
 async def dns(plan: Plan, fleet: Fleet, server: NameServer, port: int) -> None:
-    killed = [await fleet.start([host], None) for host in plan.killed]
-    cut = [await fleet.start([host], None) for host in plan.cut]
-    restarted = await fleet.start([plan.restarted], None)
-    for first in range(3):
-        await fleet.start(plan.healthy[first::3], None)
+    killed, cut, restarted = await started(plan, fleet, None, None)
     await anyio.to_thread.run_sync(partial(server.set, sources=plan.hosts))
     for process in cut[1:]:
         suspend(process)
