@@ -43,8 +43,8 @@ async def test_a_cluster_conforms(check: StoreCheck, redis_cluster: list[Service
     await check_store(RedisRegistry(f"redis+cluster://{hosts}"), [check])
 
 
-def ours(where: str) -> RedisRegistry:
-    return RedisRegistry(where, deadline=1.0)
+def ours(where: str, deadline: float = 10.0) -> RedisRegistry:
+    return RedisRegistry(where, deadline=deadline)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ async def test_a_restarted_server_is_used_again(own_redis: Service) -> None:
 
 
 async def test_a_server_that_stands_still_is_left_in_time(own_redis: Service) -> None:
-    async with ours(f"redis://{own_redis.address}")() as store:
+    async with ours(f"redis://{own_redis.address}", deadline=1.0)() as store:
         await store.put("n/a", b"1", ttl=30)
         own_redis.suspend()
         assert "does not answer within 1 s" in str(await refused(lambda: store.read("n/", limit=10)))
@@ -122,7 +122,7 @@ async def test_dead_names_count_for_no_limit(own_redis: Service) -> None:
 
 
 async def test_a_partition_is_noticed_and_heals(own_redis: Service) -> None:
-    async with a_proxy(own_redis.port) as proxy, ours(f"redis://{proxy.address}")() as store:
+    async with a_proxy(own_redis.port) as proxy, ours(f"redis://{proxy.address}", deadline=1.0)() as store:
         await store.put("n/a", b"1", ttl=30)
         proxy.stall()
         await refused(lambda: store.renew("n/a", b"1", ttl=30))
@@ -296,3 +296,21 @@ async def test_a_cluster_moves_its_slots(redis_cluster: list[Service]) -> None:
             await redis_cli(node.port, "cluster", "setslot", slot, "node", ids[to])
         assert await succeeds(lambda: store.renew("moving/a", b"1", ttl=60))
         assert await store.read("moving/", limit=10) == {"moving/a": b"1"}
+
+
+async def test_the_documented_permissions_are_enough_in_a_cluster(redis_cluster: list[Service]) -> None:
+    text = (Path(__file__).parents[2] / "docs/registries.md").read_text(encoding="utf-8")
+    rules = re.search(r"^ACL SETUSER netloader on >PASSWORD (.*)$", text, re.MULTILINE)
+    more = re.search(r"In a cluster add `([^`]*)`", text)
+    assert rules is not None
+    assert more is not None
+    for node in redis_cluster:
+        await redis_cli(node.port, "acl", "setuser", "netloader", "on", ">x", *rules[1].split(), *more[1].split())
+    async with ours(f"redis+cluster://netloader:x@{redis_cluster[0].address}")() as store:
+        async with aclosing(store.changes("netloader/")) as changes:
+            await anext(changes)
+            await store.put("netloader/a", b"1", ttl=30)
+            with anyio.fail_after(5):
+                await anext(changes)
+        assert await store.read("netloader/", limit=10) == {"netloader/a": b"1"}
+        assert await store.remove("netloader/a", b"1")
