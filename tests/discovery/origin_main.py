@@ -28,7 +28,8 @@ def make(file: Path) -> None:
     save_file({f"w{n}": torch.randn(SHAPE, generator=made) for n in range(4)}, file)
 
 
-async def main(url: str, file: str, reads: str, moment: str) -> None:
+async def main(*arguments: str) -> None:
+    url, file, reads, moment = arguments
     tensors = {f"w{n}": torch.zeros(SHAPE) for n in range(4)}
 
     def die() -> None:
