@@ -27,9 +27,14 @@ from netloader.errors import ConfigError
 from netloader.tensors import hold
 from netloader.vllm.early_check import _check
 from netloader.vllm.load import choose_origin
+from netloader.vllm.load import pull_together as module
+from netloader.vllm.load.agree_ranks import Decision
 from netloader.vllm.load.choose_origin import loads_from_storage
 from netloader.vllm.load.find_sources import OfRank, find_sources
+from netloader.vllm.load.inspect_engine import Context, Engine
+from netloader.vllm.load.pull_weights import Pulled
 from netloader.vllm.load.pulling import pull_raw
+from netloader.vllm.model.agreement import Report, disagreement
 from netloader.vllm.serve import serving
 
 WAIT = 60.0
@@ -158,7 +163,7 @@ def test_an_engine_holds_the_lease_until_it_serves(leases: LeaseBackend, caplog:
     mine = OfRank(leases, RANK)
 
     def ask(wait: float) -> str:
-        return loads_from_storage(mine, server, IDENTITY, lambda: False, rank=RANK, wait=wait)
+        return loads_from_storage(mine, server, IDENTITY, lambda: False, role="target", rank=RANK, wait=wait)
 
     assert "nobody holds it" in ask(0.0)
     assert "this engine loads the target from storage: nobody holds it" in caplog.text
@@ -166,7 +171,9 @@ def test_an_engine_holds_the_lease_until_it_serves(leases: LeaseBackend, caplog:
     assert isinstance(registry, MemoryRegistry)
     below = claim_prefix("netloader", work_of(key_of(IDENTITY)))
     assert [name for name in registry.names if name.startswith(below)]
-    assert loads_from_storage(mine, server, IDENTITY, lambda: True, rank=RANK, wait=0.0) == "", "SOURCE answers"
+    assert loads_from_storage(mine, server, IDENTITY, lambda: True, role="target", rank=RANK, wait=0.0) == "", (
+        "SOURCE answers"
+    )
     server.offer(hold(TENSORS, IDENTITY), "for a test")
     until(lambda: not server._turns)
     assert ask(0.0) == "", "it is served now"
@@ -174,5 +181,74 @@ def test_an_engine_holds_the_lease_until_it_serves(leases: LeaseBackend, caplog:
 
 
 def test_an_engine_without_a_server_does_not_ask(leases: LeaseBackend) -> None:
-    why = loads_from_storage(leases, None, IDENTITY, lambda: False, rank=RANK, wait=0.0)
+    why = loads_from_storage(leases, None, IDENTITY, lambda: False, role="target", rank=RANK, wait=0.0)
     assert "no server" in why
+
+
+# --- again ------------------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """A load of which the first `failing` pulls fail. Everything but the loop is imitated."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, failing: int, storage: int, origin: str = "lease") -> None:
+        self.pulls: list[object] = []
+        self.asked = 0
+        self.withdrawn = 0
+
+        def pull(_context: Any, _built: Any, _model: Any, initial: object = None) -> Pulled:
+            self.pulls.append(initial)
+            failed = len(self.pulls) <= failing
+            report = Report("failed" if failed else "pulled", 0, reason="gone" if failed else "")
+            return Pulled(report, initial="first values")  # type: ignore[arg-type]
+
+        def ask(*_: Any, **__: Any) -> str:
+            self.asked += 1
+            return "nobody holds it" if self.asked == storage else ""
+
+        def withdraw(*_: Any) -> None:
+            self.withdrawn += 1
+
+        def agree(_context: Any, pulled: Pulled) -> Decision:
+            return Decision(pulled.own_report, (pulled.own_report,), disagreement([pulled.own_report]))
+
+        for name, function in (
+            ("pull", pull),
+            ("loads_from_storage", ask),
+            ("withdraw", withdraw),
+            ("agree", agree),
+        ):
+            monkeypatch.setattr(module, name, function)
+        config = load_config({"DISCOVERY": "etcd://h", "ORIGIN": origin, "WAIT": 10})
+        engine = Engine(None, type("ModelConfig", (), {"runner_type": "generate"}), None)
+        topology = type("Topology", (), {"rank": 0})
+        registry = LeaseBackend(MemoryRegistry())
+        self.context = Context(engine, config, topology, (), None, None, registry=registry)  # type: ignore[arg-type]
+
+    def load(self) -> Decision:
+        built = type("Built", (), {"identity": IDENTITY})
+        return module.pull_together(self.context, built, None)[1]  # type: ignore[arg-type]
+
+
+def test_after_a_pull_that_failed_it_is_asked_again_who_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, failing=2, storage=9)
+    assert asked.load().keeps
+    assert asked.pulls == [None, "first values", "first values"]
+    assert asked.asked == asked.withdrawn == 2
+
+
+def test_after_a_pull_that_failed_this_engine_may_be_the_next_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, failing=9, storage=2)
+    decision = asked.load()
+    assert not decision.keeps
+    assert "nobody holds it" in decision.why_not
+    assert len(asked.pulls) == 2
+
+
+def test_it_is_asked_again_a_bounded_number_of_times_and_only_with_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, failing=99, storage=99)
+    assert not asked.load().keeps
+    assert len(asked.pulls) == 5
+    alone = Asked(monkeypatch, failing=99, storage=99, origin="any")
+    assert not alone.load().keeps
+    assert (len(alone.pulls), alone.asked) == (1, 0)

@@ -23,9 +23,10 @@ _SLACK = 60.0
 def loads_from_storage(
     registry: Backend,
     server: WorkerServer | None,
-    identity: ModelIdentity,
+    identity: ModelIdentity | None,
     answers: Callable[[], bool],
     *,
+    role: Role,
     rank: int,
     wait: float,
 ) -> str:
@@ -37,8 +38,9 @@ def loads_from_storage(
     Args:
         registry: The registries.
         server: This worker's server.
-        identity: The identity of this rank's share of the model.
+        identity: The identity of this rank's share of the model; None for a model that is not supported.
         answers: Whether a source of SOURCE serves the model.
+        role: The role of the model.
         rank: This rank.
         wait: Seconds to wait.
 
@@ -48,7 +50,6 @@ def loads_from_storage(
     Raises:
         AgreementError: Another rank ended, or did not report in time.
     """
-    role: Role = identity.role
     groups = groups_of_this_engine(pipeline=role == "target")
     report = Report("pulled", rank)
     if not any(place for _, _, place in groups):
@@ -62,12 +63,18 @@ def loads_from_storage(
 
 
 def _ask(
-    registry: Backend, server: WorkerServer | None, identity: ModelIdentity, answers: Callable[[], bool], wait: float
+    registry: Backend,
+    server: WorkerServer | None,
+    identity: ModelIdentity | None,
+    answers: Callable[[], bool],
+    wait: float,
 ) -> str:
     """Why this engine loads from storage; empty if it pulls. Raises nothing, because the other ranks wait."""
     claims = registry.claims()
     if server is None or claims is None:
         return "this rank has no server, so that no other engine could pull from it"
+    if identity is None:
+        return "this model is not supported"
     provider = registry.sources(Wanted(key_of(identity), role=identity.role))
     try:
         if answers():

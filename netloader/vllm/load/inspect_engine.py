@@ -222,7 +222,9 @@ def _why_storage(
     def answers() -> bool:
         return bool(given) and probe_sources(given, engine.role, at_once) is not None
 
-    return loads_from_storage(registry, server, identity, answers, rank=topology.rank, wait=config.wait)
+    return loads_from_storage(
+        registry, server, identity, answers, role=engine.role, rank=topology.rank, wait=config.wait
+    )
 
 
 def _sources(

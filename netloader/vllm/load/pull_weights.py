@@ -57,10 +57,16 @@ class Pulled:
         return tuple(source for source, share in shares.items() if share.blocks)
 
 
-def pull(context: Context, built: Built, model: torch.nn.Module) -> Pulled:
+def pull(context: Context, built: Built, model: torch.nn.Module, initial: InitialValues | None = None) -> Pulled:
     """Pull the weights if there is a source.
 
     Errors are part of the result, because the other ranks wait for the report of this one.
+
+    Args:
+        context: What was known before the model was built.
+        built: The model without weights.
+        model: The same model.
+        initial: The values before an earlier pull; None for the first one.
     """
     rank, serves = context.rank, context.server is not None
     why = context.why_no_source or built.unsupported
@@ -74,7 +80,7 @@ def pull(context: Context, built: Built, model: torch.nn.Module) -> Pulled:
     try:
         without = context.left_out(built.tensors, {**built.load_state, **_stated(context)})
         wanted = {name: tensor for name, tensor in built.tensors.items() if name not in without}
-        failed = replace(failed, initial=InitialValues(wanted, built.traced.filled))
+        failed = replace(failed, initial=initial or InitialValues(wanted, built.traced.filled))
         given, config = context.config.sources_for(rank), context.config
         report = pull_raw(wanted, identity, given, config, context.seconds, context.server, context.registry)
         _check_source(context, built, report.identity, without)
