@@ -103,7 +103,7 @@ class Client:
             sources=list(sources),
             discovery=discovery,  # type: ignore[arg-type]
             wait=wait,
-            timeout=2 * PATIENCE,
+            timeout=wait + PATIENCE,
             observers=[self._note],
         )
 

@@ -20,6 +20,9 @@ from tests.discovery.world import Watcher
 
 pytest.importorskip("redis", reason="needs the redis extra")
 
+LONG = 200.0
+"""Seconds that a client waits for a source: longer than the registry is away."""
+
 HOSTS = ["127.0.8.1", "127.0.8.2", "127.0.8.3"]
 
 
@@ -39,7 +42,7 @@ class Pulls:
     async def find(self) -> None:
         while True:
             client = Client()
-            await client.pull(self._url)
+            await client.pull(self._url, wait=LONG)
             assert client.exact
             self.found += 1
 
