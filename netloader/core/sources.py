@@ -75,7 +75,7 @@ class _Candidate:
     source: Source | None = None  # None: named by a server, and not found
     preferred: tuple[float, ...] = ()  # sort key among the sources that were found
     follower: Source | None = None  # another server at this address, which began while a session ran with this one
-    late: int = 0  # it gave us up as too slow: tried after all others, in this order
+    late: int = 0  # it gave us up as too slow, or is one of many and was not ready: tried after others, in this order
     due: float = 0.0
     running: bool = False
     lost: bool = False  # no longer offered: dropped when its session ends
@@ -102,8 +102,8 @@ class Sources:
     Sources are tried in the order given, those with less load before others, and relays that a server named before the
     servers themselves. Sources that are one of many come last, the nearest first, then the least busy.
     A source that answers "not ready" or cannot be reached is tried again after a growing pause, for the last time when
-    the wait ends. A source that redirected this client to relays is tried again when none of those relays is left. The
-    client then tells it which relays to avoid.
+    the wait ends; if it is one of many, behind the others. A source that redirected this client to relays is tried
+    again when none of those relays is left. The client then tells it which relays to avoid.
 
     Args:
         sources: In the order to try.
@@ -336,6 +336,8 @@ class Sources:
         if now >= candidate.until or candidate.lost:
             self.drop(source)
             return
+        if candidate.source is not None and candidate.source.one_of_many:
+            candidate.late = self._next()  # others of them may be ready at once
         pause = candidate.pause * self._rng.uniform(0.5, 1.5)
         if at_least is not None and candidate.via is None:
             pause = max(pause, at_least * self._rng.uniform(1.0, 1.25))

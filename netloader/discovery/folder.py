@@ -24,6 +24,7 @@ import msgspec
 from netloader.core.addresses import Address, parse_address
 from netloader.core.entries import MAX_ENTRY_BYTES, Entry, decode_entry
 from netloader.core.sources import MAX_KNOWN, Source
+from netloader.core.texts import LINE, one_line
 from netloader.discovery.address_file import AddressFile, AddressFileError
 from netloader.discovery.base import Listed, Publication, SourceChange, Wanted
 from netloader.discovery.beside import beside
@@ -217,7 +218,7 @@ class _Reader:
     def _say_once(self, what: str, text: str) -> None:
         if what not in self._said and len(self._said) < MAX_KNOWN:
             self._said.add(what)
-            _log.warning("netloader: finding sources in %s: %s", self._path, text)
+            _log.warning("netloader: finding sources in %s: %s", self._path, one_line(text, LINE))
 
 
 class FolderPublisher:

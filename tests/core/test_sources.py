@@ -359,3 +359,15 @@ def test_a_source_with_another_name_is_tried_only_when_nothing_else_is_left() ->
     assert candidates.take(0.0, work=True) is None
     candidates.drop(TWO)
     assert candidates.take(0.0, work=True) == ONE
+
+
+def test_one_of_many_that_was_not_ready_is_tried_again_behind_the_others() -> None:
+    """Without a generation nobody knows whether it comes back. Others of them may be there."""
+    candidates = Sources([], tries=2, until=60.0, rng=random.Random(1))
+    candidates.add([Source(address, one_of_many=True) for address in POOL])
+    first = candidates.take(0.0, work=True)
+    assert first is not None
+    candidates.later(first, 0.0)
+    taken = [candidates.take(50.0, work=True) for _ in POOL]
+    assert sorted(taken[:-1], key=str) == sorted(set(POOL) - {first})
+    assert taken[-1] == first

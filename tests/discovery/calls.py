@@ -15,7 +15,7 @@ __all__ = ["refused", "succeeds", "until"]
 T = TypeVar("T")
 
 
-async def succeeds(call: Callable[[], Awaitable[T]], within: float = 20.0) -> T:
+async def succeeds(call: Callable[[], Awaitable[T]], within: float = 30.0) -> T:
     """The answer of a call that is made until it succeeds."""
     with anyio.fail_after(within):
         while True:
@@ -32,7 +32,7 @@ async def until(ask: Callable[[], Awaitable[str]], text: str) -> None:
             await anyio.sleep(0.1)
 
 
-async def refused(call: Callable[[], Awaitable[object]], within: float = 5.0) -> DiscoveryError:
+async def refused(call: Callable[[], Awaitable[object]], within: float = 20.0) -> DiscoveryError:
     """The error of a call that fails in time."""
     with anyio.fail_after(within), pytest.raises(DiscoveryError) as caught:
         await call()

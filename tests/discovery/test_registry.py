@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 
@@ -69,6 +70,13 @@ def test_a_wrong_url_is_refused_by_name(installed: None, url: str, words: str) -
         open_backend(url, field="DISCOVERY[1]")
 
 
+@pytest.mark.parametrize("url", ["dns://sources:1", "dns+srv://sources"])
+def test_a_missing_extra_is_named(installed: None, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "netloader.discovery.dns_records", None)
+    with pytest.raises(ConfigError, match=r"can't be loaded.*pip install 'netloader\[dns\]'"):
+        open_backend(url)
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -77,7 +85,7 @@ def test_a_wrong_url_is_refused_by_name(installed: None, url: str, words: str) -
         ("picky://user@host:1", "picky://user@host:1"),
         ("picky://host:1/0?a=1&Password=s3cret&b=2", "picky://host:1/0?a=1&Password=***&b=2"),
         ("picky://h?auth_token=s3cret#x", "picky://h?auth_token=***#x"),
-        ("dir:/a@b/c:d", "dir:/a@b/c:d"),
+        ("picky:/a@b/c:d", "picky:/a@b/c:d"),
     ],
 )
 def test_a_secret_is_never_shown(installed: None, url: str, shown: str) -> None:

@@ -12,6 +12,7 @@ import anyio.lowlevel
 
 from netloader.core.entries import MAX_ENTRY_BYTES, decode_entry
 from netloader.core.sources import MAX_KNOWN, Source
+from netloader.core.texts import LINE, one_line
 from netloader.discovery.base import Listed, SourceChange, Wanted
 from netloader.discovery.beside import beside
 from netloader.discovery.leases.calls import Pace, ask, listen
@@ -122,9 +123,8 @@ class _Reader:
         self._decoded = decoded
         if skipped and not self._said:
             self._said = True
-            _log.warning(
-                "netloader: %s in a registry can't be used, and left out: %s", plural(len(skipped), "name"), skipped[0]
-            )
+            names, first = plural(len(skipped), "name"), one_line(skipped[0], LINE)
+            _log.warning("netloader: %s in a registry can't be used, and left out: %s", names, first)
         return found
 
     def _source(self, name: str, value: bytes) -> Source:
