@@ -11,7 +11,7 @@ from netloader.config.arguments import Arguments
 from netloader.core.addresses import Address
 from netloader.core.choice import Here
 from netloader.core.identity import Layout, ModelIdentity, Role, name_of
-from netloader.core.model_key import key_of
+from netloader.core.model_key import key_of, rank_of
 from netloader.discovery.base import Backend, SourceProvider, Wanted
 from netloader.discovery.combined import MergedSources
 from netloader.discovery.place import this_place
@@ -60,7 +60,7 @@ def wanted_for(identity: ModelIdentity | None, role: Role, layouts: Sequence[Lay
         layouts: Layouts to accept without an identity.
     """
     if identity is not None:
-        return [Wanted(key_of(identity), role=identity.role)], name_of(identity)
+        return [Wanted(key_of(identity), rank_of(identity), identity.role)], name_of(identity)
     keys = (key_of(ModelIdentity(role=role, layout=layout)) for layout in layouts)
     return [Wanted(key, role=role) for key in keys], ""
 

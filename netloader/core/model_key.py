@@ -12,7 +12,7 @@ import msgspec
 
 from netloader.core.identity import ModelIdentity, known_before_loading
 
-__all__ = ["KEY_VERSION", "key_of"]
+__all__ = ["KEY_VERSION", "key_of", "rank_of"]
 
 KEY_VERSION = 1
 """Goes up when other fields are covered, because releases that cover different fields can't find each other."""
@@ -29,3 +29,18 @@ def key_of(identity: ModelIdentity) -> str:
     """
     body = msgspec.json.encode([KEY_VERSION, sorted(known_before_loading(identity).items())])
     return f"{KEY_VERSION}-{hashlib.blake2b(body, digest_size=_KEY_BYTES).hexdigest()}"
+
+
+def rank_of(identity: ModelIdentity, rank: int | None = None) -> int:
+    """The rank under which a share of a model is published and looked for: its place in one engine.
+
+    Ranks of data-parallel replicas are numbered one after the other, and the replicas hold equal shares. So a rank
+    finds those of every replica. Only where experts are spread over the replicas, their shares differ.
+
+    Args:
+        identity: The identity of the share.
+        rank: Its rank as the engine numbers it; None if there is no engine.
+    """
+    if rank is not None and identity.ep_size > identity.tp_size:
+        return rank
+    return identity.pp_rank * identity.tp_size + identity.tp_rank

@@ -20,7 +20,7 @@ from netloader.core.addresses import Address
 from netloader.core.choice import NAME, Here
 from netloader.core.entries import Entry, Load
 from netloader.core.identity import Role, name_of
-from netloader.core.model_key import key_of
+from netloader.core.model_key import key_of, rank_of
 from netloader.core.texts import one_line
 from netloader.discovery.base import Publisher
 from netloader.discovery.place import labels_of
@@ -80,7 +80,7 @@ class Publishing:
         publisher: Of the registries.
         holdings: The catalog of the server.
         here: Where the server runs.
-        rank: The rank that it serves.
+        rank: The rank that it serves, as its engine numbers it; None without an engine.
         address: The address at which clients reach it.
         traffic: What it does now.
     """
@@ -91,7 +91,7 @@ class Publishing:
         holdings: Holdings,
         here: Here,
         *,
-        rank: int,
+        rank: int | None,
         address: Callable[[], Address],
         traffic: Callable[[], Traffic],
     ) -> None:
@@ -207,7 +207,7 @@ class Publishing:
             address=str(self._address()),
             generation=shown.generation,
             kind="seed" if supply is None or supply.complete else "relay",
-            rank=self._rank,
+            rank=rank_of(identity, self._rank),
             role=identity.role,
             layout=identity.layout,
             root=announcement.root,

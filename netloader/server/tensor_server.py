@@ -49,13 +49,13 @@ class Published:
     Attributes:
         backend: The registries; None to publish nothing.
         zone: The zone in which it runs; empty for none.
-        rank: The rank that it serves.
+        rank: The rank that it serves, as its engine numbers it; None without an engine.
         host: Host of the published address if the server listens at all addresses; empty to determine one.
     """
 
     backend: Backend | None = None
     zone: str = ""
-    rank: int = 0
+    rank: int | None = None
     host: str = ""
 
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from netloader.core.identity import OF_QUANTIZATION, ModelIdentity, Severity, differences, known_before_loading
-from netloader.core.model_key import key_of
+from netloader.core.model_key import key_of, rank_of
 from tests.core.strategies import identities
 from tests.core.test_identity import BASE
 
@@ -99,3 +99,10 @@ def test_the_key_is_the_same_in_every_process() -> None:
     assert outputs == {key_of(BASE)}
     # Recorded: if it changes, KEY_VERSION has to change.
     assert key_of(ModelIdentity()) == "1-4795c4a9965d58c56c328c16515eca886776799e"
+
+
+def test_a_rank_finds_its_share_in_every_replica_unless_experts_are_spread_over_them() -> None:
+    share = ModelIdentity(tp_size=4, tp_rank=3, pp_size=2, pp_rank=1)
+    assert rank_of(share) == rank_of(share, 7) == rank_of(share, 15) == 7
+    assert rank_of(msgspec.structs.replace(share, ep_size=4, ep_rank=3), 15) == 7
+    assert rank_of(msgspec.structs.replace(share, ep_size=8, ep_rank=7), 15) == 15

@@ -47,7 +47,7 @@ class OfRank:
 
     Attributes:
         backend: The registries.
-        rank: The rank.
+        rank: The rank to look for; see :func:`netloader.core.model_key.rank_of`.
         own: Addresses of this worker's server.
     """
 

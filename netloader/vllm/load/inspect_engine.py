@@ -15,6 +15,7 @@ import msgspec
 from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role
+from netloader.core.model_key import rank_of
 from netloader.discovery.base import Backend
 from netloader.discovery.configured import registries_of
 from netloader.errors import NetloaderError
@@ -173,7 +174,7 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
     server = _open_server(engine, config, rank)
     with refuse_on_failure(server, engine.role):
         if registry is not None:
-            registry = OfRank(registry, rank, tuple if server is None else server.own_addresses)
+            registry = OfRank(registry, _share(topology), tuple if server is None else server.own_addresses)
         why_no_source = _why_storage(engine, config, topology, settings, registry, server)
         left = max(0.0, config.wait - (time.monotonic() - began))
         sources = () if why_no_source else _sources(engine, config, topology, settings, registry, left)
@@ -199,6 +200,14 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
         why_no_source=why_no_source,
         seconds=time.monotonic() - began,
     )
+
+
+def _share(topology: Topology) -> int:
+    """The rank to look for in registries."""
+    place = ModelIdentity(
+        tp_size=topology.tp_size, tp_rank=topology.tp_rank, pp_rank=topology.pp_rank, ep_size=topology.ep_size
+    )
+    return rank_of(place, topology.rank)
 
 
 def _why_storage(
