@@ -17,14 +17,13 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from netloader.discovery.etcd_store import PASSWORD
 from netloader.discovery.registry_urls import RegistryUrl
 from netloader.errors import DiscoveryError, legible
 
-__all__ = ["PASSWORD", "EtcdGateway", "EtcdRefusal", "encoded"]
+__all__ = ["EtcdGateway", "EtcdRefusal", "encoded"]
 
 T = TypeVar("T")
-
-PASSWORD = "NETLOADER_ETCD_PASSWORD"  # noqa: S105 - the name of a variable
 
 _CONNECT = 1.5
 """Seconds that connecting to one member may take, so that a call can try another one."""

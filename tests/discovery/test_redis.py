@@ -20,7 +20,7 @@ from tests.discovery.services import Service, a_redis, a_sentinel, free_port, of
 
 redis = pytest.importorskip("redis", reason="needs the redis extra")
 
-from netloader.discovery import redis_store  # noqa: E402
+from netloader.discovery import redis_client  # noqa: E402
 from netloader.discovery.redis_store import RedisRegistry  # noqa: E402
 
 LONG = ("renewing_makes_names_last", "a_refused_renewal_prolongs_nothing")
@@ -135,7 +135,7 @@ async def test_a_partition_is_noticed_and_heals(own_redis: Service) -> None:
 
 
 async def test_a_watch_that_hears_nothing_is_given_up(own_redis: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_store, "_QUIET", 0.3)
+    monkeypatch.setattr(redis_client, "_QUIET", 0.3)
     async with a_proxy(own_redis.port) as proxy, ours(f"redis://{proxy.address}")() as store:
         async with aclosing(store.changes("n/")) as changes:
             await anext(changes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from netloader.discovery import registry
@@ -96,3 +99,35 @@ def test_sentinels_watch_a_master(secure: str) -> None:
 
 def test_etcd_has_a_prefix_and_members() -> None:
     assert EtcdRegistry("etcd://one,two:2/fleet/a").url.path == "fleet/a"
+
+
+LOADED = """
+import sys
+from netloader.discovery.registry import open_backend
+for url in ("redis://one", "redis+cluster://one", "etcd://one"):
+    backend = open_backend(url)
+    backend.sources, backend.publisher()
+print(sorted({"redis", "aiohttp"} & set(sys.modules)))
+"""
+
+MISSING = """
+import sys
+from netloader.discovery.registry import open_backend
+from netloader.errors import ConfigError
+sys.modules["redis"] = sys.modules["aiohttp"] = None
+for url in ("redis+sentinel://one?service=x", "etcds://one"):
+    try:
+        open_backend(url)
+    except ConfigError as error:
+        print(error.hint)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "output"),
+    [(LOADED, "[]\n"), (MISSING, "pip install 'netloader[redis]'\npip install 'netloader[etcd]'\n")],
+    ids=["not before it connects", "missing"],
+)
+def test_libraries_are_imported_beside_the_event_loop_and_missing_ones_are_said(program: str, output: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (output, "")
