@@ -10,6 +10,8 @@
 #   make ascend-sim  the workers, layers and quantisation of vllm-ascend on a simulated NPU
 #   make bench       every benchmark, the table of goals and a plot; wants root, an idle machine and half an hour
 #   make bench-vllm  seconds to the first token of a new replica (needs `.venv-vllm`)
+#   make services    Redis, etcd, dnsmasq and Prometheus from the system's packages, for tests that start them (root)
+#   make fleet       the slow tests of discovery, with real registries and many servers
 #   make deep        the tests of `make test` with many more examples per property
 #   make strangers   what strangers hold at a server, and how soon a client is served (root, iproute2)
 #   make diagram     docs/state-machine.md and the tables of docs/protocol.md, from the code
@@ -62,11 +64,11 @@ NPU_INSTALL := -m pip install --quiet --constraint $(NPU_VENV)/constraints.txt
 
 SETUP_INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend setup-ascend-sim hccl-real coexist ascend-sim bench bench-vllm strangers clean
+.PHONY: help services fleet test tests lint style types format deep diagram demo e2e e2e-short e2e-oldest setup setup-bench setup-demo setup-vllm setup-oldest setup-npu setup-ascend setup-ascend-sim hccl-real coexist ascend-sim bench bench-vllm strangers clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,17p' Makefile | cut -c3-
+	@sed -n '3,19p' Makefile | cut -c3-
 
 # The types are checked beside the tests: one process, and the tests leave a processor idle now and then.
 test: style
@@ -95,6 +97,13 @@ types: setup
 format: setup
 	$(VENV)/bin/ruff check --fix . || true
 	$(VENV)/bin/ruff format .
+
+# Tests start these themselves, as processes of their own. Nothing is left running in the background.
+services:
+	@scripts/services.sh
+
+fleet: setup
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) -m slow tests/discovery $(ARGS)
 
 deep: setup
 	HYPOTHESIS_PROFILE=deep $(VENV)/bin/python -m pytest -o timeout=3600 -o faulthandler_timeout=3700 $(ARGS)

@@ -15,6 +15,8 @@ MAXIMUM = 75
 """Minutes for all goals together."""
 
 MAKEFILE = """\
+services:
+\t@:
 setup setup-other:
 \t@echo installing $@
 test other:

@@ -243,6 +243,43 @@ def test_pull_works_as_a_process(server: Serving, model: Path, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["model.safetensors"]
 
 
+def test_serve_and_pull_find_each_other_in_a_registry(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    there = ("--discovery", f"dir:{folder}")
+    with serving(model, *there, "--model", "org/model") as process:
+        assert main(["pull", *there, "--model", "org/model", "-o", str(tmp_path / "copy"), "--wait", "60"]) == 0
+        assert f"source {process.address}: " in capsys.readouterr().out
+        assert same(model, tmp_path / "copy")
+        assert main(["pull", *there, "--model", "other", "-o", str(tmp_path / "other")]) == 1
+        assert "org/model" in capsys.readouterr().err
+        process.process.terminate()
+        process.read_to_end()
+    assert list(folder.iterdir()) == [], "it is withdrawn when the server stops"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["pull"], "SOURCE = []"),
+        (["pull", "--discovery", "dir:/tmp"], "--model"),
+        (["pull", "--discovery", "nothing:x", "--model", "m"], "discovery[0]"),
+        (["pull", "a:1", "--zone", "a b"], "zone"),
+        (["config", "check", '{"DISCOVERY": "nothing:x"}'], "DISCOVERY"),
+        (["config", "check", '{"DISCOVERY": "dir:/tmp", "ORIGIN": "lease"}'], "can't give a lease"),
+    ],
+)
+def test_wrong_registries_are_refused_by_name(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["-o", str(tmp_path / "copy")] if arguments[0] == "pull" else []
+    assert main([*arguments, *output]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
+
+
 def test_pull_draws_a_bar_on_a_terminal(
     server: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,3 +99,27 @@ def test_every_environment_carries_the_python(tree: Path) -> None:
         *("VENV", "DEMO_VENV", "BENCH_VENV", "VLLM_VENV", "OLDEST_VENV", "NPU_VENV", "ASCEND_VENV", "ASCEND_SIM_VENV")
     }
     assert all("-py3.13" in value or "$(OTHER_PYTHON)" in value for value in found.values())
+
+
+PROGRAMS = ("redis-server", "redis-cli", "etcd", "etcdctl", "dnsmasq", "prometheus")
+
+
+def services(folder: Path, *there: str) -> subprocess.CompletedProcess[str]:
+    """`make services` of a user who may not install anything, with only these programs on the path."""
+    for name in (*there, "id"):
+        (folder / name).write_text("#!/bin/sh\necho 1000\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    command = ["/bin/sh", str(ROOT / "scripts/services.sh")]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env={"PATH": str(folder)})
+
+
+def test_services_that_are_there_need_no_root(tmp_path: Path) -> None:
+    done = services(tmp_path, *PROGRAMS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_services_that_are_missing_are_named_by_package(tmp_path: Path) -> None:
+    done = services(tmp_path, "redis-server", "redis-cli", "dnsmasq")
+    missing = "etcd-server etcd-client prometheus"
+    assert done.returncode == 1
+    assert done.stderr == f"missing: {missing} (as root: apt-get install {missing})\n"

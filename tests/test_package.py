@@ -36,6 +36,14 @@ ENTRY_POINTS = {
         "dir": "netloader.discovery.folder:open_folder",
         "dns": "netloader.discovery.dns_records:open_dns",
         "dns+srv": "netloader.discovery.dns_records:open_dns",
+        "etcd": "netloader.discovery.etcd_store:open_etcd",
+        "etcds": "netloader.discovery.etcd_store:open_etcd",
+        "redis": "netloader.discovery.redis_store:open_redis",
+        "rediss": "netloader.discovery.redis_store:open_redis",
+        "redis+sentinel": "netloader.discovery.redis_store:open_redis",
+        "rediss+sentinel": "netloader.discovery.redis_store:open_redis",
+        "redis+cluster": "netloader.discovery.redis_store:open_redis",
+        "rediss+cluster": "netloader.discovery.redis_store:open_redis",
     },
 }
 

@@ -17,7 +17,15 @@ from netloader.config import Config, load_config
 from netloader.core.identity import ModelIdentity
 from netloader.errors import MemoryStillInUse, PeerLost
 from netloader.tensors import hold
-from netloader.vllm.load import agree_ranks, examine_model, fill_model, inspect_engine, loading, pull_weights
+from netloader.vllm.load import (
+    agree_ranks,
+    examine_model,
+    fill_model,
+    inspect_engine,
+    loading,
+    pull_together,
+    pull_weights,
+)
 from netloader.vllm.load.agree_ranks import Decision, agree, agree_on_roots
 from netloader.vllm.load.examine_model import Built
 from netloader.vllm.load.file_reads import FileReads
@@ -130,7 +138,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
         "skip_transformations": [None],
     }
     for name in found.returns:
-        monkeypatch.setattr(loading, name, found.take(name))
+        home = pull_together if name in ("pull", "agree") else loading
+        monkeypatch.setattr(home, name, found.take(name))
     return found
 
 

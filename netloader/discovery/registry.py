@@ -6,8 +6,8 @@ import logging
 import re
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from urllib.parse import unquote
 
+from netloader.core.urls import secrets_hidden, without_secrets
 from netloader.discovery.base import Backend
 from netloader.errors import ConfigError
 
@@ -19,17 +19,32 @@ _OURS: dict[str, str] = {
     "dir": "netloader.discovery.folder:open_folder",
     "dns": "netloader.discovery.dns_records:open_dns",
     "dns+srv": "netloader.discovery.dns_records:open_dns",
+    "etcd": "netloader.discovery.etcd_store:open_etcd",
+    "etcds": "netloader.discovery.etcd_store:open_etcd",
+    "redis": "netloader.discovery.redis_store:open_redis",
+    "rediss": "netloader.discovery.redis_store:open_redis",
+    "redis+sentinel": "netloader.discovery.redis_store:open_redis",
+    "rediss+sentinel": "netloader.discovery.redis_store:open_redis",
+    "redis+cluster": "netloader.discovery.redis_store:open_redis",
+    "rediss+cluster": "netloader.discovery.redis_store:open_redis",
 }
 """The schemes of this package. They are also known where it is not installed (a source tree on the path)."""
 
-_EXTRAS: dict[str, str] = {"dns": "dns", "dns+srv": "dns"}
+_EXTRAS: dict[str, str] = {
+    "dns": "dns",
+    "dns+srv": "dns",
+    "etcd": "etcd",
+    "etcds": "etcd",
+    "redis": "redis",
+    "rediss": "redis",
+    "redis+sentinel": "redis",
+    "rediss+sentinel": "redis",
+    "redis+cluster": "redis",
+    "rediss+cluster": "redis",
+}
 """By scheme, which extra of this package installs what it imports."""
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")
-_USER = re.compile(r"(?P<scheme>[^/?#]*://)(?P<user>[^:@]*)(?P<secret>:.*)?@", re.DOTALL)
-_PARAMETER = re.compile(r"(?P<name>[?&][^=&]*(?:pass|secret|token|key|auth)[^=&]*=)(?P<secret>[^&#]*)", re.IGNORECASE)
-_HIDDEN = "***"
-
 _log = logging.getLogger(__name__)
 
 
@@ -48,12 +63,6 @@ def _entries() -> dict[str, EntryPoint]:
 def known() -> tuple[str, ...]:
     """All registered schemes, whether or not they can be loaded."""
     return tuple(sorted(_entries()))
-
-
-def without_secrets(url: str) -> str:
-    """`url` as it may be shown: passwords, and parameters whose name sounds like one, are replaced by ``***``."""
-    url = _USER.sub(lambda found: f"{found['scheme']}{found['user']}{':' + _HIDDEN if found['secret'] else ''}@", url)
-    return _PARAMETER.sub(lambda found: f"{found['name']}{_HIDDEN}", url)
 
 
 def open_backend(url: str, *, field: str = "discovery") -> Backend:
@@ -96,7 +105,11 @@ def open_backend(url: str, *, field: str = "discovery") -> Backend:
         what = error.reason or f"{error.field} is wrong"
         # Not `from error`: a traceback would show what this hides.
         raise ConfigError(
-            field=field, value=shown, allowed=error.allowed, reason=_hidden(what, url), hint=_hidden(error.hint, url)
+            field=field,
+            value=shown,
+            allowed=error.allowed,
+            reason=secrets_hidden(what, url),
+            hint=secrets_hidden(error.hint, url),
         ) from None
     if not isinstance(backend, Backend):
         reason = f"{entry.value} is registered as {scheme!r} but makes no backend: {type(backend).__name__}"
@@ -106,17 +119,6 @@ def open_backend(url: str, *, field: str = "discovery") -> Backend:
 
 def _allowed() -> str:
     return f"a URL that begins with one of {', '.join(f'{scheme}:' for scheme in known())}; others come as plugins"
-
-
-def _hidden(text: str, url: str) -> str:
-    """`text` without the secrets of `url`."""
-    user = _USER.match(url)
-    secrets = {found["secret"] for found in _PARAMETER.finditer(url)}
-    if user is not None and user["secret"]:
-        secrets.add(user["secret"][1:])
-    for secret in {*secrets, *map(unquote, secrets)} - {""}:
-        text = text.replace(secret, _HIDDEN)
-    return text
 
 
 def _remedy(entry: EntryPoint) -> str:

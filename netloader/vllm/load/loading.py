@@ -4,7 +4,7 @@
                (vLLM builds the model and calls `load_weights`)
     built    = examine(context, model)          the model without weights
     pulled   = pull(context, built, model)      weights of a source, or why there are none
-    decision = agree(context, pulled)           whether the ranks keep what they pulled
+    decision = agree(context, pulled)           whether the ranks keep what they pulled (`pull_together`)
     filled   = fill(context, ..., model)        the pulled weights, or those of the default loader
     snapshot = record(context, ..., model)      digests of the raw tensors, compared by all ranks
                (vLLM post-processes the weights)
@@ -20,12 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from netloader.vllm.load.agree_ranks import agree, agree_on_roots
+from netloader.vllm.load.agree_ranks import agree_on_roots
 from netloader.vllm.load.examine_model import examine
 from netloader.vllm.load.fill_model import fill
 from netloader.vllm.load.inspect_engine import Context
 from netloader.vllm.load.processed_pull import Adopted, check_adopted, skip_transformations
-from netloader.vllm.load.pull_weights import pull
+from netloader.vllm.load.pull_together import pull_together
 from netloader.vllm.load.record_weights import record
 from netloader.vllm.load.relaying import relayed
 from netloader.vllm.load.summary import log_summary
@@ -66,9 +66,8 @@ def load_weights(context: Context, model: torch.nn.Module) -> Loaded:
     """
     context.reads.stop()
     built = examine(context, model)
-    pulled = pull(context, built, model)
+    pulled, decision = pull_together(context, built, model)
     with relayed(context, pulled.parents):
-        decision = agree(context, pulled)
         filled = fill(context, built, pulled, decision, model)
         snapshot = record(context, built, filled, decision, model)
         agreed = agree_on_roots(context, decision, snapshot.root, filled.fingerprint)
