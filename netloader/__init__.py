@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from netloader import discovery, observe, sync
-    from netloader.api import Server, probe, pull, pull_new
+    from netloader.api import Server, probe, pull, pull_new, pull_or_load
     from netloader.client.probe import Probe
     from netloader.config import Config, load_config
     from netloader.core.addresses import Address, parse_address
@@ -97,6 +97,7 @@ __all__ = [
     "probe",
     "pull",
     "pull_new",
+    "pull_or_load",
     "sync",
 ]
 
@@ -105,7 +106,7 @@ _HOMES = {
     "client.probe": ("Probe",),
     "config": ("Config", "load_config"),
     "core.identity": ("Difference", "ModelIdentity", "differences"),
-    "api": ("Server", "probe", "pull", "pull_new"),
+    "api": ("Server", "probe", "pull", "pull_new", "pull_or_load"),
     "core.manifest": ("Manifest", "TensorSpec"),
     "core.report": ("Phases", "Progress", "PullReport", "SourceShare"),
     "core.sources": ("Source",),

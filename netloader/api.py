@@ -5,48 +5,47 @@ Importing this module does not import torch; using it does.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self
-
-import anyio.to_thread
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Any
 
 from netloader.client.arguments import check_asked, check_identity, check_pull, check_tensors, check_transport
+from netloader.client.origin import turn_of, work_of
 from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
+from netloader.client.registries import Search, check_named, wanted_for
 from netloader.config.arguments import Arguments
-from netloader.core.addresses import Address, is_loopback, parse_address, parse_host
+from netloader.core.addresses import Address, parse_address, parse_host
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.options import PullOptions, ServeOptions, Timings
 from netloader.core.report import ProgressCallback, PullReport
 from netloader.core.sources import Source
 from netloader.core.version import own_version
+from netloader.discovery.argument import Discovery, check_discovery, check_zone
 from netloader.discovery.base import SourceProvider
-from netloader.errors import LocalProtocolError, MemoryStillInUse
+from netloader.discovery.fixed import FixedSources
+from netloader.errors import MemoryStillInUse, NoSourceLeft
 from netloader.observe.base import Observer
 from netloader.observe.logging import PullLog
 from netloader.observe.progress import Display
 from netloader.server.own_address import own_host
-from netloader.server.own_loop import serving_at
 from netloader.server.server import HoldingServer
-from netloader.session.holding import Holding
+from netloader.server.tensor_server import Published, TensorServer
 from netloader.session.off_loop import FEW_SPANS, in_thread, shielded, weaken
-from netloader.session.own_task import OwnTask, in_own_task
-from netloader.session.relay_progress import Supply
+from netloader.session.own_task import in_own_task
 from netloader.transports import registry
 from netloader.transports.base import Transport
-from netloader.transports.contract_0_1 import adapted
 
 if TYPE_CHECKING:
     import torch
 
-    from netloader.tensors import Allocate, Destination, TensorHolding
+    from netloader.tensors import Allocate, Destination
 
-__all__ = ["Server", "own_host", "probe", "pull", "pull_new"]
+__all__ = ["Server", "own_host", "probe", "pull", "pull_new", "pull_or_load"]
 
 Wanted = str | Transport | Sequence[str | Transport]
 """Transports to use: ``auto``, a name or an object, or several of them, preferred first."""
@@ -54,9 +53,16 @@ Wanted = str | Transport | Sequence[str | Transport]
 Sources = Sequence[str | Address | Source] | SourceProvider
 """Sources to pull from: a list, or a provider that finds them."""
 
+Load = Callable[[Callable[[str], None]], Awaitable[None] | None]
+"""Fills tensors from storage; is given a function that tells others how far it is."""
+
 _DAY = 86_400.0
 
-_log = logging.getLogger("netloader")
+_PUBLISHED_WITHIN = 10.0
+"""Seconds in which a registry has to accept what was loaded, before the lease is given back."""
+
+_PULL_WAIT = 5.0
+"""Seconds that a pull goes on trying sources that are not ready, before it is asked anew who loads."""
 
 
 def software() -> str:
@@ -64,7 +70,7 @@ def software() -> str:
     return f"netloader {own_version()}"
 
 
-class Server(HoldingServer):
+class Server(TensorServer):
     """Serves named tensors to clients, as an asynchronous context manager.
 
     Example: ``async with netloader.Server(model.state_dict(), ModelIdentity(model="m")) as server: ...``
@@ -84,14 +90,15 @@ class Server(HoldingServer):
         stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
         device: Device of the tensors, when none are given yet.
         observers: Receive the events of the server and its sessions (:mod:`netloader.observe`).
+        discovery: Where it is published while it serves: a URL, a :class:`~netloader.discovery.Backend`, or several.
+            If a registry cannot be reached, the server serves all the same, and is published when that is possible.
+        zone: Published with it, so that clients can prefer a near server; None for that of ``NETLOADER_ZONE``.
 
     Raises (on entering, but for arguments that are not valid):
         ConfigError: Arguments are not valid, and the message names all of them; or the address cannot be bound.
         ManifestError: Some of the tensors cannot be served; all of them are named.
         TransportUnavailable: No transport can run here.
     """
-
-    _exposed_hint: ClassVar[str] = "pass token=..., or a host=... that only trusted hosts reach"  # in its users' words
 
     def __init__(
         self,
@@ -107,6 +114,8 @@ class Server(HoldingServer):
         stall_timeout: float = 30.0,
         device: str = "cpu",
         observers: Sequence[Observer] = (),
+        discovery: Discovery = None,
+        zone: str | None = None,
     ) -> None:
         check = Arguments()
         check_tensors(check, tensors, identity, none=True)
@@ -119,6 +128,8 @@ class Server(HoldingServer):
         check.seconds("stall_timeout", stall_timeout, positive=True)
         check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
         check.functions("observers", observers)
+        backend = check_discovery(check, discovery)
+        place = check_zone(check, zone)
         check.raise_all()
         options = ServeOptions(
             host=None if host is None else parse_host(host),
@@ -129,146 +140,26 @@ class Server(HoldingServer):
             timings=Timings(stall=stall_timeout),
             software=software(),
         )
-        carriers = _transports(_device_of(tensors, device), transport)[0]
         asked = PullOptions(token=token, software=options.software)
-        super().__init__(carriers, options, observers=observers, check_relay=partial(relay_at, options=asked))
-        self._first = None if tensors is None else (tensors, identity)
-        self._warn_if_exposed = token is None
-        self._held: list[TensorHolding] = []
-        self._own_host = ""
-        self._task: OwnTask | None = None
-
-    async def __aenter__(self) -> Self:
-        if self._task is not None:
-            raise LocalProtocolError("the server was started before", hint="make a new one")
-        self._task = OwnTask(self._running(), "the server")
-        await self._task.enter()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._task is None:
-            raise LocalProtocolError("the server is not running")
-        await self._task.leave()
-
-    @asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
-        """Run the server. Its task group needs enter and exit in one task: that of `OwnTask`."""
-        await super().__aenter__()
-        try:
-            self._own_host = await anyio.to_thread.run_sync(own_host, self.host, self._options.host)
-            await self._hold_first()
-            with serving_at(self.port, self.host, self._own_host):
-                yield
-        finally:
-            try:
-                await super().__aexit__(None, None, None)
-            finally:
-                for holding in self._held:
-                    await weaken(holding.memory.weaken, holding.announcement.manifest)
-
-    async def _hold_first(self) -> None:
-        first, self._first = self._first, None
-        if first is not None:
-            await self.hold(*first)
-
-    @property
-    def address(self) -> Address:
-        """An address at which other hosts may reach this server."""
-        return Address(self._own_host, self.port)
-
-    def add(self, holding: Holding, supply: Supply | None = None) -> None:
-        """Serve `holding`. The first time, say so if every host may pull it."""
-        super().add(holding, supply)
-        if self._warn_if_exposed and not is_loopback(self.host):
-            self._warn_if_exposed = False
-            _log.warning(
-                "netloader serves at %s to every host that can reach it, because no token is set (%s)",
-                Address(self.host, self.port),
-                self._exposed_hint,
-            )
-
-    async def hold(
-        self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity | None = None, *, weak: bool = False
-    ) -> str:
-        """Serve `tensors` under the role and layout of `identity`.
-
-        Describes and hashes them in worker threads.
-
-        Args:
-            tensors: Name -> tensor.
-            identity: Identity of the tensors.
-            weak: Hold only weak references. Blocks of tensors that their owner freed are answered with "gone".
-
-        Returns:
-            Their root, in hex.
-
-        Raises:
-            ManifestError: Some of them cannot be served; all of those are named.
-            LocalProtocolError: Other tensors are served under that role and layout, or the server has ended or runs in
-                another event loop.
-        """
-        from netloader.tensors import hold
-
-        if self._task is not None:
-            self._task.check_running()
-        make = partial(hold, tensors, identity or ModelIdentity(), weak=weak)
-        holding = await in_thread(make)
-        self.add(holding)
-        self._held.append(holding)
-        return holding.announcement.root
-
-    async def retract(
-        self, role: Role = "target", *, reason: str, within: float = 5.0, sources: tuple[str, ...] = ()
-    ) -> None:
-        """Stop serving `role`, as :class:`~netloader.server.server.HoldingServer` does, and let go of its tensors."""
-        if self._task is not None:
-            self._task.check_loop()
-        try:
-            await super().retract(role, reason=reason, within=within, sources=sources)
-        finally:
-            await self._let_go()
-
-    async def _let_go(self) -> None:
-        """Hold the tensors of what is not served any more by weak references only."""
-        served = self.holdings.held()
-        gone = [holding for holding in self._held if not any(holding is one for one in served)]
-        self._held = [holding for holding in self._held if all(holding is not one for one in gone)]
-        for holding in gone:
-            await weaken(holding.memory.weaken, holding.announcement.manifest)
+        super().__init__(
+            registry.wanted(_device_of(tensors, device), transport).transports,
+            options,
+            first=None if tensors is None else (tensors, identity),
+            published=Published(backend, place),
+            observers=observers,
+            check_relay=partial(relay_at, options=asked),
+        )
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor] | None, default: str) -> str:
     return default if not tensors else str(getattr(next(iter(tensors.values())), "device", default))
 
 
-def _transports(device: str, wanted: Wanted) -> tuple[tuple[Transport, ...], dict[str, str]]:
-    """The wanted transports that can run on `device`, and the reasons why others cannot.
-
-    Objects are used as they are; names are looked up in the registry.
-
-    Raises:
-        TransportUnavailable: A name is unknown, or none of the wanted transports can run here.
-    """
-    items = [wanted] if isinstance(wanted, str | Transport) else list(wanted)
-    found: list[Transport] = []
-    reasons: dict[str, str] = {}
-    for item in items:
-        if isinstance(item, str):
-            available = registry.available(device, item)
-            found.extend(available.transports)
-            reasons |= available.reasons
-        else:
-            found.append(adapted(item))
-    return tuple(found), reasons
-
-
 async def pull(
     tensors: Mapping[str, torch.Tensor],
     identity: ModelIdentity | None = None,
     *,
-    sources: Sources,
+    sources: Sources | None = None,
     transport: Wanted = "auto",
     timeout: float | None = 1200.0,
     wait: float = 0.0,
@@ -280,6 +171,8 @@ async def pull(
     follow: bool = True,
     relay: HoldingServer | None = None,
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> PullReport:
     """Fill `tensors` from sources that hold the same ones, and verify every byte.
 
@@ -303,6 +196,10 @@ async def pull(
         relay: A running server of this process. It serves the verified blocks during the pull, and all of them
             afterwards. Retract the role there before the tensors change.
         observers: Receive the events of the pull (:mod:`netloader.observe`).
+        discovery: Registries to search for servers of this model: a URL, a :class:`~netloader.discovery.Backend`, or
+            several. Needs `identity` or `expect_root`. `sources` are tried first; then the nearest and least busy ones
+            that are found, also those that appear during the pull.
+        zone: Where this client runs: servers of this zone are preferred; None for that of ``NETLOADER_ZONE``.
 
     Returns:
         The report of the pull.
@@ -316,7 +213,8 @@ async def pull(
     """
     check = Arguments()
     check_tensors(check, tensors, identity)
-    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    search = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone)
+    check_named(check, search, identity, expect_root)
     check.function("progress", progress)
     check.integer("stripe", stripe, least=1)
     check.kind("follow", follow, bool, "True or False")
@@ -340,12 +238,91 @@ async def pull(
     few = len(tensors) <= FEW_SPANS  # looked at faster than a thread is started
     filled = destination(tensors) if few else await in_thread(partial(destination, tensors))
     del tensors  # the traceback of an error has this frame
-    return (await _pull_into(filled, identity, found, transport, options, progress, observers, relay))[1]
+    return (await _pull_into(filled, identity, search, transport, options, progress, observers, relay))[1]
+
+
+async def pull_or_load(
+    tensors: Mapping[str, torch.Tensor],
+    identity: ModelIdentity,
+    load: Load,
+    *,
+    server: Server,
+    discovery: Discovery,
+    sources: Sources | None = None,
+    wait: float = 600.0,
+    zone: str | None = None,
+    **options: Any,
+) -> PullReport | None:
+    """Fill `tensors` from a source; if nobody holds them, one instance of the fleet loads them, and the others wait.
+
+    Which one that is, they agree by a lease in the registry. If it dies, the lease ends, and the next one loads. So
+    storage is read once for all that are started together. After a pause longer than the lease, two may load at once,
+    which costs reading and nothing else. While an instance waits, the log says for whom, and how far that one is.
+
+    Args:
+        tensors: As for :func:`pull`.
+        identity: As for :func:`pull`.
+        load: Fills `tensors` from storage. It is called with a function that tells those that wait how far it is, in a
+            short text. A coroutine function is awaited; any other function runs in a thread.
+        server: A running server, published in the same registries. It serves the tensors afterwards, and the verified
+            blocks during a pull. Retract the role there before the tensors change.
+        discovery: Registries, of which one gives leases.
+        sources: Tried before anything else, once.
+        wait: Seconds to wait for an instance that loads. After that, this one loads too, without the lease.
+        zone: As for :func:`pull`.
+        options: Further arguments of :func:`pull`.
+
+    Returns:
+        The report of the pull; None if the tensors were loaded from storage here.
+
+    Raises:
+        NoSourceLeft: `wait` is over, and sources that are published could not give every block.
+        ConfigError: Arguments are not valid, or no registry can give a lease.
+        Exception: What :func:`pull` and `load` raise otherwise.
+    """
+    check = Arguments()
+    check_tensors(check, tensors, identity)
+    check.seconds("wait", wait)
+    check.kind("identity", identity, ModelIdentity, "a netloader.ModelIdentity")
+    check.function("load", load)
+    check.kind("server", server, Server, "a running netloader.Server with discovery=...")
+    search = Search(FixedSources(()), check_discovery(check, discovery), check_zone(check, zone))
+    claims = None if search.backend is None else search.backend.claims()
+    if claims is None:
+        check.kind("discovery", discovery, (), "a registry that gives leases, such as redis:// or etcd://")
+    check.raise_all()
+    call = partial(pull, tensors, identity, discovery=discovery, zone=zone, relay=server, **options)
+    until = time.monotonic() + wait
+    if sources:
+        with suppress(NoSourceLeft):
+            return await call(sources=sources)
+    wanted, name = wanted_for(identity, identity.role, ())
+    provider, _ = await search.provider(wanted, name, lambda: (server.address,))
+    while claims is not None:
+        left = max(0.0, until - time.monotonic())
+        async with turn_of(provider, claims, work_of(wanted[0].key), within=left, what=name or "the model") as turn:
+            if turn.loads:
+                tell = _tell_nobody if turn.claim is None else turn.claim.tell
+                await (load(tell) if iscoroutinefunction(load) else in_thread(partial(load, tell)))
+                await server.hold(tensors, identity)
+                await server.until_published(identity.role, within=_PUBLISHED_WITHIN)
+                return None
+        try:
+            return await call(wait=min(left, _PULL_WAIT))
+        except NoSourceLeft:
+            if time.monotonic() >= until:
+                raise
+    return None
+
+
+def _tell_nobody(_progress: str) -> None:
+    pass
 
 
 async def pull_new(
     *,
-    sources: Sources,
+    sources: Sources | None = None,
+    identity: ModelIdentity | None = None,
     role: Role = "target",
     layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
     device: str = "cpu",
@@ -359,13 +336,16 @@ async def pull_new(
     allocate: Allocate | None = None,
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """Pull what a source holds into new tensors.
 
     Args:
         sources: As for :func:`pull`.
-        role: Role to ask for.
-        layouts: Layouts to accept, preferred first.
+        identity: Identity that the source must match. None accepts what the source holds under `role` and `layouts`.
+        role: Role to ask for without an identity.
+        layouts: Layouts to accept without an identity, preferred first.
         device: Device for the new tensors.
         max_bytes: Largest model to accept, in bytes.
         allocate: Makes the tensors for the manifest (and the metadata) that the source announces, instead of new ones
@@ -379,6 +359,8 @@ async def pull_new(
         expect_root: Root that the weights must have, in hex.
         progress: Called after blocks were verified.
         observers: Receive the events of the pull (:mod:`netloader.observe`).
+        discovery: As for :func:`pull`.
+        zone: As for :func:`pull`.
 
     Returns:
         Name -> tensor, and the report of the pull.
@@ -387,7 +369,9 @@ async def pull_new(
         NoSourceLeft, MemoryStillInUse, ConfigError: As for :func:`pull`.
     """
     check = Arguments()
-    found = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root)
+    search = check_pull(check, sources, transport, timeout, wait, stall_timeout, token, expect_root, discovery, zone)
+    check_named(check, search, identity, expect_root)
+    check_identity(check, identity)
     check_asked(check, role, layouts)
     check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
     check.integer("max_bytes", max_bytes, least=1)
@@ -400,8 +384,8 @@ async def pull_new(
     options = PullOptions(
         timeout=_DAY if timeout is None else timeout,
         wait=wait,
-        role=role,
-        layouts=tuple(layouts),
+        role=role if identity is None else identity.role,
+        layouts=tuple(layouts) if identity is None else (identity.layout,),
         token=token,
         expect_root=(expect_root or "").lower(),
         max_bytes=max_bytes,
@@ -409,13 +393,13 @@ async def pull_new(
         software=software(),
     )
     filled = destination(None, device=device, allocate=allocate)
-    return await _pull_into(filled, None, found, transport, options, progress, observers)
+    return await _pull_into(filled, identity, search, transport, options, progress, observers)
 
 
 async def _pull_into(
     filled: Destination,
     identity: ModelIdentity | None,
-    found: SourceProvider,
+    search: Search,
     transport: Wanted,
     options: PullOptions,
     progress: ProgressCallback | None,
@@ -424,11 +408,15 @@ async def _pull_into(
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     from netloader.tensors import digest_of
 
-    transports, unavailable = _transports(filled.device, transport)
-    options = replace(options, unavailable=unavailable)
+    available = registry.wanted(filled.device, transport)
+    own = (relay.address,) if isinstance(relay, TensorServer) else ()
+    found, here = await search.provider(*wanted_for(identity, options.role, options.layouts), lambda: own)
+    options = replace(options, unavailable=available.reasons, here=here)
     observers = (progress if isinstance(progress, Display) else PullLog(), *observers)
     progress = None if isinstance(progress, Display) else progress  # as an observer it shows waits too
-    call = partial(pull_from, filled, identity, found, transports, digest_of, options, progress, relay, observers)
+    call = partial(
+        pull_from, filled, identity, found, available.transports, digest_of, options, progress, relay, observers
+    )
     return await in_own_task(partial(_prefaulted, filled, call, kept=relay is not None), "netloader.pull")
 
 

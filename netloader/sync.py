@@ -23,6 +23,7 @@ from netloader.client.probe import Probe
 from netloader.core.addresses import Address
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.report import ProgressCallback, PullReport
+from netloader.discovery.argument import Discovery
 from netloader.errors import shortage
 from netloader.observe.base import Observer
 from netloader.server.own_loop import refuse_to_block
@@ -51,7 +52,7 @@ def pull(
     tensors: Mapping[str, torch.Tensor],
     identity: ModelIdentity | None = None,
     *,
-    sources: Sources,
+    sources: Sources | None = None,
     transport: Wanted = "auto",
     timeout: float | None = 1200.0,
     wait: float = 0.0,
@@ -63,6 +64,8 @@ def pull(
     follow: bool = True,
     relay: HoldingServer | None = None,
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> PullReport:
     """:func:`netloader.pull`, waiting for its result. Same arguments, result and errors.
 
@@ -86,13 +89,16 @@ def pull(
         follow=follow,
         relay=relay,
         observers=observers,
+        discovery=discovery,
+        zone=zone,
     )
-    return _wait_for(call, "netloader-pull")
+    return wait_for(call, "netloader-pull")
 
 
 def pull_new(
     *,
-    sources: Sources,
+    sources: Sources | None = None,
+    identity: ModelIdentity | None = None,
     role: Role = "target",
     layouts: Sequence[Layout] = ("checkpoint", "raw", "processed"),
     device: str = "cpu",
@@ -106,12 +112,15 @@ def pull_new(
     allocate: Allocate | None = None,
     progress: ProgressCallback | None = None,
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> tuple[Mapping[str, torch.Tensor], PullReport]:
     """:func:`netloader.pull_new`, waiting for its result. Same arguments, result and errors, and :func:`pull`'s."""
     refuse_to_block(sources, "pull_new")
     call = partial(
         api.pull_new,
         sources=sources,
+        identity=identity,
         role=role,
         layouts=layouts,
         device=device,
@@ -125,8 +134,10 @@ def pull_new(
         allocate=allocate,
         progress=progress,
         observers=observers,
+        discovery=discovery,
+        zone=zone,
     )
-    return _wait_for(call, "netloader-pull")
+    return wait_for(call, "netloader-pull")
 
 
 def probe(
@@ -141,7 +152,7 @@ def probe(
     """:func:`netloader.probe`, waiting for its result. Same arguments, result and errors, and :func:`pull`'s."""
     refuse_to_block((source,), "probe")
     call = partial(api.probe, source, identity, role=role, layouts=layouts, timeout=timeout, token=token)
-    return _wait_for(call, "netloader-probe")
+    return wait_for(call, "netloader-probe")
 
 
 class SyncServer:
@@ -188,6 +199,8 @@ def serve(
     stall_timeout: float = 30.0,
     device: str = "cpu",
     observers: Sequence[Observer] = (),
+    discovery: Discovery = None,
+    zone: str | None = None,
 ) -> Iterator[SyncServer]:
     """Serve tensors until the block ends. Arguments and errors as for :class:`netloader.Server`."""
     made = api.Server(
@@ -202,6 +215,8 @@ def serve(
         stall_timeout=stall_timeout,
         device=device,
         observers=observers,
+        discovery=discovery,
+        zone=zone,
     )
     with (
         start_blocking_portal(name="netloader-server") as portal,
@@ -210,7 +225,7 @@ def serve(
         yield SyncServer(server, portal)
 
 
-def _wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
+def wait_for(call: Callable[[], Awaitable[R]], name: str) -> R:
     """Run `call` in an event loop and a thread of its own, and wait for both to end. An interrupt cancels it.
 
     A blocking portal is made for a loop that stays, and would take a millisecond longer.

@@ -9,6 +9,7 @@ import pytest
 from netloader.config import load_config
 from netloader.config.fields import SourceEntry
 from netloader.core.addresses import Address
+from netloader.core.urls import Url
 from netloader.errors import ConfigError, shown
 
 ROOT = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -100,4 +101,11 @@ GOOD: list[tuple[str, object, object]] = [
     ("TOKEN_FILE", None, None),
     ("DRAFT_MODEL", None, None),
     ("DRAFT_MODEL", "org/draft", "org/draft"),
+    ("DISCOVERY", None, None),
+    ("DISCOVERY", [], ()),
+    ("DISCOVERY", "dir:/shared/netloader", (Url("dir:/shared/netloader"),)),
+    ("DISCOVERY", ["redis://u:p@h:1/0", "dns://n:1"], (Url("redis://u:p@h:1/0"), Url("dns://n:1"))),
+    ("ZONE", None, None),
+    ("ZONE", "eu-west-1a", "eu-west-1a"),
+    ("ORIGIN", "any", "any"),
 ]

@@ -31,6 +31,7 @@ QUICK = {
     "netloader/api.py": ("software",),  # reads what is installed, once in a process
     "netloader/cli/console.py": ("token_from",),  # a command that has no connection yet
     "netloader/cli/demo_run.py": ("_workplace",),  # as above
+    "netloader/discovery/registry.py": ("_entries",),  # reads what is installed, once in a process
     "netloader/tensors/mappings.py": ("mapped", "not_writable"),  # procfs
     "netloader/transports/conformance_kit.py": ("open_descriptors",),  # procfs
     "netloader/transports/faults.py": ("over",),  # a file that ends a fault between processes

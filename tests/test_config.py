@@ -59,6 +59,10 @@ BAD: list[tuple[str, object]] = [
     *each("KEEP_RAW", *NOT_BOOLEANS),
     *each("TOKEN_FILE", *NOT_TEXT, ""),
     *each("DRAFT_MODEL", *NOT_TEXT, "", "  ", "m" * 4097),
+    *each("DISCOVERY", 0, True, "", " ", "redis", "redis //h", "dir:/a b", {"dir:/a"}, [""], ["dir:/a", 0], {}),
+    *each("DISCOVERY", ["dir:/a", "dir:/a"], "dir:/a\0"),
+    *each("ZONE", 0, True, "", " ", "a b", "-a", "z" * 65, "zon\u00e9", []),
+    *each("ORIGIN", None, 0, "", "Any", "one", [], "lease"),
 ]
 
 
@@ -292,6 +296,55 @@ def test_waiting_fits_into_the_timeout() -> None:
     assert error.field == "WAIT"
     assert "TIMEOUT (60 s)" in error.allowed
     assert load_config({"WAIT": 3600, "TIMEOUT": 4000}).wait == 3600
+
+
+LEASE = {"ORIGIN": "lease", "DISCOVERY": "redis://h"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"ORIGIN": "lease"}, "there is no DISCOVERY"),
+        ({"ORIGIN": "lease", "DISCOVERY": []}, "there is no DISCOVERY"),
+        (LEASE | {"SERVE": False}, "SERVE is false"),
+    ],
+)
+def test_an_origin_by_lease_needs_a_registry_and_a_server(extra: dict[str, object], reason: str) -> None:
+    assert load_config(LEASE).origin == "lease"
+    error = error_of(extra)
+    assert error.field == "ORIGIN"
+    assert reason in str(error)
+    assert error.hint
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "redis://user:{}@host:6379/0",
+        ["dir:/a", "redis://:{}@host"],
+        "etcd://host?password={}",
+        "redis://user:{}@host white space",  # refused
+        ["redis://user:{}@host"] * 2,  # refused
+        "user:{}@host",  # refused: no scheme, or one that is not known
+        ["//user:{}@host"],  # refused
+    ],
+)
+def test_no_password_of_a_registry_is_shown(given: str | list[str], tmp_path: Path) -> None:
+    password = "hunter2"
+    value = given.format(password) if isinstance(given, str) else [one.format(password) for one in given]
+    file = tmp_path / "netloader.json"
+    file.write_text(json.dumps({"DISCOVERY": value}))
+    for extra in ({"DISCOVERY": value}, {"DISCOVERY": value, "CONFIG_FILE": str(file)}):
+        try:
+            config = load_config(extra)
+        except ConfigError as error:
+            said = f"{error} {error.value!r} {error!r}"
+        else:
+            urls = [url.reveal() for url in config.discovery or ()]
+            assert urls == [value] if isinstance(value, str) else urls == value
+            said = f"{config} {config!r} {config.overrides} {config.discovery} {list(map(str, config.discovery or ()))}"
+        assert password not in said
+        assert "host" in said or "not shown" in said
 
 
 def test_names_without_a_cache_log_a_warning() -> None:

@@ -64,6 +64,9 @@ def test_every_field_of_the_file_takes_precedence(write: Any, tmp_path: Path) ->
         "KEEP_RAW": (False, True),
         "TOKEN_FILE": (str(tokens[0]), str(tokens[1])),
         "DRAFT_MODEL": ("a", "b"),
+        "DISCOVERY": ("dir:/a", ["dir:/b"]),
+        "ZONE": ("a", "b"),
+        "ORIGIN": ("any", "any"),
     }
     assert {*pairs, "CONFIG_FILE"} == set(FIELDS)
     inline = {name: given for name, (given, _) in pairs.items()}

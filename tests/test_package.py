@@ -32,6 +32,11 @@ ENTRY_POINTS = {
         "shm": "netloader.transports.shm:ShmTransport",
         "tcp": "netloader.transports.tcp:TcpTransport",
     },
+    "netloader.discovery": {
+        "dir": "netloader.discovery.folder:open_folder",
+        "dns": "netloader.discovery.dns_records:open_dns",
+        "dns+srv": "netloader.discovery.dns_records:open_dns",
+    },
 }
 
 

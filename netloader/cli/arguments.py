@@ -146,6 +146,7 @@ def _add_serve(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--port", type=_port, default=0, help="port to listen at (default: a free one)")
     parser.add_argument("--model", metavar="NAME", help="name told to clients (default: id or folder of the model)")
     parser.add_argument("--max-clients", type=_clients, default=8, metavar="N", help="served at once; others wait (8)")
+    _add_discovery(parser, "publish there while serving")
     parser.add_argument("--address-file", type=Path, metavar="FILE", help="write host:port there while serving")
     parser.add_argument(
         "--metrics-port", type=_port, metavar="PORT", help="answer /metrics, /healthz and /readyz there (default: no)"
@@ -161,10 +162,14 @@ def _add_serve(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_pull(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, "pull", "pull what a source holds into a folder, as safetensors")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="host:port; the next one is tried when one fails")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="host:port; the next one is tried when one fails")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--overwrite", action="store_true", help="replace weight files that are in DIR")
     parser.add_argument("--expect-root", type=_root, metavar="HEX", help="accept these exact weights only")
+    parser.add_argument(
+        "--model", metavar="NAME", help="pull the checkpoint of this name only, as `netloader serve` names it"
+    )
+    _add_discovery(parser, "find sources there, beside those given; needs --model or --expect-root")
     parser.add_argument("--role", choices=("target", "draft"), default="target", help="which model of an engine")
     parser.add_argument("--timeout", type=_seconds, default=1200.0, metavar="SECONDS", help="for it all (1200)")
     parser.add_argument(
@@ -186,6 +191,13 @@ def _add_probe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for it all (30)")
     parser.add_argument("--token-file", metavar="FILE", help="secret that both sides know")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_discovery(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--discovery", action="append", metavar="URL", help=f"registry: {what}; may be repeated")
+    parser.add_argument(
+        "--zone", metavar="NAME", help="zone of this host, for choosing near sources (default: $NETLOADER_ZONE)"
+    )
 
 
 def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from netloader.cli.console import Exit, print_json, say
 from netloader.config import Config, load_config
 from netloader.discovery.address_file import AddressFile
+from netloader.discovery.configured import registries_of
 from netloader.errors import ConfigError
 
 __all__ = ["run"]
@@ -19,6 +20,7 @@ __all__ = ["run"]
 def run(options: argparse.Namespace) -> int:
     """Check the configuration; print every fault, or that there is none."""
     config = load_config(_given(options.configuration))
+    registries_of(config)
     warnings = [*config.warnings, *_folder_warnings(config)]
     overrides = [str(override) for override in config.overrides]
     if options.json:

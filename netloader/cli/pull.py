@@ -27,6 +27,7 @@ from netloader.cli.console import (
     whole_error,
 )
 from netloader.cli.signals import Stop, Stopped, ending_signals, stop_on_signal
+from netloader.core.identity import ModelIdentity
 from netloader.core.report import PullReport
 from netloader.errors import ConfigError, DigestMismatch, NoSourceLeft, plural
 from netloader.observe.progress import byte_text
@@ -54,6 +55,7 @@ class _Pulled:
 def run(options: argparse.Namespace) -> int:
     """Pull into files, report."""
     _check_output(options.output, overwrite=options.overwrite)
+    _check_sources(options)
     try:
         pulled = anyio.run(_pull, options)
     except Exception as wrapped:
@@ -109,6 +111,9 @@ async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport
         try:
             _, report = await api.pull_new(
                 sources=options.sources,
+                identity=None if options.model is None else ModelIdentity(model=options.model, layout="checkpoint"),
+                discovery=options.discovery,
+                zone=options.zone,
                 role=options.role,
                 transport=options.transport,
                 timeout=options.timeout,
@@ -124,6 +129,20 @@ async def _fill(options: argparse.Namespace, output: OutputFolder) -> PullReport
                 raise output.error from output.error.__cause__
             raise
     return report
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    """Check that it is said where to pull from, and which weights.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not options.sources and options.discovery is None:
+        allowed = "at least one host:port, or --discovery URL"
+        raise ConfigError(field="SOURCE", value=options.sources, allowed=allowed)
+    if options.discovery is not None and options.model is None and options.expect_root is None:
+        reason = "a registry may hold servers of any model"
+        raise ConfigError(field="--model", value=None, allowed="NAME, or --expect-root HEX", reason=reason)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:

@@ -71,6 +71,8 @@ async def _serve(
         max_clients=options.max_clients,
         stall_timeout=options.stall_timeout,
         observers=[transfers.note, *exposed.observers],
+        discovery=options.discovery,
+        zone=options.zone,
     )
     stop = Stop()
     with ending_signals() as signals:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
+from netloader.client.registries import Search
 from netloader.config.arguments import Arguments
 from netloader.core.identity import Layout, ModelIdentity, Role, check_sendable
+from netloader.discovery.argument import check_discovery, check_zone
 from netloader.discovery.base import SourceProvider
 from netloader.discovery.fixed import FixedSources
 from netloader.transports.base import Transport
@@ -50,10 +52,15 @@ def check_pull(
     stall_timeout: object,
     token: object,
     expect_root: object,
-) -> SourceProvider:
-    """Check the arguments that all pulls take, and return the provider of the sources."""
+    discovery: object,
+    zone: object,
+) -> Search:
+    """Check the arguments that all pulls take, and return where they look for sources."""
     found: SourceProvider = FixedSources(())
-    if isinstance(sources, SourceProvider):
+    if sources is None:
+        allowed = "a list of addresses (host:port), or a netloader.SourceProvider; or pass discovery=..."
+        check.kind("sources", sources, (Iterable, *([] if discovery is None else [type(None)])), allowed)
+    elif isinstance(sources, SourceProvider):
         found = sources
     elif not isinstance(sources, Iterable):
         check.kind("sources", sources, Iterable, "a list of addresses (host:port), or a netloader.SourceProvider")
@@ -66,4 +73,5 @@ def check_pull(
     check.seconds("stall_timeout", stall_timeout, positive=True)
     check.token("token", token)
     check.root("expect_root", expect_root)
-    return found
+    backend = check_discovery(check, discovery)
+    return Search(found, backend, check_zone(check, zone))

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from netloader.config.fields import FIELDS, FORMAT_NAMES, ConfigErrors, Faults, Int8Cache, SourceEntry, key_text
+from netloader.config.fields import FIELDS, FORMAT_NAMES, ConfigErrors, Faults, Int8Cache, Origin, SourceEntry, key_text
 from netloader.config.files import Token, from_file, read_config_file, read_token
 from netloader.core.addresses import Address
+from netloader.core.urls import Url
 from netloader.errors import ConfigError, shown
 
 __all__ = [
@@ -68,6 +69,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         transport: Names in order of preference; None lets both sides choose.
+        discovery: URLs of registries. Their text shows no password.
         token: Contents of ``TOKEN_FILE``.
         overrides: Each field that ``CONFIG_FILE`` overrode, for the log.
         warnings: Values that are allowed but probably not intended, for the log.
@@ -98,6 +100,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     keep_raw: bool = True
     token_file: str | None = None
     draft_model: str | None = None
+    discovery: tuple[Url, ...] | None = None
+    zone: str | None = None
+    origin: Origin = "any"
     token: Token | None = None
     overrides: tuple[Override, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -202,6 +207,8 @@ def load_config(extra: Mapping[str, object] | None = None) -> Config:
     if not faults.found:
         with faults:
             _check_times(Config(**values))
+        with faults:
+            _check_origin(Config(**values))
     with faults:  # also when fields are not valid: all faults are named at once
         token_file = values.get("token_file")
         token = None if token_file is None else read_token(token_file, warnings)
@@ -254,3 +261,17 @@ def _check_times(config: Config) -> None:
             allowed=f"less than TIMEOUT ({config.timeout:g} s), which covers the waiting too",
             hint="raise TIMEOUT",
         )
+
+
+def _check_origin(config: Config) -> None:
+    """Whether its registry can give leases is checked where it is opened."""
+    if config.origin != "lease":
+        return
+    if not config.discovery:
+        missing, hint = "there is no DISCOVERY", "set DISCOVERY, in which the engines agree on one, or leave ORIGIN out"
+    elif not config.serve:
+        missing, hint = "SERVE is false, so that others would wait in vain", "leave SERVE or ORIGIN out"
+    else:
+        return
+    allowed = "'any'; 'lease' with a DISCOVERY that gives leases, and SERVE"
+    raise ConfigError(field="ORIGIN", value=config.origin, allowed=allowed, reason=missing, hint=hint)

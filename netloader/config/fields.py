@@ -13,11 +13,23 @@ from msgspec import Meta
 
 from netloader.core.addresses import ALLOWED_HOST, Address, parse_address, parse_host
 from netloader.core.identity import MAX_MODEL
+from netloader.core.urls import Url, without_secrets
 from netloader.errors import ConfigError, shown
 
-__all__ = ["FIELDS", "FORMAT_NAMES", "ConfigErrors", "Faults", "Field", "Int8Cache", "SourceEntry", "key_text"]
+__all__ = [
+    "FIELDS",
+    "FORMAT_NAMES",
+    "ConfigErrors",
+    "Faults",
+    "Field",
+    "Int8Cache",
+    "Origin",
+    "SourceEntry",
+    "key_text",
+]
 
 Int8Cache = Literal["hbm", "dram", "no"]
+Origin = Literal["any", "lease"]
 
 FORMAT_NAMES = ("netloader", "netloader_p2p")
 """Load formats that are netloader itself. The second is an alias that no other plugin registers."""
@@ -30,6 +42,9 @@ SHORTEST_TIMEOUT = 0.001
 
 _FORMAT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROOT = re.compile(r"[0-9A-Fa-f]{64}")
+_ZONE = re.compile(r"[A-Za-z0-9][\w./:-]{0,63}", re.ASCII)
+ALLOWED_ZONE = "the name of a zone: at most 64 letters, digits and -_./:, beginning with a letter or digit"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:\S+")
 _PLAIN_KEY = re.compile(r"[\w-]{1,100}")
 _MOST_DIGITS = 20
 _ENTRY = '{"device_id": 0, "sources": ["10.0.0.7:19374"]}'
@@ -88,6 +103,11 @@ def is_root(value: object) -> bool:
     return isinstance(value, str) and _ROOT.fullmatch(value) is not None
 
 
+def is_zone(value: object) -> bool:
+    """Whether `value` names a zone."""
+    return isinstance(value, str) and _ZONE.fullmatch(value) is not None
+
+
 def key_text(key: object) -> str:
     """Return the text of a key for messages: as it is if it is plain, otherwise quoted."""
     return key if isinstance(key, str) and _PLAIN_KEY.fullmatch(key) else shown(key, 100)
@@ -114,6 +134,7 @@ class Field(msgspec.Struct, frozen=True):
         given: Type and bounds of the JSON value, for msgspec. It includes None where ``null`` means the default.
         parse: Converts a value of that type to that of :class:`netloader.Config`; None if the two are the same.
         secret: Whether messages, logs and ``repr`` hide the value.
+        hide: Makes of a value what is shown of it, where a part of it is secret.
     """
 
     name: str
@@ -121,6 +142,7 @@ class Field(msgspec.Struct, frozen=True):
     given: Any
     parse: Callable[[Field, Any], Any] | None = None
     secret: bool = False
+    hide: Callable[[Any], object] | None = None
 
     @property
     def attribute(self) -> str:
@@ -144,13 +166,13 @@ class Field(msgspec.Struct, frozen=True):
     def show(self, value: object) -> str:
         """Return the text of `value` for a log line."""
         if not self.secret:
-            return shown(value)
+            return shown(value if self.hide is None else self.hide(value))
         kind = f"{len(value)} settings" if isinstance(value, Mapping) else type(value).__name__
         return f"<{kind}, not shown>"
 
     def reject(self, value: object, reason: str | None = None, hint: str = "") -> NoReturn:
         """Raise the error for `value`."""
-        seen = Hidden(self.show(value)) if self.secret else value
+        seen = Hidden(self.show(value)) if self.secret or self.hide is not None else value
         raise ConfigError(field=self.name, value=seen, allowed=self.allowed, reason=reason, hint=hint)
 
 
@@ -308,12 +330,46 @@ def _listen_host(field: Field, value: object) -> str:
     return parse_host(value, field=field.name)
 
 
+def _discovery(field: Field, value: str | list[str]) -> tuple[Url, ...]:
+    urls = [value] if isinstance(value, str) else value
+    for url in urls:
+        fault = _fault_of_text(url)
+        if fault or not _URL.fullmatch(url):
+            field.reject(
+                value, fault or "it is no URL: each begins with a scheme and a colon, and holds no white space"
+            )
+    if len(set(urls)) < len(urls):
+        field.reject(value, "a URL stands twice")
+    return tuple(map(Url, urls))
+
+
+def _shown_urls(value: object) -> object:
+    """A value of DISCOVERY as it may be shown."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    return [_shown_urls(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _zone(field: Field, value: str) -> str:
+    if not is_zone(value):
+        field.reject(value)
+    return value
+
+
+def _origin(field: Field, value: str) -> str:
+    choices = get_args(Origin)
+    if value not in choices:
+        field.reject(value, hint=f"write {value.lower()!r}" if value.lower() in choices else "")
+    return value
+
+
 _FromZero = Annotated[int, Meta(ge=0)]
 _FromOne = Annotated[int, Meta(ge=1)]
 _NotEmpty = Annotated[str, Meta(min_length=1)]
 _Wait = Annotated[float, Meta(ge=0, le=LONGEST_WAIT)]
 _Timeout = Annotated[float, Meta(ge=SHORTEST_TIMEOUT, le=LONGEST_WAIT)]
 
+_DISCOVERIES = "the URL of a registry, like 'dir:/shared/netloader', or a list of such URLs"
 _NAME = f"a name of at most {MAX_MODEL} characters, not empty"
 _TRUE_FALSE = "true or false"
 _WAITS = f"seconds, a number from 0 to {LONGEST_WAIT:.0f}"
@@ -348,6 +404,9 @@ _ALL = (
     Field("KEEP_RAW", _TRUE_FALSE, bool),
     Field("TOKEN_FILE", "the path of a file that holds the shared secret", str | None, _filled_text),
     Field("DRAFT_MODEL", _NAME, str | None, _model_name),
+    Field("DISCOVERY", _DISCOVERIES, str | list[str] | None, _discovery, hide=_shown_urls),
+    Field("ZONE", ALLOWED_ZONE, str | None, _zone),
+    Field("ORIGIN", "one of 'any', 'lease'", str, _origin),
 )
 
 FIELDS: Mapping[str, Field] = MappingProxyType({field.name: field for field in _ALL})

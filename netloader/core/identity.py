@@ -26,6 +26,7 @@ __all__ = [
     "check_sendable",
     "differences",
     "is_digest",
+    "known_before_loading",
     "known_settings",
     "name_of",
     "passed_on",
@@ -69,6 +70,13 @@ _WHERE_KNOWN = frozenset({"model_config.hf_config"})
 OF_QUANTIZATION = "quantization."
 """How the paths of settings begin that say in what two quantisations differ. `quantization_config` decides whether they
 do, so that a peer which does not state these settings is compared as well."""
+
+_KNOWN_BEFORE_LOADING = (
+    *("architecture", "dtype", "quantization", "quantization_config", "role"),
+    *("tp_size", "tp_rank", "pp_size", "pp_rank", "ep_size", "ep_rank"),
+)
+"""Fields that both sides know before they build the model, and that must be equal. `settings` and `layout` are beside
+them: of both, only a part is compared."""
 
 _NOT_KNOWN = "not known"
 _NOT_SET = "not set"
@@ -185,6 +193,24 @@ def known_settings(own: ModelIdentity, source: ModelIdentity) -> dict[str, str] 
     """
     theirs = {path: text for path, text in (source.settings or {}).items() if path in _WHERE_KNOWN}
     return {**theirs, **(own.settings or {})} if theirs else own.settings
+
+
+def known_before_loading(identity: ModelIdentity) -> dict[str, str]:
+    """What must be equal on both sides and is known before the model is built: each field and each setting as text.
+
+    If two identities differ in it, :func:`differences` refuses them. Names may differ, and so may what only one side
+    knows. An engine can hold its model raw or processed; so both layouts give the same text.
+    """
+    settings = identity.settings or {}
+    return {
+        **{field: str(getattr(identity, field)) for field in _KNOWN_BEFORE_LOADING},
+        "layout": "checkpoint" if identity.layout == "checkpoint" else "engine",
+        **{
+            f"settings.{path}": text
+            for path, text in settings.items()
+            if path not in _WHERE_KNOWN and not path.startswith(OF_QUANTIZATION)
+        },
+    }
 
 
 def passed_on(own: ModelIdentity, source: ModelIdentity) -> ModelIdentity:

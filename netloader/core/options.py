@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from netloader.core.choice import Here
 from netloader.core.identity import Layout, Role
 
 __all__ = ["PullOptions", "ServeOptions", "Timings"]
@@ -47,6 +48,7 @@ class PullOptions:
         expect_root: Root that is required, in hex; empty to take that of the first source.
         unavailable: Why transports that were not handed over can't be used, by name; for the log.
         max_bytes: Largest model that is adopted.
+        here: Where this client runs, for choosing among sources that are one of many.
         timings: Deadlines of each session.
         software: Name and version, told to servers.
     """
@@ -64,6 +66,7 @@ class PullOptions:
     expect_root: str = ""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     max_bytes: int = 1 << 44
+    here: Here = field(default_factory=Here)
     timings: Timings = Timings()
     software: str = ""
 

@@ -80,8 +80,8 @@ class Pull:
         self.shares: dict[str, SourceShare] = {}
         self._options = options
         self._began = began
-        until, hops = began + options.wait, options.max_hops
-        self._sources = Sources(sources, tries=options.tries, until=until, rng=rng, max_hops=hops)
+        until, hops, here = began + options.wait, options.max_hops, options.here
+        self._sources = Sources(sources, tries=options.tries, until=until, rng=rng, max_hops=hops, here=here)
         self._budget = RedirectBudget()
         self._pinning = Pinning(self.ledger, adopts=adopts)
         searching = -math.inf if listing is None else max(options.wait, listing)
@@ -196,6 +196,7 @@ class Pull:
     ) -> Iterator[p.Command]:
         match event:
             case p.SessionStarted():
+                session.reached = True
                 self.shares.setdefault(str(session.source), SourceShare())
                 if session.abandoned:  # while it was being connected
                     yield p.LeaveSource(session.number, _TOO_SLOW)
@@ -425,7 +426,8 @@ class Pull:
             hint = "add a source that holds all of them"
             error = RefusedError("gone", text, hint=hint, sources=session.elsewhere)
             error.story = event.story
-        if session.abandoned:
+        dead = isinstance(error, PeerLost) and not session.reached and self._sources.has_generation(source)
+        if session.abandoned or dead:
             yield self._failed(source, error or NetloaderError(_TOO_SLOW))
             self._sources.drop(source)
             return

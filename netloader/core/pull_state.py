@@ -42,6 +42,7 @@ class SessionState:
     source: Address
     relay: bool = False  # reached by redirection
     pin: int | None = None  # number of the pin that decides what its source has to hold
+    reached: bool = False  # its source was connected to
     queued: bool = False
     open: bool = False
     finished: bool = False

@@ -6,8 +6,10 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from netloader.core.addresses import Address
+from netloader.core.choice import Here, other_name, preference
 from netloader.errors import ConfigError
 
 __all__ = ["MAX_KNOWN", "Source", "Sources"]
@@ -37,9 +39,14 @@ class Source:
 
     Attributes:
         address: Where its server listens.
-        labels: What else is known, for people and for observers; nothing is decided by it.
+        labels: What else is known, for people and for observers. Only of a source that is one of many, the labels
+            decide how near it is (:mod:`netloader.core.choice`).
         load: How busy it is; 0 for idle or unknown. Of sources that are equal otherwise, the one with the least load is
             tried first, so all providers of one pull should use one scale (clients that it serves, say).
+        generation: Names one run of the server, where that is known. Another generation at the same address is another
+            server. If a generation cannot be reached, or is of no use, one pull does not try it again.
+        one_of_many: Whether it was found in a registry, in no order that means anything. Such sources are tried after
+            the others, and each client has its own order of them.
 
     Raises:
         ConfigError: `load` is negative or no number.
@@ -48,6 +55,8 @@ class Source:
     address: Address
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     load: float = 0.0
+    generation: str = ""
+    one_of_many: bool = False
 
     def __post_init__(self) -> None:
         if not (self.load >= 0 and math.isfinite(self.load)):
@@ -63,8 +72,9 @@ class _Candidate:
     pause: float
     order: int
     via: Address | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    load: float = 0.0
+    source: Source | None = None  # None: named by a server, and not found
+    preferred: tuple[float, ...] = ()  # sort key among the sources that were found
+    follower: Source | None = None  # another server at this address, which began while a session ran with this one
     late: int = 0  # it gave us up as too slow: tried after all others, in this order
     due: float = 0.0
     running: bool = False
@@ -76,18 +86,24 @@ class _Candidate:
     waits_for: frozenset[Address] = frozenset()  # relays that it named; tried again when they are gone
 
     @property
-    def rank(self) -> tuple[bool, bool, int, float, int]:
-        """Sort key for the order of attempts: relays first, sources that were too slow last, less load before more."""
-        return self.last_resort, self.via is None, self.late, self.load, self.order
+    def rank(self) -> tuple[bool, bool, int, tuple[float, ...], int]:
+        """Sort key for the order of attempts: relays first, sources that were too slow last, then the preferred."""
+        return self.last_resort, self.via is None, self.late, self.preferred, self.order
+
+    @property
+    def generation(self) -> str:
+        """The run of the server; empty when it is not known."""
+        return "" if self.source is None else self.source.generation
 
 
 class Sources:
     """The sources of one pull.
 
     Sources are tried in the order given, those with less load before others, and relays that a server named before the
-    servers themselves. A source that answers "not ready" or cannot be reached is tried again after a growing pause, for
-    the last time when the wait ends. A source that redirected this client to relays is tried again when none of those
-    relays is left. The client then tells it which relays to avoid.
+    servers themselves. Sources that are one of many come last, the nearest first, then the least busy.
+    A source that answers "not ready" or cannot be reached is tried again after a growing pause, for the last time when
+    the wait ends. A source that redirected this client to relays is tried again when none of those relays is left. The
+    client then tells it which relays to avoid.
 
     Args:
         sources: In the order to try.
@@ -95,15 +111,24 @@ class Sources:
         until: Time at which waiting for sources that are not ready ends.
         rng: Randomises pauses, so that clients that wait for one source don't all retry at once.
         max_hops: Most relays that may lead to a relay.
+        here: Where this client runs.
 
     Attributes:
         follow: Whether redirections are followed; see :meth:`leave_relays`.
     """
 
     def __init__(
-        self, sources: Iterable[Source], *, tries: int, until: float, rng: random.Random, max_hops: int = 32
+        self,
+        sources: Iterable[Source],
+        *,
+        tries: int,
+        until: float,
+        rng: random.Random,
+        max_hops: int = 32,
+        here: Here | None = None,
     ) -> None:
         self.follow = True
+        self._here = here or Here()
         self._max_hops = max_hops
         self._tries = tries
         self._until = until
@@ -112,6 +137,7 @@ class Sources:
         self._known: dict[Address, _Candidate] = {}
         self._failed: dict[Address, None] = {}
         self._useless: dict[Address, None] = {}  # dropped, and still offered
+        self._dead: dict[str, None] = {}  # generations that were dropped
         self.add(sources)
 
     @property
@@ -127,34 +153,61 @@ class Sources:
     def add(self, sources: Iterable[Source]) -> int:
         """Add sources behind those that are known. Of a known source, only labels and load change.
 
+        Another generation at a known address is another source. If a session runs with the earlier one, the new one
+        is added when the earlier one is dropped.
+
         Returns:
             How many were left out, because :data:`MAX_KNOWN` are known.
         """
         left_out = 0
         for source in sources:
             candidate = self._known.get(source.address)
+            if source.generation in self._dead:
+                continue
+            if candidate is not None and "" not in (one := {source.generation, candidate.generation}) and len(one) > 1:
+                if candidate.running:
+                    candidate.follower = source
+                    continue
+                self._known.pop(source.address)
+                candidate = None
             if candidate is None:
-                if source.address in self._useless:  # its labels or its load changed, which does not make it useful
+                # That its labels or its load changed does not make a source useful. Another generation may be.
+                if not source.generation and source.address in self._useless:
                     continue
                 if len(self._known) >= MAX_KNOWN:
                     left_out += 1
                     continue
+                self._useless.pop(source.address, None)
                 candidate = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
+                # Under another name there is probably another model: no session with it beside those that work.
+                candidate.last_resort = source.one_of_many and other_name(self._here, source.labels)
                 self._known[source.address] = candidate
-            candidate.lost, candidate.labels, candidate.load = False, source.labels, source.load
+            candidate.lost, candidate.source = False, source
+            candidate.preferred = self._preferred(source)
         return left_out
+
+    def _preferred(self, source: Source) -> tuple[float, ...]:
+        if not source.one_of_many:
+            return 0, source.load
+        name = source.generation or str(source.address)
+        return 1, *preference(self._here, name, source.labels, source.load)
 
     def told_of(self, source: Address) -> tuple[Mapping[str, str], Address | None]:
         """Labels of a source that is known, and who named it: None when it was found."""
         candidate = self._known[source]
-        return candidate.labels, candidate.via
+        return {} if candidate.source is None else candidate.source.labels, candidate.via
+
+    def has_generation(self, source: Address) -> bool:
+        """Whether a source is one run of a server: if it can't be reached, it does not come back."""
+        candidate = self._known.get(source)
+        return candidate is not None and bool(candidate.generation)
 
     def lose(self, source: Address) -> None:
         """A source is no longer offered: don't try it until it is added anew. A session that runs with it continues."""
         self._useless.pop(source, None)
         candidate = self._known.get(source)
         if candidate is not None and candidate.running:
-            candidate.lost = True
+            candidate.lost, candidate.follower = True, None
         else:
             self._known.pop(source, None)
 
@@ -344,20 +397,31 @@ class Sources:
 
     def drop(self, source: Address) -> None:
         """It is of no more use. If it is a relay, servers are told to name another one."""
-        candidate = self._known.pop(source, None)
+        candidate = self._forget(source)
         if candidate is None:
             return
         if candidate.via is not None:
             self._failed.pop(source, None)
             self._failed[source] = None
         elif not candidate.lost:
-            self._useless[source] = None
-            if len(self._useless) > MAX_KNOWN:
-                del self._useless[next(iter(self._useless))]
+            _remember(self._useless, source)
+        if candidate.generation:
+            _remember(self._dead, candidate.generation)
+
+    def _forget(self, source: Address) -> _Candidate | None:
+        """Remove a source, and try the one that followed it at its address. Its generation may be added again."""
+        candidate = self._known.pop(source, None)
+        if candidate is not None and candidate.follower is not None:
+            self.add([candidate.follower])
+        return candidate
 
     def _drop_lost(self, source: Address) -> None:
-        if self._known[source].lost:
+        """A source that is no longer offered was of use until now. It may be offered again."""
+        candidate = self._known[source]
+        if candidate.lost and candidate.via is not None:
             self.drop(source)
+        elif candidate.lost:
+            self._forget(source)
 
     def _held_back(self, candidate: _Candidate) -> bool:
         """Whether one of the relays that it named is still known."""
@@ -380,3 +444,13 @@ class Sources:
     def _next(self) -> int:
         self._order += 1
         return self._order
+
+
+_Name = TypeVar("_Name", Address, str)
+
+
+def _remember(names: dict[_Name, None], name: _Name) -> None:
+    """Add a name, and forget the oldest one if there are too many."""
+    names[name] = None
+    if len(names) > MAX_KNOWN:
+        del names[next(iter(names))]

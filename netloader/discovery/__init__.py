@@ -5,22 +5,27 @@ from __future__ import annotations
 from netloader.core.sources import Source
 from netloader.discovery.base import (
     Appeared,
+    Backend,
     Claim,
     Claims,
+    Holder,
     Listed,
     Publication,
     Publisher,
     SourceChange,
     SourceProvider,
     Vanished,
+    Wanted,
 )
 from netloader.discovery.fixed import FixedSources
 
 __all__ = [
     "Appeared",
+    "Backend",
     "Claim",
     "Claims",
     "FixedSources",
+    "Holder",
     "Listed",
     "Publication",
     "Publisher",
@@ -28,4 +33,5 @@ __all__ = [
     "SourceChange",
     "SourceProvider",
     "Vanished",
+    "Wanted",
 ]

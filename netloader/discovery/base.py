@@ -8,25 +8,44 @@ and a claim saves work but protects no data.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from netloader.core.addresses import Address
+from netloader.core.entries import Entry
 from netloader.core.sources import Source
 
 __all__ = [
     "Appeared",
+    "Backend",
     "Claim",
     "Claims",
+    "Holder",
     "Listed",
     "Publication",
     "Publisher",
     "SourceChange",
     "SourceProvider",
     "Vanished",
+    "Wanted",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which servers a client looks for.
+
+    Attributes:
+        key: As in `Entry.key`; empty for a backend that can't know keys.
+        rank: The rank whose weights are wanted.
+        role: ``target`` or ``draft``.
+    """
+
+    key: str = ""
+    rank: int = 0
+    role: str = "target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,49 +108,64 @@ class SourceProvider(Protocol):
 
 
 class Publication(Protocol):
-    """A source that is published while the context of :meth:`Publisher.publish` is open."""
+    """A server that is published while the context of :meth:`Publisher.publish` is open."""
 
-    async def update(self, source: Source) -> None:
-        """Replace the labels and the load; the address stays the same.
+    def update(self, entry: Entry) -> None:
+        """Replace what may change: kind, layout, root, labels and load.
 
-        Returns when the backend has accepted the update. If updates are made faster than the backend accepts them, only
-        the latest one may be sent.
+        Returns at once. A task inside the context sends the update. If updates are made faster than they are sent, only
+        the latest one is sent. If the backend can't be reached, the latest one is sent when it can be reached again.
 
         Raises:
-            DiscoveryError: The backend did not accept the update within the provider's deadline. The previous labels
-                and load stay published. The caller may go on, and may try again.
+            DiscoveryError: The entry is too long. The previous one stays published.
+            LocalProtocolError: Key, rank, role, address or generation is another one: that is another server.
         """
         ...
 
 
 class Publisher(Protocol):
-    """Publishes a source, so that providers of the same backend find it."""
+    """Publishes a server, so that providers of the same backend find it."""
 
-    def publish(self, source: Source) -> AbstractAsyncContextManager[Publication]:
-        """Publish `source` for as long as the context is open.
+    def publish(self, entry: Entry) -> AbstractAsyncContextManager[Publication]:
+        """Publish `entry` for as long as the context is open.
 
-        Entering the context returns when the backend has accepted the source. From then on every `SourceProvider` of
-        the same backend yields it as `Appeared`. Publish a source only after it serves: clients may connect at once.
+        Entering the context returns when the backend has accepted the entry, or when the first attempt failed, within
+        10 seconds. From then on every `SourceProvider` of the same backend that wants such a server yields it as
+        `Appeared`. Publish a server only after it serves: clients may connect at once.
 
         Lease: a published source expires within a minute after its process died or lost the backend. While the context
         is open, a task inside it renews the lease. If the backend cannot be reached for longer than the lease lasts,
         the source vanishes for all providers. The task logs this once as a warning, publishes the source again when it
-        can, and never ends the context: the server goes on serving the clients that know it.
+        can, and never ends the context: the server goes on serving the clients that know it. The same holds if the
+        backend can't be reached on entering. (A backend without leases, such as a folder, says so in its docs.)
 
         Withdrawal: leaving the context withdraws the source, also on an error or a cancellation. This is tried in a
         shielded scope for at most 5 seconds; if it fails, the lease expires. Leaving raises no error of its own.
 
-        Publishing one address twice at the same time is an error of the caller.
+        Publishing one address twice at the same time is an error of the caller. If another process publishes the same
+        address, the one that came last stays published.
 
         Args:
-            source: The address at which clients reach it, its labels and its load.
+            entry: What is published.
 
         Raises:
-            DiscoveryError: (On entering.) The backend refused, or could not be reached within the provider's deadline.
-                Nothing is published. The caller may serve without being found.
-            LocalProtocolError: (On entering.) This address is published by this object already.
+            DiscoveryError: (On entering.) The entry is too long. Nothing is published.
+            LocalProtocolError: (On entering.) This object publishes this address already, with this key, rank and role.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a claim, in words for people.
+
+    Attributes:
+        label: Whom the holder said that it is.
+        progress: What it told last by :meth:`Claim.tell`; empty if nothing.
+    """
+
+    label: str
+    progress: str = ""
 
 
 class Claim(Protocol):
@@ -149,6 +183,14 @@ class Claim(Protocol):
         """
         ...
 
+    def tell(self, progress: str) -> None:
+        """Tell the instances that wait how far the work is. Only the latest text counts, and at most 500 characters.
+
+        Returns at once and raises nothing. The text is sent about once per second, as far as the backend can be
+        reached.
+        """
+        ...
+
 
 class Claims(Protocol):
     """Lets one instance of a group do work that otherwise all of them would do, such as reading weights from storage.
@@ -157,7 +199,9 @@ class Claims(Protocol):
     they hold it. Work under a claim must be correct also when two instances do it.
     """
 
-    def claim(self, work: str, *, within: float) -> AbstractAsyncContextManager[Claim | None]:
+    def claim(
+        self, work: str, *, within: float, label: str = "", waiting: Callable[[Holder], None] | None = None
+    ) -> AbstractAsyncContextManager[Claim | None]:
         """Claim `work`, and hold it for as long as the context is open.
 
         Entering the context waits for the claim for at most `within` seconds. The context gives None if another
@@ -168,6 +212,7 @@ class Claims(Protocol):
         instances gets it. While the context is open, a task inside it renews the lease. If renewing fails for as long
         as the lease lasts, :attr:`Claim.held` becomes false *before* another instance can get the claim (by the clock
         of this host), and :meth:`Claim.lost` returns. Nothing is cancelled: the holder decides whether it goes on.
+        Two may hold it at once if a holder was suspended for longer than the lease, or if the backend lost its data.
 
         Release: leaving the context releases the claim, also on an error or a cancellation. This is tried in a shielded
         scope for at most 5 seconds; if it fails, the lease expires. Leaving raises no error of its own. The claim does
@@ -178,9 +223,36 @@ class Claims(Protocol):
         Args:
             work: Names the work by the same text in all instances of the group, including the model and the step.
             within: Seconds to wait; 0 to ask once.
+            label: Whom to name to those that wait, in at most 200 characters; by default this host and process.
+            waiting: Called on the event loop while another instance holds the claim: first when this is known, then
+                when the holder or what it tells has changed. What it raises ends the wait.
 
         Raises:
-            DiscoveryError: (On entering.) The backend cannot be reached, or refused. The caller goes on as without a
-                group.
+            DiscoveryError: (On entering.) The backend cannot be reached at first, or for longer than two leases while
+                waiting; or it refused. The caller goes on as without a group.
         """
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A place where sources are found, and where servers are published and work is claimed, as far as it can.
+
+    A backend holds no connection: watching, publishing and claiming open their own and close them, on whatever event
+    loop they run. Making a backend checks its URL and does no I/O.
+    """
+
+    def sources(self, wanted: Wanted) -> SourceProvider:
+        """The provider of the servers that are published with this key, rank and role.
+
+        One that can't know keys, such as DNS, yields all servers of the rank: validation decides.
+        """
+        ...
+
+    def publisher(self) -> Publisher | None:
+        """Publishes servers; None if this backend is filled by others (DNS)."""
+        ...
+
+    def claims(self) -> Claims | None:
+        """Claims work; None if this backend can't."""
         ...

@@ -10,10 +10,10 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import anyio
 from anyio.abc import SocketStream, TaskGroup
@@ -34,6 +34,7 @@ from netloader.server.catalog import Holdings
 from netloader.server.listening import Listening
 from netloader.server.newcomers import TURNED_AWAY, Newcomer, Newcomers
 from netloader.server.pace import Pace
+from netloader.server.publishing import Traffic
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import CheckRelay, RelayCheck
 from netloader.server.session import ServerSession
@@ -115,6 +116,7 @@ class HoldingServer:
         self._stack: AsyncExitStack | None = None
         self._stopping = False
         self._count = 0
+        self._sent = 0  # bytes, in sessions that have ended
         self._port = 0
         self._host = ""
 
@@ -195,6 +197,19 @@ class HoldingServer:
         newcomers = () if self._newcomers is None else self._newcomers.peers
         silent = (SessionInfo(peer, State.LISTEN, "", "", 0, 0) for peer in newcomers)
         return (*(session.info() for session in self._sessions), *silent)
+
+    def traffic(self) -> Traffic:
+        """What the server does now."""
+        states = (State.PLAN, State.TRANSFER)
+        running = [session.info() for session in self._sessions if session.holding and session.session.state in states]
+        nbytes = self._sent + sum(session.info().nbytes for session in self._sessions)
+        return Traffic(len(running), self._turns.waiting, nbytes, self._options.max_clients)
+
+    def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `work` beside the sessions, until the server ends. It may raise no `Exception`."""
+        if self._tasks is None:
+            raise LocalProtocolError("the server is not running")
+        self._tasks.start_soon(work)
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
         """Serve `holding`; see :meth:`netloader.server.catalog.Holdings.add`."""
@@ -419,6 +434,7 @@ class HoldingServer:
             unfinished=info.unfinished,
             probe=session.session.probing,
         )
+        self._sent += info.nbytes
         if ended.stray or session.session.probing:
             self._pause(_STRAY_PAUSE)
         self._observe(ended)

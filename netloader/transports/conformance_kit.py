@@ -53,7 +53,7 @@ PATIENCE = 30.0
 
 
 class Failed(AssertionError):
-    """A transport does not do what the contract says."""
+    """An implementation does not do what its contract says."""
 
 
 class MakePair(Protocol):

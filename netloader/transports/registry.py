@@ -12,7 +12,7 @@ from netloader.errors import TORCH_HINT, TransportUnavailable
 from netloader.transports.base import Transport
 from netloader.transports.contract_0_1 import adapted
 
-__all__ = ["AUTO", "GROUP", "Available", "available", "known", "load", "preferred"]
+__all__ = ["AUTO", "GROUP", "Available", "available", "known", "load", "preferred", "wanted"]
 
 GROUP = "netloader.transports"
 AUTO = "auto"
@@ -152,3 +152,23 @@ def _remedy(entry: EntryPoint) -> str:
         return TORCH_HINT if extra == "torch" else f"pip install 'netloader[{extra}]'"
     package = entry.dist.name if entry.dist is not None else entry.module
     return f"install what {package} needs"
+
+
+def wanted(device: str, items: str | Transport | Sequence[str | Transport]) -> Available:
+    """The wanted transports that can run on `device`, and the reasons why others cannot.
+
+    Objects are used as they are; names are looked up in the registry.
+
+    Raises:
+        TransportUnavailable: A name is unknown, or none of the wanted transports can run here.
+    """
+    found: list[Transport] = []
+    reasons: dict[str, str] = {}
+    for item in [items] if isinstance(items, str | Transport) else items:
+        if isinstance(item, str):
+            known_ones = available(device, item)
+            found.extend(known_ones.transports)
+            reasons |= known_ones.reasons
+        else:
+            found.append(adapted(item))
+    return Available(tuple(found), reasons)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from netloader.config import FORMAT_NAMES, load_config
+from netloader.discovery.configured import registries_of
 from netloader.errors import ConfigError
 
 __all__ = ["check_configuration_early"]
@@ -57,7 +58,7 @@ def _check(arguments: Any) -> None:
     if getattr(arguments, "distributed_executor_backend", None) == "ray" or getattr(arguments, "nnodes", 1) != 1:
         return  # workers on other hosts may have files that this host lacks; their loaders check the configuration
     try:
-        load_config(extra)
+        registries_of(load_config(extra))
     except ConfigError as error:
         log.error("netloader: %s", error)  # noqa: TRY400 - the error itself goes on to vLLM
         raise error from None

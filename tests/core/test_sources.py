@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from netloader.core.addresses import Address
+from netloader.core.choice import Here
 from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import ConfigError
 
@@ -279,3 +280,82 @@ def test_what_is_remembered_is_bounded() -> None:
 def test_a_load_is_a_number_from_0_on(load: float) -> None:
     with pytest.raises(ConfigError, match="load"):
         Source(ONE, load=load)
+
+
+# --- one of many ----------------------------------------------------------------------------------------------------
+
+
+def found(address: Address, generation: str = "", load: float = 0.0, **labels: str) -> Source:
+    return Source(address, labels, load, generation, one_of_many=True)
+
+
+def test_given_sources_are_tried_before_those_of_a_registry_in_their_order_and_the_nearest_of_those_first() -> None:
+    here = Here(client="c", boot="b", zone="z")
+    many = [found(ONE, zone="y"), found(TWO, zone="z"), found(THREE, boot="b", load=9.0)]
+    candidates = Sources(many, **TERMS, here=here)
+    candidates.add([Source(FOUR, load=5.0), Source(POOL[4])])
+    taken = [candidates.take(0.0, work=True) for _ in range(5)]
+    assert taken == [POOL[4], FOUR, THREE, TWO, ONE]
+
+
+def test_clients_have_different_orders_of_equal_sources() -> None:
+    def first(client: str) -> Address | None:
+        many = [found(address, str(address)) for address in POOL]
+        return Sources(many, **TERMS, here=Here(client=client)).take(0.0, work=True)
+
+    assert len({first(str(number)) for number in range(50)}) > len(POOL) // 2
+    assert first("one") == first("one")
+
+
+def test_a_generation_that_was_dropped_is_not_tried_again_and_another_one_at_its_address_is() -> None:
+    candidates = Sources([found(ONE, "g1")], **TERMS)
+    assert candidates.take(0.0, work=True) == ONE
+    candidates.drop(ONE)
+    for again in (found(ONE, "g1"), found(ONE, "g1", load=3.0), found(TWO, "g1")):
+        candidates.add([again])
+        assert candidates.take(1.0, work=True) is None
+    candidates.lose(ONE)
+    candidates.add([found(ONE, "g1")])
+    assert candidates.take(1.0, work=True) is None, "also when it vanished and appeared anew"
+    candidates.add([found(ONE, "g2")])
+    assert candidates.take(1.0, work=True) == ONE
+
+
+def test_another_generation_at_an_address_does_not_wait_for_the_pause_of_the_earlier_one() -> None:
+    candidates = Sources([found(ONE, "g1")], tries=2, until=1e9, rng=random.Random(1))
+    candidates.take(0.0, work=True)
+    candidates.later(ONE, 0.0, at_least=100.0)
+    assert candidates.take(1.0, work=True) is None
+    candidates.add([found(ONE, "g2")])
+    assert candidates.take(1.0, work=True) == ONE
+
+
+def test_another_generation_is_tried_when_the_session_with_the_earlier_one_has_failed() -> None:
+    candidates = Sources([found(ONE, "g1")], **TERMS)
+    candidates.take(0.0, work=True)
+    candidates.add([found(ONE, "g2")])
+    assert candidates.take(0.0, work=True) is None
+    candidates.drop(ONE)
+    assert candidates.take(0.0, work=True) == ONE
+    candidates.drop(ONE)
+    candidates.add([found(ONE, "g1"), found(ONE, "g2")])
+    assert candidates.take(0.0, work=True) is None
+
+
+def test_a_source_that_vanished_from_a_registry_that_lost_its_data_may_be_found_again() -> None:
+    candidates = Sources([found(ONE, "g1")], **TERMS)
+    candidates.take(0.0, work=True)
+    candidates.lose(ONE)  # the session goes on
+    candidates.rest(ONE)
+    assert candidates.take(0.0, work=True) is None
+    candidates.add([found(ONE, "g1")])
+    assert candidates.take(0.0, work=True) == ONE
+
+
+def test_a_source_with_another_name_is_tried_only_when_nothing_else_is_left() -> None:
+    here = Here(client="c", name="m")
+    candidates = Sources([found(ONE, name="other"), found(TWO, name="m")], **TERMS, here=here)
+    assert candidates.take(0.0, work=True) == TWO
+    assert candidates.take(0.0, work=True) is None
+    candidates.drop(TWO)
+    assert candidates.take(0.0, work=True) == ONE

@@ -5,14 +5,15 @@ A lease ends when the test ends it: there is no clock.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
 
 from netloader.core.addresses import Address
+from netloader.core.entries import Entry
 from netloader.core.sources import Source
-from netloader.discovery import Appeared, Claim, Listed, Publication, SourceChange, Vanished
+from netloader.discovery import Appeared, Claim, Holder, Listed, Publication, SourceChange, Vanished
 from netloader.errors import DiscoveryError, LocalProtocolError
 
 
@@ -60,8 +61,8 @@ class _InMemoryPublication:
     def __init__(self, backend: InMemoryBackend) -> None:
         self._backend = backend
 
-    async def update(self, source: Source) -> None:
-        self._backend.ask()
+    def update(self, entry: Entry) -> None:
+        source = entry.source()
         self._backend.sources[source.address] = source
         self._backend.tell()
 
@@ -71,15 +72,16 @@ class InMemoryPublisher:
         self._backend = backend
         self._mine: set[Address] = set()
 
-    def publish(self, source: Source) -> AbstractAsyncContextManager[Publication]:
-        return self._publish(source)
+    def publish(self, entry: Entry) -> AbstractAsyncContextManager[Publication]:
+        return self._publish(entry)
 
     @asynccontextmanager
-    async def _publish(self, source: Source) -> AsyncIterator[Publication]:
+    async def _publish(self, entry: Entry) -> AsyncIterator[Publication]:
+        source = entry.source()
         if source.address in self._mine:
             raise LocalProtocolError(f"{source.address} is published already")
         published = _InMemoryPublication(self._backend)
-        await published.update(source)
+        published.update(entry)
         self._mine.add(source.address)
         try:
             yield published
@@ -100,6 +102,9 @@ class InMemoryClaim:
     async def lost(self) -> None:
         await self._lost.wait()
 
+    def tell(self, progress: str) -> None:
+        pass
+
     def lose(self) -> None:
         self._lost.set()
 
@@ -108,7 +113,9 @@ class InMemoryClaims:
     def __init__(self, backend: InMemoryBackend) -> None:
         self._backend = backend
 
-    def claim(self, work: str, *, within: float) -> AbstractAsyncContextManager[Claim | None]:
+    def claim(
+        self, work: str, *, within: float, label: str = "", waiting: Callable[[Holder], None] | None = None
+    ) -> AbstractAsyncContextManager[Claim | None]:
         return self._claim(work, within)
 
     @asynccontextmanager

@@ -21,6 +21,7 @@ from netloader.core.report import Progress, PullReport
 from netloader.core.sources import MAX_KNOWN, Source
 from netloader.discovery import Appeared, FixedSources, Listed, SourceChange, SourceProvider, Vanished
 from netloader.errors import DiscoveryError, NoSourceLeft
+from netloader.observe.events import Event, SourceChosen
 from netloader.tensors import destination, digest_of
 from netloader.transports.faults import Fault, FaultKind, Faults, FaultyTransport
 from tests.drivers import kit
@@ -247,3 +248,35 @@ async def test_a_provider_may_hold_a_task_group_open() -> None:
 
         report = await pull(Script(story))
     assert list(report.sources) == [str(kit.at(server))]
+
+
+async def test_a_dead_generation_is_tried_once_and_another_one_at_its_address_is_tried() -> None:
+    """Without a generation, an address that can't be reached is tried again until `wait` is over."""
+    chosen: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, SourceChosen):
+            chosen.append(event.source)
+
+    async with kit.serving(HUB.transport, HOLDING) as server:
+
+        async def story() -> AsyncGenerator[SourceChange, None]:
+            yield Appeared(Source(NOBODY, generation="dead"))
+            yield Listed()
+            await kit.until(lambda: chosen)
+            for load in (1.0, 2.0):  # its entry has not expired yet, and is read again
+                await anyio.wait_all_tasks_blocked()
+                yield Appeared(Source(NOBODY, load=load, generation="dead"))
+            yield Vanished(NOBODY)
+            yield Appeared(Source(NOBODY, generation="dead"))
+            yield Appeared(Source(NOBODY, generation="another"))
+            await kit.until(lambda: len(chosen) > 1)
+            yield Appeared(Source(kit.at(server), generation="alive"))
+            await for_ever()
+
+        into = kit.blank(WEIGHTS)
+        options = PullOptions(timeout=kit.PATIENCE, timings=kit.CALM, wait=kit.PATIENCE)
+        provider, filled = Script(story), destination(into)
+        await pull_from(filled, kit.IDENTITY, provider, [HUB.transport], digest_of, options, None, None, [note])
+    assert kit.contents(into) == kit.contents(WEIGHTS)
+    assert chosen == [str(NOBODY), str(NOBODY), str(kit.at(server))]

@@ -15,9 +15,13 @@ import msgspec
 from netloader.config import Config
 from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role
+from netloader.discovery.base import Backend
+from netloader.discovery.configured import registries_of
 from netloader.errors import NetloaderError
+from netloader.vllm.load.choose_origin import loads_from_storage
 from netloader.vllm.load.drafts import left_out, named_like_target, served_name, shares_with_target
 from netloader.vllm.load.file_reads import FileReads
+from netloader.vllm.load.find_sources import OfRank, find_sources
 from netloader.vllm.load.processed_pull import Registrations
 from netloader.vllm.load.pulling import check_transports, probe_sources
 from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
@@ -78,12 +82,10 @@ class Probed:
     Attributes:
         identity: The identity of the model; with untied embeddings if the source's weight files untie them.
         load_state: Facts that loading set at the source (see :mod:`netloader.vllm.model.load_state`).
-        seconds: Duration of the probe.
     """
 
     identity: ModelIdentity
     load_state: Mapping[str, bool] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Context:
         engine: What vLLM passed to the loader.
         config: netloader's configuration.
         topology: This worker's place in its engine.
-        sources: Addresses to pull from, in order.
+        sources: Addresses to pull from, in order: those of SOURCE, then those found in DISCOVERY before the build.
         default_loader: vLLM's loader to fall back to; None if FALLBACK forbids it.
         reads: Records which tensors the model's constructor reads from files.
         registrations: Builds the model a second time; None if the model existed before this load.
@@ -102,6 +104,9 @@ class Context:
         probed: What the sources answered; None if there are none, or if the probe failed.
         settings: Settings of the engine that decide tensors, as they were before vLLM built the model.
         post_processing: Holds the contexts in which vLLM's post-processing has to run.
+        registry: Finds sources while the model is pulled; None without DISCOVERY.
+        why_no_source: Why there is nothing to pull from; empty when there is.
+        seconds: How long the search and the probe of the sources took.
     """
 
     engine: Engine
@@ -115,6 +120,9 @@ class Context:
     probed: Probed | None = None
     settings: Settings = field(default_factory=Settings)
     post_processing: ExitStack = field(default_factory=ExitStack)
+    registry: Backend | None = None
+    why_no_source: str = ""
+    seconds: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -151,28 +159,95 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
         NothingPulled: There is nothing to pull from, and FALLBACK forbids the default loader.
     """
     topology = topology_of(engine.vllm_config, engine.model_config)
-    rank = topology.rank
-    sources = config.sources_for(rank)
+    rank, began = topology.rank, time.monotonic()
     for override in config.overrides:
         log.info("netloader: %s", override)
     for warning in config.warnings:
         log.warning("netloader: %s", warning)
     check_transports(config)
+    registry = registries_of(config)
     # Always made, so that an invalid FALLBACK_FORMAT is reported before anything is loaded.
     default_loader = _default_loader(engine, config)
-    if default_loader is None and not sources:
-        raise NothingPulled(
-            f"rank {rank} has nothing to pull from ({config.why_no_source(rank)}), and FALLBACK is false",
-            hint="give it a SOURCE, or leave FALLBACK out",
-        )
     registrations = Registrations(engine.vllm_config, engine.model_config, prefix, engine.device)
     settings = _settings(engine)
     server = _open_server(engine, config, rank)
     with refuse_on_failure(server, engine.role):
+        if registry is not None:
+            registry = OfRank(registry, rank, tuple if server is None else server.own_addresses)
+        why_no_source = _why_storage(engine, config, topology, settings, registry, server)
+        left = max(0.0, config.wait - (time.monotonic() - began))
+        sources = () if why_no_source else _sources(engine, config, topology, settings, registry, left)
+        why_no_source = why_no_source or ("" if sources else _why_no_source(config, rank))
+        if default_loader is None and not sources:
+            raise NothingPulled(
+                f"rank {rank} has nothing to pull from ({why_no_source}), and FALLBACK is false",
+                hint="give it a SOURCE, or leave FALLBACK out",
+            )
         probed = _probe(engine, config, topology, settings, sources) if sources else None
     return Context(
-        engine, config, topology, sources, default_loader, _reads(engine), registrations, server, probed, settings
+        engine,
+        config,
+        topology,
+        sources,
+        default_loader,
+        _reads(engine),
+        registrations,
+        server,
+        probed,
+        settings,
+        registry=registry,
+        why_no_source=why_no_source,
+        seconds=time.monotonic() - began,
     )
+
+
+def _why_storage(
+    engine: Engine,
+    config: Config,
+    topology: Topology,
+    settings: Settings,
+    registry: Backend | None,
+    server: WorkerServer | None,
+) -> str:
+    """Why this engine is the one that loads from storage; empty if ORIGIN does not ask for one, or it is another one.
+
+    Raises:
+        AgreementError: Another rank ended, or did not report in time.
+    """
+    if config.origin != "lease" or registry is None or not config.fallback:
+        return ""  # with FALLBACK false, no engine may load from storage
+    identity, given = model_identity(engine, config, topology, settings), config.sources_for(topology.rank)
+    at_once = msgspec.structs.replace(config, wait=0.0)
+
+    def answers() -> bool:
+        return bool(given) and probe_sources(given, engine.role, at_once) is not None
+
+    return loads_from_storage(registry, server, identity, answers, rank=topology.rank, wait=config.wait)
+
+
+def _sources(
+    engine: Engine, config: Config, topology: Topology, settings: Settings, registry: Backend | None, wait: float
+) -> tuple[Address, ...]:
+    """The addresses of SOURCE, then those that DISCOVERY knows. With a SOURCE, no other one is waited for here."""
+    given = config.sources_for(topology.rank)
+    if registry is None:
+        return given
+    wait = 0.0 if given else wait
+    try:
+        identity = model_identity(engine, config, topology, settings)
+        found = find_sources(registry, identity, topology.rank, wait=wait, zone=config.zone)
+    except Exception:
+        log.exception("netloader: rank %d: unexpected error while searching for sources", topology.rank)
+        found = []
+    return tuple(dict.fromkeys((*given, *found)))
+
+
+def _why_no_source(config: Config, rank: int) -> str:
+    why = config.why_no_source(rank) or ""
+    if not config.discovery:
+        return why
+    nobody = "no server of this model was found in DISCOVERY" + (f" within {config.wait:g} s" if config.wait else "")
+    return nobody if config.source is None else f"{why}, and {nobody}"
 
 
 def inspect_built(engine: Engine, config: Config) -> Context:
@@ -184,7 +259,8 @@ def inspect_built(engine: Engine, config: Config) -> Context:
     topology = topology_of(engine.vllm_config, engine.model_config)
     sources = config.sources_for(topology.rank)
     default_loader, settings = _default_loader(engine, config), _settings(engine)
-    return Context(engine, config, topology, sources, default_loader, FileReads(), settings=settings)
+    why = config.why_no_source(topology.rank) or ""
+    return Context(engine, config, topology, sources, default_loader, FileReads(), settings=settings, why_no_source=why)
 
 
 def model_identity(engine: Engine, config: Config, topology: Topology, settings: Settings) -> ModelIdentity:
@@ -253,11 +329,9 @@ def _probed(
     may_untie = identity.tied is None and could_adopt(engine.model_config)
     if not may_untie and not shares_with_target(engine.vllm_config, engine.role):
         return Probed(identity)
-    began = time.monotonic()
     source = probe_sources(sources, engine.role, config)
-    seconds = time.monotonic() - began
     if source is None:
-        return Probed(identity, seconds=seconds)
+        return Probed(identity)
     if may_untie and adopt_untied(engine.model_config, source):
         identity = msgspec.structs.replace(identity, tied=False)
         log.info(
@@ -267,4 +341,4 @@ def _probed(
             engine.role,
         )
     # The load state says which tensors of a draft the checkpoint fills. Only a load from files finds that out.
-    return Probed(identity, source.load_state, seconds)
+    return Probed(identity, source.load_state)

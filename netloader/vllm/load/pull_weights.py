@@ -63,7 +63,7 @@ def pull(context: Context, built: Built, model: torch.nn.Module) -> Pulled:
     Errors are part of the result, because the other ranks wait for the report of this one.
     """
     rank, serves = context.rank, context.server is not None
-    why = context.config.why_no_source(rank) or built.unsupported
+    why = context.why_no_source or built.unsupported
     identity = built.identity
     if why or identity is None:
         # If FALLBACK forbids the default loader, this rank gets no weights, and must report a failure.
@@ -75,7 +75,8 @@ def pull(context: Context, built: Built, model: torch.nn.Module) -> Pulled:
         without = context.left_out(built.tensors, {**built.load_state, **_stated(context)})
         wanted = {name: tensor for name, tensor in built.tensors.items() if name not in without}
         failed = replace(failed, initial=InitialValues(wanted, built.traced.filled))
-        report = pull_raw(wanted, identity, context.sources, context.config, _probe_seconds(context), context.server)
+        given, config = context.config.sources_for(rank), context.config
+        report = pull_raw(wanted, identity, given, config, context.seconds, context.server, context.registry)
         _check_source(context, built, report.identity, without)
     except MemoryStillInUse as error:
         return replace(_because(failed, str(error)), memory_in_use=error)
@@ -109,7 +110,7 @@ def _pull_processed(
         return failed
 
     def spent() -> float:
-        return _probe_seconds(context) + time.monotonic() - began
+        return context.seconds + time.monotonic() - began
 
     wanted = msgspec.structs.replace(identity, layout="processed")
 
@@ -147,10 +148,6 @@ def _because(failed: Pulled, reason: str) -> Pulled:
 
 def _stated(context: Context) -> Mapping[str, bool]:
     return {} if context.probed is None else context.probed.load_state
-
-
-def _probe_seconds(context: Context) -> float:
-    return 0.0 if context.probed is None else context.probed.seconds
 
 
 def _check_source(context: Context, built: Built, theirs: ModelIdentity, without: frozenset[str]) -> None:

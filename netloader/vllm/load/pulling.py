@@ -13,6 +13,7 @@ from netloader.core.addresses import Address
 from netloader.core.identity import ModelIdentity, Role, is_digest
 from netloader.core.report import PullReport
 from netloader.core.texts import LINE, one_line
+from netloader.discovery.base import Backend
 from netloader.errors import (
     TRANSIENT_CODES,
     ConfigError,
@@ -138,6 +139,7 @@ def pull_raw(
     config: Config,
     spent: float = 0.0,
     server: WorkerServer | None = None,
+    registry: Backend | None = None,
 ) -> PullReport:
     """Fill `tensors` from the sources and verify every block.
 
@@ -150,6 +152,7 @@ def pull_raw(
             TIMEOUT only.
         server: This worker's server. With RELAY it passes on the verified blocks while the rest is pulled, and until
             :meth:`~netloader.vllm.serve.serving.WorkerServer.withdraw`.
+        registry: Finds further sources.
 
     Raises:
         MemoryStillInUse: A thread may still write into the tensors. Nothing else may fill them.
@@ -159,11 +162,11 @@ def pull_raw(
         if server is not None and server.running and config.relay:
             began = time.monotonic()
             try:
-                return server.pull(tensors, identity, **_options(sources, config, spent))
+                return server.pull(tensors, identity, **_options(sources, config, spent, registry))
             except ServerLost as error:
                 log.warning("netloader: nothing is passed on while the weights are pulled: %s", error)
                 spent += time.monotonic() - began
-        return sync.pull(tensors, identity, **_options(sources, config, spent))
+        return sync.pull(tensors, identity, **_options(sources, config, spent, registry))
     except MemoryStillInUse as error:
         log.error("netloader: nothing else may fill this memory: %s", error)  # noqa: TRY400 - the message says it all
         raise
@@ -186,9 +189,11 @@ def check_digests(theirs: ModelIdentity) -> None:
             )
 
 
-def _options(sources: Sequence[Address], config: Config, spent: float) -> dict[str, Any]:
+def _options(sources: Sequence[Address], config: Config, spent: float, registry: Backend | None) -> dict[str, Any]:
     return {
         "sources": sources,
+        "discovery": registry,
+        "zone": config.zone,
         "transport": config.transport or "auto",
         "timeout": max(0.001, config.timeout - spent),
         "wait": max(0.0, config.wait - spent),

@@ -10,18 +10,25 @@ import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from netloader import api
 from netloader.api import Server
+from netloader.client.origin import Turn, turn_of, work_of
 from netloader.config import Config, listen_port_for
 from netloader.core.addresses import Address, is_wildcard
 from netloader.core.identity import Layout, ModelIdentity, Role
 from netloader.core.manifest import DIGEST_BYTES
+from netloader.core.model_key import key_of
 from netloader.core.report import PullReport
+from netloader.discovery.base import Claims, SourceProvider
+from netloader.discovery.configured import registries_of
 from netloader.errors import ConfigError, ManifestError, NetloaderError
 from netloader.session.holding import Holding
 from netloader.vllm.serve.address_file import AddressFile, AddressFileError, serving_line
@@ -68,12 +75,25 @@ def check_unchanged(holding: Holding) -> None:
             )
 
 
+_LISTINGS = 30.0
+"""Seconds that a registry may take to list its sources before and after the wait for a lease."""
+
+_PUBLISHED_WITHIN = 10.0
+"""Seconds in which a registry has to accept what was loaded, before the lease is given back."""
+
 _LAST_SENDS = 1.0
 """Seconds that blocks in flight may take when a replica stops passing on what it pulled."""
 
 
 class _EngineServer(Server):
     _exposed_hint = "set TOKEN_FILE on both sides, or LISTEN_HOST to an address that only trusted hosts reach"
+
+
+def _engine_server(rank: int, host_name: str, **options: Any) -> Server:
+    """The server of one rank, which announces `host_name` if it listens at all addresses."""
+    server = _EngineServer(**options)
+    server.published = replace(server.published, rank=rank, host=host_name)
+    return server
 
 
 class WorkerServer:
@@ -95,13 +115,15 @@ class WorkerServer:
         self.pid = os.getpid()
         self.settings = _settings(config)
         self._rank = rank
-        self._host_name = host_name
         self._file = None if config.output_prefix is None else AddressFile(config.output_prefix, rank)
         self._cleanup: FileCleanup | None = None
         self._stopped = False
         self._paused: dict[Role, tuple[Holding, ...]] = {}
+        self._turns: dict[Role, anyio.Event] = {}  # of leases to load from storage, until they may be given back
         make = partial(
-            _EngineServer,
+            _engine_server,
+            rank,
+            host_name or "",
             host=config.listen_host,
             port=port,
             transport=config.transport or "auto",
@@ -110,6 +132,8 @@ class WorkerServer:
             fan_out=config.fan_out,
             stall_timeout=config.stall_timeout,
             device=device,
+            discovery=registries_of(config),
+            zone=config.zone,
         )
         self._loop = ServerLoop(make, f"rank {rank}")
         self._server = self._loop.server
@@ -121,9 +145,11 @@ class WorkerServer:
     @property
     def address(self) -> str:
         """The address under which clients reach the server."""
-        if self._host_name and is_wildcard(self._server.host):
-            return str(Address(self._host_name, self._server.port))
         return str(self._server.address)
+
+    def own_addresses(self) -> tuple[Address, ...]:
+        """The addresses at which this process must not pull."""
+        return (self._server.address,)
 
     def expect(self, role: Role, reason: str) -> None:
         """Answer clients that no layout of the model is ready yet."""
@@ -163,6 +189,48 @@ class WorkerServer:
         """What is served under `role` now; None when nothing is."""
         held: tuple[Holding, ...] = self._call(self._server.holdings.held)
         return next((h for h in held if h.announcement.identity.role == role), None)
+
+    def ask_turn(
+        self, provider: SourceProvider, claims: Claims, identity: ModelIdentity, *, what: str, within: float
+    ) -> Turn:
+        """Wait until a source is found or this engine is to load from storage; see `client/origin.py`.
+
+        The lease is held until the model of this role is published or refused, or the server ends.
+
+        Raises:
+            ServerLost: The server does not answer, and was ended.
+        """
+        ask = partial(turn_of, provider, claims, work_of(key_of(identity)), within=within, what=what)
+        turn: Turn = self._call(self._ask_turn, ask, identity.role, within=within + _LISTINGS)
+        return turn
+
+    async def _ask_turn(self, ask: Callable[[], AbstractAsyncContextManager[Turn]], role: Role) -> Turn:
+        self._release_turn(role)
+        released = self._turns[role] = anyio.Event()
+        decided, turns = anyio.Event(), list[Turn]()
+
+        async def hold() -> None:
+            try:
+                async with ask() as turn:
+                    turns.append(turn)
+                    decided.set()
+                    if turn.claim is not None:
+                        await released.wait()
+                        await self._server.until_published(role, within=_PUBLISHED_WITHIN)
+            except Exception as error:
+                log.exception("netloader: the lease of rank %d ended", self._rank)
+                turns.append(Turn(loads=True, why=f"the lease can't be held: {error}"))
+            finally:
+                decided.set()
+
+        self._server.beside(hold)
+        await decided.wait()
+        return turns[0]
+
+    def _release_turn(self, role: Role) -> None:
+        """The model is served or refused: another engine may load from storage, unless it finds this one."""
+        if role in self._turns:
+            self._turns.pop(role).set()
 
     def pull(self, tensors: Mapping[str, torch.Tensor], identity: ModelIdentity, **options: Any) -> PullReport:
         """:func:`netloader.pull`, while the server passes on the blocks that are verified already.
@@ -309,6 +377,7 @@ class WorkerServer:
     async def _refuse(self, role: Role, reason: str, hint: str, layouts: tuple[Layout, ...]) -> None:
         if set(layouts) == set(_LAYOUTS):
             await self._retract(role, reason)
+            self._release_turn(role)
         for layout in layouts:
             self._server.holdings.refuse(role, layout, reason, hint)
 
@@ -324,6 +393,7 @@ class WorkerServer:
             log.info("netloader: the %s model that was served until now is replaced by the one just loaded", role)
             await self._server.retract(role, reason="the model was loaded anew")
         self._server.add(holding)
+        self._release_turn(role)
 
     def _write_address(self) -> None:
         if self._file is None:
@@ -395,6 +465,7 @@ def _settings(config: Config) -> tuple[object, ...]:
     return (
         *(config.listen_port, config.listen_host, config.output_prefix),
         *(config.transport, config.max_clients, config.fan_out, config.stall_timeout, config.token_file),
+        *(config.discovery, config.zone),
     )
 
 

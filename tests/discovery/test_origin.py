@@ -1,0 +1,194 @@
+"""One instance of a fleet reads storage, the others wait for it and pull: together, and when the one dies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import anyio
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import netloader
+from netloader.discovery.base import Backend
+from netloader.discovery.leases.backend import LeaseBackend
+from netloader.discovery.memory import MemoryRegistry
+from netloader.errors import ConfigError
+from tests.discovery.test_library import blank, equal, weights
+from tests.discovery.world import Faulty
+from tests.drivers.kit import until
+
+PATIENCE = 100.0
+ENGINES = 8
+TTL = 1.0
+IDENTITY = netloader.ModelIdentity(model="m", architecture="A", dtype="float32")
+HELD = weights(rows=512)
+
+Tell = Callable[[str], None]
+
+
+class Storage:
+    """A folder with one file. Counts how often it is opened for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "model.safetensors"
+        save_file(HELD, self.file)
+        self.opened = 0
+
+    def read(self, into: dict[str, torch.Tensor]) -> None:
+        self.opened += 1
+        for name, tensor in load_file(self.file).items():
+            into[name].copy_(tensor)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path)
+
+
+class Engine:
+    """One instance: tensors of its own, a server of its own, and a connection of its own to the registry."""
+
+    def __init__(self, registry: MemoryRegistry, storage: Storage) -> None:
+        self.connection = Faulty(registry)
+        self.discovery: list[Backend] = [LeaseBackend(self.connection, ttl=TTL)]
+        self.storage = storage
+        self.tensors = blank(HELD)
+        self.report: netloader.PullReport | None = None
+        self.loaded = self.done = False
+        self.scope = anyio.CancelScope()
+        self.before: Callable[[Engine], Awaitable[None]] | None = None
+        self.after: Callable[[Engine], Awaitable[None]] | None = None
+
+    async def load(self, tell: Tell) -> None:
+        if self.before is not None:
+            await self.before(self)
+        tell("reading")
+        await anyio.to_thread.run_sync(self.storage.read, self.tensors)
+        if self.after is not None:
+            await self.after(self)
+        self.loaded = True
+
+    async def run(self) -> None:
+        with self.scope:
+            async with netloader.Server(host="127.0.0.1", discovery=self.discovery, fan_out=0) as server:
+                self.report = await netloader.pull_or_load(
+                    self.tensors, IDENTITY, self.load, server=server, discovery=self.discovery, wait=PATIENCE
+                )
+                self.done = True
+                await anyio.sleep_forever()
+
+    def die(self) -> None:
+        """Nothing is withdrawn: as if its host were gone."""
+        self.connection.stop()
+        self.scope.cancel()
+
+
+async def all_done(engines: list[Engine], dead: list[Engine] | None = None) -> None:
+    """Wait until all but one that dies have their weights, and compare them."""
+    with anyio.fail_after(PATIENCE):
+        await until(lambda: dead is None or dead)
+        alive = [engine for engine in engines if engine not in (dead or [])]
+        await until(lambda: all(engine.done for engine in alive))
+    assert len(alive) >= len(engines) - 1
+    assert all(equal(engine.tensors, HELD) for engine in alive)
+
+
+async def test_eight_engines_that_start_together_open_the_files_once(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "netloader")
+    registry = MemoryRegistry()
+    engines = [Engine(registry, storage) for _ in range(ENGINES)]
+
+    async def slowly(_: Engine) -> None:
+        await until(lambda: sum("waiting for" in record.getMessage() for record in caplog.records) >= ENGINES - 1)
+
+    for engine in engines:
+        engine.after = slowly  # the others wait for it by then
+    async with anyio.create_task_group() as tasks:
+        for engine in engines:
+            tasks.start_soon(engine.run)
+        await all_done(engines)
+        tasks.cancel_scope.cancel()
+    assert storage.opened == 1
+    assert [engine.loaded for engine in engines].count(True) == 1
+    assert sum(engine.report is not None for engine in engines) == ENGINES - 1
+
+
+MOMENTS = ("before it reads", "after it has read", "while others pull from it")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_when_the_origin_dies_the_next_one_loads(moment: str, storage: Storage) -> None:
+    registry = MemoryRegistry()
+    engines = [Engine(registry, storage) for _ in range(ENGINES)]
+    dead: list[Engine] = []
+
+    async def die(engine: Engine) -> None:
+        if not dead:
+            dead.append(engine)
+            engine.die()
+            await anyio.sleep_forever()
+
+    for engine in engines:
+        if moment == MOMENTS[0]:
+            engine.before = die
+        elif moment == MOMENTS[1]:
+            engine.after = die
+    async with anyio.create_task_group() as tasks:
+        for engine in engines:
+            tasks.start_soon(engine.run)
+        if moment == MOMENTS[2]:
+            with anyio.fail_after(PATIENCE):
+                await until(lambda: any(engine.done for engine in engines))
+            dead.append(next(engine for engine in engines if engine.loaded))
+            dead[0].die()
+        await all_done(engines, dead)
+        tasks.cancel_scope.cancel()
+    expected = {MOMENTS[0]: (1,), MOMENTS[1]: (2,), MOMENTS[2]: (1, 2)}  # others may have had all blocks by then
+    assert storage.opened in expected[moment]
+
+
+def put_forward(registry: MemoryRegistry, seconds: float) -> None:
+    """The clock of a registry jumps: leases end that many seconds earlier for everyone."""
+    registry.names = {name: (value, until - seconds) for name, (value, until) in registry.names.items()}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_the_clock_of_a_registry_that_jumps_by_30_seconds_costs_reading_at_most(
+    which: int, storage: Storage
+) -> None:
+    """Of two registries, whose clocks are apart from then on. No clock of a host is compared with either of them."""
+    registries = MemoryRegistry(), MemoryRegistry()
+    engines = [Engine(registries[0], storage) for _ in range(ENGINES // 2)]
+
+    async def jump(_: Engine) -> None:
+        put_forward(registries[which], 30.0)
+
+    for engine in engines:
+        engine.discovery = [engine.discovery[0], LeaseBackend(registries[1], ttl=TTL)]
+        engine.before = jump
+    async with anyio.create_task_group() as tasks:
+        for engine in engines:
+            tasks.start_soon(engine.run)
+        await all_done(engines)
+        tasks.cancel_scope.cancel()
+    assert storage.opened in ((1, 2) if which == 0 else (1,))
+
+
+async def test_wrong_arguments_are_refused_by_name(storage: Storage) -> None:
+    engine = Engine(MemoryRegistry(), storage)
+    async with netloader.Server(host="127.0.0.1") as server:
+        with pytest.raises(ConfigError, match="discovery"):
+            await netloader.pull_or_load(engine.tensors, IDENTITY, engine.load, server=server, discovery=None)
+        with pytest.raises(ConfigError, match="server"):
+            await netloader.pull_or_load(
+                engine.tensors,
+                IDENTITY,
+                engine.load,
+                server=None,  # type: ignore[arg-type]
+                discovery=engine.discovery,
+            )
