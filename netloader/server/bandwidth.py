@@ -9,10 +9,7 @@ import anyio
 
 from netloader.server.pace import Pace
 
-__all__ = ["LEAST_BANDWIDTH", "Bandwidth"]
-
-LEAST_BANDWIDTH = 1 << 20
-"""Least limit, in bytes per second. With less, the blocks of several clients would take longer than they wait."""
+__all__ = ["Bandwidth"]
 
 _BURST = 0.05
 """Seconds' worth of bytes that may be sent at once after a time without any."""
