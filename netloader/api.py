@@ -86,6 +86,8 @@ class Server(TensorServer):
         transport: Transports that may be used. ``auto`` leaves out gloo, which is slower than tcp.
         token: Shared secret that clients must know.
         max_clients: Clients served at once; others wait for their turn.
+        max_bandwidth: Most bytes per second that they are sent together, shared equally: a number, or text such as
+            ``500MB/s``, ``2GiB/s`` or ``10Gbit/s``; None for no limit.
         fan_out: Clients served directly before further ones are redirected to relays; 0 redirects no client.
         stall_timeout: Seconds that a transfer may go without progress before the client is dropped.
         device: Device of the tensors, when none are given yet.
@@ -110,6 +112,7 @@ class Server(TensorServer):
         transport: Wanted = "auto",
         token: bytes | None = None,
         max_clients: int = 8,
+        max_bandwidth: float | str | None = None,
         fan_out: int = 1,
         stall_timeout: float = 30.0,
         device: str = "cpu",
@@ -124,6 +127,7 @@ class Server(TensorServer):
         check_transport(check, transport)
         check.token("token", token)
         check.integer("max_clients", max_clients, least=1)
+        rate = check.rate("max_bandwidth", max_bandwidth)
         check.integer("fan_out", fan_out, least=0)
         check.seconds("stall_timeout", stall_timeout, positive=True)
         check.kind("device", device, str, "the name of a device, like cpu or cuda:0")
@@ -135,6 +139,7 @@ class Server(TensorServer):
             host=None if host is None else parse_host(host),
             port=port,
             max_clients=max_clients,
+            max_bandwidth=rate,
             fan_out=fan_out,
             token=token,
             timings=Timings(stall=stall_timeout),

@@ -61,6 +61,7 @@ BAD: list[tuple[str, object]] = [
     *each("DRAFT_MODEL", *NOT_TEXT, "", "  ", "m" * 4097),
     *each("DISCOVERY", 0, True, "", " ", "redis", "redis //h", "dir:/a b", {"dir:/a"}, [""], ["dir:/a", 0], {}),
     *each("DISCOVERY", ["dir:/a", "dir:/a"], "dir:/a\0"),
+    *each("MAX_BANDWIDTH", 0, -1, True, 1000, "", "fast", "500", "500MB", "1kB/s", "1e9B/s", []),
     *each("ZONE", 0, True, "", " ", "a b", "-a", "z" * 65, "zon\u00e9", []),
     *each("ORIGIN", None, 0, "", "Any", "one", [], "lease"),
 ]

@@ -65,6 +65,7 @@ def test_every_field_of_the_file_takes_precedence(write: Any, tmp_path: Path) ->
         "TOKEN_FILE": (str(tokens[0]), str(tokens[1])),
         "DRAFT_MODEL": ("a", "b"),
         "DISCOVERY": ("dir:/a", ["dir:/b"]),
+        "MAX_BANDWIDTH": ("1GB/s", "2GB/s"),
         "ZONE": ("a", "b"),
         "ORIGIN": ("any", "any"),
     }

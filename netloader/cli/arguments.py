@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from netloader.config.fields import is_root
+from netloader.core.rates import ALLOWED_RATE, parse_rate
 
 __all__ = ["make_parser", "size"]
 
@@ -61,6 +62,13 @@ def _clients(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of clients from 1")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    rate = parse_rate(text if not text.isascii() or not text.isdigit() else int(text))
+    if rate is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; allowed: {ALLOWED_RATE}")
+    return rate
 
 
 def _names(text: str) -> list[str]:
@@ -147,6 +155,9 @@ def _add_serve(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--model", metavar="NAME", help="name told to clients (default: id or folder of the model)")
     parser.add_argument("--max-clients", type=_clients, default=8, metavar="N", help="served at once; others wait (8)")
     _add_discovery(parser, "publish there while serving")
+    parser.add_argument(
+        "--max-bandwidth", type=_rate, metavar="RATE", help="most that all clients are sent, like 500MB/s (no limit)"
+    )
     parser.add_argument("--address-file", type=Path, metavar="FILE", help="write host:port there while serving")
     parser.add_argument(
         "--metrics-port", type=_port, metavar="PORT", help="answer /metrics, /healthz and /readyz there (default: no)"

@@ -69,6 +69,7 @@ async def _serve(
         transport=_transports(options.transport, fault),
         token=token_from(options.token_file),
         max_clients=options.max_clients,
+        max_bandwidth=options.max_bandwidth,
         stall_timeout=options.stall_timeout,
         observers=[transfers.note, *exposed.observers],
         discovery=options.discovery,

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from netloader.config.fields import Faults, Hidden, is_root
 from netloader.config.files import LEAST_TOKEN_BYTES, MOST_TOKEN_BYTES
 from netloader.core.addresses import parse_host
+from netloader.core.rates import ALLOWED_RATE, parse_rate
 from netloader.errors import ConfigError
 
 __all__ = ["Arguments"]
@@ -52,6 +53,14 @@ class Arguments:
         fine = isinstance(value, Integral) and not isinstance(value, bool)
         if not fine or value < least or (most is not None and value > most):  # type: ignore[operator]
             self._wrong(name, value, f"an integer from {least}" + ("" if most is None else f" to {most}"))
+
+    def rate(self, name: str, value: object) -> float | None:
+        """Bytes per second as a number or as text, or None. Returns the number."""
+        fine = isinstance(value, Real | str) and not isinstance(value, bool)
+        rate = parse_rate(value) if fine else None  # type: ignore[arg-type]
+        if rate is None and value is not None:
+            self._wrong(name, value, ALLOWED_RATE)
+        return rate
 
     def port(self, name: str, value: object) -> None:
         """A port to bind."""

@@ -69,6 +69,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         transport: Names in order of preference; None lets both sides choose.
+        max_bandwidth: In bytes per second.
         discovery: URLs of registries. Their text shows no password.
         token: Contents of ``TOKEN_FILE``.
         overrides: Each field that ``CONFIG_FILE`` overrode, for the log.
@@ -103,6 +104,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     discovery: tuple[Url, ...] | None = None
     zone: str | None = None
     origin: Origin = "any"
+    max_bandwidth: float | None = None
     token: Token | None = None
     overrides: tuple[Override, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from netloader.core.addresses import ALLOWED_HOST, Address, parse_address, parse_host
 from netloader.core.identity import MAX_MODEL
+from netloader.core.rates import ALLOWED_RATE, parse_rate
 from netloader.core.urls import Url, without_secrets
 from netloader.errors import ConfigError, shown
 
@@ -356,6 +357,13 @@ def _zone(field: Field, value: str) -> str:
     return value
 
 
+def _rate(field: Field, value: float | str) -> float:
+    rate = parse_rate(value)
+    if rate is None:
+        field.reject(value)
+    return rate
+
+
 def _origin(field: Field, value: str) -> str:
     choices = get_args(Origin)
     if value not in choices:
@@ -407,6 +415,7 @@ _ALL = (
     Field("DISCOVERY", _DISCOVERIES, str | list[str] | None, _discovery, hide=_shown_urls),
     Field("ZONE", ALLOWED_ZONE, str | None, _zone),
     Field("ORIGIN", "one of 'any', 'lease'", str, _origin),
+    Field("MAX_BANDWIDTH", ALLOWED_RATE, int | float | str | None, _rate),
 )
 
 FIELDS: Mapping[str, Field] = MappingProxyType({field.name: field for field in _ALL})

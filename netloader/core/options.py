@@ -80,6 +80,7 @@ class ServeOptions:
         port: Port to bind, 0 for a free one that the kernel chooses.
         max_clients: Clients served at once; more wait for their turn.
         fan_out: Clients served directly before newcomers are redirected to those that relay; 0 for never.
+        max_bandwidth: Bytes that all clients together are sent per second; None for no limit.
         max_queue: Clients that may wait; more are refused with "busy".
         max_strangers: Connections without a turn or a place in the queue; the oldest is dropped for a new one.
         max_open_blocks: Blocks that one client may have asked for and not yet been sent: by default more than fit into
@@ -94,6 +95,7 @@ class ServeOptions:
     port: int = 0
     max_clients: int = 8
     fan_out: int = 1
+    max_bandwidth: float | None = None
     max_queue: int = 256
     max_strangers: int = 128
     max_open_blocks: int = 1 << 17

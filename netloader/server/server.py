@@ -28,6 +28,7 @@ from netloader.observe.base import Observer, Observers
 from netloader.observe.events import ServingStarted, ServingStopped, SessionBegan, SessionEnded
 from netloader.observe.logging import RateLimitedLog, ServerLog
 from netloader.server.admission import LEAST_RATE, Admission
+from netloader.server.bandwidth import Bandwidth
 from netloader.server.budgets import Connections, Stage, limits_for
 from netloader.server.catalog import Holdings
 from netloader.server.listening import Listening
@@ -99,6 +100,7 @@ class HoldingServer:
         self._relay_check = RelayCheck(check_relay)
         self._limits = limits_for(options, _open_files_limit())
         self._connections = Connections(self._limits)
+        self._bandwidth = Bandwidth(options.max_bandwidth)
         self._turns = Admission(self._limits.turns, self._limits.queue, self._limits.channels)
         self._some_wait = anyio.Event()
         self._log = ServerLog()
@@ -354,6 +356,7 @@ class HoldingServer:
             connection,
             holdings=self._holdings,
             turns=self._turns,
+            bandwidth=self._bandwidth,
             transports=self._transports,
             number=number,
             observers=self._observe,

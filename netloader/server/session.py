@@ -25,6 +25,7 @@ from netloader.errors import (
 from netloader.observe.base import Observers
 from netloader.observe.events import BlocksSent
 from netloader.server.admission import Admission
+from netloader.server.bandwidth import Bandwidth
 from netloader.server.budgets import Stage
 from netloader.server.catalog import Holdings
 from netloader.server.redirects import Redirects
@@ -34,7 +35,7 @@ from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import ChannelCall, SessionDriver
-from netloader.session.holding import Holding
+from netloader.session.holding import Holding, announced_bytes
 from netloader.session.off_loop import few_spans, look_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
@@ -68,9 +69,6 @@ and its deadline for that is 120 s from the announcement."""
 _OPEN_REQUESTS = 4096
 """Most requests that one client may have open."""
 
-_TENSOR_BYTES = 100
-"""About how many bytes of an announcement are about one tensor."""
-
 _OTHER_SOURCE = "pull from another source"
 
 _SEND_BYTES = 256 << 20
@@ -90,6 +88,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         connection: The client's control connection.
         holdings: The catalog of the server.
         turns: Admission of pulls.
+        bandwidth: Limit for what all sessions send.
         transports: Transports by name.
         number: Number of the session at this server.
         observers: Receive the events of the session.
@@ -105,6 +104,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         *,
         holdings: Holdings,
         turns: Admission,
+        bandwidth: Bandwidth,
         transports: Mapping[str, Transport],
         number: int,
         observers: Observers,
@@ -117,6 +117,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         super().__init__(session, connection, device="cpu", label=label, number=number, peer=peer, observers=observers)
         self._holdings = holdings
         self._turns = turns
+        self._bandwidth = bandwidth
+        self._waits = False
         self._transports = transports
         self._relays = relays
         self._check_relay = check
@@ -148,6 +150,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         """Free the turn and the place among the relays. Idempotent."""
         self._relays.leave(self)
         self._turns.leave(self, time.monotonic())
+        self._bandwidth.leave(self)
 
     def info(self) -> SessionInfo:
         """A snapshot of the session."""
@@ -296,7 +299,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding, identify = self._serving(), self.session.identify
         if not self.session.probing:
             self._account(Stage.SERVED)
-            self._turns.answer_takes(self, _announced_bytes(holding))
+            self._turns.answer_takes(self, announced_bytes(holding))
         self._supply = supply = self._holdings.supply_of(holding)
         if identify is not None and not identify.probe:
             self._relays.join(self, holding, self._host, identify.relay)
@@ -389,8 +392,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._grant(numbers)
 
     def _note_absent(self) -> None:
-        """Note whether the client waits for blocks that this relay does not have yet: then it need not keep a pace."""
-        self._turns.excuse(self, time.monotonic(), excused=bool(self._absent))
+        """Note whether the client waits for this server: for blocks that a relay does not have, or for bandwidth."""
+        self._turns.excuse(self, time.monotonic(), excused=bool(self._absent) or self._waits)
 
     def _grant(self, numbers: set[int]) -> None:
         """Grant the blocks that can be served, and report the others as gone."""
@@ -419,11 +422,12 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding = self._serving()
         if not await self._granted.wait():
             return None
+        most = min(max(_FIRST_BYTES, self._nbytes), _SEND_BYTES, holding.memory.call_bytes or _SEND_BYTES)
+        batch = self._granted.take(holding.announcement.plan, min(most, self._bandwidth.slice_bytes or most))
+        await self._wait_for_bandwidth(sum(holding.announcement.plan.blocks[number].nbytes for number in batch))
         if not self._holdings.holds(holding):
             self._granted.drop()
             return partial(self._report_gone, *self._holdings.why_gone(holding))
-        most = min(max(_FIRST_BYTES, self._nbytes), _SEND_BYTES, holding.memory.call_bytes or _SEND_BYTES)
-        batch = self._granted.take(holding.announcement.plan, most)
         self._sending += 1
         try:
             views = await look_up(holding.memory.views, holding.announcement.plan, batch)
@@ -435,6 +439,16 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._sending -= 1
             raise
         return partial(self._send, batch, views)
+
+    async def _wait_for_bandwidth(self, nbytes: int) -> None:
+        """Wait until the limit of the server lets these bytes pass. Meanwhile the client need not keep a pace."""
+        self._waits = True
+        self._note_absent()
+        try:
+            await self._bandwidth.wait(self, nbytes)
+        finally:
+            self._waits = False
+            self._note_absent()
 
     async def _report_gone(self, reason: str, sources: tuple[str, ...] = ()) -> Callable[[], None]:
         """A call that sends nothing and then ends the session. Sends in progress complete first."""
@@ -478,9 +492,3 @@ class ServerSession(SessionDriver[ClientMessage]):
         if self._holding is None:
             raise LocalProtocolError("blocks were asked for before anything was found")
         return self._holding
-
-
-def _announced_bytes(holding: Holding) -> int:
-    """About how many bytes the announcement of `holding` has."""
-    known = holding.announcement
-    return len(known.digests) + _TENSOR_BYTES * len(known.manifest.tensors)

@@ -210,8 +210,7 @@ async def test_a_client_with_wait_finds_a_server_that_starts_later() -> None:
         await anyio.wait_all_tasks_blocked()
         async with kit.serving(hub.transport, port=address.port) as server:
             server.expect("target", "raw", reason="the engine is still loading", retry_after=0.05)
-            await kit.until(lambda: server.sessions != ())
-            await kit.until(lambda: server.sessions == ())
+            await kit.until(lambda: server.ended)
             server.add(kit.held(source))
             await kit.until(lambda: reports)
     assert kit.contents(into) == kit.contents(source)

@@ -129,6 +129,7 @@ class WorkerServer:
             transport=config.transport or "auto",
             token=None if config.token is None else config.token.reveal(),
             max_clients=config.max_clients,
+            max_bandwidth=config.max_bandwidth,
             fan_out=config.fan_out,
             stall_timeout=config.stall_timeout,
             device=device,
@@ -465,7 +466,7 @@ def _settings(config: Config) -> tuple[object, ...]:
     return (
         *(config.listen_port, config.listen_host, config.output_prefix),
         *(config.transport, config.max_clients, config.fan_out, config.stall_timeout, config.token_file),
-        *(config.discovery, config.zone),
+        *(config.discovery, config.zone, config.max_bandwidth),
     )
 
 

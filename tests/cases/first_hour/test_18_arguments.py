@@ -41,6 +41,7 @@ SERVER |= {
     "host": [7, "no host!", ""],
     "port": [-1, 65536, "80", True],
     "max_clients": [0, -1, None, 1.5],
+    "max_bandwidth": [0, -1, True, "fast", "500MB", float("nan"), float("inf"), []],
     "fan_out": [-1, None],
     "device": [7],
 }
