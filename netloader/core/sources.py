@@ -241,9 +241,16 @@ class Sources:
         ]
         return max(now, min(waiting)) if waiting else None
 
-    def rest(self, source: Address) -> None:
-        """Its session ended because no block was pending. It may be tried again when blocks become pending."""
+    def rest(self, source: Address, *, last: bool = False) -> None:
+        """Its session ended because it had no block that was pending. It may be tried again while one is.
+
+        Args:
+            source: The source.
+            last: Try all other sources first.
+        """
         candidate = self._known[source]
+        if last:
+            candidate.late = self._next()
         candidate.running, candidate.resting = False, True
         self._drop_lost(source)
 
