@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from netloader.observe import Observer
-    from netloader.server.session import SessionInfo
+    from netloader.server.session_info import SessionInfo
     from netloader.transports.base import Transport
     from netloader.transports.conformance import check_transport
 
@@ -111,7 +111,7 @@ _HOMES = {
     "core.sources": ("Source",),
     "discovery": ("FixedSources", "SourceProvider"),
     "observe": ("Observer",),
-    "server.session": ("SessionInfo",),
+    "server.session_info": ("SessionInfo",),
     "transports.base": ("Transport",),
     "transports.conformance": ("check_transport",),
 }

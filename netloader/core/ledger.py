@@ -368,7 +368,7 @@ class Ledger:
             yield number  # the caller takes it, or stops: a block that was taken is dropped at the next look
 
     def _allowed(self, session: SessionId, order: Iterable[int]) -> Iterator[int]:
-        denied = self._denied.get(session, frozenset())
+        denied: AbstractSet[int] = self._denied.get(session, frozenset())
         return (number for number in order if self._states[number] == _PENDING and number not in denied)
 
     def _make_pending(self, number: int) -> None:

@@ -273,6 +273,7 @@ class Pull:
             self._session_count, source, relay=named_by is not None
         )
         self._pinning.constrain(session)
+        others = self._order.differs or (self._search_until > -math.inf and self._sources.several)
         return p.Connect(
             self._session_count,
             source,
@@ -282,8 +283,8 @@ class Pull:
             unfit=frozenset(self._unfit.get(source, ())),
             labels=labels,
             named_by=named_by,
-            follow=self._options.follow and self._sources.follow and not self._order.differs,
-            others=self._order.differs,
+            follow=self._options.follow and self._sources.follow and not others,
+            others=others,
         )
 
     # --- relays -----------------------------------------------------------------------------------------------------

@@ -127,6 +127,11 @@ class Sources:
         """Sources that are being pulled from."""
         return sum(c.running for c in self._known.values())
 
+    @property
+    def several(self) -> bool:
+        """Whether more than one source is known that was not named by another one."""
+        return sum(c.via is None for c in self._known.values()) > 1
+
     def add(self, sources: Iterable[Source]) -> int:
         """Add sources behind those that are known. Of a known source, only labels and load change.
 

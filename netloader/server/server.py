@@ -35,7 +35,8 @@ from netloader.server.newcomers import TURNED_AWAY, Newcomer, Newcomers
 from netloader.server.pace import Pace
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import CheckRelay, RelayCheck
-from netloader.server.session import ServerSession, SessionInfo
+from netloader.server.session import ServerSession
+from netloader.server.session_info import SessionInfo
 from netloader.session.connection import ControlConnection
 from netloader.session.holding import Holding
 from netloader.session.relay_progress import Supply

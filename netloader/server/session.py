@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -16,6 +16,7 @@ from netloader.core.plan import Ranges, expand, to_ranges
 from netloader.core.protocol import FINAL, Session, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
+from netloader.core.protocol.transfer import TELLS_BLOCKS
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
@@ -25,9 +26,11 @@ from netloader.errors import (
 from netloader.observe.base import Observers
 from netloader.server.admission import Admission
 from netloader.server.budgets import Stage
-from netloader.server.catalog import Holdings
+from netloader.server.catalog import Holdings, announced_bytes
+from netloader.server.offers import SentBlocks, tell_blocks, tell_sent
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import RelayCheck
+from netloader.server.session_info import SessionInfo
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
@@ -37,7 +40,7 @@ from netloader.session.off_loop import few_spans, look_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
 
-__all__ = ["ServerSession", "SessionInfo"]
+__all__ = ["ServerSession"]
 
 _QUEUE_UPDATE = 5.0
 """Seconds between two messages to a client that waits for its turn."""
@@ -54,6 +57,12 @@ _RETRY_GONE = 5.0
 _RETRY_BUSY = 5.0
 """Seconds after which a client that was redirected, or found the queue full, may ask again."""
 
+_SHARES = 4
+"""Clients that a server serves of those that pull from others already. More would only get smaller parts of its link."""
+
+_RETRY_SHARE = 1.0
+"""Seconds after which such a client may ask again."""
+
 _RELAY_DECISION = 1.0
 """Most seconds that a new client waits until it is known whether a client that is being served is a relay."""
 _RETRY_FULL = 1.0
@@ -66,9 +75,6 @@ and its deadline for that is 120 s from the announcement."""
 _OPEN_REQUESTS = 4096
 """Most requests that one client may have open."""
 
-_TENSOR_BYTES = 100
-"""About how many bytes of an announcement are about one tensor."""
-
 _OTHER_SOURCE = "pull from another source"
 
 _SEND_BYTES = 256 << 20
@@ -78,29 +84,6 @@ takes no longer than that. A retraction takes effect between two calls."""
 _FIRST_BYTES = 4 << 20
 """Most bytes in a call until more have been sent. A call may last as long as its bytes take at the least rate, so a
 client that takes none must not hold its channel for a large one."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """A snapshot of one session.
-
-    Attributes:
-        peer: Address of the client.
-        state: State of the session.
-        role: Role that the client asked for; empty before it asked.
-        transport: Name of the transport; empty before one was chosen.
-        blocks: Blocks sent.
-        nbytes: Their bytes.
-        unfinished: Blocks that were being sent when a send failed. Some of them may have arrived.
-    """
-
-    peer: str
-    state: State
-    role: str
-    transport: str
-    blocks: int
-    nbytes: int
-    unfinished: int = 0
 
 
 class ServerSession(SessionDriver[ClientMessage]):
@@ -148,6 +131,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._supply: Supply | None = None
         self._absent: set[int] = set()
         self._chain: tuple[str, ...] = ()
+        self._partial = False
+        self._own = SentBlocks()
         self._holding: Holding | None = None
         self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
@@ -249,6 +234,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._free_turn()
         if after is State.TRANSFER:
             self.spawn(lambda: self.make_calls(self._next_send), lambda _: None)
+            self.spawn(self._tell_blocks, lambda _: None)
 
     def _take_turn(self) -> None:
         if self.session.probing:  # it takes no turn: it is told what is held, and has to go before others
@@ -290,6 +276,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding, identify = self._serving(), self.session.identify
         if identify is None or identify.probe:
             return None
+        if identify.others and self._relays.served(holding) >= _SHARES:
+            return e.NotHeld("busy", f"{_SHARES} others are being served", retry_after=_RETRY_SHARE)
         supply = self._holdings.supply_of(holding)
         if supply is not None and not supply.live:
             return e.NotHeld("not-ready", "this relay is looking for a source itself", retry_after=_RETRY_RELAY)
@@ -307,15 +295,18 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding, identify = self._serving(), self.session.identify
         if not self.session.probing:
             self._account(Stage.SERVED)
-            self._turns.answer_takes(self, _announced_bytes(holding))
+            self._turns.answer_takes(self, announced_bytes(holding))
         self._supply = supply = self._holdings.supply_of(holding)
+        tells = self.session.protocol >= TELLS_BLOCKS
+        self._partial = partial = tells and supply is not None and not supply.complete
+        shared = tells and self._relays.shares(holding)
         if identify is not None and not identify.probe:
             self._relays.join(self, holding, self._host, identify.relay)
         if supply is None:
-            return e.TurnTaken()
-        self._chain = supply.chain
+            return e.TurnTaken(shared=shared)
+        self._chain = () if partial else supply.chain
         self.spawn(lambda: self._follow_upstream(supply), lambda event: event)
-        return e.TurnTaken(supply.node, self._chain)
+        return e.TurnTaken(supply.node, self._chain, partial, shared and not partial)
 
     async def _wait_for_turn(self) -> e.Event | None:
         turns = self._turns
@@ -332,7 +323,7 @@ class ServerSession(SessionDriver[ClientMessage]):
     async def _follow_upstream(self, supply: Supply) -> None:
         """Report changes of the chain to the client, and grant the blocks it waits for when they are verified here."""
         while True:
-            if supply.chain != self._chain:
+            if supply.chain != self._chain and not self._partial:
                 self._chain = supply.chain
                 if self.session.state in (State.PLAN, State.TRANSFER):
                     self.feed(e.UpstreamChanged(self._chain))
@@ -348,6 +339,19 @@ class ServerSession(SessionDriver[ClientMessage]):
                 gone, self._absent = to_ranges(self._absent), set()
                 self._note_absent()
                 self.feed(e.BlocksGone(gone, "this relay has lost its own source"))
+
+    async def _tell_blocks(self) -> None:
+        """Tell the client which blocks there are, if this is a relay; else which were sent to others that relay."""
+        if self._partial and self._supply is not None:
+            await tell_blocks(self._supply, self.feed)
+        elif self._passes_on():
+            await tell_sent(self._holdings.sent_of(self._serving()), self._own, self.feed)
+
+    def _passes_on(self) -> bool:
+        """Whether the client relays what it gets, and is told what others got."""
+        identify = self.session.identify
+        told = self.session.protocol >= TELLS_BLOCKS and not self._partial
+        return told and identify is not None and identify.relay != 0
 
     async def _accept(self, transport: str, peer_facts: dict[str, str]) -> e.Event | None:
         async def make() -> Channel:
@@ -422,6 +426,9 @@ class ServerSession(SessionDriver[ClientMessage]):
         ready = to_ranges(numbers - set(lost))
         if ready:
             self.feed(e.BlocksReady(ready))
+            if self._passes_on():
+                self._own.add(ready)
+                self._holdings.sent_of(self._serving()).add(ready)
         if lost:
             self.feed(e.BlocksGone(to_ranges(lost), next(iter(lost.values()))))
 
@@ -488,9 +495,3 @@ class ServerSession(SessionDriver[ClientMessage]):
         if self._holding is None:
             raise LocalProtocolError("blocks were asked for before anything was found")
         return self._holding
-
-
-def _announced_bytes(holding: Holding) -> int:
-    """About how many bytes the announcement of `holding` has."""
-    known = holding.announcement
-    return len(known.digests) + _TENSOR_BYTES * len(known.manifest.tensors)

@@ -106,7 +106,23 @@ FULL_2: tuple[m.ClientMessage | m.ServerMessage, ...] = (
         node="ef" * 8,
         chain=("ab" * 8,),
         metadata={"format": "pt"},
+        partial=True,
+        shared=True,
     ),
+    m.Identify(
+        identity=IDENTITY,
+        role="draft",
+        layouts=("raw", "checkpoint"),
+        manifest="aa" * 32,
+        root="bb" * 32,
+        probe=True,
+        node="ef" * 8,
+        relay=19374,
+        follow=True,
+        avoid=("h:1",),
+        others=True,
+    ),
+    m.Progress(has=((0, 3), (5, 6)), sent=((3, 5),)),
 )
 """Those again that have more fields since protocol 2."""
 
@@ -119,6 +135,7 @@ LEAST: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Announce(block_bytes=1024, algorithm="", digests=b"", root="", plan=""),
     m.Gone(ranges=(), reason=""),
     m.Upstream(),
+    m.Progress(),
     m.Verdict(outcome="complete"),
     m.Refusal(code="version", message=""),
     m.Goodbye(),
