@@ -39,7 +39,7 @@ from netloader.core.block_order import bits, mask_of
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
 from netloader.core.options import PullOptions
-from netloader.core.plan import expand, make_plan, to_ranges
+from netloader.core.plan import MAX_BLOCK_BYTES, expand, make_plan, to_ranges
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull import Pull
 from netloader.core.sources import Source
@@ -50,6 +50,10 @@ __all__ = ["Fleet", "Result", "Scenario", "simulate"]
 _PORT = 19000
 _BYTES = 16 << 30
 """Size of the model. Only how far ahead a pull requests depends on it."""
+
+
+_STEPS = 60
+"""Most steps of a run for each block of each replica: far more than any run needs that comes to an end."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ class Scenario:
         known: Replicas that each replica finds in the registry, of its own zone first.
         far_known: Replicas of other zones among them.
         stripe: Sources that a replica pulls from at once.
-        fan_out: Clients that a server serves at once.
+        fan_out: Clients that a server serves before it redirects others to them.
+        shares: Clients that it serves if they pull from others already.
+        turns: Clients that it serves in any case.
         one_window: A device moves one block at a time, in or out (HCCL).
         seed: Of all random choices.
     """
@@ -98,7 +104,9 @@ class Scenario:
     known: int = 24
     far_known: int = 2
     stripe: int = 4
-    fan_out: int = 8
+    fan_out: int = 1
+    shares: int = 4
+    turns: int = 8
     one_window: bool = False
     seed: int = 1
 
@@ -135,7 +143,7 @@ class Result:
 
 
 def _announcement(blocks: int) -> Announcement:
-    size = _BYTES // blocks
+    size = min(_BYTES // blocks, MAX_BLOCK_BYTES)
     manifest = Manifest((TensorSpec("w", "uint8", (blocks * size,)),))
     plan = make_plan(manifest, size)
     digests = b"".join(number.to_bytes(DIGEST_BYTES, "big") for number in range(blocks))
@@ -227,7 +235,7 @@ class Fleet:
         scenario, rng = self.scenario, self._rng
         one.depths = bytearray(scenario.blocks)
         one.begins = rng.uniform(0.0, scenario.joining)
-        near = [other for other in self.replicas[one.number % scenario.zones :: 1] if other.zone == one.zone]
+        near = [other for other in self.replicas if other.zone == one.zone]
         far = [other for other in self.replicas if other.zone != one.zone] if scenario.zones > 1 else []
         finds = rng.sample(near, min(len(near), scenario.known)) + rng.sample(far, min(len(far), scenario.far_known))
         for other in finds:
@@ -235,16 +243,20 @@ class Fleet:
                 self._watchers.setdefault(other.number, []).append(one)
         seeds = sorted(self.seeds, key=lambda seed: (seed.zone != one.zone, rng.random()))
         options = PullOptions(stripe=scenario.stripe, wait=1e6, timeout=1e6)
-        sources = [Source(seed.address) for seed in seeds]
-        one.pull = Pull(sources, options, random.Random(one.number), began=one.begins)  # noqa: S311 - a simulation
+        one.pull = Pull((), options, random.Random(one.number), began=one.begins, listing=10.0)  # noqa: S311
         self._at(one.begins, self._begins, one)
+        self._at(one.begins, self._tell, one, p.SourcesFound([Source(seed.address) for seed in seeds]))
 
     # --- running ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
         """Run until every replica is done, has failed or is dead."""
-        waits = len(self.replicas)
+        waits, steps = len(self.replicas), 0
+        most = _STEPS * (len(self.replicas) + 4) * (self.scenario.blocks + 50)
         while self._queue and waits:
+            steps += 1
+            if steps > most:
+                raise LocalProtocolError(f"it does not end: {waits} replicas are not done at {self.now:.3f} s")
             self.now, _, action = heapq.heappop(self._queue)
             action()
             if self._changed:
@@ -353,7 +365,7 @@ class Fleet:
             self._end(session, PeerLost("nobody is there"))
         elif not server.have:
             self._end(session, RefusedError("not-ready", "no block yet", retry_after=0.2))
-        elif len(server.clients) >= self.scenario.fan_out:
+        elif len(server.clients) >= self._room_for(command):
             named = [str(other.client.address) for other in reversed(server.clients) if other.client.have]
             usable = tuple(name for name in named if name not in command.avoid) if command.follow else ()
             self._end(session, RefusedError("busy", "others pass it on", retry_after=1.0, sources=usable))
@@ -362,6 +374,11 @@ class Fleet:
             server.clients[session] = None
             session.partial = server.pull is not None and not server.pull.ledger.complete
             self._at(self.now + self._delay(session), self._announced, session)
+
+    def _room_for(self, command: p.Connect) -> int:
+        if command.others:
+            return self.scenario.shares
+        return self.scenario.fan_out if command.follow else self.scenario.turns
 
     def _announced(self, session: _Session) -> None:
         if not session.over:
@@ -498,7 +515,7 @@ SCENARIOS: dict[str, Scenario] = {
     "three seeds, two zones": Scenario(seeds=(0, 0, 1), zones=2),
     "one seed, two zones": Scenario(zones=2),
     "joining over a minute": Scenario(joining=60.0),
-    "1 % die": Scenario(dying=0.01),
+    "1 % die": Scenario(dying=0.01, lost=0.001),
     "one window at a time": Scenario(one_window=True),
 }
 

@@ -44,6 +44,9 @@ from netloader.errors import (
 
 __all__ = ["Pull"]
 
+_POLITE_SECONDS = 1.0
+"""Seconds for which a pull that finds many sources goes on to the next one where enough others are served already."""
+
 _TOO_SLOW = "this relay delivers too little, and its server can serve instead"
 
 
@@ -238,7 +241,7 @@ class Pull:
             source = self._sources.take(now, work=self.ledger.plan is None or self.ledger.idle)
             if source is None:
                 break
-            yield self._connect(source)
+            yield self._connect(source, now)
         starved = self._requests.starved_until()
         if starved is not None and starved <= now and self._full() and self._sources.next_due(now) == now:
             yield from self._requests.leave_starved(now)
@@ -265,7 +268,7 @@ class Pull:
         """
         return self.ledger.plan is None and any(not (s.queued or s.abandoned) for s in self._sessions.values())
 
-    def _connect(self, source: Address) -> p.Connect:
+    def _connect(self, source: Address, now: float) -> p.Connect:
         self._session_count += 1
         self._last_source = str(source)
         labels, named_by = self._sources.told_of(source)
@@ -273,7 +276,8 @@ class Pull:
             self._session_count, source, relay=named_by is not None
         )
         self._pinning.constrain(session)
-        others = self._order.differs or (self._search_until > -math.inf and self._sources.several)
+        finds = self._search_until > -math.inf and self._sources.several
+        polite = self._order.differs or (finds and now < self._began + _POLITE_SECONDS)
         return p.Connect(
             self._session_count,
             source,
@@ -283,8 +287,8 @@ class Pull:
             unfit=frozenset(self._unfit.get(source, ())),
             labels=labels,
             named_by=named_by,
-            follow=self._options.follow and self._sources.follow and not others,
-            others=others,
+            follow=self._options.follow and self._sources.follow and not (finds or self._order.differs),
+            others=polite,
         )
 
     # --- relays -----------------------------------------------------------------------------------------------------
@@ -385,7 +389,7 @@ class Pull:
         if self._other_transport_may_work(event):
             self._unfit.setdefault(source, set()).add(event.transport)
             yield p.Log("warning", f"source {source}: not by {event.transport}: {error}")
-            yield self._connect(source)
+            yield self._connect(source, now)
             return
         if error is None:
             self._sources.rest(source, last=session.starved)
@@ -432,7 +436,9 @@ class Pull:
             return
         match next_step(error, progressed=progressed):
             case "later":
-                self._sources.later(source, now, retry_after, put_off=progressed and code == "busy")
+                # Others come and go where replicas pull from each other: there is room again soon.
+                busy, steady = code == "busy", code == "busy" and self._order.differs
+                self._sources.later(source, now, retry_after, put_off=progressed and busy, steady=steady)
             case "again":
                 self._sources.again(source, now)
             case "last":

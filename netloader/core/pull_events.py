@@ -247,7 +247,7 @@ class Connect:
         labels: What the search told about it.
         named_by: The source that named it; None when the search found it.
         follow: Whether the source may redirect this client to relays.
-        others: Whether the pull has other sources that pass on what they have, or found some.
+        others: Whether the pull has other sources, or expects to have one soon: this one need not make room for it.
     """
 
     session: int

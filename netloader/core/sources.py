@@ -282,7 +282,15 @@ class Sources:
         if candidate.tries <= 0 or candidate.via is not None or candidate.lost:
             self.drop(source)
 
-    def later(self, source: Address, now: float, at_least: float | None = None, *, put_off: bool = False) -> None:
+    def later(
+        self,
+        source: Address,
+        now: float,
+        at_least: float | None = None,
+        *,
+        put_off: bool = False,
+        steady: bool = False,
+    ) -> None:
         """It is not ready: try it again after a pause, until the wait ends.
 
         Args:
@@ -290,6 +298,7 @@ class Sources:
             now: The time.
             at_least: Least pause in seconds, when the source asked for one.
             put_off: Whether it delivered blocks and then served others first: it is waited for anew, but not for long.
+            steady: Whether the pause does not grow.
         """
         candidate = self._known[source]
         candidate.running = False
@@ -302,7 +311,8 @@ class Sources:
         if at_least is not None and candidate.via is None:
             pause = max(pause, at_least * self._rng.uniform(1.0, 1.25))
         candidate.due = min(now + pause, candidate.until)
-        candidate.pause = min(candidate.pause * 2, _PAUSE[1])
+        if not steady:
+            candidate.pause = min(candidate.pause * 2, _PAUSE[1])
 
     def redirect(self, source: Address, relays: Sequence[Address], now: float) -> bool:
         """It redirected this client to relays.

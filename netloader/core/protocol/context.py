@@ -35,7 +35,7 @@ class ClientTerms:
         node: Name of this process among relays; empty when it does not relay.
         relay: Port at which it serves blocks while it pulls; 0 when it does not relay.
         avoid: Addresses of relays that failed it.
-        others: It pulls from others already, or knows some.
+        others: It pulls from relays already.
     """
 
     options: PullOptions = field(default_factory=PullOptions)

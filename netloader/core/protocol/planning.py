@@ -40,7 +40,8 @@ def _check_chain(ctx: Context, node: str, chain: tuple[str, ...]) -> f.NoteChain
         RefusedError: This client is part of the chain, or the chain is too long.
     """
     terms = ctx.client
-    if ctx.peer_partial and terms.node != node:  # it is asked only for blocks that it has, so nobody waits in a cycle
+    if ctx.peer_partial and not ctx.probing and terms.node != node:
+        # It is asked only for blocks that it has, so nobody waits in a cycle, and no chain is too long.
         return f.NoteChain("", ())
     if terms.node and terms.node in (node, *chain):
         raise RefusedError("relay", "this relay gets its blocks from us", hint="another source is asked instead")
