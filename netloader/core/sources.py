@@ -302,6 +302,8 @@ class Sources:
         """
         candidate = self._known[source]
         candidate.running = False
+        if candidate.via is None:
+            self._release(source)
         if put_off and candidate.via is None:
             candidate.until = max(candidate.until, now + _PUT_OFF)
         if now >= candidate.until or candidate.lost:
@@ -383,6 +385,11 @@ class Sources:
     def _drop_lost(self, source: Address) -> None:
         if self._known[source].lost:
             self.drop(source)
+
+    def _release(self, source: Address) -> None:
+        """Hold nobody back for a source that was found, and was named too: it may be waited for long, and be dead."""
+        for candidate in self._known.values():
+            candidate.waits_for -= {source}
 
     def _held_back(self, candidate: _Candidate) -> bool:
         """Whether one of the relays that it named is still known."""

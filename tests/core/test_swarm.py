@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fleet_model import Fleet, Result, Scenario
 from netloader.core.block_order import BlockOrder, bits, mask_of
 from netloader.core.plan import to_ranges
 from netloader.core.pull_requests import Requests
+from netloader.core.sources import Sources
 from netloader.errors import LocalProtocolError
 
 FLEETS = st.builds(
@@ -55,15 +56,33 @@ def lived(scenario: Scenario) -> Result:
     return found
 
 
+A_RELAY_THAT_WAS_FOUND_AND_NAMED_DIES = Scenario(
+    replicas=2,
+    blocks=12,
+    seconds=2.0,
+    zones=2,
+    joining=9.0,
+    dying=0.3,
+    lost=0.2,
+    known=3,
+    far_known=1,
+    stripe=1,
+    fan_out=1,
+    shares=2,
+    seed=35,
+)
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@example(A_RELAY_THAT_WAS_FOUND_AND_NAMED_DIES)
 @given(FLEETS)
 def test_each_replica_that_lives_gets_every_block(scenario: Scenario) -> None:
     lived(scenario)
 
 
 def test_many_replicas_cost_little_more_than_one_and_the_seed_sends_little_more_than_once() -> None:
-    alone = lived(Scenario(replicas=1, blocks=64))
-    many = lived(Scenario(replicas=24, blocks=64))
+    alone = lived(Scenario(replicas=1, blocks=256))
+    many = lived(Scenario(replicas=16, blocks=256))
     assert alone.last < 1.02
     assert many.last < 1.5
     assert many.from_seeds < 1.5
@@ -76,8 +95,8 @@ def _any_block(self: BlockOrder, session: int, pending: int) -> Any:
 
 BUGS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "a relay is asked for blocks that it does not have": (BlockOrder, "order", _any_block),
-    "nobody hears of new blocks": (BlockOrder, "has", lambda *_: None),
     "a source that has nothing more is never left": (Requests, "leave_starved", lambda *_: iter(())),
+    "a server is held back for a relay that died": (Sources, "_release", lambda *_: None),
 }
 
 
@@ -89,6 +108,7 @@ def test_a_bug_in_what_is_asked_of_whom_is_found(bug: str, monkeypatch: pytest.M
     with pytest.raises((AssertionError, LocalProtocolError)):
         for seed in range(40):
             lived(replace(hidden, seed=seed, dying=0.3))
+        lived(A_RELAY_THAT_WAS_FOUND_AND_NAMED_DIES)
 
 
 # --- the order of blocks --------------------------------------------------------------------------------------------

@@ -40,16 +40,15 @@ def _check_chain(ctx: Context, node: str, chain: tuple[str, ...]) -> f.NoteChain
         RefusedError: This client is part of the chain, or the chain is too long.
     """
     terms = ctx.client
-    if ctx.peer_partial and not ctx.probing and terms.node != node:
-        # It is asked only for blocks that it has, so nobody waits in a cycle, and no chain is too long.
-        return f.NoteChain("", ())
+    if ctx.peer_partial:  # it is asked only for blocks that it has: nobody waits for what it waits for
+        chain = ()
     if terms.node and terms.node in (node, *chain):
         raise RefusedError("relay", "this relay gets its blocks from us", hint="another source is asked instead")
     most = terms.options.max_hops
     if len(chain) + bool(node) > most:
         text = f"this relay is {len(chain) + 1} relays away from its seed, at most {most} are accepted"
         raise RefusedError("relay", text, hint="another source is asked instead")
-    return f.NoteChain(node, chain)
+    return f.NoteChain("" if ctx.peer_partial and not ctx.probing else node, chain)
 
 
 def client_upstream(ctx: Context, event: m.Upstream) -> Sequence[f.Effect]:
