@@ -167,6 +167,7 @@ class _Session:
     open_blocks: int = 0
     told: int = 0
     told_sent: int = 0
+    own: int = 0
     partial: bool = False
     shared: bool = False
     joined: bool = False
@@ -435,7 +436,7 @@ class Fleet:
     def _tell_client(self, session: _Session) -> None:
         server = session.server
         has = server.have & ~session.told if session.partial else 0
-        sent = server.sent & ~session.told_sent
+        sent = server.sent & ~(session.told_sent | session.own)
         if has or sent:
             session.told |= has
             session.told_sent |= sent
@@ -455,6 +456,7 @@ class Fleet:
             raise LocalProtocolError("a replica was asked for a block that it does not have")
         if server.pull is None:
             server.sent |= mask
+            session.own |= mask
             self._tell_clients(server)
         if not session.wants:
             server.turns.append(session)
@@ -529,7 +531,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the scenario")
     args = parser.parse_args(arguments)
     changes = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.set)}
-    print("| scenario | last | longest | median | from seeds | between zones | depth | mean | sessions | done, died, failed | CPU s |")
+    print(
+        "| scenario | last | longest | median | from seeds | between zones | depth | mean | sessions | done, died, failed | CPU s |"
+    )
     print("| --- |" + " --- |" * 10)
     for name in args.only or SCENARIOS:
         began = time.process_time()

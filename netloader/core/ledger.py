@@ -141,8 +141,7 @@ class Ledger:
     @property
     def idle(self) -> bool:
         """Whether any block is pending."""
-        in_flight = sum(len(numbers) for numbers in self._in_flight.values())
-        return self._verified_blocks + in_flight < len(self._states)
+        return self._pending_mask != 0
 
     @property
     def pending_mask(self) -> int:

@@ -297,7 +297,7 @@ class Pull:
         """Account for the time that relays take, and leave all of them once it is used up."""
         relays = [s for s in self._sessions.values() if s.relay and not s.abandoned]
         idle = bool(relays) and all(s.parked for s in relays) and not self._requests.starved()
-        running = self._sources.could_serve_instead and not (idle or self._pinning.allocating)
+        running = not (idle or self._pinning.allocating) and self._sources.could_serve_instead
         self._budget.run(running=running, now=now)
         if not self._budget.used_up(now):
             return

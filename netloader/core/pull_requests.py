@@ -86,7 +86,8 @@ class Requests:
             return
         ahead = self._ledger.in_flight_bytes(session.number)
         order = self._order.order(session.number, self._ledger.pending_mask)
-        window = session.window(plan, shared=order is not None)
+        several = sum(s.open for s in self._sessions.values()) > 1
+        window = session.window(plan, shared=several and order is not None)
         sharers = self._ledger.sharers
         if sharers > (1 if ahead else 0):
             # Near the end, a large window of one session would leave the other sessions idle.

@@ -74,7 +74,7 @@ class SessionState:
 
         Args:
             plan: The blocks.
-            shared: Whether sources differ in what they have.
+            shared: Whether there are several sources, and they differ in what they have.
         """
         if not self.nbytes:
             return plan.block_bytes if shared else _WINDOW_BYTES[0]

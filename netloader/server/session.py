@@ -58,7 +58,7 @@ _RETRY_BUSY = 5.0
 """Seconds after which a client that was redirected, or found the queue full, may ask again."""
 
 _SHARES = 4
-"""Clients that a server serves of those that pull from others already. More would only get smaller parts of its link."""
+"""Clients that a server serves of those that pull from others already: more would only divide its link further."""
 
 _RETRY_SHARE = 1.0
 """Seconds after which such a client may ask again."""
