@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -45,7 +44,7 @@ class Folder:
         """Look again ten times a second."""
         known = {self._own}
         while True:
-            found = set(os.listdir(self._path)) - known
+            found = {file.name for file in self._path.iterdir()} - known
             known |= found
             for name in sorted(found, key=lambda name: hashlib.sha256(f"{self._own} {name}".encode()).digest()):
                 yield Appeared(netloader.Source(parse_address(name)))

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.fleet import replicas
-from benchmarks.fleet_model import Scenario, simulate
+from benchmarks.fleet_simulation import Scenario, simulate
 from benchmarks.hosts import hosts
 from benchmarks.workloads import GIB
 from netloader.core.plan import block_bytes_for

@@ -1,6 +1,6 @@
 """Replicas that pull from each other: whoever joins, dies or finds whom, each one that lives gets every block.
 
-The fleet is simulated (`benchmarks.fleet_model`); every replica decides as in the product. The simulation itself fails
+The fleet is simulated (`benchmarks.fleet_simulation`); every replica decides as in the product. The simulation itself fails
 when a replica asks another one for a block that this one does not have: then the two could wait for each other.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fleet_model import Fleet, Result, Scenario
+from benchmarks.fleet_simulation import Fleet, Result, Scenario
 from netloader.core.block_order import BlockOrder, bits, mask_of
 from netloader.core.plan import to_ranges
 from netloader.core.pull_requests import Requests
