@@ -2,8 +2,9 @@
 
 Usage: ``python -m benchmarks.fleet_model [--replicas 1000] [--blocks 256] [--only NAME]``
 
-Each replica is a :class:`~netloader.core.pull.Pull`, the state machine that decides in the product. `benchmarks.fleet_simulation`
-stands for everything around it: links, servers, and the registry in which replicas find each other. A run is deterministic.
+Each replica is a :class:`~netloader.core.pull.Pull`, the state machine that decides in the product.
+`benchmarks.fleet_simulation` stands for everything around it: links, servers, and the registry in which replicas find
+each other. A run is deterministic.
 Times are printed in *links' times*: one is the time that one link takes for the whole model.
 
 Bounds, with N replicas, B blocks, and links that carry one block per block time in each direction:

@@ -55,8 +55,9 @@ class Scenario:
         tell: Least time between two messages about new blocks to one client.
         connect: From the connection to the first request for blocks.
         publish: From a replica's first block until the others find it.
-        known: Replicas that each replica finds in the registry, of its own zone first.
-        far_known: Replicas of other zones among them.
+        known: Replicas of its own zone that each replica finds in the registry, and all seeds there.
+        gateways: Replicas that find seeds and replicas of other zones too, in each zone without a seed.
+        far_known: Replicas of other zones that each of them finds.
         stripe: Sources that a replica pulls from at once.
         fan_out: Clients that a server serves before it redirects others to them.
         shares: Clients that it serves if they pull from others already.
@@ -81,7 +82,8 @@ class Scenario:
     connect: float = 0.01
     publish: float = 0.1
     known: int = 24
-    far_known: int = 2
+    gateways: int = 2
+    far_known: int = 0
     stripe: int = 4
     fan_out: int = 1
     shares: int = 4
@@ -216,12 +218,16 @@ class Fleet:
         one.depths = bytearray(scenario.blocks)
         one.begins = rng.uniform(0.0, scenario.joining)
         near = [other for other in self.replicas if other.zone == one.zone]
-        far = [other for other in self.replicas if other.zone != one.zone] if scenario.zones > 1 else []
-        finds = rng.sample(near, min(len(near), scenario.known)) + rng.sample(far, min(len(far), scenario.far_known))
+        finds = rng.sample(near, min(len(near), scenario.known))
+        seeds = [seed for seed in self.seeds if seed.zone == one.zone]
+        if not seeds and near.index(one) < scenario.gateways:  # the others of its zone get every block from these
+            far = [other for other in self.replicas if other.zone != one.zone]
+            finds += rng.sample(far, min(len(far), scenario.far_known))
+            seeds = list(self.seeds)
         for other in finds:
             if other is not one:
                 self._watchers.setdefault(other.number, []).append(one)
-        seeds = sorted(self.seeds, key=lambda seed: (seed.zone != one.zone, rng.random()))
+        rng.shuffle(seeds)
         options = PullOptions(stripe=scenario.stripe, wait=1e6, timeout=1e6)
         one.pull = Pull((), options, random.Random(one.number), began=one.begins, listing=10.0)  # noqa: S311
         self._at(one.begins, self._begins, one)

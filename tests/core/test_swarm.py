@@ -1,7 +1,7 @@
 """Replicas that pull from each other: whoever joins, dies or finds whom, each one that lives gets every block.
 
-The fleet is simulated (`benchmarks.fleet_simulation`); every replica decides as in the product. The simulation itself fails
-when a replica asks another one for a block that this one does not have: then the two could wait for each other.
+The fleet is simulated (`benchmarks.fleet_simulation`); every replica decides as in the product. The simulation itself
+fails when a replica asks another one for a block that this one does not have: then the two could wait for each other.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FLEETS = st.builds(
     lost=st.sampled_from([0.0, 0.2]),
     known=st.integers(1, 9),
     far_known=st.integers(0, 2),
+    gateways=st.just(9),
     stripe=st.integers(1, 4),
     fan_out=st.integers(1, 2),
     shares=st.integers(1, 4),
@@ -66,6 +67,7 @@ A_RELAY_THAT_WAS_FOUND_AND_NAMED_DIES = Scenario(
     lost=0.2,
     known=3,
     far_known=1,
+    gateways=2,
     stripe=1,
     fan_out=1,
     shares=2,
