@@ -1,5 +1,7 @@
 """One replica in its own process. It reads commands as JSON lines on standard input and answers the same way.
 
+``{"registry": folder, "host": address}`` in the latter lets it find others, and others find it, in that folder.
+
 ``{"serve": true}`` makes it a server with filled tensors. ``{"pull": [sources], "relay": bool}`` makes it pull, as a
 relay or not. ``{"fingerprint": true}`` asks for a digest over all its bytes. It ends when its standard input closes.
 """
@@ -11,7 +13,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -19,8 +22,35 @@ import torch
 
 import netloader
 from benchmarks.workloads import make
+from netloader.core.addresses import parse_address
+from netloader.discovery.base import Appeared, Listed, SourceChange
 
 IDENTITY = netloader.ModelIdentity(model="bench")
+
+
+class Folder:
+    """Finds the replicas that have a file in a folder, named after their addresses, in an order of this replica's own.
+
+    Args:
+        path: The folder.
+        own: Address of this replica, which is left out.
+    """
+
+    def __init__(self, path: Path, own: str) -> None:
+        self._path = path
+        self._own = own
+
+    async def watch(self) -> AsyncGenerator[SourceChange, None]:
+        """Look again ten times a second."""
+        known = {self._own}
+        while True:
+            found = {file.name for file in self._path.iterdir()} - known
+            known |= found
+            for name in sorted(found, key=lambda name: hashlib.sha256(f"{self._own} {name}".encode()).digest()):
+                yield Appeared(netloader.Source(parse_address(name)))
+            if len(known) > 1:
+                yield Listed()
+            await anyio.sleep(0.1)
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -64,16 +94,24 @@ async def pull(
             halves.append(step.seconds)
             say(half=step.seconds, source=step.source)
 
+    registry = Path(order["registry"]) if "registry" in order else None
+
+    def publish(step: netloader.Progress) -> None:
+        progress(step)
+        if registry is not None:
+            (registry / f"{order['host']}:{server.port}").touch()
+
     began = time.monotonic()
     try:
         report = await netloader.pull(
             tensors,
             IDENTITY,
-            sources=order["pull"],
+            sources=order["pull"] if registry is None else Folder(registry, f"{order['host']}:{server.port}"),
             transport=args.transport,
             relay=server if order["relay"] else None,
             follow=order["relay"],
-            progress=progress,
+            progress=publish,
+            wait=0 if registry is None else 600,
             timeout=order.get("timeout", 600),
         )
     except netloader.NetloaderError as error:

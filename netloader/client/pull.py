@@ -416,6 +416,7 @@ class _Pull:
             node=self._supply.node,
             relay=0 if self._relay is None else self._relay.port,
             avoid=command.avoid,
+            others=command.others,
         )
 
     def _pass_on(self, announcement: e.Announcement) -> None:

@@ -183,8 +183,10 @@ class ClientSession(SessionDriver[ServerMessage]):
     def perform(self, effect: f.Effect) -> None:
         """Carry out an effect of the client's side."""
         match effect:
-            case f.Pin(announcement):
-                self._tell(p.HoldingAnnounced(self.number, announcement))
+            case f.Pin(announcement, partial, shared):
+                self._tell(p.HoldingAnnounced(self.number, announcement, partial, shared))
+            case f.NoteBlocks(has, sent):
+                self._tell(p.BlocksOffered(self.number, has, sent))
             case f.ConnectChannel(transport, offer, peer_facts):
                 self.spawn(lambda: self._connect(transport, offer, peer_facts), lambda event: event)
             case f.AskForWork():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 
 from netloader.core.manifest import DIGEST_BYTES
@@ -67,6 +67,10 @@ class _Queue:
         self._listed[heapq.heappop(self._heap)] = 0
 
 
+def _mask(numbers: Iterable[int]) -> int:
+    return sum(1 << number for number in numbers)
+
+
 class Ledger:
     """Which session fetches which block, and what has been verified.
 
@@ -91,6 +95,8 @@ class Ledger:
         self._own_queues: dict[SessionId, _Queue] = {}
         self._verified_blocks = 0
         self._verified_bytes = 0
+        self._pending_mask = 0
+        self._verified_mask = 0
 
     @property
     def root(self) -> str:
@@ -135,8 +141,17 @@ class Ledger:
     @property
     def idle(self) -> bool:
         """Whether any block is pending."""
-        in_flight = sum(len(numbers) for numbers in self._in_flight.values())
-        return self._verified_blocks + in_flight < len(self._states)
+        return self._pending_mask != 0
+
+    @property
+    def pending_mask(self) -> int:
+        """The blocks that are pending: bit n stands for block n."""
+        return self._pending_mask
+
+    @property
+    def verified_mask(self) -> int:
+        """The blocks that are verified: bit n stands for block n."""
+        return self._verified_mask
 
     @property
     def sharers(self) -> int:
@@ -185,6 +200,7 @@ class Ledger:
         self._plan, self._digests = plan, digests
         self._states = bytearray(len(plan.blocks))
         self._queue = _Queue(len(plan.blocks), range(len(plan.blocks)))
+        self._pending_mask = (1 << len(plan.blocks)) - 1
 
     def unpin(self) -> None:
         """Forget what was pinned: no block of it was verified, and no session fetches one. Does nothing if unpinned.
@@ -197,28 +213,29 @@ class Ledger:
         self._root, self._pinned_by = self._required
         self._plan, self._digests = None, b""
         self._states, self._queue = bytearray(), _Queue(0, ())
+        self._pending_mask = 0
 
-    def assign(self, session: SessionId, max_bytes: int) -> Ranges:
-        """Assign the lowest pending blocks that its server did not deny to a session.
+    def assign(self, session: SessionId, max_bytes: int, order: Iterable[int] | None = None) -> Ranges:
+        """Assign pending blocks that its server did not deny to a session.
 
         Args:
             session: The session.
             max_bytes: Most bytes to assign; the first block is assigned even if it is larger.
+            order: The blocks that may be assigned, in this order; None for all blocks, the lowest first.
 
         Returns:
             The blocks, now in flight; empty when there is none for this session.
         """
         plan = self._known_plan()
-        queue, denied = self._queue_of(session)
         taken: list[int] = []
         nbytes = 0
-        while (number := queue.first(self._states, denied)) is not None:
+        for number in self._lowest(session) if order is None else self._allowed(session, order):
             nbytes += plan.blocks[number].nbytes
             if taken and nbytes > max_bytes:
                 break
-            queue.pop()
             taken.append(number)
             self._states[number] = _IN_FLIGHT
+            self._pending_mask ^= 1 << number
         if taken:
             self._in_flight.setdefault(session, set()).update(taken)
             self._count(session, taken, 1)
@@ -270,6 +287,7 @@ class Ledger:
             self._make_pending(number)
             raise DigestMismatch(number, plan.tensors_of(number), expected.hex(), digest.hex())
         self._states[number] = _VERIFIED
+        self._verified_mask |= 1 << number
         self._verified_blocks += 1
         self._verified_bytes += nbytes
 
@@ -331,6 +349,8 @@ class Ledger:
             any(n not in q for s, q in self._own_queues.items() for n in pending - self._denied[s])
             and "each pending block is in the queue of each session that was not denied it",
             self._own_queues.keys() != self._denied.keys() and "each session that was denied blocks has a queue",
+            (_mask(pending), _mask(verified)) != (self._pending_mask, self._verified_mask)
+            and "the masks are those of the states",
             len(verified) != self._verified_blocks and "each verified block counts once",
             nbytes != self._verified_bytes and "each verified byte counts once",
             any(self._bytes_of(n) != self.in_flight_bytes(s) for s, n in self._in_flight.items())
@@ -341,8 +361,18 @@ class Ledger:
             if text:
                 raise LocalProtocolError(f"ledger: {text}")
 
+    def _lowest(self, session: SessionId) -> Iterator[int]:
+        queue, denied = self._queue_of(session)
+        while (number := queue.first(self._states, denied)) is not None:
+            yield number  # the caller takes it, or stops: a block that was taken is dropped at the next look
+
+    def _allowed(self, session: SessionId, order: Iterable[int]) -> Iterator[int]:
+        denied: AbstractSet[int] = self._denied.get(session, frozenset())
+        return (number for number in order if self._states[number] == _PENDING and number not in denied)
+
     def _make_pending(self, number: int) -> None:
         self._states[number] = _PENDING
+        self._pending_mask |= 1 << number
         self._queue.push(number)
         for session, queue in self._own_queues.items():
             if number not in self._denied[session]:

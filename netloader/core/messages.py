@@ -34,6 +34,7 @@ __all__ = [
     "Hello",
     "Identify",
     "Outcome",
+    "Progress",
     "Refusal",
     "RefusalCode",
     "ServerMessage",
@@ -184,6 +185,8 @@ class Identify(Wire, frozen=True, kw_only=True):
         relay: Port at which it serves blocks while it pulls; 0 when it does not relay.
         follow: It accepts being redirected to a relay.
         avoid: Addresses of relays that failed it. The server must not redirect it to them.
+        others: It pulls from others already, so it does not wait for a turn: a server that serves enough clients
+            refuses it. Since protocol 2.
     """
 
     identity: ModelIdentity | None = None
@@ -197,6 +200,7 @@ class Identify(Wire, frozen=True, kw_only=True):
     relay: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     follow: bool = False
     avoid: Sources = ()
+    others: bool = False
 
 
 class Waiting(Wire, frozen=True, kw_only=True):
@@ -231,6 +235,9 @@ class Announce(Wire, frozen=True, kw_only=True):
         chain: Names of the relays that it still pulls blocks from, directly or through others.
         metadata: What the weight files say about themselves (``__metadata__``); None when this is not stated, because
             the tensors come from no files, or by a peer of protocol 1.
+        partial: It has only the blocks that Progress names. Since protocol 2.
+        shared: It serves other clients that relay, and Progress names the blocks that it sends to them. Since protocol
+            2.
     """
 
     manifest: Manifest | None = None
@@ -242,6 +249,8 @@ class Announce(Wire, frozen=True, kw_only=True):
     node: Hex = ""
     chain: Chain = ()
     metadata: Metadata | None = None
+    partial: bool = False
+    shared: bool = False
 
 
 class Agree(Wire, frozen=True, kw_only=True):
@@ -310,6 +319,18 @@ class Upstream(Wire, frozen=True, kw_only=True):
     chain: Chain = ()
 
 
+class Progress(Wire, frozen=True, kw_only=True):
+    """Server: more of its blocks can be requested, or were sent to others. Since protocol 2.
+
+    Attributes:
+        has: Blocks that it has now, if it announced that it has only a part.
+        sent: Blocks that it sends to other clients that relay: the others are needed more urgently.
+    """
+
+    has: WireRanges = ()
+    sent: WireRanges = ()
+
+
 class Verdict(Wire, frozen=True, kw_only=True):
     """Client: reports the result of the session.
 
@@ -359,7 +380,18 @@ ClientMessage = Hello | Identify | Agree | Signal | Want | Verdict | Goodbye
 """Messages that a server may receive."""
 
 ServerMessage = (
-    Welcome | Waiting | Accepted | Announce | ChannelOffer | Signal | Grant | Gone | Upstream | Refusal | Goodbye
+    Welcome
+    | Waiting
+    | Accepted
+    | Announce
+    | ChannelOffer
+    | Signal
+    | Grant
+    | Gone
+    | Upstream
+    | Progress
+    | Refusal
+    | Goodbye
 )
 """Messages that a client may receive."""
 

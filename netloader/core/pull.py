@@ -17,10 +17,12 @@ from collections.abc import Iterator, Sequence
 
 from netloader.core import pull_events as p
 from netloader.core.addresses import Address, valid_addresses
+from netloader.core.block_order import BlockOrder
 from netloader.core.ledger import Ledger
-from netloader.core.messages import MAX_SOURCES, Outcome
+from netloader.core.messages import MAX_SOURCES
 from netloader.core.options import PullOptions
 from netloader.core.pull_pinning import Pinning
+from netloader.core.pull_requests import Requests
 from netloader.core.pull_state import Failures, SessionState
 from netloader.core.redirect_budget import RedirectBudget
 from netloader.core.report import SourceShare
@@ -42,10 +44,8 @@ from netloader.errors import (
 
 __all__ = ["Pull"]
 
-_REQUEST_PART = 2
-"""More blocks are requested once 1 / this of the window is free."""
-
-_TAKEN_OVER = "its blocks are taken over by faster sources"
+_POLITE_SECONDS = 1.0
+"""Seconds for which a pull that finds many sources goes on to the next one where enough others are served already."""
 
 _TOO_SLOW = "this relay delivers too little, and its server can serve instead"
 
@@ -88,6 +88,8 @@ class Pull:
         self._search_until = began + searching  # until then having no source left is no end
         self._left_out = False
         self._sessions: dict[int, SessionState] = {}
+        self._order = BlockOrder(rng)
+        self._requests = Requests(self.ledger, self._order, self._sessions, self.shares, self._budget)
         self._session_count = 0
         self._unfit: dict[Address, set[str]] = {}
         self._failures = Failures()
@@ -120,8 +122,11 @@ class Pull:
         plan = self.ledger.plan
         if not self._sessions and due == [None]:
             due = [self._search_until]
-        if plan is not None and any(s.parked for s in self._sessions.values()):
-            due += [s.overdue_at(plan) for s in self._active()]
+        if plan is not None:
+            due += self._requests.overdue_times(plan)
+        starved = self._requests.starved_until()
+        if starved is not None and self._full() and (spare := self._sources.next_due(now)) is not None:
+            due.append(max(starved, spare))
         due.append(self._budget.ends_at)
         times = [at for at in due if at is not None]
         return min(times) if times else None
@@ -154,7 +159,7 @@ class Pull:
             case p.DeadlinePassed(seconds):
                 yield from self._deadline_passed(seconds)
             case p.TimerFired():
-                yield from self._leave_slow_ones(now)
+                yield from self._requests.leave_slow_ones(now)
             case p.SessionEnded():
                 session = self._sessions.pop(event.session, None)
                 if session is not None:
@@ -191,6 +196,7 @@ class Pull:
         | p.SessionReady
         | p.SessionIdle
         | p.BlocksDenied
+        | p.BlocksOffered
         | p.BlocksArrived,
         now: float,
     ) -> Iterator[p.Command]:
@@ -202,22 +208,28 @@ class Pull:
                     yield p.LeaveSource(session.number, _TOO_SLOW)
             case p.SessionQueued():
                 session.queued = True
-            case p.HoldingAnnounced(_, announcement):
+            case p.HoldingAnnounced(_, announcement, partial, shared):
                 session.queued = False
+                self._order.begin(session.number, partial=partial, shared=shared)
                 yield from self._pinning.announced(session, announcement)
             case p.SessionReady():
                 session.open = True
                 session.began = session.moved = now
             case p.SessionIdle():
-                yield from self._give_work(session, now)
+                yield from self._requests.give_work(session, now)
             case p.BlocksDenied(_, ranges, reason, sources):
                 session.denied, session.elsewhere = reason or "it did not say why", sources
                 self.ledger.give_back(session.number, ranges)
+            case p.BlocksOffered(_, has, sent):
+                self._order.has(session.number, has)
+                self._order.sent(session.number, sent)
+                if session.open and self.ledger.in_flight_bytes(session.number):
+                    yield from self._requests.request(session)
             case p.BlocksArrived(_, blocks):
                 yield from self._landed(session, blocks, now)
                 # Request more blocks before the session runs out of them.
                 if self.ledger.in_flight_bytes(session.number):
-                    yield from self._request_blocks(session)
+                    yield from self._requests.request(session)
 
     def _advance(self, now: float) -> Iterator[p.Command]:
         """Act on the current state: finish, give work to parked sessions, connect to more sources, or give up."""
@@ -230,7 +242,10 @@ class Pull:
             source = self._sources.take(now, work=self.ledger.plan is None or self.ledger.idle)
             if source is None:
                 break
-            yield self._connect(source)
+            yield self._connect(source, now)
+        starved = self._requests.starved_until()
+        if starved is not None and starved <= now and self._full() and self._sources.next_due(now) == now:
+            yield from self._requests.leave_starved(now)
         yield from self._spend(now)
         if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
             if not self._session_count and self._search_until > -math.inf:
@@ -241,7 +256,7 @@ class Pull:
     def _feed_parked(self, now: float) -> Iterator[p.Command]:
         """Give blocks that are pending again to parked sessions."""
         for session in [s for s in self._sessions.values() if s.parked]:
-            yield from self._give_work(session, now)
+            yield from self._requests.give_work(session, now)
 
     def _full(self) -> bool:
         return sum(not s.abandoned for s in self._sessions.values()) >= max(1, self._options.stripe)
@@ -254,7 +269,7 @@ class Pull:
         """
         return self.ledger.plan is None and any(not (s.queued or s.abandoned) for s in self._sessions.values())
 
-    def _connect(self, source: Address) -> p.Connect:
+    def _connect(self, source: Address, now: float) -> p.Connect:
         self._session_count += 1
         self._last_source = str(source)
         labels, named_by = self._sources.told_of(source)
@@ -262,6 +277,8 @@ class Pull:
             self._session_count, source, relay=named_by is not None
         )
         self._pinning.constrain(session)
+        finds = self._search_until > -math.inf and self._sources.several
+        polite = self._order.differs or (finds and now < self._began + _POLITE_SECONDS)
         return p.Connect(
             self._session_count,
             source,
@@ -271,7 +288,8 @@ class Pull:
             unfit=frozenset(self._unfit.get(source, ())),
             labels=labels,
             named_by=named_by,
-            follow=self._options.follow and self._sources.follow,
+            follow=self._options.follow and self._sources.follow and not (finds or self._order.differs),
+            others=polite,
         )
 
     # --- relays -----------------------------------------------------------------------------------------------------
@@ -279,8 +297,8 @@ class Pull:
     def _spend(self, now: float) -> Iterator[p.Command]:
         """Account for the time that relays take, and leave all of them once it is used up."""
         relays = [s for s in self._sessions.values() if s.relay and not s.abandoned]
-        idle = bool(relays) and all(s.parked for s in relays)
-        running = self._sources.could_serve_instead and not (idle or self._pinning.allocating)
+        idle = bool(relays) and all(s.parked for s in relays) and not self._requests.starved()
+        running = not (idle or self._pinning.allocating) and self._sources.could_serve_instead
         self._budget.run(running=running, now=now)
         if not self._budget.used_up(now):
             return
@@ -291,14 +309,6 @@ class Pull:
             yield p.LeaveSource(session.number, _TOO_SLOW)
 
     # --- blocks -----------------------------------------------------------------------------------------------------
-
-    def _active(self) -> list[SessionState]:
-        """Sessions that have blocks in flight."""
-        return [
-            s
-            for s in self._sessions.values()
-            if s.open and not (s.parked or s.leaving) and self.ledger.in_flight_bytes(s.number)
-        ]
 
     def _landed(self, session: SessionState, blocks: Sequence[tuple[int, bytes]], now: float) -> Iterator[p.Command]:
         plan = self.ledger.plan
@@ -326,67 +336,13 @@ class Pull:
                 yield from self._pinning.proven()
         session.moved = now
 
-    def _give_work(self, session: SessionState, now: float) -> Iterator[p.Command]:
-        """Request blocks. Without any, finish the session, or park it while blocks of others may become pending."""
-        if not session.open or session.finished or session.leaving:
-            return
-        ahead = self.ledger.in_flight_bytes(session.number)
-        if not ahead:
-            session.moved = now
-        asked = list(self._request_blocks(session))
-        yield from asked
-        if asked and session.relay and self.ledger.plan is not None and not self.ledger.verified_blocks:
-            self._budget.asked(self.ledger.plan.block_bytes, now)
-        session.parked = False
-        if asked or ahead:
-            return
-        if self.ledger.complete or session.denied or self.ledger.idle:
-            yield self._finish(session)
-        else:
-            session.parked = True
-
-    def _request_blocks(self, session: SessionState) -> Iterator[p.Command]:
-        """Request blocks until the session's window is full."""
-        plan = self.ledger.plan
-        if plan is None or session.finished or session.leaving:
-            return
-        ahead = self.ledger.in_flight_bytes(session.number)
-        window = session.window(plan)
-        sharers = self.ledger.sharers
-        if sharers > (1 if ahead else 0):
-            # Near the end, a large window of one session would leave the other sessions idle.
-            fair = self.ledger.pending_bytes // (sharers + (0 if ahead else 1))
-            window = min(window, max(fair, 2 * plan.block_bytes))
-        # Many small requests would cost more messages than they save time.
-        if ahead > window - window // _REQUEST_PART:
-            return
-        ranges = self.ledger.assign(session.number, window - ahead)
-        if ranges:
-            yield p.RequestBlocks(session.number, ranges)
-
-    def _finish(self, session: SessionState) -> p.Finish:
-        session.finished, session.parked = True, False
-        outcome: Outcome = "complete" if self.ledger.complete else "partial"
-        share = self.shares.get(str(session.source), SourceShare())
-        return p.Finish(session.number, outcome, share.blocks, share.nbytes)
-
-    def _leave_slow_ones(self, now: float) -> Iterator[p.Command]:
-        """End sessions whose next block is overdue, if another session is parked and can take over."""
-        plan = self.ledger.plan
-        if plan is None or not any(s.parked for s in self._sessions.values()):
-            return
-        for session in self._active():
-            if now >= session.overdue_at(plan):
-                session.leaving = session.slow = True
-                yield p.LeaveSource(session.number, _TAKEN_OVER)
-
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def _complete(self) -> Iterator[p.Command]:
         self._over = True
         for session in self._sessions.values():
             if session.open and not session.finished and not session.leaving:
-                yield self._finish(session)
+                yield self._requests.finish(session)
             elif not session.open:
                 session.dismissed = True
                 yield p.CancelSession(session.number)
@@ -406,6 +362,7 @@ class Pull:
         """A session ended: decide what to do with its source."""
         source, error = session.source, event.error
         self.ledger.lose(session.number)
+        self._order.end(session.number)
         self._total = self.ledger.total_bytes or self._total
         if isinstance(error, MemoryStillInUse):  # no source may fill this memory, and it must not be freed
             self._over = True
@@ -434,12 +391,12 @@ class Pull:
         if self._other_transport_may_work(event):
             self._unfit.setdefault(source, set()).add(event.transport)
             yield p.Log("warning", f"source {source}: not by {event.transport}: {error}")
-            yield self._connect(source)
+            yield self._connect(source, now)
             return
         if error is None:
-            self._sources.rest(source)
+            self._sources.rest(source, last=session.starved)
             return
-        if session.slow and error.message == _TAKEN_OVER:  # not a failure: it stays the last resort
+        if self._requests.taken_over(session, error.message):  # not a failure: it stays the last resort
             yield self._failed(source, error)
             self._sources.demote(source, now)
             return
@@ -481,7 +438,9 @@ class Pull:
             return
         match next_step(error, progressed=progressed):
             case "later":
-                self._sources.later(source, now, retry_after, put_off=progressed and code == "busy")
+                # Others come and go where replicas pull from each other: there is room again soon.
+                busy, steady = code == "busy", code == "busy" and self._order.differs
+                self._sources.later(source, now, retry_after, put_off=progressed and busy, steady=steady)
             case "again":
                 self._sources.again(source, now)
             case "last":

@@ -23,6 +23,7 @@ __all__ = [
     "Allocate",
     "BlocksArrived",
     "BlocksDenied",
+    "BlocksOffered",
     "CancelSession",
     "Command",
     "Connect",
@@ -96,10 +97,19 @@ class SessionQueued:
 
 @dataclass(frozen=True, slots=True)
 class HoldingAnnounced:
-    """The source announced what it holds, and the announcement passed every check of the session."""
+    """The source announced what it holds, and the announcement passed every check of the session.
+
+    Attributes:
+        session: Which session.
+        announcement: What it announced.
+        partial: Whether it has only the blocks that :class:`BlocksOffered` names.
+        shared: Whether it serves other clients that pass on what they have.
+    """
 
     session: int
     announcement: Announcement
+    partial: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +149,21 @@ class BlocksDenied:
     ranges: Ranges
     reason: str
     sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksOffered:
+    """The source told more about its blocks.
+
+    Attributes:
+        session: Which session.
+        has: Blocks that it has now, in addition to those named before.
+        sent: Blocks that it has sent to other clients.
+    """
+
+    session: int
+    has: Ranges = ()
+    sent: Ranges = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +223,7 @@ Event = (
     | SessionReady
     | SessionIdle
     | BlocksDenied
+    | BlocksOffered
     | BlocksArrived
     | SessionEnded
     | TimerFired
@@ -221,6 +247,7 @@ class Connect:
         labels: What the search told about it.
         named_by: The source that named it; None when the search found it.
         follow: Whether the source may redirect this client to relays.
+        others: Whether the pull has other sources, or expects to have one soon: this one need not make room for it.
     """
 
     session: int
@@ -232,6 +259,7 @@ class Connect:
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     named_by: Address | None = None
     follow: bool = True
+    others: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,10 @@ _WINDOW_SECONDS = 0.5
 
 Other sources may have to wait this long for the blocks of a source that became slow."""
 
+_SHARED_SECONDS = 0.1
+"""The same where sources differ in what they have: what was requested early can't be requested of a faster one, and
+others wait until this client has it to give."""
+
 _IMPATIENCE = 2.0
 """Least seconds without a block before a session with a source is ended because another source is idle."""
 
@@ -51,7 +55,9 @@ class SessionState:
     ended: bool = False
     slow: bool = False
     dismissed: bool = False
-    parked: bool = False  # nothing to do until blocks of other sessions become pending again
+    parked: bool = False  # nothing to do until blocks become pending again, or its source has one that is
+    parked_at: float = 0.0
+    starved: bool = False  # it was finished because its source had nothing that was needed
     denied: str = ""
     elsewhere: tuple[str, ...] = ()
     blocks: int = 0
@@ -64,11 +70,18 @@ class SessionState:
         """Average seconds per byte; 0 before the first block."""
         return max(self.moved - self.began, 1e-3) / self.nbytes if self.nbytes else 0.0
 
-    def window(self, plan: Plan) -> int:
-        """Bytes that may be requested ahead."""
+    def window(self, plan: Plan, *, shared: bool = False) -> int:
+        """Bytes that may be requested ahead.
+
+        Args:
+            plan: The blocks.
+            shared: Whether there are several sources, and they differ in what they have.
+        """
         if not self.nbytes:
-            return _WINDOW_BYTES[0]
-        return int(min(max(_WINDOW_SECONDS / self.seconds_per_byte, 2 * plan.block_bytes), _WINDOW_BYTES[1]))
+            return plan.block_bytes if shared else _WINDOW_BYTES[0]
+        seconds = _SHARED_SECONDS if shared else _WINDOW_SECONDS
+        least = 1 if shared else 2
+        return int(min(max(seconds / self.seconds_per_byte, least * plan.block_bytes), _WINDOW_BYTES[1]))
 
     def overdue_at(self, plan: Plan) -> float:
         """The time from which the next block counts as overdue."""

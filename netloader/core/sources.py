@@ -150,6 +150,11 @@ class Sources:
         """Sources that are being pulled from."""
         return sum(c.running for c in self._known.values())
 
+    @property
+    def several(self) -> bool:
+        """Whether more than one source is known that was not named by another one."""
+        return sum(c.via is None for c in self._known.values()) > 1
+
     def add(self, sources: Iterable[Source]) -> int:
         """Add sources behind those that are known. Of a known source, only labels and load change.
 
@@ -291,9 +296,16 @@ class Sources:
         ]
         return max(now, min(waiting)) if waiting else None
 
-    def rest(self, source: Address) -> None:
-        """Its session ended because no block was pending. It may be tried again when blocks become pending."""
+    def rest(self, source: Address, *, last: bool = False) -> None:
+        """Its session ended because it had no block that was pending. It may be tried again while one is.
+
+        Args:
+            source: The source.
+            last: Try all other sources first.
+        """
         candidate = self._known[source]
+        if last:
+            candidate.late = self._next()
         candidate.running, candidate.resting = False, True
         self._drop_lost(source)
 
@@ -320,7 +332,15 @@ class Sources:
         if candidate.tries <= 0 or candidate.via is not None or candidate.lost:
             self.drop(source)
 
-    def later(self, source: Address, now: float, at_least: float | None = None, *, put_off: bool = False) -> None:
+    def later(
+        self,
+        source: Address,
+        now: float,
+        at_least: float | None = None,
+        *,
+        put_off: bool = False,
+        steady: bool = False,
+    ) -> None:
         """It is not ready: try it again after a pause, until the wait ends.
 
         Args:
@@ -328,9 +348,12 @@ class Sources:
             now: The time.
             at_least: Least pause in seconds, when the source asked for one.
             put_off: Whether it delivered blocks and then served others first: it is waited for anew, but not for long.
+            steady: Whether the pause does not grow.
         """
         candidate = self._known[source]
         candidate.running = False
+        if candidate.via is None:
+            self._release(source)
         if put_off and candidate.via is None:
             candidate.until = max(candidate.until, now + _PUT_OFF)
         if now >= candidate.until or candidate.lost:
@@ -342,7 +365,8 @@ class Sources:
         if at_least is not None and candidate.via is None:
             pause = max(pause, at_least * self._rng.uniform(1.0, 1.25))
         candidate.due = min(now + pause, candidate.until)
-        candidate.pause = min(candidate.pause * 2, _PAUSE[1])
+        if not steady:
+            candidate.pause = min(candidate.pause * 2, _PAUSE[1])
 
     def redirect(self, source: Address, relays: Sequence[Address], now: float) -> bool:
         """It redirected this client to relays.
@@ -424,6 +448,11 @@ class Sources:
             self.drop(source)
         elif candidate.lost:
             self._forget(source)
+
+    def _release(self, source: Address) -> None:
+        """Hold nobody back for a source that was found, and was named too: it may be waited for long, and be dead."""
+        for candidate in self._known.values():
+            candidate.waits_for -= {source}
 
     def _held_back(self, candidate: _Candidate) -> bool:
         """Whether one of the relays that it named is still known."""

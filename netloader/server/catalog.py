@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from netloader.core.identity import Layout, Role, check_sendable
 from netloader.core.protocol.events import Held, NotHeld
 from netloader.errors import LocalProtocolError
+from netloader.server.offers import SentBlocks
 from netloader.session.holding import Holding
 from netloader.session.relay_progress import Supply
 
-__all__ = ["Holdings"]
+__all__ = ["Holdings", "announced_bytes"]
+
+_TENSOR_BYTES = 100
+"""About how many bytes of an announcement are about one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class Holdings:
     def __init__(self) -> None:
         self._entries: dict[tuple[Role, Layout], Holding | _Absent] = {}
         self._supplies: dict[tuple[Role, Layout], Supply | None] = {}
+        self._sent: dict[tuple[Role, Layout], SentBlocks] = {}
 
     def add(self, holding: Holding, supply: Supply | None = None) -> None:
         """Serve `holding` under its own role and layout.
@@ -47,6 +52,7 @@ class Holdings:
         if isinstance(self._entries.get(key), _Absent | None):
             self._entries[key] = holding
             self._supplies[key] = supply
+            self._sent[key] = SentBlocks()
             return
         raise LocalProtocolError(
             f"{identity.layout} tensors are already served for role {identity.role!r}", hint="retract them first"
@@ -76,6 +82,7 @@ class Holdings:
                     NotHeld("gone", reason, hint="pull from another source", retry_after=5.0, sources=sources)
                 )
                 self._supplies.pop(key, None)
+                self._sent.pop(key, None)
                 if not isinstance(entry, _Absent):
                     held.append(entry)
         return tuple(held)
@@ -101,6 +108,12 @@ class Holdings:
         identity = holding.announcement.identity
         return self._supplies.get((identity.role, identity.layout)) if self.holds(holding) else None
 
+    def sent_of(self, holding: Holding) -> SentBlocks:
+        """The blocks of `holding` that were sent to clients that relay."""
+        identity = holding.announcement.identity
+        sent = self._sent.get((identity.role, identity.layout)) if self.holds(holding) else None
+        return SentBlocks() if sent is None else sent
+
     def find(self, role: Role, layouts: Sequence[Layout]) -> tuple[Held | NotHeld, Holding | None]:
         """Find the holding under `role` in the first of `layouts` that is served.
 
@@ -124,3 +137,9 @@ class Holdings:
         wanted = " or ".join(layouts) or "any layout"
         holds = ", ".join(held) or "nothing yet"
         return NotHeld("not-held", f"nothing is held for {role} in {wanted}; held: {holds}", hint=hint), None
+
+
+def announced_bytes(holding: Holding) -> int:
+    """About how many bytes the announcement of `holding` has."""
+    known = holding.announcement
+    return len(known.digests) + _TENSOR_BYTES * len(known.manifest.tensors)

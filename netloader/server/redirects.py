@@ -75,6 +75,14 @@ class Redirects:
         self._served.pop(session, None)
         self.deny(session)
 
+    def served(self, holding: object) -> int:
+        """Clients that are being served with `holding`."""
+        return sum(served is holding for served in self._served.values())
+
+    def shares(self, holding: object) -> bool:
+        """Whether one of them says that it relays."""
+        return any(relay.holding is holding for relay in self._relays.values())
+
     def relays_for(
         self,
         holding: object,

@@ -16,6 +16,7 @@ from netloader.core.plan import Ranges, expand, to_ranges
 from netloader.core.protocol import FINAL, Session, State
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e
+from netloader.core.protocol.transfer import TELLS_BLOCKS
 from netloader.errors import (
     LocalProtocolError,
     ManifestError,
@@ -27,7 +28,8 @@ from netloader.observe.events import BlocksSent
 from netloader.server.admission import Admission
 from netloader.server.bandwidth import Bandwidth
 from netloader.server.budgets import Stage
-from netloader.server.catalog import Holdings
+from netloader.server.catalog import Holdings, announced_bytes
+from netloader.server.offers import SentBlocks, tell_blocks, tell_sent
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import RelayCheck
 from netloader.server.session_info import SessionInfo
@@ -35,7 +37,7 @@ from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
 from netloader.session.connection import ControlConnection
 from netloader.session.driver import ChannelCall, SessionDriver
-from netloader.session.holding import Holding, announced_bytes
+from netloader.session.holding import Holding
 from netloader.session.off_loop import few_spans, look_up
 from netloader.session.relay_progress import Supply
 from netloader.transports.base import Channel, Transport
@@ -56,6 +58,12 @@ _RETRY_GONE = 5.0
 
 _RETRY_BUSY = 5.0
 """Seconds after which a client that was redirected, or found the queue full, may ask again."""
+
+_SHARES = 4
+"""Clients that a server serves of those that pull from others already: more would only divide its link further."""
+
+_RETRY_SHARE = 1.0
+"""Seconds after which such a client may ask again."""
 
 _RELAY_DECISION = 1.0
 """Most seconds that a new client waits until it is known whether a client that is being served is a relay."""
@@ -129,6 +137,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._supply: Supply | None = None
         self._absent: set[int] = set()
         self._chain: tuple[str, ...] = ()
+        self._partial = False
+        self._own = SentBlocks()
         self._holding: Holding | None = None
         self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
@@ -241,6 +251,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._free_turn()
         if after is State.TRANSFER:
             self.spawn(lambda: self.make_calls(self._next_send), lambda _: None)
+            self.spawn(self._tell_blocks, lambda _: None)
 
     def _take_turn(self) -> None:
         if self.session.probing:  # it takes no turn: it is told what is held, and has to go before others
@@ -282,6 +293,8 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding, identify = self._serving(), self.session.identify
         if identify is None or identify.probe:
             return None
+        if identify.others and self._relays.served(holding) >= _SHARES:
+            return e.NotHeld("busy", f"{_SHARES} others are being served", retry_after=_RETRY_SHARE)
         supply = self._holdings.supply_of(holding)
         if supply is not None and not supply.live:
             return e.NotHeld("not-ready", "this relay is looking for a source itself", retry_after=_RETRY_RELAY)
@@ -301,13 +314,16 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._account(Stage.SERVED)
             self._turns.answer_takes(self, announced_bytes(holding))
         self._supply = supply = self._holdings.supply_of(holding)
+        tells = self.session.protocol >= TELLS_BLOCKS
+        self._partial = partial = tells and supply is not None and not supply.complete
+        shared = tells and self._relays.shares(holding)
         if identify is not None and not identify.probe:
             self._relays.join(self, holding, self._host, identify.relay)
         if supply is None:
-            return e.TurnTaken()
-        self._chain = supply.chain
+            return e.TurnTaken(shared=shared)
+        self._chain = () if partial else supply.chain
         self.spawn(lambda: self._follow_upstream(supply), lambda event: event)
-        return e.TurnTaken(supply.node, self._chain)
+        return e.TurnTaken(supply.node, self._chain, partial, shared and not partial)
 
     async def _wait_for_turn(self) -> e.Event | None:
         turns = self._turns
@@ -324,7 +340,7 @@ class ServerSession(SessionDriver[ClientMessage]):
     async def _follow_upstream(self, supply: Supply) -> None:
         """Report changes of the chain to the client, and grant the blocks it waits for when they are verified here."""
         while True:
-            if supply.chain != self._chain:
+            if supply.chain != self._chain and not self._partial:
                 self._chain = supply.chain
                 if self.session.state in (State.PLAN, State.TRANSFER):
                     self.feed(e.UpstreamChanged(self._chain))
@@ -340,6 +356,19 @@ class ServerSession(SessionDriver[ClientMessage]):
                 gone, self._absent = to_ranges(self._absent), set()
                 self._note_absent()
                 self.feed(e.BlocksGone(gone, "this relay has lost its own source"))
+
+    async def _tell_blocks(self) -> None:
+        """Tell the client which blocks there are, if this is a relay; else which were sent to others that relay."""
+        if self._partial and self._supply is not None:
+            await tell_blocks(self._supply, self.feed)
+        elif self._passes_on():
+            await tell_sent(self._holdings.sent_of(self._serving()), self._own, self.feed)
+
+    def _passes_on(self) -> bool:
+        """Whether the client relays what it gets, and is told what others got."""
+        identify = self.session.identify
+        told = self.session.protocol >= TELLS_BLOCKS and not self._partial
+        return told and identify is not None and identify.relay != 0
 
     async def _accept(self, transport: str, peer_facts: dict[str, str]) -> e.Event | None:
         async def make() -> Channel:
@@ -414,6 +443,9 @@ class ServerSession(SessionDriver[ClientMessage]):
         ready = to_ranges(numbers - set(lost))
         if ready:
             self.feed(e.BlocksReady(ready))
+            if self._passes_on():
+                self._own.add(ready)
+                self._holdings.sent_of(self._serving()).add(ready)
         if lost:
             self.feed(e.BlocksGone(to_ranges(lost), next(iter(lost.values()))))
 

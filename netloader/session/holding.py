@@ -9,11 +9,7 @@ from netloader.codecs.block_view import BlockView
 from netloader.core.plan import Plan
 from netloader.core.protocol.events import Announcement
 
-__all__ = ["Holding", "Memory", "announced_bytes"]
-
-
-_TENSOR_BYTES = 100
-"""About how many bytes of an announcement are about one tensor."""
+__all__ = ["Holding", "Memory"]
 
 
 class Memory(Protocol):
@@ -57,9 +53,3 @@ class Holding(Protocol):
     def memory(self) -> Memory:
         """The memory of its blocks."""
         ...
-
-
-def announced_bytes(holding: Holding) -> int:
-    """About how many bytes the announcement of `holding` has."""
-    known = holding.announcement
-    return len(known.digests) + _TENSOR_BYTES * len(known.manifest.tensors)

@@ -30,6 +30,11 @@ class Supply:
         return self._ledger.plan is not None and self._ledger.state(number) is BlockState.VERIFIED
 
     @property
+    def blocks(self) -> int:
+        """The verified blocks: bit n stands for block n."""
+        return self._ledger.verified_mask
+
+    @property
     def complete(self) -> bool:
         """Whether all blocks are verified."""
         return self._ledger.complete

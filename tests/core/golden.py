@@ -107,6 +107,7 @@ FULL_2: tuple[m.ClientMessage | m.ServerMessage, ...] = (
         chain=("ab" * 8,),
         metadata={"format": "pt"},
     ),
+    m.Progress(has=((0, 3), (5, 6)), sent=((3, 5),)),
 )
 """Those again that have more fields since protocol 2."""
 
@@ -119,6 +120,7 @@ LEAST: tuple[m.ClientMessage | m.ServerMessage, ...] = (
     m.Announce(block_bytes=1024, algorithm="", digests=b"", root="", plan=""),
     m.Gone(ranges=(), reason=""),
     m.Upstream(),
+    m.Progress(),
     m.Verdict(outcome="complete"),
     m.Refusal(code="version", message=""),
     m.Goodbye(),
@@ -128,6 +130,10 @@ EXAMPLES: dict[str, m.ClientMessage | m.ServerMessage] = {
     **{f"{type(message).__name__}, full": message for message in FULL},
     **{f"{type(message).__name__}, full since protocol 2": message for message in FULL_2},
     **{f"{type(message).__name__}, least": message for message in LEAST},
+    "Identify, others": m.Identify(node="ef" * 8, relay=19374, others=True),
+    "Announce, partial": m.Announce(
+        block_bytes=1024, algorithm="", digests=b"", root="", plan="", node="ef" * 8, partial=True, shared=True
+    ),
     "Accepted, names": m.Accepted(identity=NAMED),
     "Accepted, settings": m.Accepted(identity=SET),
     "Accepted, no names": m.Accepted(identity=ModelIdentity(model="/m", names={})),

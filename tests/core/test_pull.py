@@ -22,6 +22,7 @@ from netloader.core.addresses import Address
 from netloader.core.ledger import Ledger
 from netloader.core.options import PullOptions
 from netloader.core.pull import Pull
+from netloader.core.pull_requests import Requests
 from netloader.core.sources import Sources
 from netloader.errors import DigestMismatch, DiscoveryError, NetloaderError, NoSourceLeft, PeerLost, RefusedError
 from tests.core.pull_world import Source, World, announcement
@@ -153,8 +154,8 @@ def _waits_for_sessions(self: Pull) -> Iterator[p.Command]:
         yield from _complete(self)
 
 
-def _always_parks(self: Pull, session: Any, now: float) -> Iterator[p.Command]:
-    asked = list(self._request_blocks(session)) if session.open and not session.finished else []
+def _always_parks(self: Requests, session: Any, now: float) -> Iterator[p.Command]:
+    asked = list(self.request(session)) if session.open and not session.finished else []
     yield from asked
     session.parked = not asked
 
@@ -187,7 +188,7 @@ _complete, _redirect, _gone = Pull._complete, Sources.redirect, Sources.gone
 
 BUGS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a complete pull waits for its sessions": (Pull, "_complete", _waits_for_sessions),
-    "sessions park although nothing can come back": (Pull, "_give_work", _always_parks),
+    "sessions park although nothing can come back": (Requests, "give_work", _always_parks),
     "parked sessions get no work": (Pull, "_feed_parked", lambda self, now: ()),
     "blocks of a lost session stay in flight": (Ledger, "lose", _keeps_lost_blocks_in_flight),
     "a source that redirected is dropped": (Sources, "redirect", _drops_redirecting_source),

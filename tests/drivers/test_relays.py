@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +14,13 @@ import pytest
 from anyio.abc import TaskGroup
 
 from netloader.client.pull import pull_from
-from netloader.core import pull_state, redirect_budget
+from netloader.core import messages, pull_state, redirect_budget
 from netloader.core.addresses import Address, seen_from
 from netloader.core.options import PullOptions
 from netloader.core.protocol import State
 from netloader.core.report import Progress, PullReport
+from netloader.core.sources import Source
+from netloader.discovery.base import Appeared, Listed, SourceChange, SourceProvider
 from netloader.discovery.fixed import FixedSources
 from netloader.errors import DigestMismatch, NetloaderError, NoSourceLeft, RefusedError, RootMismatch
 from netloader.server import session as server_session
@@ -69,7 +71,7 @@ class Replica:
     def step(self, progress: Progress) -> None:
         self.verified = self.verified_by[progress.source] = progress.verified
 
-    async def pull(self, *sources: Address, **options: object) -> None:
+    async def pull(self, *sources: Address, provider: SourceProvider | None = None, **options: object) -> None:
         usual = {"timings": kit.CALM, "timeout": kit.PATIENCE, "connect_timeout": kit.PATIENCE}
         chosen = PullOptions(**{**usual, **options})  # type: ignore[arg-type]
         with self.scope:
@@ -77,7 +79,7 @@ class Replica:
                 self.report = await pull_from(
                     destination(self.into),
                     kit.IDENTITY,
-                    FixedSources(sources),
+                    provider or FixedSources(sources),
                     [self.transport],
                     digest_of,
                     chosen,
@@ -87,9 +89,11 @@ class Replica:
             except NoSourceLeft as error:
                 self.error = error
 
-    def start(self, tasks: TaskGroup, *sources: Address, **options: object) -> None:
+    def start(
+        self, tasks: TaskGroup, *sources: Address, provider: SourceProvider | None = None, **options: object
+    ) -> None:
         async def run() -> None:
-            await self.pull(*sources, **options)
+            await self.pull(*sources, provider=provider, **options)
 
         tasks.start_soon(run)
 
@@ -188,8 +192,14 @@ async def test_when_a_relay_dies_its_clients_find_another_source_and_keep_what_t
         assert third.took_from(second.address) > 0
 
 
-async def test_a_change_of_upstream_is_passed_down_the_chain_and_breaks_a_cycle() -> None:
-    """A client whose upstream chain contains itself would wait for its own blocks: it leaves the source."""
+async def test_a_change_of_upstream_is_passed_down_the_chain_and_breaks_a_cycle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client whose upstream chain contains itself would wait for its own blocks: it leaves the source.
+
+    In protocol 1 only: since protocol 2 a relay is asked for no block that it does not have.
+    """
+    monkeypatch.setattr(messages, "PROTOCOL", 1)
     hub = kit.Hub()
     async with (
         held_seed(hub.transport) as (seed, faults),
@@ -217,6 +227,51 @@ async def test_a_change_of_upstream_is_passed_down_the_chain_and_breaks_a_cycle(
         await kit.until(lambda: all(replica.complete() for replica in (first, second, third)))
         assert third.report is not None
         assert any("gets its blocks from us" in attempt.message for attempt in third.report.attempts)
+
+
+class Registry:
+    """A provider that finds sources when it is told to."""
+
+    def __init__(self, *sources: Address) -> None:
+        self._sources = list(sources)
+        self._changed = anyio.Event()
+
+    def add(self, source: Address) -> None:
+        self._sources.append(source)
+        self._changed.set()
+
+    async def watch(self) -> AsyncGenerator[SourceChange, None]:
+        known = 0
+        while True:
+            self._changed = anyio.Event()
+            for source in self._sources[known:]:
+                yield Appeared(Source(source))
+            known = len(self._sources)
+            yield Listed()
+            await self._changed.wait()
+
+
+@pytest.mark.parametrize("carrier", CARRIERS, indirect=True)
+async def test_two_replicas_pull_from_each_other_what_each_lacks(carrier: Transport) -> None:
+    """Each has a seed of its own that stops; each finds the other one as a relay. One seed is enough for both."""
+    async with (
+        held_seed(carrier) as (one, one_goes_on),
+        held_seed(carrier) as (two, _),
+        replica(carrier) as first,
+        replica(carrier) as second,
+        anyio.create_task_group() as tasks,
+    ):
+        of_first, of_second = Registry(kit.at(one)), Registry(kit.at(two))
+        first.start(tasks, provider=of_first)
+        second.start(tasks, provider=of_second)
+        await kit.until(lambda: all(each.server.holdings.held() for each in (first, second)), "each has a block")
+        of_first.add(kit.at(second.server))
+        of_second.add(kit.at(first.server))
+        await kit.until(lambda: first.joined() and second.joined(), "each pulls from the other one")
+        assert first.supply().chain == second.supply().chain == (), "nobody waits for what the other one lacks"
+        one_goes_on.release()
+        await kit.until(lambda: first.complete() and second.complete(), "one seed is enough for both")
+        assert second.took_from(first.address) > 0
 
 
 @pytest.mark.parametrize("carrier", CARRIERS, indirect=True)

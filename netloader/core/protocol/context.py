@@ -35,6 +35,7 @@ class ClientTerms:
         node: Name of this process among relays; empty when it does not relay.
         relay: Port at which it serves blocks while it pulls; 0 when it does not relay.
         avoid: Addresses of relays that failed it.
+        others: It pulls from relays already.
     """
 
     options: PullOptions = field(default_factory=PullOptions)
@@ -48,6 +49,7 @@ class ClientTerms:
     node: str = ""
     relay: int = 0
     avoid: tuple[str, ...] = ()
+    others: bool = False
 
     @property
     def role(self) -> Role:
@@ -100,6 +102,8 @@ class Context:
         peer_software: The peer's name and version.
         peer_node: The server's name among relays; empty when it holds everything itself.
         peer_chain: Relays that the server pulls blocks from.
+        peer_partial: Whether the server has only the blocks that Progress names.
+        peer_shared: Whether the server serves other clients that relay.
         peer_identity: The peer's identity, once received.
         announcement: What is being pulled, once known.
         transport: Name of the chosen transport.
@@ -129,6 +133,8 @@ class Context:
     peer_software: str = ""
     peer_node: str = ""
     peer_chain: tuple[str, ...] = ()
+    peer_partial: bool = False
+    peer_shared: bool = False
     peer_identity: ModelIdentity | None = None
     announcement: Announcement | None = None
     identify: Identify | None = None

@@ -27,6 +27,7 @@ __all__ = [
     "Examine",
     "LookUp",
     "Note",
+    "NoteBlocks",
     "NoteChain",
     "NoteQueued",
     "Pin",
@@ -132,9 +133,17 @@ class Examine:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Client: allocate memory if there is none yet, and pin root and plan -> Pinned or WorkFailed."""
+    """Client: allocate memory if there is none yet, and pin root and plan -> Pinned or WorkFailed.
+
+    Attributes:
+        announcement: What the server announced.
+        partial: Whether it has only the blocks that NoteBlocks names.
+        shared: Whether it serves other clients that relay.
+    """
 
     announcement: Announcement
+    partial: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +193,14 @@ class NoteChain:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteBlocks:
+    """Client: report that the server has more blocks, or sends some to other clients that relay."""
+
+    has: Ranges
+    sent: Ranges
+
+
+@dataclass(frozen=True, slots=True)
 class NoteQueued:
     """Client: report that this session waits for its turn.
 
@@ -211,6 +228,7 @@ Effect = (
     | Authenticate
     | SetTimer
     | Note
+    | NoteBlocks
     | NoteChain
     | NoteQueued
     | LookUp

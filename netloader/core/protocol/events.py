@@ -17,6 +17,7 @@ from netloader.errors import NetloaderError
 __all__ = [
     "Announcement",
     "BlocksGone",
+    "BlocksOffered",
     "BlocksReady",
     "BlocksReceived",
     "BlocksSent",
@@ -154,10 +155,14 @@ class TurnTaken:
     Attributes:
         node: Name of this server among relays; empty when it holds everything itself.
         chain: Relays that it pulls blocks from now, directly or through others.
+        partial: Whether it has only the blocks that BlocksOffered names.
+        shared: Whether it serves other clients that relay.
     """
 
     node: str = ""
     chain: tuple[str, ...] = ()
+    partial: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +229,14 @@ class BlocksGone:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksOffered:
+    """Server: it has more blocks, or sent some to other clients that relay."""
+
+    has: Ranges = ()
+    sent: Ranges = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BlocksSent:
     """Server: these blocks were sent on the channel."""
 
@@ -273,6 +286,7 @@ LocalEvent = (
     | ChannelDown
     | BlocksReady
     | BlocksGone
+    | BlocksOffered
     | BlocksSent
     | BlocksWanted
     | BlocksReceived

@@ -162,6 +162,7 @@ def client_welcome(ctx: Context, event: m.Welcome) -> Sequence[f.Effect]:
         relay=terms.relay,
         follow=terms.options.follow and not terms.probe,
         avoid=terms.avoid,
+        others=terms.others,
     )
     ctx.probing = terms.probe
     return [*effects, f.Send(identify), f.SetTimer(ctx.timings().validate)]

@@ -40,13 +40,15 @@ def _check_chain(ctx: Context, node: str, chain: tuple[str, ...]) -> f.NoteChain
         RefusedError: This client is part of the chain, or the chain is too long.
     """
     terms = ctx.client
+    if ctx.peer_partial:  # it is asked only for blocks that it has: nobody waits for what it waits for
+        chain = ()
     if terms.node and terms.node in (node, *chain):
         raise RefusedError("relay", "this relay gets its blocks from us", hint="another source is asked instead")
     most = terms.options.max_hops
     if len(chain) + bool(node) > most:
         text = f"this relay is {len(chain) + 1} relays away from its seed, at most {most} are accepted"
         raise RefusedError("relay", text, hint="another source is asked instead")
-    return f.NoteChain(node, chain)
+    return f.NoteChain("" if ctx.peer_partial and not ctx.probing else node, chain)
 
 
 def client_upstream(ctx: Context, event: m.Upstream) -> Sequence[f.Effect]:
@@ -66,6 +68,7 @@ def client_announce(ctx: Context, event: m.Announce) -> Sequence[f.Effect]:
         raise RemoteProtocolError("the server sent Announce twice")
     ctx.announced = True
     ctx.peer_node, ctx.peer_chain = event.node, event.chain
+    ctx.peer_partial, ctx.peer_shared = event.partial, event.shared
     return [_check_chain(ctx, event.node, event.chain), f.Examine(event, ctx.client, ctx.peer_identity, ctx.probing)]
 
 
@@ -74,7 +77,7 @@ def client_examined(ctx: Context, event: Examined) -> Sequence[f.Effect]:
     if ctx.announcement is not None or not ctx.announced:
         raise LocalProtocolError("Examined came twice, or before Announce")
     ctx.announcement = event.announcement
-    return [f.Pin(event.announcement)]
+    return [f.Pin(event.announcement, ctx.peer_partial, ctx.peer_shared)]
 
 
 def client_pinned(ctx: Context, event: Pinned) -> Sequence[f.Effect]:

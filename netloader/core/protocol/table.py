@@ -36,8 +36,9 @@ _ENDINGS: Mapping[type, Handler] = {
 
 LATE: Mapping[Side, frozenset[type]] = {
     _SERVER: frozenset({m.Signal, m.Goodbye, e.BlocksReady, e.BlocksGone, e.BlocksSent, e.UpstreamChanged, e.NotHeld,
+                        e.BlocksOffered,
                         e.ChannelOffered, e.ChannelOpened, e.SignalPosted, e.WorkFailed}),
-    _CLIENT: frozenset({m.Announce, m.ChannelOffer, m.Signal, m.Grant, m.Gone, m.Upstream,
+    _CLIENT: frozenset({m.Announce, m.ChannelOffer, m.Signal, m.Grant, m.Gone, m.Upstream, m.Progress,
                         e.Examined, e.Pinned, e.ChannelOpened, e.SignalPosted, e.BlocksWanted, e.BlocksReceived,
                         e.Finished, e.WorkFailed}),
 }  # fmt: skip
@@ -64,12 +65,14 @@ TABLE: Mapping[Row, tuple[Handler, State]] = {
     (_SERVER, _P, m.Signal): (planning.signal_came, _P),
     (_SERVER, _P, e.SignalPosted): (planning.signal_posted, _P),
     (_SERVER, _P, e.UpstreamChanged): (planning.server_upstream, _P),
+    (_SERVER, _P, e.BlocksOffered): (transfer.server_offered_blocks, _P),
     (_SERVER, _P, m.Want): (transfer.server_early_want, _P),  # the client's end of the channel may open first
     (_SERVER, _P, e.ChannelOpened): (transfer.server_open, _T),
     (_SERVER, _P, m.Verdict): (finalize.server_verdict, _F),  # a probe ends here
     (_SERVER, _T, m.Signal): (planning.signal_came, _T),
     (_SERVER, _T, e.SignalPosted): (planning.signal_posted, _T),
     (_SERVER, _T, e.UpstreamChanged): (planning.server_upstream, _T),
+    (_SERVER, _T, e.BlocksOffered): (transfer.server_offered_blocks, _T),
     (_SERVER, _T, m.Want): (transfer.server_want, _T),
     (_SERVER, _T, e.BlocksReady): (transfer.server_ready, _T),
     (_SERVER, _T, e.BlocksGone): (transfer.server_gone, _T),
@@ -88,11 +91,13 @@ TABLE: Mapping[Row, tuple[Handler, State]] = {
     (_CLIENT, _P, m.Signal): (planning.signal_came, _P),
     (_CLIENT, _P, e.SignalPosted): (planning.signal_posted, _P),
     (_CLIENT, _P, m.Upstream): (planning.client_upstream, _P),
+    (_CLIENT, _P, m.Progress): (transfer.client_progress, _P),
     (_CLIENT, _P, e.ChannelOpened): (planning.client_open, _T),
     (_CLIENT, _P, e.Finished): (finalize.client_finished, _F),  # a probe, or other sessions were faster
     (_CLIENT, _T, m.Signal): (planning.signal_came, _T),
     (_CLIENT, _T, e.SignalPosted): (planning.signal_posted, _T),
     (_CLIENT, _T, m.Upstream): (planning.client_upstream, _T),
+    (_CLIENT, _T, m.Progress): (transfer.client_progress, _T),
     (_CLIENT, _T, e.BlocksWanted): (transfer.client_wanted, _T),
     (_CLIENT, _T, m.Grant): (transfer.client_grant, _T),
     (_CLIENT, _T, m.Gone): (transfer.client_gone, _T),

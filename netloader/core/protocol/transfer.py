@@ -11,6 +11,7 @@ from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context
 from netloader.core.protocol.events import (
     BlocksGone,
+    BlocksOffered,
     BlocksReady,
     BlocksReceived,
     BlocksSent,
@@ -20,17 +21,24 @@ from netloader.core.protocol.events import (
 from netloader.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = [
+    "TELLS_BLOCKS",
     "client_gone",
     "client_grant",
+    "client_progress",
     "client_received",
     "client_wanted",
     "server_early_want",
     "server_gone",
+    "server_offered_blocks",
     "server_open",
     "server_ready",
     "server_sent",
     "server_want",
 ]
+
+
+TELLS_BLOCKS = 2
+"""First version of the protocol in which a server tells its clients which blocks it has."""
 
 
 def _checked(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
@@ -128,6 +136,16 @@ def server_gone(ctx: Context, event: BlocksGone) -> Sequence[f.Effect]:
     return [*losses, _server_timer(ctx)]
 
 
+def server_offered_blocks(ctx: Context, event: BlocksOffered) -> Sequence[f.Effect]:
+    """This server has more blocks, or sent some to others: tell the client."""
+    if ctx.protocol < TELLS_BLOCKS:
+        raise LocalProtocolError("a client of protocol 1 can't be told which blocks there are")
+    return [
+        *(f.Send(m.Progress(has=part)) for part in _in_parts(event.has)),
+        *(f.Send(m.Progress(sent=part)) for part in _in_parts(event.sent)),
+    ]
+
+
 def server_sent(ctx: Context, event: BlocksSent) -> Sequence[f.Effect]:
     """Blocks were sent."""
     numbers = _own(event, among=ctx.granted)
@@ -155,6 +173,16 @@ def client_grant(ctx: Context, event: m.Grant) -> Sequence[f.Effect]:
     """The server will send these blocks next: only now is it safe to post receives."""
     ctx.granted.update(_answered(ctx, event.ranges, "grant"))
     return [f.ReceiveBlocks(event.ranges), _client_timer(ctx)]
+
+
+def client_progress(ctx: Context, event: m.Progress) -> Sequence[f.Effect]:
+    """The server has more blocks, or sends some to others."""
+    if ctx.announcement is None:
+        raise RemoteProtocolError("the server sent Progress before its announcement was examined")
+    for ranges, what in ((event.has, "progress"), (event.sent, "note of what it sent")):
+        if ranges:
+            _checked(ctx, ranges, what)
+    return [f.NoteBlocks(event.has, event.sent)]
 
 
 def client_gone(ctx: Context, event: m.Gone) -> Sequence[f.Effect]:

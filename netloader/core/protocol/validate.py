@@ -127,6 +127,8 @@ def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
         plan=known.plan.digest,
         node=event.node,
         chain=event.chain,
+        partial=event.partial,
+        shared=event.shared,
         metadata=None if known.metadata is None else dict(known.metadata),
     )
     return [f.Send(m.Accepted(identity=known.identity)), f.Send(announce), f.SetTimer(ctx.timings().plan)]
