@@ -32,6 +32,7 @@ from netloader.server.catalog import Holdings, announced_bytes
 from netloader.server.offers import SentBlocks, tell_blocks, tell_sent
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import RelayCheck
+from netloader.server.sent_count import SentCount
 from netloader.server.session_info import SessionInfo
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
@@ -142,10 +143,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._holding: Holding | None = None
         self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
         self._sending = 0
-        self._blocks = 0
-        self._unfinished = (0, 0)  # blocks in calls of the channel that have not ended, and their bytes
-        self._nbytes = 0
-        self._told = (0, 0)
+        self._sent = SentCount()
 
     async def run(self) -> None:
         """Serve the client to the end of its session. Its turn is freed in any case."""
@@ -165,20 +163,19 @@ class ServerSession(SessionDriver[ClientMessage]):
     def info(self) -> SessionInfo:
         """A snapshot of the session."""
         role = "" if self._holding is None else self._holding.announcement.identity.role
-        state, transport = self.session.state, self.session.transport
-        (unfinished, more), ended_well = self._unfinished, state in (State.FINALIZE, State.DONE)
-        if ended_well:  # the client has all blocks, although the call that sent the last ones has not returned
-            return SessionInfo(self.peer, state, role, transport, self._blocks + unfinished, self._nbytes + more, 0)
-        return SessionInfo(self.peer, state, role, transport, self._blocks, self._nbytes, unfinished)
+        blocks, nbytes = self._sent.so_far(all_arrived=self._ended_well())
+        unfinished = 0 if self._ended_well() else self._sent.unfinished
+        return SessionInfo(self.peer, self.session.state, role, self.session.transport, blocks, nbytes, unfinished)
+
+    def _ended_well(self) -> bool:
+        """Whether the client has all blocks, although the call that sent the last ones may not have returned."""
+        return self.session.state in (State.FINALIZE, State.DONE)
 
     def tell_sent(self) -> None:
         """Emit an event for the blocks that were sent since the last one."""
-        info, (blocks, nbytes) = self.info(), self._told
-        if info.blocks > blocks:
-            self._told = info.blocks, info.nbytes
-            self._observe(
-                BlocksSent(self.number, self.peer, info.transport, info.blocks - blocks, info.nbytes - nbytes)
-            )
+        blocks, nbytes = self._sent.news(all_arrived=self._ended_well())
+        if blocks:
+            self._observe(BlocksSent(self.number, self.peer, self.session.transport, blocks, nbytes))
 
     @property
     def holding(self) -> Holding | None:
@@ -454,7 +451,7 @@ class ServerSession(SessionDriver[ClientMessage]):
         holding = self._serving()
         if not await self._granted.wait():
             return None
-        most = min(max(_FIRST_BYTES, self._nbytes), _SEND_BYTES, holding.memory.call_bytes or _SEND_BYTES)
+        most = min(max(_FIRST_BYTES, self._sent.nbytes), _SEND_BYTES, holding.memory.call_bytes or _SEND_BYTES)
         batch = self._granted.take(holding.announcement.plan, min(most, self._bandwidth.slice_bytes or most))
         await self._wait_for_bandwidth(sum(holding.announcement.plan.blocks[number].nbytes for number in batch))
         if not self._holdings.holds(holding):
@@ -489,7 +486,7 @@ class ServerSession(SessionDriver[ClientMessage]):
     async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
         self._begin_relay_check()
         nbytes = sum(view.nbytes for view in views)
-        self._unfinished = self._unfinished[0] + len(batch), self._unfinished[1] + nbytes
+        self._sent.began(len(batch), nbytes)
         self._turns.call_began(self, nbytes, time.monotonic())
         try:
             await self.channel().send(views)
@@ -497,10 +494,8 @@ class ServerSession(SessionDriver[ClientMessage]):
             self._sending -= 1
 
         def account() -> None:
-            self._unfinished = self._unfinished[0] - len(batch), self._unfinished[1] - nbytes
             self._turns.call_ended(self, nbytes, time.monotonic())
-            self._blocks += len(batch)
-            self._nbytes += nbytes
+            self._sent.ended(len(batch), nbytes)
             self.tell_sent()
             self.feed(e.BlocksSent(to_ranges(batch)))
 
