@@ -44,7 +44,7 @@ from netloader.errors import (
 
 __all__ = ["Pull"]
 
-_POLITE_SECONDS = 1.0
+_POLITE_SECONDS = 3.0
 """Seconds for which a pull that finds many sources goes on to the next one where enough others are served already."""
 
 _TOO_SLOW = "this relay delivers too little, and its server can serve instead"
