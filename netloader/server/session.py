@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import anyio
 
-from netloader.codecs.block_view import BlockView
 from netloader.core.addresses import Address, seen_from
 from netloader.core.messages import ClientMessage
 from netloader.core.plan import Ranges, expand, to_ranges
@@ -19,7 +18,6 @@ from netloader.core.protocol import events as e
 from netloader.core.protocol.transfer import TELLS_BLOCKS
 from netloader.errors import (
     LocalProtocolError,
-    ManifestError,
     RefusedError,
     TransportUnavailable,
 )
@@ -32,7 +30,7 @@ from netloader.server.catalog import Holdings, announced_bytes
 from netloader.server.offers import SentBlocks, tell_blocks, tell_sent
 from netloader.server.redirects import Redirects
 from netloader.server.relay_check import RelayCheck
-from netloader.server.sent_count import SentCount
+from netloader.server.sending import Batch, Gone, Sending
 from netloader.server.session_info import SessionInfo
 from netloader.session.block_queue import BlockQueue, groups
 from netloader.session.closing import close_pending
@@ -80,14 +78,6 @@ _OPEN_REQUESTS = 4096
 
 _OTHER_SOURCE = "pull from another source"
 
-_SEND_BYTES = 256 << 20
-"""Most bytes in one call of the channel. A client's request window is about half a second at its rate, so a call
-takes no longer than that. A retraction takes effect between two calls."""
-
-_FIRST_BYTES = 4 << 20
-"""Most bytes in a call until more have been sent. A call may last as long as its bytes take at the least rate, so a
-client that takes none must not hold its channel for a large one."""
-
 
 class ServerSession(SessionDriver[ClientMessage]):
     """The session with one client.
@@ -127,7 +117,6 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._holdings = holdings
         self._turns = turns
         self._bandwidth = bandwidth
-        self._waits = False
         self._transports = transports
         self._relays = relays
         self._check_relay = check
@@ -141,17 +130,15 @@ class ServerSession(SessionDriver[ClientMessage]):
         self._partial = False
         self._own = SentBlocks()
         self._holding: Holding | None = None
-        self._granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
-        self._sending = 0
-        self._sent = SentCount()
+        granted = BlockQueue(_OPEN_REQUESTS, f"the client has more than {_OPEN_REQUESTS} requests open")
+        self._sending = Sending(self, holdings, turns, bandwidth, granted, self._note_absent)
 
     async def run(self) -> None:
         """Serve the client to the end of its session. Its turn is freed in any case."""
         try:
             await super().run()
         finally:
-            self._sending = 0
-            self._granted.close()
+            self._sending.close()
             self._free_turn()
 
     def _free_turn(self) -> None:
@@ -163,8 +150,8 @@ class ServerSession(SessionDriver[ClientMessage]):
     def info(self) -> SessionInfo:
         """A snapshot of the session."""
         role = "" if self._holding is None else self._holding.announcement.identity.role
-        blocks, nbytes = self._sent.so_far(all_arrived=self._ended_well())
-        unfinished = 0 if self._ended_well() else self._sent.unfinished
+        blocks, nbytes = self._sending.so_far(all_arrived=self._ended_well())
+        unfinished = 0 if self._ended_well() else self._sending.unfinished
         return SessionInfo(self.peer, self.session.state, role, self.session.transport, blocks, nbytes, unfinished)
 
     def _ended_well(self) -> bool:
@@ -173,7 +160,7 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     def tell_sent(self) -> None:
         """Emit an event for the blocks that were sent since the last one."""
-        blocks, nbytes = self._sent.news(all_arrived=self._ended_well())
+        blocks, nbytes = self._sending.news(all_arrived=self._ended_well())
         if blocks:
             self._observe(BlocksSent(self.number, self.peer, self.session.transport, blocks, nbytes))
 
@@ -185,7 +172,7 @@ class ServerSession(SessionDriver[ClientMessage]):
     @property
     def sending(self) -> bool:
         """Whether a call of the channel is sending blocks."""
-        return self._sending > 0
+        return self._sending.calls > 0
 
     def retract(self, reason: str, sources: tuple[str, ...] = ()) -> None:
         """End the session because its holding is retracted. Does nothing if the session is ending already.
@@ -233,7 +220,7 @@ class ServerSession(SessionDriver[ClientMessage]):
             case f.CheckBlocks(ranges):
                 self._check(ranges)
             case f.SendBlocks(ranges):
-                self._granted.put(ranges)
+                self._sending.grant(ranges)
             case _:
                 super().perform(effect)
 
@@ -419,7 +406,7 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     def _note_absent(self) -> None:
         """Note whether the client waits for this server: for blocks that a relay does not have, or for bandwidth."""
-        self._turns.excuse(self, time.monotonic(), excused=bool(self._absent) or self._waits)
+        self._turns.excuse(self, time.monotonic(), excused=bool(self._absent) or self._sending.waiting)
 
     def _grant(self, numbers: set[int]) -> None:
         """Grant the blocks that can be served, and report the others as gone."""
@@ -448,56 +435,27 @@ class ServerSession(SessionDriver[ClientMessage]):
 
     async def _next_send(self) -> ChannelCall | None:
         """Wait for granted blocks, and return the call that sends the next of them; None at the end of the session."""
-        holding = self._serving()
-        if not await self._granted.wait():
-            return None
-        most = min(max(_FIRST_BYTES, self._sent.nbytes), _SEND_BYTES, holding.memory.call_bytes or _SEND_BYTES)
-        batch = self._granted.take(holding.announcement.plan, min(most, self._bandwidth.slice_bytes or most))
-        await self._wait_for_bandwidth(sum(holding.announcement.plan.blocks[number].nbytes for number in batch))
-        if not self._holdings.holds(holding):
-            self._granted.drop()
-            return partial(self._report_gone, *self._holdings.why_gone(holding))
-        self._sending += 1
-        try:
-            views = await look_up(holding.memory.views, holding.announcement.plan, batch)
-        except ManifestError as error:  # the owner dropped the tensors after they were granted
-            self._sending -= 1
-            self._granted.drop()
-            return partial(self._report_gone, error.message)
-        except BaseException:
-            self._sending -= 1
-            raise
-        return partial(self._send, batch, views)
+        found = await self._sending.following(self._serving())
+        if isinstance(found, Gone):
+            return partial(self._report_gone, found)
+        return None if found is None else partial(self._send, found)
 
-    async def _wait_for_bandwidth(self, nbytes: int) -> None:
-        """Wait until the limit of the server lets these bytes pass. Meanwhile the client need not keep a pace."""
-        self._waits = True
-        self._note_absent()
-        try:
-            await self._bandwidth.wait(self, nbytes)
-        finally:
-            self._waits = False
-            self._note_absent()
-
-    async def _report_gone(self, reason: str, sources: tuple[str, ...] = ()) -> Callable[[], None]:
+    async def _report_gone(self, gone: Gone) -> Callable[[], None]:
         """A call that sends nothing and then ends the session. Sends in progress complete first."""
-        return lambda: self.retract(reason, sources)
+        return lambda: self.retract(gone.reason, gone.sources)
 
-    async def _send(self, batch: list[int], views: Sequence[BlockView]) -> Callable[[], None]:
+    async def _send(self, batch: Batch) -> Callable[[], None]:
         self._begin_relay_check()
-        nbytes = sum(view.nbytes for view in views)
-        self._sent.began(len(batch), nbytes)
-        self._turns.call_began(self, nbytes, time.monotonic())
+        self._sending.began(batch)
         try:
-            await self.channel().send(views)
+            await self.channel().send(batch.views)
         finally:
-            self._sending -= 1
+            self._sending.returned()
 
         def account() -> None:
-            self._turns.call_ended(self, nbytes, time.monotonic())
-            self._sent.ended(len(batch), nbytes)
+            self._sending.ended(batch)
             self.tell_sent()
-            self.feed(e.BlocksSent(to_ranges(batch)))
+            self.feed(e.BlocksSent(to_ranges(batch.numbers)))
 
         return account
 
