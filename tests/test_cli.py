@@ -97,13 +97,20 @@ def test_version_and_help_need_no_torch() -> None:
         assert word in done.stdout
 
 
+def test_a_pull_without_a_source_and_without_a_registry_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", "-o", str(tmp_path / "out")]) == 2
+    assert "at least one host:port, or --discovery URL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         [],
         ["dance"],
         ["pull", "127.0.0.1:1"],
-        ["pull", "-o", "out"],
+        ["pull", "127.0.0.1:1", "--discovery", "dir:folder"],
         ["pull", "127.0.0.1:1", "-o", "out", "--expect-root", "abc"],
         ["pull", "127.0.0.1:1", "-o", "out", "--timeout", "soon"],
         ["serve", "folder", "--port", "65536"],

@@ -157,7 +157,8 @@ class Admission:
         if place is None:
             return False
         if self.channels < self._channels:
-            place.channel = place.turn = True
+            place.channel = True
+            place.turn = place.turn or self._room_to_return
             place.until = now + _AHEAD
             return True
         del self._places[client]
@@ -185,7 +186,12 @@ class Admission:
             if place.calls:
                 place.calls.pop(0)
             place.until = min(place.until + nbytes / LEAST_RATE, now + _AHEAD)
-            place.turn = place.turn or place.until >= now
+            place.turn = place.turn or (place.until >= now and self._room_to_return)
+
+    @property
+    def _room_to_return(self) -> bool:
+        """Whether a client that was put aside may have its turn back, besides those to whom turns were passed on."""
+        return self.taken < 2 * self.total
 
     def excuse(self, client: Hashable, now: float, *, excused: bool) -> None:
         """The client waits for this server (`excused`), or no longer does."""

@@ -123,6 +123,20 @@ class UnusedTurnsMachine(RuleBasedStateMachine):
 TestUnusedTurns = UnusedTurnsMachine.TestCase
 
 
+def test_turns_that_come_back_are_bounded() -> None:
+    """Two clients that were put aside answer, while a third one has the only turn."""
+    turns = Admission(1, 1)
+    assert all(turns.enter(number, 0.0) for number in (1, 2, 3))
+    assert turns.pass_on(1.0) == [1]
+    assert turns.pass_on(2.0) == [3], "the newest one was next"
+    assert turns.has(2)
+    assert turns.take_channel(1, 2.0)
+    assert turns.take_channel(3, 2.0)
+    assert turns.taken == 2
+    turns.call_ended(3, 4 << 20, 2.0)
+    assert (turns.taken, turns.aside(3), turns.channels) == (2, True, 2)
+
+
 async def test_a_queued_client_is_woken_when_it_gets_its_turn() -> None:
     turns = Admission(1, 1)
     assert turns.enter("first", 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.discovery.nameserver import DOMAIN, NameServer, needs_dnsmasq
 from tests.discovery.services import a_redis
 from tests.e2e import engines
 from tests.e2e.engines import Engine
@@ -64,6 +65,25 @@ def test_engines_find_each_other_and_a_third_one_while_the_second_still_loads(st
         assert engine.lines(PULLED)
         assert not engine.lines(DEFAULT)
         assert engine.answers(PROMPTS) == answers
+
+
+@needs_dnsmasq
+def test_engines_find_each_other_by_dns(stage: Scenario, tmp_path: Path) -> None:
+    """Each engine listens at an address of its own and at the same port, like the pods of a headless service."""
+    folder = tmp_path / "names"
+    folder.mkdir()
+    with NameServer(folder) as names:
+        names.set(engines=["127.0.0.2", "127.0.0.3"])
+        port = engines.free_port()
+        url = f"dns://engines.{DOMAIN}:{port}?server={names.address}"
+        first = start(stage, "first", stage.full, url, LISTEN_HOST="127.0.0.2", LISTEN_PORT=port, WAIT=0)
+        engines.wait_all_ready(first)
+        second = start(stage, "second", stage.bare, url, LISTEN_HOST="127.0.0.3", LISTEN_PORT=port)
+        engines.wait_all_ready(second)
+        (line,) = second.lines(PULLED)
+        assert f"127.0.0.2:{port}" in line
+        assert not second.lines(DEFAULT)
+        assert second.answers(PROMPTS) == first.answers(PROMPTS)
 
 
 def test_of_two_engines_that_start_together_one_reads_the_files(stage: Scenario, tmp_path: Path) -> None:

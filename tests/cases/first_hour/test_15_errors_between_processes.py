@@ -35,6 +35,7 @@ SAMPLES: dict[str, Any] = {
     "AttemptFailed": lambda: e.AttemptFailed("10.0.0.7:1", _LOST, 3),
     "NoSourceLeft": lambda: e.NoSourceLeft([e.AttemptFailed("10.0.0.7:1", _LOST, 3)], verified=1, total=2, advice="x"),
     "ServerLost": lambda kind: kind("it ended"),
+    "EtcdRefusal": lambda kind: kind("permission denied", code=7, hint="look"),
     "NotRestored": lambda kind: kind(["w"]),
 }
 
