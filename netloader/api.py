@@ -35,7 +35,7 @@ from netloader.observe.progress import Display
 from netloader.server.own_address import own_host
 from netloader.server.server import HoldingServer
 from netloader.server.tensor_server import Published, TensorServer
-from netloader.session.off_loop import FEW_SPANS, in_thread, shielded, weaken
+from netloader.session.off_loop import FEW_SPANS, from_thread, in_thread, shielded, weaken
 from netloader.session.own_task import in_own_task
 from netloader.transports import registry
 from netloader.transports.base import Transport
@@ -292,6 +292,9 @@ async def pull_or_load(
     check.function("load", load)
     check.kind("server", server, Server, "a running netloader.Server with discovery=...")
     search = Search(FixedSources(()), check_discovery(check, discovery), check_zone(check, zone))
+    check_named(check, search, identity, options.get("expect_root"))
+    if isinstance(server, Server) and server.published.backend is None:
+        check.kind("server", None, Server, "a running netloader.Server with discovery=...")
     claims = None if search.backend is None else search.backend.claims()
     if claims is None:
         check.kind("discovery", discovery, (), "a registry that gives leases, such as redis:// or etcd://")
@@ -308,7 +311,10 @@ async def pull_or_load(
         async with turn_of(provider, claims, work_of(wanted[0].key), within=left, what=name or "the model") as turn:
             if turn.loads:
                 tell = _tell_nobody if turn.claim is None else turn.claim.tell
-                await (load(tell) if iscoroutinefunction(load) else in_thread(partial(load, tell)))
+                if iscoroutinefunction(load):
+                    await load(tell)
+                else:
+                    await in_thread(partial(load, from_thread(tell)))
                 await server.hold(tensors, identity)
                 await server.until_published(identity.role, within=_PUBLISHED_WITHIN)
                 return None

@@ -67,6 +67,9 @@ def wanted_for(identity: ModelIdentity | None, role: Role, layouts: Sequence[Lay
 
 def check_named(check: Arguments, search: Search, identity: object, expect_root: object) -> None:
     """Check that a pull by registries says which weights it wants: others than these may be published there."""
-    if search.backend is not None and identity is None and not expect_root:
-        allowed = "a netloader.ModelIdentity, because discovery finds servers of any model; or expect_root=..."
-        check.kind("identity", identity, ModelIdentity, allowed)
+    if search.backend is None or expect_root:
+        return
+    named = isinstance(identity, ModelIdentity) and bool(name_of(identity) or identity.fingerprint)
+    if not named:
+        allowed = "a netloader.ModelIdentity with a name or a fingerprint, because discovery finds servers of any model"
+        check.kind("identity", None, ModelIdentity, f"{allowed}; or expect_root=...")

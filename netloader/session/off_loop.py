@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -11,7 +12,17 @@ from netloader.core.manifest import DIGEST_BYTES, Manifest
 from netloader.core.messages import Announce
 from netloader.core.plan import Plan
 
-__all__ = ["FEW_SPANS", "FEW_TENSORS", "examined_quickly", "few_spans", "in_thread", "look_up", "shielded", "weaken"]
+__all__ = [
+    "FEW_SPANS",
+    "FEW_TENSORS",
+    "examined_quickly",
+    "few_spans",
+    "from_thread",
+    "in_thread",
+    "look_up",
+    "shielded",
+    "weaken",
+]
 
 R = TypeVar("R")
 
@@ -41,6 +52,16 @@ def examined_quickly(announce: Announce, ours: Manifest | None) -> bool:
 def few_spans(plan: Plan, numbers: Iterable[int]) -> bool:
     """Whether blocks have so few spans that they can be looked up on the event loop."""
     return sum(len(plan.blocks[number].tensors) for number in numbers) <= FEW_SPANS
+
+
+def from_thread(function: Callable[[str], object]) -> Callable[[str], None]:
+    """`function` for callers in other threads: it is called later, in the event loop that runs now."""
+    loop = asyncio.get_running_loop()
+
+    def call(text: str) -> None:
+        loop.call_soon_threadsafe(function, text)
+
+    return call
 
 
 async def look_up(lookup: Callable[[Plan, Sequence[int]], R], plan: Plan, numbers: Sequence[int]) -> R:

@@ -220,6 +220,9 @@ async def test_servers_of_another_model_are_not_found_and_a_pull_has_to_say_what
             await netloader.pull(blank(held), discovery=backend)
         with pytest.raises(ConfigError, match="identity"):
             await netloader.pull_new(discovery=backend)
+        for unnamed in (netloader.ModelIdentity(), netloader.ModelIdentity(architecture="B", dtype="float32")):
+            with pytest.raises(ConfigError, match="a name or a fingerprint"):
+                await netloader.pull(blank(held), unnamed, discovery=backend)
         with pytest.raises(ConfigError, match="sources"):
             await netloader.pull_new()
         tensors, _ = await netloader.pull_new(identity=other, discovery=backend)

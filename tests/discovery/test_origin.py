@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -192,3 +193,36 @@ async def test_wrong_arguments_are_refused_by_name(storage: Storage) -> None:
                 server=None,  # type: ignore[arg-type]
                 discovery=engine.discovery,
             )
+
+
+async def test_a_load_in_a_thread_may_tell_how_far_it_is(storage: Storage) -> None:
+    """asyncio's debug mode refuses calls of another thread that are not meant for it."""
+    asyncio.get_running_loop().set_debug(True)
+    backend = LeaseBackend(MemoryRegistry(), ttl=TTL)
+    tensors = blank(HELD)
+
+    def load(tell: Tell) -> None:
+        tell("half of it")
+        storage.read(tensors)
+
+    async with netloader.Server(host="127.0.0.1", discovery=backend) as server:
+        with anyio.fail_after(PATIENCE):
+            assert await netloader.pull_or_load(tensors, IDENTITY, load, server=server, discovery=backend) is None
+    assert equal(tensors, HELD)
+
+
+async def test_a_server_that_is_published_nowhere_and_an_identity_without_a_name_are_refused(storage: Storage) -> None:
+    """Others would not find the server, and weights of any model could be taken."""
+    backend = LeaseBackend(MemoryRegistry(), ttl=TTL)
+    unnamed = netloader.ModelIdentity(architecture="A", dtype="float32")
+    async with (
+        netloader.Server(host="127.0.0.1") as alone,
+        netloader.Server(host="127.0.0.1", discovery=backend) as one,
+    ):
+        for server, identity, match in (
+            (alone, IDENTITY, "with discovery="),
+            (one, unnamed, "a name or a fingerprint"),
+        ):
+            with pytest.raises(ConfigError, match=match):
+                await netloader.pull_or_load(blank(HELD), identity, storage.read, server=server, discovery=backend)
+    assert not storage.opened
