@@ -293,7 +293,8 @@ async def pull_or_load(
     check.kind("server", server, Server, "a running netloader.Server with discovery=...")
     search = Search(FixedSources(()), check_discovery(check, discovery), check_zone(check, zone))
     check_named(check, search, identity, options.get("expect_root"))
-    if isinstance(server, Server) and server.published.backend is None:
+    published = getattr(server, "published", None)
+    if published is not None and published.backend is None:
         check.kind("server", None, Server, "a running netloader.Server with discovery=...")
     claims = None if search.backend is None else search.backend.claims()
     if claims is None:

@@ -211,18 +211,21 @@ async def test_a_load_in_a_thread_may_tell_how_far_it_is(storage: Storage) -> No
     assert equal(tensors, HELD)
 
 
-async def test_a_server_that_is_published_nowhere_and_an_identity_without_a_name_are_refused(storage: Storage) -> None:
+async def test_a_server_that_is_published_nowhere_and_an_identity_without_a_name_are_refused() -> None:
     """Others would not find the server, and weights of any model could be taken."""
     backend = LeaseBackend(MemoryRegistry(), ttl=TTL)
     unnamed = netloader.ModelIdentity(architecture="A", dtype="float32")
-    async with (
-        netloader.Server(host="127.0.0.1") as alone,
-        netloader.Server(host="127.0.0.1", discovery=backend) as one,
-    ):
+    loads = list[str]()
+
+    async def load(_tell: Tell) -> None:
+        loads.append("from storage")
+
+    alone, found = netloader.Server(host="127.0.0.1"), netloader.Server(host="127.0.0.1", discovery=backend)
+    async with alone, found:
         for server, identity, match in (
             (alone, IDENTITY, "with discovery="),
-            (one, unnamed, "a name or a fingerprint"),
+            (found, unnamed, "a name or a fingerprint"),
         ):
             with pytest.raises(ConfigError, match=match):
-                await netloader.pull_or_load(blank(HELD), identity, storage.read, server=server, discovery=backend)
-    assert not storage.opened
+                await netloader.pull_or_load(blank(HELD), identity, load, server=server, discovery=backend)
+    assert not loads
