@@ -7,7 +7,7 @@
 #   make e2e-oldest  tests/vllm with the oldest vLLM that is supported
 #   make hccl-real   HCCL on the released torch_npu, over a stand-in for CANN (needs g++)
 #   make coexist     vLLM with netloader and vllm-ascend, whose loader has the same name
-#   make ascend-sim  the workers, layers and quantisation of vllm-ascend on a simulated NPU
+#   make ascend-sim  the workers, layers and quantisation of vllm-ascend on a simulated NPU; ARGS="-m slow": its engines
 #   make bench       every benchmark, the table of goals and a plot; wants root, an idle machine and half an hour
 #   make bench-vllm  seconds to the first token of a new replica (needs `.venv-vllm`)
 #   make services    Redis, etcd, dnsmasq and Prometheus from the system's packages, for tests that start them (root)
@@ -138,7 +138,7 @@ coexist: setup-ascend
 
 # In this environment `import vllm` needs torch_npu: the tests start processes that have the simulated one.
 ascend-sim: setup-ascend-sim
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_SIM_VENV)/bin/python -m pytest $(E2E_LIMITS) tests/ascend $(ARGS)
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_SIM_VENV)/bin/python -m pytest $(E2E_LIMITS) -m "not slow" tests/ascend $(ARGS)
 
 # ARGS="--only llama --only tiny" measures a part.
 bench: setup-bench

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.ascend import processes
 from tests.ascend.kinds import KINDS, Store
 from tests.hccl.checklists import run_checklist
@@ -18,6 +20,7 @@ SERVING = Path(__file__).parent / "serving"
 CHECKS = ("reference", "serve", "beside", "pull", "equal", "serve_again", "reload", "stop")
 
 
+@pytest.mark.slow
 def test_engines_of_vllm_ascend_serve_and_pull_over_hccl(store: Store, tmp_path: Path) -> None:
     names = [f"engine_{check}" for check in CHECKS]
     path = os.pathsep.join([str(processes.FAKES), str(SERVING), str(ROOT)])
@@ -30,5 +33,6 @@ def test_engines_of_vllm_ascend_serve_and_pull_over_hccl(store: Store, tmp_path:
     )
     expected = dict.fromkeys(names, "PASS") | {"engine_reload": "MANUAL"}
     assert found.outcomes == expected, found.texts
-    assert "3 pulls over hccl" in found.texts["engine_beside"]
+    pulls = int(found.texts["engine_beside"].partition(" pulls over hccl")[0])
+    assert pulls >= 3, "as many as were asked for, and those that ran at the end"
     assert " over hccl; root " in found.texts["engine_pull"]

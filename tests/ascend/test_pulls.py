@@ -139,7 +139,7 @@ def check_named(line: str, lost: Sequence[str]) -> None:
     first = [f"{name} (vLLM " for name in lost[:3]]
     assert f"left {len(lost)} raw tensors behind: {first[0]}" in line, line
     assert all(name in line for name in first), line
-    assert f" and {len(lost) - 3} more; " in line, line
+    assert f" and {len(lost) - 3} more (" in line, line
     assert "set INT8_CACHE to dram or hbm on the server" in line
 
 
