@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from netloader import sync
 from netloader.errors import NetloaderError
 from netloader.tensors import mappings
 from netloader.transports.faults import Fault, FaultKind
-from netloader.vllm.load import processed_pull
+from netloader.vllm.load import agree_ranks, processed_pull
+from netloader.vllm.load.inspect_engine import NothingPulled
 from netloader.vllm.model import post_processing
-from netloader.vllm.model.processed import FACTS, survey
+from netloader.vllm.model.processed import FACTS, hold_processed, survey
 from netloader.vllm.serve import serving
 from tests.models import ModelStore, change_weight
 from tests.vllm import harness
@@ -38,6 +39,21 @@ def folder(needs_vllm: None, models: ModelStore) -> Path:
 @pytest.fixture(scope="module")
 def bare(folder: Path, models: ModelStore) -> Path:
     return models.bare("processed")
+
+
+@pytest.fixture
+def no_rotary(needs_vllm: None) -> Iterator[Callable[[], None]]:
+    """Forgets the rotary embeddings that vLLM shares among the models of a process, as if each had its own."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    rotary_embedding._ROPE_DICT.clear()
+    yield rotary_embedding._ROPE_DICT.clear
+    rotary_embedding._ROPE_DICT.clear()
+
+
+def rotary(model: Any) -> torch.Tensor:
+    cache: torch.Tensor = model.model.layers[0].self_attn.rotary_emb.cos_sin_cache
+    return cache
 
 
 @pytest.fixture
@@ -209,6 +225,39 @@ def test_a_number_that_post_processing_does_not_compute_again_is_refused(
     assert {n: d for n, d in digests(pulled.model).items() if n != FACTS} == {
         n: d for n, d in digests(disk.model).items() if n != FACTS
     }
+
+
+@pytest.mark.parametrize("why", ["damaged", "refused", "ranks disagree", "no fallback"])
+def test_a_pull_that_is_not_kept_leaves_nothing_in_what_models_share(
+    why: str,
+    folder: Path,
+    variant: Any,
+    no_rotary: Callable[[], None],
+    log_lines: LogLines,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rotary embeddings outlive a model: the one that is built next, or the target of a draft, computes with them."""
+    clean = rotary(harness.load(harness.engine_config(folder)).model).clone()
+    if why == "refused":
+        variant.now = "number"
+    no_rotary()
+    seed, holding = offered(folder, {})
+    rotary(seed.model).mul_(2)
+    offer, reason = hold_processed(seed.model, holding.announcement.identity, {})
+    assert offer is not None, reason
+    no_rotary()
+    live = harness.load(harness.engine_config(folder)).model
+    if why in ("ranks disagree", "no fallback"):
+        monkeypatch.setattr(agree_ranks, "disagreement", lambda _: "another rank has no source")
+    with source_of(holding if why == "damaged" else offer) as source:
+        if why == "no fallback":
+            with pytest.raises(NothingPulled, match="another rank has no source"):
+                pull(folder, source, FALLBACK=False)
+        else:
+            pulled = pull(folder, source).model
+            assert log_lines.one("the model is built anew")
+            assert rotary(pulled) is rotary(live), "vLLM shares it"
+    assert torch.equal(rotary(live), clean)
 
 
 # --- a client whose structure differs ----------------------------------------------------------------------

@@ -86,6 +86,11 @@ def test_only_parts_without_memory_are_left_out() -> None:
     assert is_unbuilt(tower)
     assert not is_unbuilt(part)
     assert not named_raw_tensors(model)
+    tower.register_buffer("scale", torch.ones(1))
+    assert not is_unbuilt(tower), "the placeholder has memory of its own"
+    assert "tower.scale" in named_raw_tensors(model)
+    tower.scale = torch.ones(1, device="meta")
+    assert is_unbuilt(tower)
 
 
 @pytest.mark.parametrize("kind", ["llama-bf16", "llama-tied"])

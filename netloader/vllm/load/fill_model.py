@@ -127,6 +127,7 @@ def _undo(context: Context, built: Built, pulled: Pulled, model: torch.nn.Module
     Returns:
         Whether its tensors are still the ones that the pull filled. A model that was built again has other ones.
     """
+    pulled.restore_computed()
     rebuild = pulled.rebuild and context.registrations is not None
     if rebuild and context.registrations is not None:
         context.registrations.rebuild(model)

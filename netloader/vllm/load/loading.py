@@ -67,7 +67,7 @@ def load_weights(context: Context, model: torch.nn.Module) -> Loaded:
     context.reads.stop()
     built = examine(context, model)
     pulled, decision = pull_together(context, built, model)
-    with relayed(context, pulled.parents):
+    with pulled.restored_on_error(), relayed(context, pulled.parents):
         filled = fill(context, built, pulled, decision, model)
         snapshot = record(context, built, filled, decision, model)
         agreed = agree_on_roots(context, decision, snapshot.root, filled.fingerprint)

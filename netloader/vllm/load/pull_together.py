@@ -37,21 +37,25 @@ def pull_together(context: Context, built: Built, model: torch.nn.Module) -> tup
     began = time.monotonic() - context.seconds
     pulled = pull(context, built, model)
     for left in reversed(range(_TRIES)):
-        try:
-            decision = agree(context, pulled)
-        except BaseException:
-            withdraw(context, pulled.parents, "its owner prepares the weights for use")
-            raise
-        if not left or not _again(context, decision):
-            break
-        log.info("netloader: rank %d: asking again who loads the %s: %s", context.rank, context.role, decision.why_not)
-        withdraw(context, pulled.parents, "its owner pulls anew")
-        context = replace(context, seconds=time.monotonic() - began)
-        why = _why_storage(context, built)
-        if why:
-            return pulled, replace(decision, why_not=f"{decision.why_not}; {why}")
-        if not pulled.rebuild:  # its structure is that of processed weights now: only the default loader can fill it
-            pulled = pull(context, built, model, pulled.initial)
+        with pulled.restored_on_error():
+            try:
+                decision = agree(context, pulled)
+            except BaseException:
+                withdraw(context, pulled.parents, "its owner prepares the weights for use")
+                raise
+            if not left or not _again(context, decision):
+                break
+            log.info(
+                "netloader: rank %d: asking again who loads the %s: %s", context.rank, context.role, decision.why_not
+            )
+            withdraw(context, pulled.parents, "its owner pulls anew")
+            context = replace(context, seconds=time.monotonic() - began)
+            why = _why_storage(context, built)
+            if why:
+                return pulled, replace(decision, why_not=f"{decision.why_not}; {why}")
+            # If its structure is that of processed weights now, only the default loader can fill it.
+            if not pulled.rebuild:
+                pulled = pull(context, built, model, pulled.initial)
     return pulled, decision
 
 

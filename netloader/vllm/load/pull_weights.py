@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,7 @@ from netloader.vllm.load.processed_pull import Adopted, adopt_processed, check_s
 from netloader.vllm.load.pulling import check_digests, only_processed, pull_raw
 from netloader.vllm.load.relaying import withdraw
 from netloader.vllm.model.agreement import Report
+from netloader.vllm.model.computed_values import ComputedValues
 from netloader.vllm.model.initial_values import InitialValues
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Pulled:
         report: The report of the pull; None when nothing was pulled.
         initial: Restores the values that a failed pull has overwritten; None when nothing was written.
         adopted: What to compare the finished model with; None unless the weights are processed.
+        computed: Restores what no checkpoint fills; None unless the weights are processed.
         rebuild: Whether the model was post-processed to receive processed weights. The default loader can fill it only
             after it was built again.
         memory_in_use: The error if a thread may still write into the weights. Nothing else may fill them.
@@ -47,6 +50,7 @@ class Pulled:
     report: PullReport | None = None
     initial: InitialValues | None = None
     adopted: Adopted | None = None
+    computed: ComputedValues | None = None
     rebuild: bool = False
     memory_in_use: MemoryStillInUse | None = None
 
@@ -55,6 +59,21 @@ class Pulled:
         """Addresses of the sources that sent blocks."""
         shares = {} if self.report is None else self.report.sources
         return tuple(source for source, share in shares.items() if share.blocks)
+
+    def restore_computed(self) -> None:
+        """Put back what no checkpoint fills, because processed weights are not kept. A second call does nothing."""
+        # Where a thread may still write into that memory, nothing could be put back for good: the load ends.
+        if self.computed is not None and self.memory_in_use is None:
+            self.computed.restore()
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put back what no checkpoint fills if the block raises: the process, and another model in it, may go on."""
+        try:
+            yield
+        except BaseException:
+            self.restore_computed()
+            raise
 
 
 def pull(context: Context, built: Built, model: torch.nn.Module, initial: InitialValues | None = None) -> Pulled:
@@ -132,7 +151,7 @@ def _pull_processed(
         withdraw(context, (), "its owner restores the initial values")
         initial.restore()
         rules = check_supported(model)
-        failed = replace(failed, rebuild=True)
+        failed = replace(failed, rebuild=True, computed=ComputedValues(model))
         adopted = adopt_processed(model, context.engine.model_config, context.engine.device, rules, pull_into)
         check_digests(adopted.report.identity)
     except NetloaderError as error:

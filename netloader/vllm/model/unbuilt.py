@@ -22,4 +22,7 @@ def is_unbuilt(module: Module) -> bool:
     if placeholder is None or not isinstance(module, placeholder):
         return False
     part: Module | None = vars(module).get("module")
-    return part is None or all(tensor.is_meta for tensor in [*part.parameters(), *part.buffers()])
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if part is not None:
+        held += [*part.parameters(), *part.buffers()]
+    return all(tensor.is_meta for tensor in held)
