@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -12,10 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import netloader
-from netloader.discovery.base import Backend
+from netloader.client.origin import Holders, useless_after
+from netloader.core.addresses import parse_address
+from netloader.core.choice import NAME
+from netloader.core.sources import Source
+from netloader.discovery.base import Appeared, Backend, Listed, SourceChange, Vanished
 from netloader.discovery.leases.backend import LeaseBackend
 from netloader.discovery.memory import MemoryRegistry
-from netloader.errors import ConfigError
+from netloader.errors import TRANSIENT_CODES, AttemptFailed, ConfigError, NoSourceLeft, PeerLost, RefusedError
 from tests.discovery.test_library import blank, equal, weights
 from tests.discovery.world import Faulty
 from tests.drivers.kit import until
@@ -192,3 +197,64 @@ async def test_wrong_arguments_are_refused_by_name(storage: Storage) -> None:
                 server=None,  # type: ignore[arg-type]
                 discovery=engine.discovery,
             )
+
+
+async def test_another_fine_tune_and_a_source_of_no_use_do_not_hold_the_model() -> None:
+    """They stay listed, under the key of the model, and this instance loads at once all the same."""
+    registry = MemoryRegistry()
+    other = netloader.ModelIdentity(model="another", architecture="A", dtype="float32")
+    backend = LeaseBackend(registry, ttl=TTL)
+    changed = {name: tensor + 1 for name, tensor in HELD.items()}
+    began = anyio.current_time()
+    async with netloader.Server(host="127.0.0.1", discovery=backend) as published:
+        await published.hold(changed, other)
+        assert await published.until_published("target", within=PATIENCE)
+        async with netloader.Server(host="127.0.0.1", discovery=LeaseBackend(registry, ttl=TTL)) as server:
+            mine = blank(HELD)
+
+            def load(_: Tell) -> None:
+                for name, tensor in HELD.items():
+                    mine[name].copy_(tensor)
+
+            report = await netloader.pull_or_load(
+                mine, IDENTITY, load, server=server, discovery=LeaseBackend(registry, ttl=TTL), wait=PATIENCE
+            )
+    assert report is None
+    assert equal(mine, HELD)
+    assert anyio.current_time() - began < PATIENCE / 2
+
+
+SOURCE = Source(parse_address("127.0.0.1:1"), labels={NAME: "m"}, generation="g1")
+
+
+@pytest.mark.parametrize(
+    ("name", "useless", "source", "counts"),
+    [
+        ("m", (), SOURCE, True),
+        ("", (), SOURCE, True),
+        ("n", (), SOURCE, False),
+        ("m", ("g1",), SOURCE, False),
+        ("m", ("127.0.0.1:1",), SOURCE, True),
+        ("m", ("g1",), replace(SOURCE, generation="g2"), True),
+        ("m", ("127.0.0.1:1",), replace(SOURCE, generation=""), False),
+    ],
+)
+async def test_which_sources_hold_the_model(name: str, useless: tuple[str, ...], source: Source, counts: bool) -> None:
+    class Given:
+        async def watch(self) -> AsyncGenerator[SourceChange, None]:
+            yield Appeared(source)
+            yield Listed()
+
+    found = [change async for change in Holders(Given(), name, useless).watch()]
+    assert found == [Appeared(source) if counts else Vanished(source.address), Listed()]
+
+
+def test_a_source_that_was_busy_may_be_of_use_again() -> None:
+    causes = {
+        "lost": PeerLost("gone"),
+        "refused": RefusedError("identity", "another model"),
+        **{code: RefusedError(code, "later") for code in TRANSIENT_CODES},
+    }
+    error = NoSourceLeft([AttemptFailed("h:1", cause, 1, name) for name, cause in causes.items()])
+    assert useless_after(error) == {"lost", "refused"}
+    assert useless_after(NoSourceLeft([AttemptFailed("h:1", PeerLost("gone"))])) == {"h:1"}

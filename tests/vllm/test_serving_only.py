@@ -24,7 +24,7 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
     "offering the weights": [(snapshot.RawWeights, "locate"), (loading, "choose_layout"), (loading, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
-    "looking at the model": [(examine_model, "named_raw_tensors"), (examine_model, "model_identity")],
+    "looking at the model": [(examine_model, "named_raw_tensors"), (inspect_engine, "model_identity")],
 }
 
 
