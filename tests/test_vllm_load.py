@@ -594,3 +594,35 @@ def test_weights_that_are_passed_on_are_withdrawn_before_their_memory_is_restore
     monkeypatch.setattr(InitialValues, "restore", lambda _: asked.append("restore"))
     assert pulled_of(torch.nn.Linear(4, 4)).own_report.outcome == "failed"
     assert asked == ["withdraw", "restore"]
+
+
+@pytest.mark.parametrize("origin", ["any", "lease"])
+def test_an_engine_that_finds_no_source_any_more_asks_again_who_loads(
+    origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The origin was listed a moment ago. The pull searches too, and fails, and then all ranks ask again."""
+    waits: list[float] = []
+
+    def find(*_: Any, wait: float, **__: Any) -> list[Any]:
+        waits.append(wait)
+        return []
+
+    for name, value in {
+        "topology_of": lambda *_: TOPOLOGY,
+        "fallback_loader": lambda *_: "the default loader",
+        "_open_server": lambda *_: None,
+        "loads_from_storage": lambda *_, **__: "",
+        "find_sources": find,
+        "model_identity": lambda *_: IDENTITY,
+        "could_adopt": lambda _: False,
+        "shares_with_target": lambda *_: False,
+    }.items():
+        monkeypatch.setattr(inspect_engine, name, value)
+    config = load_config({"DISCOVERY": "etcd://h", "ORIGIN": origin, "WAIT": 600})
+    context = inspect_engine.inspect(context_of().engine, config)
+    if origin == "lease":
+        assert (context.leased, context.why_no_source, waits) == (True, "", [5.0])
+    else:
+        assert not context.leased
+        assert "no server of this model was found" in context.why_no_source
+        assert waits[0] > 5.0

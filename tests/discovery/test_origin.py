@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import netloader
 from netloader.client.origin import Holders, useless_after
-from netloader.core.addresses import parse_address
+from netloader.core.addresses import Address, parse_address
 from netloader.core.choice import NAME
+from netloader.core.entries import Entry
+from netloader.core.model_key import key_of
 from netloader.core.sources import Source
 from netloader.discovery.base import Appeared, Backend, Listed, SourceChange, Vanished
 from netloader.discovery.leases.backend import LeaseBackend
@@ -199,26 +203,58 @@ async def test_wrong_arguments_are_refused_by_name(storage: Storage) -> None:
             )
 
 
-async def test_another_fine_tune_and_a_source_of_no_use_do_not_hold_the_model() -> None:
-    """They stay listed, under the key of the model, and this instance loads at once all the same."""
-    registry = MemoryRegistry()
+@contextlib.asynccontextmanager
+async def another_fine_tune(backend: LeaseBackend) -> AsyncIterator[None]:
     other = netloader.ModelIdentity(model="another", architecture="A", dtype="float32")
-    backend = LeaseBackend(registry, ttl=TTL)
-    changed = {name: tensor + 1 for name, tensor in HELD.items()}
+    async with netloader.Server(host="127.0.0.1", discovery=backend) as server:
+        await server.hold({name: tensor + 1 for name, tensor in HELD.items()}, other)
+        assert await server.until_published("target", within=PATIENCE)
+        yield
+
+
+@contextlib.asynccontextmanager
+async def one_that_refuses(backend: LeaseBackend) -> AsyncIterator[None]:
+    """Its entry claims to be of this model."""
+    other = netloader.ModelIdentity(model="another", architecture="other")
+    async with (
+        netloader.Server({"w": torch.ones(10)}, other, host="127.0.0.1") as server,
+        listed(backend, server.address),
+    ):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def one_that_died(backend: LeaseBackend) -> AsyncIterator[None]:
+    async with netloader.Server(host="127.0.0.1") as server:
+        address = server.address
+    async with listed(backend, address):
+        yield
+
+
+def listed(backend: LeaseBackend, address: Address) -> AbstractAsyncContextManager[object]:
+    publisher = backend.publisher()
+    assert publisher is not None
+    return publisher.publish(Entry(key_of(IDENTITY), str(address), "its generation", labels={NAME: "m"}))
+
+
+@pytest.mark.parametrize("other", [another_fine_tune, one_that_refuses, one_that_died])
+async def test_an_entry_that_does_not_hold_the_model_keeps_nobody_waiting(
+    other: Callable[[LeaseBackend], AbstractAsyncContextManager[None]],
+) -> None:
+    """It stays listed, under the key of the model, and this instance loads soon all the same."""
+    registry = MemoryRegistry()
     began = anyio.current_time()
-    async with netloader.Server(host="127.0.0.1", discovery=backend) as published:
-        await published.hold(changed, other)
-        assert await published.until_published("target", within=PATIENCE)
-        async with netloader.Server(host="127.0.0.1", discovery=LeaseBackend(registry, ttl=TTL)) as server:
-            mine = blank(HELD)
+    published = other(LeaseBackend(registry, ttl=TTL))
+    async with published, netloader.Server(host="127.0.0.1", discovery=LeaseBackend(registry, ttl=TTL)) as server:
+        mine = blank(HELD)
 
-            def load(_: Tell) -> None:
-                for name, tensor in HELD.items():
-                    mine[name].copy_(tensor)
+        def load(_: Tell) -> None:
+            for name, tensor in HELD.items():
+                mine[name].copy_(tensor)
 
-            report = await netloader.pull_or_load(
-                mine, IDENTITY, load, server=server, discovery=LeaseBackend(registry, ttl=TTL), wait=PATIENCE
-            )
+        report = await netloader.pull_or_load(
+            mine, IDENTITY, load, server=server, discovery=LeaseBackend(registry, ttl=TTL), wait=PATIENCE
+        )
     assert report is None
     assert equal(mine, HELD)
     assert anyio.current_time() - began < PATIENCE / 2
