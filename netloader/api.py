@@ -14,7 +14,7 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from netloader.client.arguments import check_asked, check_identity, check_pull, check_tensors, check_transport
-from netloader.client.origin import turn_of, work_of
+from netloader.client.origin import Holders, turn_of, useless_after, work_of
 from netloader.client.probe import Probe, probe_source, relay_at
 from netloader.client.pull import pull_from
 from netloader.client.registries import Search, check_named, wanted_for
@@ -307,9 +307,11 @@ async def pull_or_load(
             return await call(sources=sources)
     wanted, name = wanted_for(identity, identity.role, ())
     provider, _ = await search.provider(wanted, name, lambda: (server.address,))
+    useless: frozenset[str] = frozenset()
     while claims is not None:
+        holders = Holders(provider, name, useless)
         left = max(0.0, until - time.monotonic())
-        async with turn_of(provider, claims, work_of(wanted[0].key), within=left, what=name or "the model") as turn:
+        async with turn_of(holders, claims, work_of(wanted[0].key), within=left, what=name or "the model") as turn:
             if turn.loads:
                 tell = _tell_nobody if turn.claim is None else turn.claim.tell
                 if iscoroutinefunction(load):
@@ -321,9 +323,10 @@ async def pull_or_load(
                 return None
         try:
             return await call(wait=min(left, _PULL_WAIT))
-        except NoSourceLeft:
+        except NoSourceLeft as error:
             if time.monotonic() >= until:
                 raise
+            useless |= useless_after(error)
     return None
 
 

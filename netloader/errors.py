@@ -396,13 +396,15 @@ class AttemptFailed(NetloaderError):
         source: The address.
         cause: Why it failed.
         times: How many attempts at this source failed in this way; `cause` is the last error.
+        generation: Generation of the source, if it was found in a registry.
     """
 
-    def __init__(self, source: str, cause: NetloaderError, times: int = 1) -> None:
+    def __init__(self, source: str, cause: NetloaderError, times: int = 1, generation: str = "") -> None:
         super().__init__(f"{source}: {without_source(cause.message, source)}", hint=cause.hint)
         self.source = source
         self.cause = cause
         self.times = times
+        self.generation = generation
         self.story = cause.story
 
 
@@ -445,6 +447,11 @@ def shortage(error: BaseException) -> TransportError | None:
 
 TRANSIENT_CODES = frozenset({"not-ready", "busy", "gone"})
 """Codes of refusals that may not be repeated when the client tries again later."""
+
+
+def is_transient(error: NetloaderError) -> bool:
+    """Whether a server refused with one of :data:`TRANSIENT_CODES`."""
+    return isinstance(error, RefusedError) and error.code in TRANSIENT_CODES
 
 
 def next_step(error: NetloaderError, *, progressed: bool) -> Literal["again", "last", "later", "drop"]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 import torch
@@ -23,7 +25,7 @@ from netloader.discovery.configured import registries_of
 from netloader.discovery.leases.backend import LeaseBackend
 from netloader.discovery.leases.names import claim_prefix, lock_name
 from netloader.discovery.memory import MemoryRegistry
-from netloader.errors import ConfigError
+from netloader.errors import AttemptFailed, ConfigError, NoSourceLeft, PeerLost, RefusedError
 from netloader.tensors import hold
 from netloader.vllm.early_check import _check
 from netloader.vllm.load import choose_origin
@@ -33,7 +35,7 @@ from netloader.vllm.load.choose_origin import loads_from_storage
 from netloader.vllm.load.find_sources import OfRank, find_sources
 from netloader.vllm.load.inspect_engine import Context, Engine
 from netloader.vllm.load.pull_weights import Pulled
-from netloader.vllm.load.pulling import pull_raw
+from netloader.vllm.load.pulling import _options, patience, pull_raw
 from netloader.vllm.model.agreement import Report, disagreement
 from netloader.vllm.serve import serving
 
@@ -191,7 +193,18 @@ def test_an_engine_without_a_server_does_not_ask(leases: LeaseBackend) -> None:
 class Asked:
     """A load of which the first `failing` pulls fail. Everything but the loop is imitated."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, failing: int, storage: int, origin: str = "lease") -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        failing: int,
+        storage: int,
+        origin: str = "lease",
+        left: bool = False,
+        seconds: float = 0.0,
+        final: bool = False,
+    ) -> None:
+        self.useless = frozenset[str]()
         self.pulls: list[object] = []
         self.asked = 0
         self.withdrawn = 0
@@ -199,11 +212,23 @@ class Asked:
         def pull(_context: Any, _built: Any, _model: Any, initial: object = None) -> Pulled:
             self.pulls.append(initial)
             failed = len(self.pulls) <= failing
-            report = Report("failed" if failed else "pulled", 0, reason="gone" if failed else "")
-            return Pulled(report, initial="first values")  # type: ignore[arg-type]
+            report = Report("failed" if failed else "pulled", 0, reason="gone" if failed else "", final=final)
+            number = len(self.pulls)
+            clock[0] += seconds
+            lost = AttemptFailed("h:1", PeerLost("gone"), 1, f"generation {number}")
+            busy = AttemptFailed("h:2", RefusedError("busy", "later"), 1, "busy one")
+            error = NoSourceLeft([lost, busy]) if left and failed else None
+            return Pulled(report, initial="first values", left=error)  # type: ignore[arg-type]
 
-        def ask(*_: Any, **__: Any) -> str:
+        clock = [1000.0]
+        monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
+
+        def ask(*_: Any, over: str, useless: frozenset[str], wait: float, **__: Any) -> str:
             self.asked += 1
+            self.useless = useless
+            if over:
+                return over
+            assert wait > 0
             return "nobody holds it" if self.asked == storage else ""
 
         def withdraw(*_: Any) -> None:
@@ -252,3 +277,65 @@ def test_it_is_asked_again_a_bounded_number_of_times_and_only_with_a_lease(monke
     alone = Asked(monkeypatch, failing=99, storage=99, origin="any")
     assert not alone.load().keeps
     assert (len(alone.pulls), alone.asked) == (1, 0)
+
+
+def test_it_is_asked_again_until_the_time_is_over_without_lost_sources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Asked(monkeypatch, failing=99, storage=99, left=True, seconds=1.0)
+    decision = asked.load()
+    assert not decision.keeps
+    assert len(asked.pulls) == 10
+    assert "WAIT (10 s)" in decision.why_not
+    assert asked.useless == {f"generation {number}" for number in range(1, 11)}
+
+
+def test_a_rank_that_can_only_be_built_anew_ends_the_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, failing=99, storage=99, final=True)
+    assert not asked.load().keeps
+    assert (len(asked.pulls), asked.asked) == (1, 0)
+
+
+@pytest.mark.parametrize("broken", ["claims", "sources"])
+def test_a_registry_that_fails_costs_the_lease_and_the_ranks_are_told(
+    broken: str, leases: LeaseBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("a plugin's own error")
+
+    server = serving.worker_server(load_config({"LISTEN_HOST": "127.0.0.1", "DISCOVERY": "dir:/unused"}), RANK, "cpu")
+    monkeypatch.setattr(leases, broken, fails)
+    why = loads_from_storage(leases, server, IDENTITY, lambda: False, role="target", rank=RANK, wait=0.0)
+    assert why.endswith("asking for the lease failed")
+    assert "unexpected error while asking who loads the model" in caplog.text
+
+
+def test_a_registry_that_is_slow_costs_the_turn_and_not_the_server(
+    leases: LeaseBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        @contextlib.asynccontextmanager
+        async def claim(self, *_: Any, **__: Any) -> AsyncIterator[None]:
+            await anyio.sleep_forever()
+            yield None
+
+    monkeypatch.setattr(serving, "_LISTINGS", 0.2)
+    monkeypatch.setattr(leases, "claims", Slow)
+    server = serving.worker_server(load_config({"LISTEN_HOST": "127.0.0.1", "DISCOVERY": "dir:/unused"}), RANK, "cpu")
+    assert server is not None
+    why = loads_from_storage(leases, server, IDENTITY, lambda: False, role="target", rank=RANK, wait=0.0)
+    assert "the registry did not say within 0.2 s who loads" in why
+    assert server.running
+    assert not server._turns
+    server.offer(hold(TENSORS, IDENTITY), "for a test")
+    tensors, _ = sync.pull_new(sources=[server.address], layouts=("raw",))
+    assert torch.equal(tensors["w"], TENSORS["w"])
+
+
+@pytest.mark.parametrize(
+    ("leased", "spent", "expected"), [(False, 0.0, 600.0), (True, 0.0, 5.0), (True, 598.0, 2.0), (True, 700.0, 0.0)]
+)
+def test_with_a_lease_a_pull_does_not_wait_for_a_lost_origin(leased: bool, spent: float, expected: float) -> None:
+    config = load_config({"WAIT": 600, "ORIGIN": "lease", "DISCOVERY": "etcd://h"})
+    assert patience(config, spent, leased=leased) == expected
+    assert _options((), config, spent, None, leased)["wait"] == expected

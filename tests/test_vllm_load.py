@@ -37,6 +37,7 @@ from netloader.vllm.load.pull_weights import Pulled, pull
 from netloader.vllm.model.agreement import Report, load_digest
 from netloader.vllm.model.copies import Keep
 from netloader.vllm.model.initial_values import InitialValues
+from netloader.vllm.model.settings import Settings
 from netloader.vllm.model.snapshot import RawWeights, named_raw_tensors
 from netloader.vllm.model.topology import Topology
 from netloader.vllm.serve import choose_layout as choosing
@@ -46,6 +47,7 @@ from netloader.vllm.serve.offer import serve
 from netloader.vllm.serve.recording import Record, Recorded, Snapshot
 
 IDENTITY = ModelIdentity(model="m")
+TOPOLOGY = Topology(0, 1, 0, 1, 0, 1, 0, "")
 ROOT = "ab" * 16
 MODEL = torch.nn.Linear(4, 4)
 ADOPTED: Any = SimpleNamespace()
@@ -76,8 +78,7 @@ class Server:
 
 def context_of(server: Any = None, loader: Any = None, **settings: Any) -> Context:
     engine = Engine(SimpleNamespace(), SimpleNamespace(), SimpleNamespace(device="cpu"))
-    topology = Topology(0, 1, 0, 1, 0, 1, 0, "")
-    return Context(engine, Config(**settings), topology, (), loader, FileReads(), server=server)
+    return Context(engine, Config(**settings), TOPOLOGY, (), loader, FileReads(), server=server)
 
 
 def adopted_report(**shares: int) -> Any:
@@ -234,13 +235,14 @@ def test_roots_that_no_rank_needs_are_not_exchanged(told: list[Report]) -> None:
 # --- the model without weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["fingerprint_of_model", "named_raw_tensors", "model_identity", "expert_maps"])
+@pytest.mark.parametrize("step", ["fingerprint_of_model", "named_raw_tensors", "expert_maps"])
 def test_a_model_that_cannot_be_examined_is_not_supported_and_ends_nothing(
     step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, value in (("fingerprint_of_model", ROOT), ("model_identity", IDENTITY), ("why_not", "")):
+    for name, value in (("fingerprint_of_model", ROOT), ("why_not", "")):
         monkeypatch.setattr(examine_model, name, lambda *_, value=value: value)
-    sound = examine_model.examine(context_of(), MODEL)
+    context = dataclasses.replace(context_of(), probed=Probed(IDENTITY))
+    sound = examine_model.examine(context, MODEL)
     assert (sound.unsupported, sound.fingerprint, sorted(sound.tensors)) == ("", ROOT, ["bias", "weight"])
     assert sound.identity == msgspec.structs.replace(IDENTITY, fingerprint=ROOT)
 
@@ -248,10 +250,18 @@ def test_a_model_that_cannot_be_examined_is_not_supported_and_ends_nothing(
         raise MemoryError("none left")
 
     monkeypatch.setattr(examine_model, step, fails)
-    built = examine_model.examine(context_of(), MODEL)
+    built = examine_model.examine(context, MODEL)
     assert built.unsupported == "looking at the model failed: MemoryError: none left"
     assert built.identity is None
     assert "rank 0: looking at the model failed: nothing is pulled or served" in caplog.text
+
+
+def test_a_model_whose_identity_is_not_known_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine_model, "fingerprint_of_model", lambda _: ROOT)
+    monkeypatch.setattr(examine_model, "why_not", lambda *_: "")
+    built = examine_model.examine(context_of(), MODEL)
+    assert built.unsupported == "looking at the model failed: its identity could not be determined"
+    assert built.identity is None
 
 
 def test_the_result_of_the_probe_is_not_determined_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,23 +518,69 @@ def test_a_file_with_a_tensor_that_cannot_be_hashed_is_read_and_the_model_is_ref
     assert f"what the model reads from {path} cannot be compared" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        ("model_identity", "rank 0: looking at the model failed"),
+        ("could_adopt", "rank 0: unexpected error while the sources were probed"),
+    ],
+)
+@pytest.mark.parametrize("origin", ["any", "lease"])
 def test_a_probe_that_fails_unexpectedly_does_not_end_the_load(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    step: str, line: str, origin: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any) -> None:
         raise KeyError("no such field")
 
+    asked: list[Any] = []
+
+    def ask(_registry: Any, _server: Any, identity: Any, *_: Any, **__: Any) -> str:
+        asked.append(identity)
+        return ""
+
     for name, value in {
+        "loads_from_storage": ask,
+        "find_sources": lambda *_, **__: [],
+        "shares_with_target": lambda *_: False,
         "topology_of": lambda *_: Topology(0, 1, 0, 1, 0, 1, 0, ""),
         "fallback_loader": lambda *_: "the default loader",
         "_open_server": lambda *_: None,
-        "model_identity": fails,
+        "model_identity": lambda *_: IDENTITY,
+        step: fails,
     }.items():
         monkeypatch.setattr(inspect_engine, name, value)
-    config = load_config({"SOURCE": [{"device_id": 0, "sources": ["127.0.0.1:1024"]}]})
-    context = inspect_engine.inspect(context_of().engine, config)
-    assert (context.probed, context.default_loader) == (None, "the default loader")
-    assert "rank 0: unexpected error while the sources were probed" in caplog.text
+    monkeypatch.setattr(inspect_engine, "_settings", lambda _: Settings())
+    fields = {"SOURCE": [{"device_id": 0, "sources": ["127.0.0.1:1024"]}], "DISCOVERY": "etcd://h", "ORIGIN": origin}
+    context = inspect_engine.inspect(context_of().engine, load_config(fields))
+    known = None if step == "model_identity" else IDENTITY
+    assert (context.probed, context.default_loader) == (known and Probed(known), "the default loader")
+    assert line in caplog.text
+    assert asked == ([known] if origin == "lease" else []), "the other ranks wait for the answer"
+
+
+@pytest.mark.parametrize(
+    ("identity", "settings", "asks_for"),
+    [
+        (IDENTITY, Settings(), IDENTITY),
+        (IDENTITY, Settings(unknown="an unknown argument"), None),
+        (msgspec.structs.replace(IDENTITY, quantization="odd"), Settings(), None),
+        (msgspec.structs.replace(IDENTITY, settings={"x": "\udc80"}), Settings(), None),
+        (None, Settings(), None),
+    ],
+)
+def test_an_engine_that_could_not_serve_asks_for_no_lease(
+    identity: Any, settings: Settings, asks_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def ask(_registry: Any, _server: Any, identity: Any, *_: Any, **__: Any) -> str:
+        asked.append(identity)
+        return "because"
+
+    monkeypatch.setattr(inspect_engine, "loads_from_storage", ask)
+    config = load_config({"DISCOVERY": "etcd://h", "ORIGIN": "lease"})
+    why = inspect_engine._why_storage(context_of().engine, config, TOPOLOGY, settings, object(), None, identity)  # type: ignore[arg-type]
+    assert (why, asked) == ("because", [asks_for])
 
 
 def test_weights_that_are_passed_on_are_withdrawn_before_their_memory_is_restored(
@@ -538,3 +594,35 @@ def test_weights_that_are_passed_on_are_withdrawn_before_their_memory_is_restore
     monkeypatch.setattr(InitialValues, "restore", lambda _: asked.append("restore"))
     assert pulled_of(torch.nn.Linear(4, 4)).own_report.outcome == "failed"
     assert asked == ["withdraw", "restore"]
+
+
+@pytest.mark.parametrize("origin", ["any", "lease"])
+def test_an_engine_that_finds_no_source_any_more_asks_again_who_loads(
+    origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The origin was listed a moment ago. The pull searches too, and fails, and then all ranks ask again."""
+    waits: list[float] = []
+
+    def find(*_: Any, wait: float, **__: Any) -> list[Any]:
+        waits.append(wait)
+        return []
+
+    for name, value in {
+        "topology_of": lambda *_: TOPOLOGY,
+        "fallback_loader": lambda *_: "the default loader",
+        "_open_server": lambda *_: None,
+        "loads_from_storage": lambda *_, **__: "",
+        "find_sources": find,
+        "model_identity": lambda *_: IDENTITY,
+        "could_adopt": lambda _: False,
+        "shares_with_target": lambda *_: False,
+    }.items():
+        monkeypatch.setattr(inspect_engine, name, value)
+    config = load_config({"DISCOVERY": "etcd://h", "ORIGIN": origin, "WAIT": 600})
+    context = inspect_engine.inspect(context_of().engine, config)
+    if origin == "lease":
+        assert (context.leased, context.why_no_source, waits) == (True, "", [5.0])
+    else:
+        assert not context.leased
+        assert "no server of this model was found" in context.why_no_source
+        assert waits[0] > 5.0

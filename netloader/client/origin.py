@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,15 @@ from functools import partial
 import anyio
 
 from netloader.core.addresses import Address
+from netloader.core.choice import Here, other_name
+from netloader.core.sources import Source
 from netloader.core.texts import LINE, one_line, time_text
-from netloader.discovery.base import Appeared, Claim, Claims, Holder, Listed, SourceProvider, Vanished
+from netloader.discovery.base import Appeared, Claim, Claims, Holder, Listed, SourceChange, SourceProvider, Vanished
 from netloader.discovery.beside import beside
-from netloader.errors import DiscoveryError
+from netloader.errors import DiscoveryError, NoSourceLeft, is_transient
 from netloader.session.own_task import OwnTask
 
-__all__ = ["Turn", "turn_of", "work_of"]
+__all__ = ["Holders", "Turn", "turn_of", "useless_after", "work_of"]
 
 _log = logging.getLogger("netloader")
 
@@ -47,6 +49,45 @@ class Turn:
 def work_of(key: str) -> str:
     """The name of the work that is claimed: loading the model with this key."""
     return f"origin/{key}"
+
+
+class Holders:
+    """Of the sources of a provider, those that may hold the model: an instance that finds one does not load.
+
+    A source that states another name holds another model, such as a fine-tune. It may be pulled from if it turns out
+    to be the same one, but it is no reason to wait. A source that was of no use is none either, though it stays listed
+    until its lease ends. Nor is a relay: it has a part only, and where its own source is gone, all that there is may be
+    relays that wait for each other.
+
+    Args:
+        provider: Finds sources.
+        name: Name of the model; empty if it has none.
+        useless: What :func:`useless_after` named.
+    """
+
+    def __init__(self, provider: SourceProvider, name: str, useless: Collection[str] = ()) -> None:
+        self._provider = provider
+        self._here = Here(name=name)
+        self._useless = useless
+
+    async def watch(self) -> AsyncGenerator[SourceChange, None]:
+        """See :meth:`netloader.discovery.SourceProvider.watch`."""
+        async with aclosing(self._provider.watch()) as changes:
+            async for change in changes:
+                if not isinstance(change, Appeared) or self._counts(change.source):
+                    yield change
+                else:  # another generation at an address takes the place of the one before
+                    yield Vanished(change.source.address)
+
+    def _counts(self, source: Source) -> bool:
+        name = source.generation or str(source.address)
+        relay = source.labels.get("kind") == "relay"
+        return not relay and name not in self._useless and not other_name(self._here, source.labels)
+
+
+def useless_after(error: NoSourceLeft) -> frozenset[str]:
+    """Sources that another pull could not use either: their generations, or addresses where there is none."""
+    return frozenset(failed.generation or failed.source for failed in error.attempts if not is_transient(failed.cause))
 
 
 @asynccontextmanager

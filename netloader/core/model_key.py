@@ -7,6 +7,7 @@ refused for certain. Servers with the same key may still be refused: validation 
 from __future__ import annotations
 
 import hashlib
+import json
 
 import msgspec
 
@@ -27,7 +28,11 @@ def key_of(identity: ModelIdentity) -> str:
     a built model or its files show (placement of experts, tied embeddings, load state). The layouts of an engine, raw
     and processed, have one key, because a client asks for both.
     """
-    body = msgspec.json.encode([KEY_VERSION, sorted(known_before_loading(identity).items())])
+    covered = [KEY_VERSION, sorted(known_before_loading(identity).items())]
+    try:
+        body = msgspec.json.encode(covered)
+    except UnicodeEncodeError:  # half of a character. Such an identity can't be sent, but has a key as any other
+        body = json.dumps(covered).encode()
     return f"{KEY_VERSION}-{hashlib.blake2b(body, digest_size=_KEY_BYTES).hexdigest()}"
 
 

@@ -383,7 +383,7 @@ class Pull:
             hint = "add a source that holds all of them"
             error = RefusedError("gone", text, hint=hint, sources=session.elsewhere)
             error.story = event.story
-        dead = isinstance(error, PeerLost) and not session.reached and self._sources.has_generation(source)
+        dead = isinstance(error, PeerLost) and not session.reached and bool(self._sources.generation_of(source))
         if session.abandoned or dead:
             yield self._failed(source, error or NetloaderError(_TOO_SLOW))
             self._sources.drop(source)
@@ -455,5 +455,6 @@ class Pull:
 
     def _failed(self, source: Address | str, error: NetloaderError) -> p.Log:
         """Count a failed attempt. Only the first of its kind is a warning, because retries repeat the same error."""
-        first = self._failures.add(str(source), error)
+        generation = self._sources.generation_of(source) if isinstance(source, Address) else ""
+        first = self._failures.add(str(source), error, generation)
         return p.Log("warning" if first else "debug", f"source {AttemptFailed(str(source), error)}")

@@ -108,12 +108,12 @@ class Failures:
             return ""
         return f"WAIT ({wait:g} s) has passed" if wait > 0 else "set WAIT to wait for sources that are not there yet"
 
-    def add(self, source: str, error: NetloaderError) -> bool:
+    def add(self, source: str, error: NetloaderError, generation: str = "") -> bool:
         """Count a failure. Returns whether it is the first of its kind."""
         self.retries += 1
         key = (source, error.code if isinstance(error, RefusedError) else type(error).__name__)
         known = self.by_kind.get(key)
-        self.by_kind[key] = AttemptFailed(source, error, times=1 if known is None else known.times + 1)
+        self.by_kind[key] = AttemptFailed(source, error, 1 if known is None else known.times + 1, generation)
         return known is None
 
 

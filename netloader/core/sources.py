@@ -202,10 +202,10 @@ class Sources:
         candidate = self._known[source]
         return {} if candidate.source is None else candidate.source.labels, candidate.via
 
-    def has_generation(self, source: Address) -> bool:
-        """Whether a source is one run of a server: if it can't be reached, it does not come back."""
+    def generation_of(self, source: Address) -> str:
+        """The run of a server that a source is; empty if it is not known. If lost, it never returns."""
         candidate = self._known.get(source)
-        return candidate is not None and bool(candidate.generation)
+        return "" if candidate is None else candidate.generation
 
     def lose(self, source: Address) -> None:
         """A source is no longer offered: don't try it until it is added anew. A session that runs with it continues."""

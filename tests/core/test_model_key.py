@@ -106,3 +106,9 @@ def test_a_rank_finds_its_share_in_every_replica_unless_experts_are_spread_over_
     assert rank_of(share) == rank_of(share, 7) == rank_of(share, 15) == 7
     assert rank_of(msgspec.structs.replace(share, ep_size=4, ep_rank=3), 15) == 7
     assert rank_of(msgspec.structs.replace(share, ep_size=8, ep_rank=7), 15) == 15
+
+
+def test_a_setting_that_is_no_text_has_a_key_of_its_own() -> None:
+    """It can't be sent, and is refused by name for that; finding its key ends nothing."""
+    odd = [msgspec.structs.replace(BASE, settings={"additional_config.x": text}) for text in ("\udc80", "\udc81", "?")]
+    assert len({key_of(identity) for identity in odd}) == 3

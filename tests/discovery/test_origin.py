@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -13,10 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import netloader
-from netloader.discovery.base import Backend
+from netloader.client.origin import Holders, useless_after
+from netloader.core.addresses import Address, parse_address
+from netloader.core.choice import NAME
+from netloader.core.entries import Entry
+from netloader.core.model_key import key_of
+from netloader.core.sources import Source
+from netloader.discovery.base import Appeared, Backend, Listed, SourceChange, Vanished
 from netloader.discovery.leases.backend import LeaseBackend
 from netloader.discovery.memory import MemoryRegistry
-from netloader.errors import ConfigError
+from netloader.errors import TRANSIENT_CODES, AttemptFailed, ConfigError, NoSourceLeft, PeerLost, RefusedError
 from tests.discovery.test_library import blank, equal, weights
 from tests.discovery.world import Faulty
 from tests.drivers.kit import until
@@ -229,3 +238,98 @@ async def test_a_server_that_is_published_nowhere_and_an_identity_without_a_name
             with pytest.raises(ConfigError, match=match):
                 await netloader.pull_or_load(blank(HELD), identity, load, server=server, discovery=backend)
     assert not loads
+
+
+@contextlib.asynccontextmanager
+async def another_fine_tune(backend: LeaseBackend) -> AsyncIterator[None]:
+    other = netloader.ModelIdentity(model="another", architecture="A", dtype="float32")
+    async with netloader.Server(host="127.0.0.1", discovery=backend) as server:
+        await server.hold({name: tensor + 1 for name, tensor in HELD.items()}, other)
+        assert await server.until_published("target", within=PATIENCE)
+        yield
+
+
+@contextlib.asynccontextmanager
+async def one_that_refuses(backend: LeaseBackend) -> AsyncIterator[None]:
+    """Its entry claims to be of this model."""
+    other = netloader.ModelIdentity(model="another", architecture="other")
+    async with (
+        netloader.Server({"w": torch.ones(10)}, other, host="127.0.0.1") as server,
+        listed(backend, server.address),
+    ):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def one_that_died(backend: LeaseBackend) -> AsyncIterator[None]:
+    async with netloader.Server(host="127.0.0.1") as server:
+        address = server.address
+    async with listed(backend, address):
+        yield
+
+
+def listed(backend: LeaseBackend, address: Address) -> AbstractAsyncContextManager[object]:
+    publisher = backend.publisher()
+    assert publisher is not None
+    return publisher.publish(Entry(key_of(IDENTITY), str(address), "its generation", labels={NAME: "m"}))
+
+
+@pytest.mark.parametrize("other", [another_fine_tune, one_that_refuses, one_that_died])
+async def test_an_entry_that_does_not_hold_the_model_keeps_nobody_waiting(
+    other: Callable[[LeaseBackend], AbstractAsyncContextManager[None]],
+) -> None:
+    """It stays listed, under the key of the model, and this instance loads soon all the same."""
+    registry = MemoryRegistry()
+    began = anyio.current_time()
+    published = other(LeaseBackend(registry, ttl=TTL))
+    async with published, netloader.Server(host="127.0.0.1", discovery=LeaseBackend(registry, ttl=TTL)) as server:
+        mine = blank(HELD)
+
+        def load(_: Tell) -> None:
+            for name, tensor in HELD.items():
+                mine[name].copy_(tensor)
+
+        report = await netloader.pull_or_load(
+            mine, IDENTITY, load, server=server, discovery=LeaseBackend(registry, ttl=TTL), wait=PATIENCE
+        )
+    assert report is None
+    assert equal(mine, HELD)
+    assert anyio.current_time() - began < PATIENCE / 2
+
+
+SOURCE = Source(parse_address("127.0.0.1:1"), labels={NAME: "m"}, generation="g1")
+
+
+@pytest.mark.parametrize(
+    ("name", "useless", "source", "counts"),
+    [
+        ("m", (), SOURCE, True),
+        ("", (), SOURCE, True),
+        ("n", (), SOURCE, False),
+        ("m", ("g1",), SOURCE, False),
+        ("m", (), replace(SOURCE, labels={NAME: "m", "kind": "relay"}), False),
+        ("m", (), replace(SOURCE, labels={NAME: "m", "kind": "seed"}), True),
+        ("m", ("127.0.0.1:1",), SOURCE, True),
+        ("m", ("g1",), replace(SOURCE, generation="g2"), True),
+        ("m", ("127.0.0.1:1",), replace(SOURCE, generation=""), False),
+    ],
+)
+async def test_which_sources_hold_the_model(name: str, useless: tuple[str, ...], source: Source, counts: bool) -> None:
+    class Given:
+        async def watch(self) -> AsyncGenerator[SourceChange, None]:
+            yield Appeared(source)
+            yield Listed()
+
+    found = [change async for change in Holders(Given(), name, useless).watch()]
+    assert found == [Appeared(source) if counts else Vanished(source.address), Listed()]
+
+
+def test_a_source_that_was_busy_may_be_of_use_again() -> None:
+    causes = {
+        "lost": PeerLost("gone"),
+        "refused": RefusedError("identity", "another model"),
+        **{code: RefusedError(code, "later") for code in TRANSIENT_CODES},
+    }
+    error = NoSourceLeft([AttemptFailed("h:1", cause, 1, name) for name, cause in causes.items()])
+    assert useless_after(error) == {"lost", "refused"}
+    assert useless_after(NoSourceLeft([AttemptFailed("h:1", PeerLost("gone"))])) == {"h:1"}

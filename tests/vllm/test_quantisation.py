@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from netloader.core.model_key import key_of
+from netloader.vllm.load import inspect_engine
+from netloader.vllm.load.inspect_engine import model_identity
 from netloader.vllm.model.quantisation import quantisation_of
 from tests.models import ModelStore, strip_weights
 from tests.vllm import harness, slim_method
-from tests.vllm.pulls import LogLines, load, offered, source_of
+from tests.vllm.pulls import LogLines, load, offered, pull, source_of
 
 pytestmark = pytest.mark.usefixtures("needs_vllm")
 
@@ -163,3 +167,33 @@ def test_a_source_that_does_not_announce_its_quantisation_is_refused(
     with source_of(holding, quantization_config="") as source:
         assert load(folders["W8A16"], source, arguments=slim_method.ARGUMENTS, SERVE=False).raw == seed.raw
     assert "quantization_config is '' at the server and " in log_lines.one("the default loader (auto) loads")
+
+
+@pytest.mark.parametrize("kind", ["llama-w8a8", "llama-bf16"])
+def test_what_is_published_has_the_key_that_a_client_looks_for_before_it_builds(
+    kind: str, models: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    """With a scheme for the KV cache in the checkpoint, vLLM changes its own configuration while it builds layers."""
+    folder = tmp_path / kind
+    shutil.copytree(models.get(kind), folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if "quantization_config" in config:
+        scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+        config["quantization_config"]["kv_cache_scheme"] = scheme
+    file.write_text(json.dumps(config))
+    before: list[str] = []
+
+    def inspect(*arguments: Any) -> Any:
+        context = real(*arguments)
+        engine = context.engine
+        before.append(key_of(model_identity(engine, context.config, context.topology, context.settings)))
+        return context
+
+    real = inspect_engine.inspect
+    monkeypatch.setattr(inspect_engine, "inspect", inspect)
+    _, holding = offered(folder, {"INT8_CACHE": "dram"})
+    assert before == [key_of(holding.announcement.identity)]
+    with source_of(holding) as source:
+        pull(folder, source, FALLBACK=False)
+    assert log_lines.with_part("target: pulled")

@@ -10,7 +10,7 @@ import pytest
 from netloader import tensors
 from netloader.errors import NetloaderError
 from netloader.vllm import loader
-from netloader.vllm.load import examine_model, inspect_engine, loading
+from netloader.vllm.load import examine_model, inspect_engine, loading, pull_together
 from netloader.vllm.model import snapshot
 from netloader.vllm.serve import recording, serving
 from tests.models import ModelStore
@@ -24,7 +24,7 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
     "recording the weights": [(tensors, "hold"), (recording, "RawWeights"), (recording, "quantised_modules")],
     "offering the weights": [(snapshot.RawWeights, "locate"), (loading, "choose_layout"), (loading, "serve")],
     "what the model has beside its weights": [(recording, "UnnamedTensors")],
-    "looking at the model": [(examine_model, "named_raw_tensors"), (examine_model, "model_identity")],
+    "looking at the model": [(examine_model, "named_raw_tensors"), (inspect_engine, "model_identity")],
 }
 
 
@@ -106,7 +106,7 @@ def test_an_error_of_the_load_itself_is_told_and_comes_out(
 ) -> None:
     """The control: the guard is around serving, and nothing else."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(loading, "pull", failing(MemoryError("none left")))
+    monkeypatch.setattr(pull_together, "pull", failing(MemoryError("none left")))
     with pytest.raises(MemoryError):
         load(models.get(KIND))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from netloader.client.origin import Holders
+from netloader.config import Config
 from netloader.core.identity import ModelIdentity, Role, name_of
 from netloader.core.model_key import key_of
 from netloader.discovery.base import Backend, Wanted
@@ -12,12 +14,17 @@ from netloader.errors import NetloaderError
 from netloader.vllm.model.agreement import Report, exchange, groups_of_this_engine
 from netloader.vllm.serve.serving import WorkerServer
 
-__all__ = ["loads_from_storage"]
+__all__ = ["asks", "loads_from_storage"]
 
 log = logging.getLogger(__name__)
 
 _SLACK = 60.0
 """Seconds that the other ranks wait longer than the one that asks."""
+
+
+def asks(config: Config, registry: Backend | None) -> bool:
+    """Whether the engines of this configuration ask which of them loads. With FALLBACK false, none may load."""
+    return config.origin == "lease" and registry is not None and config.fallback
 
 
 def loads_from_storage(
@@ -29,6 +36,8 @@ def loads_from_storage(
     role: Role,
     rank: int,
     wait: float,
+    useless: Collection[str] = (),
+    over: str = "",
 ) -> str:
     """Wait until an engine serves the model, or this one is to load it from storage. All ranks decide together.
 
@@ -43,6 +52,9 @@ def loads_from_storage(
         role: The role of the model.
         rank: This rank.
         wait: Seconds to wait.
+        useless: Generations and addresses of sources that were of no use to an earlier pull of this load.
+        over: Why the first rank asks no more, and the engine loads from storage; empty to ask. Only what the first rank
+            gives counts.
 
     Returns:
         Why this engine loads from storage; empty if there is a source to pull from.
@@ -53,7 +65,7 @@ def loads_from_storage(
     groups = groups_of_this_engine(pipeline=role == "target")
     report = Report("pulled", rank)
     if not any(place for _, _, place in groups):
-        why = _ask(registry, server, identity, answers, wait)
+        why = over or _ask(registry, server, identity, answers, wait, useless)
         report = Report("default" if why else "pulled", rank, reason=why)
     first = exchange(report, groups, wait + _SLACK)[0]
     if first.outcome == "pulled":
@@ -68,17 +80,19 @@ def _ask(
     identity: ModelIdentity | None,
     answers: Callable[[], bool],
     wait: float,
+    useless: Collection[str],
 ) -> str:
     """Why this engine loads from storage; empty if it pulls. Raises nothing, because the other ranks wait."""
-    claims = registry.claims()
-    if server is None or claims is None:
-        return "this rank has no server, so that no other engine could pull from it"
-    if identity is None:
-        return "this model is not supported"
-    provider = registry.sources(Wanted(key_of(identity), role=identity.role))
     try:
+        claims = registry.claims()
+        if server is None or claims is None:
+            return "this rank has no server, so that no other engine could pull from it"
+        if identity is None:
+            return "this model can be neither pulled nor served"
         if answers():
             return ""
+        found = registry.sources(Wanted(key_of(identity), role=identity.role))
+        provider = Holders(found, name_of(identity), useless)
         turn = server.ask_turn(provider, claims, identity, what=name_of(identity), within=wait)
     except NetloaderError as error:
         return str(error)

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from netloader.core.identity import ModelIdentity, check_sendable
-from netloader.errors import ConfigError
+from netloader.core.identity import ModelIdentity
 from netloader.vllm.load.file_reads import Traced
-from netloader.vllm.load.inspect_engine import Context, model_identity
+from netloader.vllm.load.inspect_engine import Context, why_not_comparable
 from netloader.vllm.model.expert_maps import expert_maps
 from netloader.vllm.model.identity import fingerprint_of_model
 from netloader.vllm.model.load_state import load_state_of
-from netloader.vllm.model.quantisation import why_unknown
 from netloader.vllm.model.snapshot import named_raw_tensors
 from netloader.vllm.model.support import why_not
 from netloader.vllm.serve.guard import error_text, serving_only
@@ -71,13 +69,10 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
         unsupported = _why_not(context, built)
         if unsupported:
             return replace(built, unsupported=unsupported)
-        probed = context.probed
-        identity = (
-            model_identity(context.engine, context.config, context.topology, context.settings)
-            if probed is None
-            else probed.identity
-        )
-        unknown = why_unknown(identity) or context.settings.unknown or _why_not_sendable(identity)
+        if context.probed is None:  # the reason was logged
+            return replace(built, unsupported="looking at the model failed: its identity could not be determined")
+        identity = context.probed.identity
+        unknown = why_not_comparable(identity, context.settings)
         if unknown:
             return replace(built, unsupported=unknown)
         placement = ", ".join(text for text in (context.topology.experts, expert_maps(model)) if text)
@@ -86,14 +81,6 @@ def examine(context: Context, model: torch.nn.Module) -> Built:
     except Exception as error:
         log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", context.rank)
         return replace(built, unsupported=f"looking at the model failed: {error_text(error)}")
-
-
-def _why_not_sendable(identity: ModelIdentity) -> str:
-    try:
-        check_sendable(identity)
-    except ConfigError as error:
-        return error.message
-    return ""
 
 
 def _why_not(context: Context, built: Built) -> str:

@@ -14,27 +14,37 @@ import msgspec
 
 from netloader.config import Config
 from netloader.core.addresses import Address
-from netloader.core.identity import ModelIdentity, Role
+from netloader.core.identity import ModelIdentity, Role, check_sendable
 from netloader.core.model_key import rank_of
 from netloader.discovery.base import Backend
 from netloader.discovery.configured import registries_of
-from netloader.errors import NetloaderError
-from netloader.vllm.load.choose_origin import loads_from_storage
+from netloader.errors import ConfigError, NetloaderError
+from netloader.vllm.load.choose_origin import asks, loads_from_storage
 from netloader.vllm.load.drafts import left_out, named_like_target, served_name, shares_with_target
 from netloader.vllm.load.file_reads import FileReads
 from netloader.vllm.load.find_sources import OfRank, find_sources
 from netloader.vllm.load.processed_pull import Registrations
-from netloader.vllm.load.pulling import check_transports, probe_sources
+from netloader.vllm.load.pulling import check_transports, patience, probe_sources
 from netloader.vllm.load.tied_embeddings import adopt_untied, could_adopt, tied_by_files
 from netloader.vllm.model.fallback import fallback_loader
 from netloader.vllm.model.folders import folder_of
 from netloader.vllm.model.identity import identity_of, role_of
+from netloader.vllm.model.quantisation import why_unknown
 from netloader.vllm.model.settings import Settings, settings_of
 from netloader.vllm.model.topology import Topology, topology_of
 from netloader.vllm.serve.guard import refuse_on_failure, serving_only
 from netloader.vllm.serve.serving import WorkerServer, worker_server
 
-__all__ = ["Context", "Engine", "NothingPulled", "Probed", "inspect", "inspect_built", "model_identity"]
+__all__ = [
+    "Context",
+    "Engine",
+    "NothingPulled",
+    "Probed",
+    "inspect",
+    "inspect_built",
+    "model_identity",
+    "why_not_comparable",
+]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +112,7 @@ class Context:
         reads: Records which tensors the model's constructor reads from files.
         registrations: Builds the model a second time; None if the model existed before this load.
         server: This worker's server; None if it serves nobody.
-        probed: What the sources answered; None if there are none, or if the probe failed.
+        probed: The identity of the model, and what the sources answered; None if the identity could not be determined.
         settings: Settings of the engine that decide tensors, as they were before vLLM built the model.
         post_processing: Holds the contexts in which vLLM's post-processing has to run.
         registry: Finds sources while the model is pulled; None without DISCOVERY.
@@ -134,6 +144,11 @@ class Context:
     def role(self) -> Role:
         """Whether the model is the target or its draft."""
         return self.engine.role
+
+    @property
+    def leased(self) -> bool:
+        """Whether a lease decides which engine loads from storage."""
+        return asks(self.config, self.registry)
 
     @property
     def shares(self) -> bool:
@@ -175,16 +190,19 @@ def inspect(engine: Engine, config: Config, prefix: str = "") -> Context:
     with refuse_on_failure(server, engine.role):
         if registry is not None:
             registry = OfRank(registry, _share(topology), tuple if server is None else server.own_addresses)
-        why_no_source = _why_storage(engine, config, topology, settings, registry, server)
-        left = max(0.0, config.wait - (time.monotonic() - began))
-        sources = () if why_no_source else _sources(engine, config, topology, settings, registry, left)
-        why_no_source = why_no_source or ("" if sources else _why_no_source(config, rank))
+        identity = _identity(engine, config, topology, settings)
+        why_no_source = _why_storage(engine, config, topology, settings, registry, server, identity)
+        left = patience(config, time.monotonic() - began, leased=asks(config, registry))
+        sources = () if why_no_source else _sources(config, topology, identity, registry, left)
+        if not why_no_source and not sources and not asks(config, registry):
+            why_no_source = _why_no_source(config, rank)
         if default_loader is None and not sources:
             raise NothingPulled(
                 f"rank {rank} has nothing to pull from ({why_no_source}), and FALLBACK is false",
                 hint="give it a SOURCE, or leave FALLBACK out",
             )
-        probed = _probe(engine, config, topology, settings, sources) if sources else None
+        at_most = msgspec.structs.replace(config, wait=patience(config, leased=asks(config, registry)))
+        probed = None if identity is None else _probe(engine, at_most, topology, identity, sources)
     return Context(
         engine,
         config,
@@ -217,15 +235,20 @@ def _why_storage(
     settings: Settings,
     registry: Backend | None,
     server: WorkerServer | None,
+    identity: ModelIdentity | None,
 ) -> str:
     """Why this engine is the one that loads from storage; empty if ORIGIN does not ask for one, or it is another one.
+
+    Raises nothing before the ranks have exchanged the answer, because the other ranks wait for this one.
 
     Raises:
         AgreementError: Another rank ended, or did not report in time.
     """
-    if config.origin != "lease" or registry is None or not config.fallback:
-        return ""  # with FALLBACK false, no engine may load from storage
-    identity, given = model_identity(engine, config, topology, settings), config.sources_for(topology.rank)
+    if registry is None or not asks(config, registry):
+        return ""
+    if identity is not None and why_not_comparable(identity, settings):
+        identity = None
+    given = config.sources_for(topology.rank)
     at_once = msgspec.structs.replace(config, wait=0.0)
 
     def answers() -> bool:
@@ -237,15 +260,14 @@ def _why_storage(
 
 
 def _sources(
-    engine: Engine, config: Config, topology: Topology, settings: Settings, registry: Backend | None, wait: float
+    config: Config, topology: Topology, identity: ModelIdentity | None, registry: Backend | None, wait: float
 ) -> tuple[Address, ...]:
     """The addresses of SOURCE, then those that DISCOVERY knows. With a SOURCE, no other one is waited for here."""
     given = config.sources_for(topology.rank)
-    if registry is None:
+    if registry is None or identity is None:
         return given
     wait = 0.0 if given else wait
     try:
-        identity = model_identity(engine, config, topology, settings)
         found = find_sources(registry, identity, topology.rank, wait=wait, zone=config.zone)
     except Exception:
         log.exception("netloader: rank %d: unexpected error while searching for sources", topology.rank)
@@ -271,7 +293,18 @@ def inspect_built(engine: Engine, config: Config) -> Context:
     sources = config.sources_for(topology.rank)
     default_loader, settings = _default_loader(engine, config), _settings(engine)
     why = config.why_no_source(topology.rank) or ""
-    return Context(engine, config, topology, sources, default_loader, FileReads(), settings=settings, why_no_source=why)
+    identity = _identity(engine, config, topology, settings)
+    return Context(
+        engine,
+        config,
+        topology,
+        sources,
+        default_loader,
+        FileReads(),
+        probed=None if identity is None else Probed(identity),
+        settings=settings,
+        why_no_source=why,
+    )
 
 
 def model_identity(engine: Engine, config: Config, topology: Topology, settings: Settings) -> ModelIdentity:
@@ -287,6 +320,32 @@ def model_identity(engine: Engine, config: Config, topology: Topology, settings:
         cache_config=getattr(engine.vllm_config, "cache_config", None),
         load_config=engine.load_config,
     )
+
+
+def _identity(engine: Engine, config: Config, topology: Topology, settings: Settings) -> ModelIdentity | None:
+    """The identity of the model; None if it could not be determined, which is logged: the other ranks wait.
+
+    Made once, before the build: layers change vLLM's configuration while they are constructed, so that later it would
+    be another one than at a client that looks for this model.
+    """
+    try:
+        return model_identity(engine, config, topology, settings)
+    except Exception:
+        log.exception("netloader: rank %d: looking at the model failed: nothing is pulled or served", topology.rank)
+        return None
+
+
+def why_not_comparable(identity: ModelIdentity, settings: Settings) -> str:
+    """Why a model with this identity can be neither pulled nor served; empty if its identity is no reason."""
+    return why_unknown(identity) or settings.unknown or _why_not_sendable(identity)
+
+
+def _why_not_sendable(identity: ModelIdentity) -> str:
+    try:
+        check_sendable(identity)
+    except ConfigError as error:
+        return error.message
+    return ""
 
 
 def _default_loader(engine: Engine, config: Config) -> Any:
@@ -324,19 +383,18 @@ def _open_server(engine: Engine, config: Config, rank: int) -> WorkerServer | No
 
 
 def _probe(
-    engine: Engine, config: Config, topology: Topology, settings: Settings, sources: Sequence[Address]
-) -> Probed | None:
+    engine: Engine, config: Config, topology: Topology, identity: ModelIdentity, sources: Sequence[Address]
+) -> Probed:
     try:
-        return _probed(engine, config, topology, settings, sources)
+        return _probed(engine, config, topology, identity, sources)
     except Exception:
         log.exception("netloader: rank %d: unexpected error while the sources were probed", topology.rank)
-        return None
+        return Probed(identity)
 
 
 def _probed(
-    engine: Engine, config: Config, topology: Topology, settings: Settings, sources: Sequence[Address]
+    engine: Engine, config: Config, topology: Topology, identity: ModelIdentity, sources: Sequence[Address]
 ) -> Probed:
-    identity = model_identity(engine, config, topology, settings)
     may_untie = identity.tied is None and could_adopt(engine.model_config)
     if not may_untie and not shares_with_target(engine.vllm_config, engine.role):
         return Probed(identity)

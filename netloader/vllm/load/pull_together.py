@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from netloader.client.origin import useless_after
 from netloader.vllm.load.agree_ranks import Decision, agree
 from netloader.vllm.load.choose_origin import loads_from_storage
 from netloader.vllm.load.examine_model import Built
@@ -21,14 +22,15 @@ __all__ = ["pull_together"]
 
 log = logging.getLogger(__name__)
 
-_TRIES = 5
-"""Most pulls of one load. What decides about another one is known to all ranks, so a time can't bound them."""
+_UNEXPLAINED = 5
+"""Most pulls of one load that fail though the first rank knows no source of no use: another rank failed, say."""
 
 
 def pull_together(context: Context, built: Built, model: torch.nn.Module) -> tuple[Pulled, Decision]:
     """Pull the weights, and decide with the other ranks whether they are kept.
 
-    With ORIGIN=lease, a failed pull is no reason to read storage at once: another engine may be doing so by now.
+    With ORIGIN=lease, a failed pull is no reason to read storage at once: another engine may be doing so by now. Who
+    loads is asked anew until WAIT is over. The first rank knows that time, and tells the others.
 
     Raises:
         AgreementError: Another rank ended, or did not report in time.
@@ -36,47 +38,52 @@ def pull_together(context: Context, built: Built, model: torch.nn.Module) -> tup
     """
     began = time.monotonic() - context.seconds
     pulled = pull(context, built, model)
-    for left in reversed(range(_TRIES)):
+    useless, unexplained = frozenset[str](), 0
+    while True:
         with pulled.restored_on_error():
             try:
                 decision = agree(context, pulled)
             except BaseException:
                 withdraw(context, pulled.parents, "its owner prepares the weights for use")
                 raise
-            if not left or not _again(context, decision):
-                break
+            if not _again(context, decision):
+                return pulled, decision
             log.info(
                 "netloader: rank %d: asking again who loads the %s: %s", context.rank, context.role, decision.why_not
             )
             withdraw(context, pulled.parents, "its owner pulls anew")
             context = replace(context, seconds=time.monotonic() - began)
-            why = _why_storage(context, built)
+            useless, unexplained = useless | _useless(pulled), unexplained + (pulled.left is None)
+            over = f"{unexplained} pulls could not be kept" if unexplained >= _UNEXPLAINED else ""
+            why = _why_storage(context, built, useless, over)
             if why:
                 return pulled, replace(decision, why_not=f"{decision.why_not}; {why}")
-            # If its structure is that of processed weights now, only the default loader can fill it.
-            if not pulled.rebuild:
+            if not pulled.rebuild:  # it has processed weights, and keeps them while another rank pulls again
                 pulled = pull(context, built, model, pulled.initial)
-    return pulled, decision
 
 
 def _again(context: Context, decision: Decision) -> bool:
     """Whether another pull may succeed. The same at all ranks."""
-    config = context.config
     failed = any(report.outcome == "failed" for report in decision.reports)
-    return config.origin == "lease" and config.fallback and context.registry is not None and failed
+    return context.leased and failed and not any(report.final for report in decision.reports)
 
 
-def _why_storage(context: Context, built: Built) -> str:
+def _useless(pulled: Pulled) -> frozenset[str]:
+    return frozenset() if pulled.left is None else useless_after(pulled.left)
+
+
+def _why_storage(context: Context, built: Built, useless: frozenset[str], over: str) -> str:
     if context.registry is None:
         return "there is no DISCOVERY"
-    identity = built.identity if context.probed is None else context.probed.identity
-    left = max(0.0, context.config.wait - context.seconds)
+    left = min(context.config.wait, context.config.timeout) - context.seconds
     return loads_from_storage(
         context.registry,
         context.server,
-        identity,
+        built.identity,
         lambda: False,
         role=context.role,
         rank=context.rank,
-        wait=left,
+        wait=max(0.0, left),
+        useless=useless,
+        over=over or ("" if left > 0 else f"WAIT ({context.config.wait:g} s) or TIMEOUT is over"),
     )

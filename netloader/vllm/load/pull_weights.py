@@ -13,7 +13,7 @@ import msgspec
 
 from netloader.core.identity import ModelIdentity
 from netloader.core.report import PullReport
-from netloader.errors import MemoryStillInUse, NetloaderError, RemoteProtocolError, unexpected
+from netloader.errors import MemoryStillInUse, NetloaderError, NoSourceLeft, RemoteProtocolError, unexpected
 from netloader.vllm.load.examine_model import Built
 from netloader.vllm.load.inspect_engine import Context
 from netloader.vllm.load.processed_pull import Adopted, adopt_processed, check_supported
@@ -44,6 +44,7 @@ class Pulled:
         rebuild: Whether the model was post-processed to receive processed weights. The default loader can fill it only
             after it was built again.
         memory_in_use: The error if a thread may still write into the weights. Nothing else may fill them.
+        left: The error if no source was left for raw weights; it says which sources were of no use.
     """
 
     own_report: Report
@@ -53,6 +54,7 @@ class Pulled:
     computed: ComputedValues | None = None
     rebuild: bool = False
     memory_in_use: MemoryStillInUse | None = None
+    left: NoSourceLeft | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -101,12 +103,15 @@ def pull(context: Context, built: Built, model: torch.nn.Module, initial: Initia
         wanted = {name: tensor for name, tensor in built.tensors.items() if name not in without}
         failed = replace(failed, initial=initial or InitialValues(wanted, built.traced.filled))
         given, config = context.config.sources_for(rank), context.config
-        report = pull_raw(wanted, identity, given, config, context.seconds, context.server, context.registry)
+        report = pull_raw(
+            wanted, identity, given, config, context.seconds, context.server, context.registry, context.leased
+        )
         _check_source(context, built, report.identity, without)
     except MemoryStillInUse as error:
         return replace(_because(failed, str(error)), memory_in_use=error)
     except NetloaderError as error:
-        return _pull_processed(context, identity, model, _because(failed, str(error)), began)
+        failed = replace(_because(failed, str(error)), left=error if isinstance(error, NoSourceLeft) else None)
+        return _pull_processed(context, identity, model, failed, began)
     except Exception as error:
         log.exception("netloader: rank %d: unexpected error while pulling", rank)
         return _because(failed, unexpected(error).message)
@@ -140,7 +145,7 @@ def _pull_processed(
     wanted = msgspec.structs.replace(identity, layout="processed")
 
     def pull_into(tensors: Mapping[str, torch.Tensor]) -> PullReport:
-        return pull_raw(tensors, wanted, sources, context.config, spent())
+        return pull_raw(tensors, wanted, sources, context.config, spent(), leased=context.leased)
 
     try:
         sources = only_processed(context.sources, context.role, context.config, spent())
@@ -151,7 +156,8 @@ def _pull_processed(
         withdraw(context, (), "its owner restores the initial values")
         initial.restore()
         rules = check_supported(model)
-        failed = replace(failed, rebuild=True, computed=ComputedValues(model))
+        final = msgspec.structs.replace(failed.own_report, final=True)  # only the default loader can fill it now
+        failed = replace(failed, own_report=final, rebuild=True, computed=ComputedValues(model))
         adopted = adopt_processed(model, context.engine.model_config, context.engine.device, rules, pull_into)
         check_digests(adopted.report.identity)
     except NetloaderError as error:

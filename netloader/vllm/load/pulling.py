@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from netloader.vllm.serve.serving import WorkerServer
 
-__all__ = ["check_digests", "check_transports", "only_processed", "probe_sources", "pull_raw"]
+__all__ = ["check_digests", "check_transports", "only_processed", "patience", "probe_sources", "pull_raw"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,23 @@ _PROBE_TIMEOUT = 10.0
 _PROBE_PAUSE = 0.5
 _WAIT_LINE_EVERY = 10.0
 """Seconds between two lines about one wait."""
+
+_PULL_WAIT = 5.0
+"""Seconds that a pull goes on trying sources that are not ready, before it is asked anew who loads."""
+
+
+def patience(config: Config, spent: float = 0.0, *, leased: bool) -> float:
+    """Seconds to wait for sources that are not ready or do not exist yet.
+
+    That is what is left of WAIT; with a lease a few seconds at most, because another engine may load if one is lost.
+
+    Args:
+        config: netloader's configuration.
+        spent: Seconds of WAIT that have passed.
+        leased: Whether it is asked anew who loads.
+    """
+    left = max(0.0, config.wait - spent)
+    return min(left, _PULL_WAIT) if leased else left
 
 
 def check_transports(config: Config) -> None:
@@ -140,6 +157,7 @@ def pull_raw(
     spent: float = 0.0,
     server: WorkerServer | None = None,
     registry: Backend | None = None,
+    leased: bool = False,
 ) -> PullReport:
     """Fill `tensors` from the sources and verify every block.
 
@@ -153,6 +171,7 @@ def pull_raw(
         server: This worker's server. With RELAY it passes on the verified blocks while the rest is pulled, and until
             :meth:`~netloader.vllm.serve.serving.WorkerServer.withdraw`.
         registry: Finds further sources.
+        leased: Whether it is asked anew who loads if the pull fails, so that it fails soon.
 
     Raises:
         MemoryStillInUse: A thread may still write into the tensors. Nothing else may fill them.
@@ -162,11 +181,11 @@ def pull_raw(
         if server is not None and server.running and config.relay:
             began = time.monotonic()
             try:
-                return server.pull(tensors, identity, **_options(sources, config, spent, registry))
+                return server.pull(tensors, identity, **_options(sources, config, spent, registry, leased))
             except ServerLost as error:
                 log.warning("netloader: nothing is passed on while the weights are pulled: %s", error)
                 spent += time.monotonic() - began
-        return sync.pull(tensors, identity, **_options(sources, config, spent, registry))
+        return sync.pull(tensors, identity, **_options(sources, config, spent, registry, leased))
     except MemoryStillInUse as error:
         log.error("netloader: nothing else may fill this memory: %s", error)  # noqa: TRY400 - the message says it all
         raise
@@ -189,14 +208,16 @@ def check_digests(theirs: ModelIdentity) -> None:
             )
 
 
-def _options(sources: Sequence[Address], config: Config, spent: float, registry: Backend | None) -> dict[str, Any]:
+def _options(
+    sources: Sequence[Address], config: Config, spent: float, registry: Backend | None, leased: bool
+) -> dict[str, Any]:
     return {
         "sources": sources,
         "discovery": registry,
         "zone": config.zone,
         "transport": config.transport or "auto",
         "timeout": max(0.001, config.timeout - spent),
-        "wait": max(0.0, config.wait - spent),
+        "wait": patience(config, spent, leased=leased),
         "stall_timeout": config.stall_timeout,
         "stripe": config.stripe,
         "token": _token(config),

@@ -42,6 +42,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
         fingerprint: Fingerprint of the checkpoint, from this rank's files or its source; empty when it is not known.
         reason: Why it failed.
         serves: Whether this rank has a server.
+        final: Whether another pull can't help: this rank's model can only be built anew and loaded by default.
     """
 
     outcome: Literal["pulled", "default", "failed"]
@@ -51,6 +52,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint: str = ""
     reason: str = ""
     serves: bool = False
+    final: bool = False
 
     def packed(self) -> bytes:
         """The report in exactly REPORT_BYTES bytes. Texts that are too long are cut."""

@@ -202,22 +202,24 @@ class WorkerServer:
             ServerLost: The server does not answer, and was ended.
         """
         ask = partial(turn_of, provider, claims, work_of(key_of(identity)), within=within, what=what)
-        turn: Turn = self._call(self._ask_turn, ask, identity.role, within=within + _LISTINGS)
+        most = within + _LISTINGS
+        turn: Turn = self._call(self._ask_turn, ask, identity.role, most, within=most)
         return turn
 
-    async def _ask_turn(self, ask: Callable[[], AbstractAsyncContextManager[Turn]], role: Role) -> Turn:
+    async def _ask_turn(self, ask: Callable[[], AbstractAsyncContextManager[Turn]], role: Role, most: float) -> Turn:
         self._release_turn(role)
         released = self._turns[role] = anyio.Event()
-        decided, turns = anyio.Event(), list[Turn]()
+        decided, turns, scope = anyio.Event(), list[Turn](), anyio.CancelScope()
 
         async def hold() -> None:
             try:
-                async with ask() as turn:
-                    turns.append(turn)
-                    decided.set()
-                    if turn.claim is not None:
-                        await released.wait()
-                        await self._server.until_published(role, within=_PUBLISHED_WITHIN)
+                with scope:
+                    async with ask() as turn:
+                        turns.append(turn)
+                        decided.set()
+                        if turn.claim is not None:
+                            await released.wait()
+                            await self._server.until_published(role, within=_PUBLISHED_WITHIN)
             except Exception as error:
                 log.exception("netloader: the lease of rank %d ended", self._rank)
                 turns.append(Turn(loads=True, why=f"the lease can't be held: {error}"))
@@ -225,7 +227,12 @@ class WorkerServer:
                 decided.set()
 
         self._server.beside(hold)
-        await decided.wait()
+        with anyio.move_on_after(most):  # a registry may be slow, which is no reason to end the server
+            await decided.wait()
+        if not turns:
+            scope.cancel()
+            self._release_turn(role)
+            return Turn(loads=True, why=f"the registry did not say within {most:g} s who loads")
         return turns[0]
 
     def _release_turn(self, role: Role) -> None:
