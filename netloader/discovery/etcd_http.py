@@ -247,7 +247,7 @@ class EtcdGateway:
     def _read(self, data: bytes, answer: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise DiscoveryError(
                 f"{self._url.shown} does not answer as etcd does: {error}", hint="check its address"
             ) from error
