@@ -8,10 +8,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import anyio
@@ -393,7 +393,7 @@ async def _resolver(server: Address | None) -> dns.asyncresolver.Resolver:
     return resolver
 
 
-async def _together(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
+async def _together(calls: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
     """Make calls at the same time. They raise nothing."""
     async with anyio.create_task_group() as tasks:
         for call in calls:
