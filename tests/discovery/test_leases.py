@@ -480,7 +480,7 @@ def test_a_claim_whose_answer_was_lost_is_held_or_given_back() -> None:
     async def work(world: Faulty) -> None:
         world.fault = lambda method: "lost" if method == "create" else ""
         with pytest.raises(DiscoveryError):
-            async with backend(world).claims().claim("w", within=10.0):
+            async with backend(world).claims().claim("w", within=0):
                 pass
         assert world.registry.names == {}
         world.start()
@@ -545,6 +545,50 @@ def test_a_forged_claim_is_held_until_it_expires(value: bytes, name: Callable[[s
         async with backend(world).claims().claim("w", within=LEASES) as claim:
             assert claim is not None
             assert is_held(claim)
+
+    claimed(work)
+
+
+@pytest.mark.parametrize("fault", ["refused", "stuck"])
+def test_a_wait_may_begin_while_the_registry_is_down(fault: str) -> None:
+    async def work(world: Faulty) -> None:
+        world.fault = lambda _: fault
+        began = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+
+            async def wait(within: float, least: float, most: float) -> None:
+                with pytest.raises(DiscoveryError):
+                    async with backend(world).claims().claim("w", within=within):
+                        pass
+                assert least <= anyio.current_time() - began <= most
+
+            tasks.start_soon(wait, 0.0, 0.0, 2 * TTL / 3)
+            tasks.start_soon(wait, 10.0, 10.0, 10.0 + TTL)
+            tasks.start_soon(wait, 10_000.0, LEASES, LEASES + 4 * TTL / 3)
+        async with anyio.create_task_group() as tasks:
+
+            async def get() -> None:
+                began = anyio.current_time()
+                async with backend(world).claims().claim("w", within=10_000.0) as claim:
+                    assert claim is not None
+                    assert TTL <= anyio.current_time() - began < 2 * TTL
+
+            tasks.start_soon(get)
+            await anyio.sleep(TTL)
+            world.start()
+
+    claimed(work)
+
+
+def test_a_claim_whose_first_answer_was_lost_is_held_at_once() -> None:
+    async def work(world: Faulty) -> None:
+        world.fault = lambda method: "lost" if method == "create" and "create" not in world.calls[:-1] else ""
+        told: list[Holder] = []
+        began = anyio.current_time()
+        async with backend(world).claims().claim("w", within=LEASES, waiting=told.append) as claim:
+            assert claim is not None
+            assert anyio.current_time() - began < AT_ONCE
+        assert told == []
 
     claimed(work)
 
