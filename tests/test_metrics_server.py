@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,64 @@ def test_silent_connections_do_not_keep_prometheus_out(registry: CollectorRegist
         assert before < 20
     for one in silent:
         one.close()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_dripping_connections_do_not_keep_a_probe_out(registry: CollectorRegistry, path: str) -> None:
+    """More of them than there are threads send a byte now and then, and come back when they are closed."""
+    done = threading.Event()
+    begun = threading.Barrier(13)
+
+    def drip(port: int) -> None:
+        first = True
+        while not done.is_set():
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as one:
+                if first:
+                    begun.wait(PATIENCE)
+                    first = False
+                while not done.wait(0.2):
+                    one.sendall(b"a")
+
+    with MetricsServer("127.0.0.1", 0, registry, ready=str, field="METRICS_PORT") as server:
+        drips = [threading.Thread(target=drip, args=(server.port,)) for _ in range(12)]
+        for each in drips:
+            each.start()
+        try:
+            begun.wait(PATIENCE)
+            for _ in range(3):
+                began = time.monotonic()
+                assert get(server.port, path)[0] == 200
+                assert time.monotonic() - began < 5.0
+        finally:
+            done.set()
+            for each in drips:
+                each.join()
+
+
+def test_a_request_has_a_deadline_though_there_is_room(registry: CollectorRegistry) -> None:
+    with (
+        MetricsServer("127.0.0.1", 0, registry, ready=str, field="METRICS_PORT") as server,
+        socket.create_connection(("127.0.0.1", server.port)) as one,
+    ):
+        began = time.monotonic()
+        one.settimeout(0.5)
+        while time.monotonic() - began < PATIENCE:
+            with suppress(TimeoutError, ConnectionError):
+                one.sendall(b"a")
+                if one.recv(1) == b"":
+                    break
+        assert 4.0 < time.monotonic() - began < 10.0
+
+
+def test_closing_ends_requests_that_are_not_complete(registry: CollectorRegistry) -> None:
+    with MetricsServer("127.0.0.1", 0, registry, ready=str, field="METRICS_PORT") as server:
+        one = socket.create_connection(("127.0.0.1", server.port))
+        one.sendall(b"GET /heal")
+        assert get(server.port, "/healthz")[0] == 200  # so the connection before it was accepted
+    with one:
+        one.settimeout(3.0)
+        while one.recv(1024):  # it is told that this was no request
+            pass
 
 
 @pytest.fixture

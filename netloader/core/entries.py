@@ -6,7 +6,7 @@ A client takes each word of an entry for a hint: the server that it finds is val
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -20,8 +20,14 @@ MAX_ENTRY_BYTES = 8192
 """Most bytes of an encoded entry: a registry is shared, and a client reads thousands of entries."""
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=999_999_999)]
+"""What anyone may have written is bounded when it is read, so that calculating with it raises nothing."""
+
+_Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e18)]
+
+
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
-    """How busy a server is.
+    """How busy a server is. Numbers that are read are from 0 to 999,999,999; bytes per second to 10^18.
 
     Attributes:
         clients: Clients that it serves now.
@@ -30,15 +36,15 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         cap: Most clients that it serves at once.
     """
 
-    clients: int = 0
-    waiting: int = 0
-    bytes_per_second: float = 0.0
-    cap: int = 1
+    clients: _Count = 0
+    waiting: _Count = 0
+    bytes_per_second: _Rate = 0.0
+    cap: _Count = 1
 
     @property
     def share(self) -> float:
         """Clients and waiting ones in relation to the cap: below 1 there is room. The load of a `Source`."""
-        return (max(0, self.clients) + max(0, self.waiting)) / max(1, self.cap)
+        return (self.clients + self.waiting) / max(1, self.cap)
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
@@ -62,7 +68,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     address: str
     generation: str
     kind: Literal["seed", "relay"] = "seed"
-    rank: int = 0
+    rank: _Count = 0
     role: str = "target"
     layout: str = "raw"
     root: str = ""
@@ -111,5 +117,5 @@ def decode_entry(encoded: bytes) -> Entry:
         raise DiscoveryError(f"an entry has {len(encoded)} bytes, {MAX_ENTRY_BYTES} are allowed", hint=_HINT)
     try:
         return msgspec.json.decode(encoded, type=Entry)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DiscoveryError(f"an entry can't be read: {error}", hint=_HINT) from error

@@ -228,8 +228,8 @@ class Claims(Protocol):
                 when the holder or what it tells has changed. What it raises ends the wait.
 
         Raises:
-            DiscoveryError: (On entering.) The backend cannot be reached at first, or for longer than two leases while
-                waiting; or it refused. The caller goes on as without a group.
+            DiscoveryError: (On entering.) The backend cannot be reached for longer than two leases, or when `within`
+                has passed; or it refused. The caller goes on as without a group.
         """
         ...
 

@@ -21,7 +21,7 @@ _log = logging.getLogger("netloader")
 async def beside(call: Callable[[], Awaitable[None]], name: str) -> AsyncIterator[None]:
     """Run `call` in a task while the context is open. No task group: an async generator may hold this open.
 
-    An error of the body is raised as it is. One of `call` is logged.
+    An error of the body is raised as it is. One of `call` is logged at once, and so is that it does not end in time.
 
     Args:
         call: Runs until it is cancelled.
@@ -33,12 +33,17 @@ async def beside(call: Callable[[], Awaitable[None]], name: str) -> AsyncIterato
         with scope:
             await call()
 
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s has ended: %s", name, error, exc_info=error)
+
     task = asyncio.create_task(run(), name=name)
+    task.add_done_callback(ended)
     try:
         yield
     finally:
         scope.cancel()
         with anyio.CancelScope(shield=True):
             await asyncio.wait({task}, timeout=_LEAVING)
-        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s ended before: %s", name, error, exc_info=error)
+        if not task.done():
+            _log.error("%s does not end within %g s after it was cancelled", name, _LEAVING)

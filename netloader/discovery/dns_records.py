@@ -8,10 +8,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import anyio
@@ -237,6 +237,7 @@ class _Questions:
         self._resolver: dns.asyncresolver.Resolver | None = None
         self._last: dict[tuple[str, str], _Records] = {}
         self._too_high = False
+        self._said: set[str] = set()  # targets without an answer, as far as that was logged
 
     async def sources(self) -> tuple[dict[str, Source | None], float]:
         """The sources by address, and after how many seconds to ask again.
@@ -261,22 +262,35 @@ class _Questions:
             of_rank = self._name.port_of(base, self._rank)
             return [Source(Address(host, of_rank)) for host in hosts.values], hosts.ttl
         found = await asked.question(name, "SRV")
-        services = sorted(_Service.parse(value) for value in found.values[:MAX_KNOWN])
+        services = [_Service.parse(value) for value in found.values[:MAX_KNOWN]]
         targets = {service.target: _Records() for service in services if service.target != "."}
+        failed: dict[str, DiscoveryError] = {}
         free = anyio.CapacityLimiter(_AT_A_TIME)
 
         async def resolve(target: str) -> None:
             async with free:
-                targets[target] = await self._hosts(asked, target)
+                try:
+                    targets[target] = await self._hosts(asked, target)
+                except DiscoveryError as error:
+                    failed[target] = error
 
         await _together([partial(resolve, target) for target in targets])
         sources = [
-            Source(Address(host, port), labels={"priority": str(service.priority), "weight": str(-service.less_weight)})
+            Source(Address(host, port))
             for service in services
             if service.target in targets and (port := self._port(service.port)) is not None
             for host in targets[service.target].values
         ]
+        if failed and not sources:
+            raise next(iter(failed.values()))
+        self._say(failed)
         return sources, min([found.ttl, *(hosts.ttl for hosts in targets.values())])
+
+    def _say(self, failed: Mapping[str, DiscoveryError]) -> None:
+        """Log each target that has no answer, once until it has one again. The others are found all the same."""
+        for target in failed.keys() - self._said:
+            _log.warning("netloader: a target of %s is left out: %s", self._name.name, failed[target])
+        self._said = set(failed)
 
     def _port(self, base: int) -> int | None:
         port = self._name.port_of(base, self._rank)
@@ -349,19 +363,17 @@ class _Round:
         return records
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class _Service:
-    """One SRV record, in the order of preference."""
+    """One SRV record. Its priority and weight are not looked at: the nearest and least busy server is tried first."""
 
-    priority: int
-    less_weight: int
     port: int
     target: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        priority, weight, port, target = text.split()
-        return cls(int(priority), -int(weight), int(port), target)
+        _, _, port, target = text.split()
+        return cls(int(port), target)
 
 
 async def _resolver(server: Address | None) -> dns.asyncresolver.Resolver:
@@ -381,19 +393,8 @@ async def _resolver(server: Address | None) -> dns.asyncresolver.Resolver:
     return resolver
 
 
-async def _together(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Make calls at the same time. The first error ends the others, and is raised as it is."""
-    failed: list[DiscoveryError] = []
-
-    async def make(call: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await call()
-        except DiscoveryError as error:
-            failed.append(error)
-            tasks.cancel_scope.cancel()
-
+async def _together(calls: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
+    """Make calls at the same time. They raise nothing."""
     async with anyio.create_task_group() as tasks:
         for call in calls:
-            tasks.start_soon(make, call)
-    if failed:
-        raise failed[0]
+            tasks.start_soon(call)

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from netloader.discovery.etcd_http import EtcdGateway, EtcdRefusal, encoded
+from netloader.discovery.etcd_http import EtcdGateway, EtcdRefusal, LongAnswer, encoded
 from netloader.discovery.registry_urls import RegistryUrl
+from netloader.discovery.store import MAX_VALUE_BYTES, text_of
 
 __all__ = ["EtcdStore", "opened"]
 
@@ -139,14 +140,25 @@ class EtcdStore:
     async def read(self, prefix: str, *, limit: int) -> Mapping[str, bytes]:
         """See :meth:`netloader.discovery.store.LeaseStore.read`."""
         found: dict[str, bytes] = {}
-        first, end, more = prefix, _after(prefix), True
+        first, end, more, most = prefix.encode(), _after(prefix), True, _PAGE
         while more and len(found) < limit:
-            body = {"key": encoded(first), "range_end": encoded(end), "limit": min(_PAGE, limit - len(found))}
-            page = await self._gateway.call("kv/range", body, _Range)
-            found |= {b64decode(each.key).decode(): b64decode(each.value) for each in page.kvs}
+            count = min(most, limit - len(found))
+            body = {"key": encoded(first), "range_end": encoded(end), "limit": count}
+            try:
+                page = await self._gateway.call("kv/range", body, _Range)
+            except LongAnswer:  # another has written long values there
+                most = count // 2
+                if most:
+                    continue
+                # This is the one. Only its name is asked for, and it is left out.
+                page = await self._gateway.call("kv/range", {**body, "keys_only": True}, _Range)
+            else:
+                names = [(text_of(b64decode(each.key)), each.value) for each in page.kvs]
+                found |= {name: b64decode(value)[: MAX_VALUE_BYTES + 1] for name, value in names if name is not None}
+            most = min(_PAGE, max(1, 2 * most))
             more = page.more and bool(page.kvs)
             if more:
-                first = b64decode(page.kvs[-1].key).decode() + "\0"
+                first = b64decode(page.kvs[-1].key) + b"\0"
         return dict(islice(found.items(), limit))
 
     async def changes(self, prefix: str) -> AsyncGenerator[None, None]:

@@ -21,7 +21,7 @@ from netloader.discovery.etcd_store import PASSWORD
 from netloader.discovery.registry_urls import RegistryUrl
 from netloader.errors import DiscoveryError, legible
 
-__all__ = ["EtcdGateway", "EtcdRefusal", "encoded"]
+__all__ = ["EtcdGateway", "EtcdRefusal", "LongAnswer", "encoded"]
 
 T = TypeVar("T")
 
@@ -32,8 +32,8 @@ _CLOSE = 2.0
 _AT_ONCE = 4
 """Calls that run at the same time."""
 
-_MOST = 64 << 20
-"""Bytes of an answer; one page of names with values of 64 KiB has 22 MiB."""
+_MOST = 4 << 20
+"""Most bytes of an answer; 256 names with the longest values that are written have less than 3 MiB."""
 
 _LINE = 16 << 10
 """Bytes of a line of a watch that are looked at. What does not tell of changes is shorter."""
@@ -60,6 +60,10 @@ class EtcdRefusal(DiscoveryError):
     def __init__(self, message: str, *, code: int, hint: str) -> None:
         super().__init__(message, hint=hint)
         self.code = code
+
+
+class LongAnswer(DiscoveryError):
+    """An answer has more bytes than are read."""
 
 
 class _Said(msgspec.Struct):
@@ -121,6 +125,7 @@ class EtcdGateway:
 
         Raises:
             EtcdRefusal: etcd answered with an error.
+            LongAnswer: The answer has more than 4 MiB.
             DiscoveryError: No member can be reached, or none answers within the deadline.
         """
         try:
@@ -247,7 +252,7 @@ class EtcdGateway:
     def _read(self, data: bytes, answer: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise DiscoveryError(
                 f"{self._url.shown} does not answer as etcd does: {error}", hint="check its address"
             ) from error
@@ -308,7 +313,7 @@ async def _all(response: aiohttp.ClientResponse) -> bytes:
     async for chunk in response.content.iter_any():
         data += chunk
         if len(data) > _MOST:
-            raise DiscoveryError(f"an answer of etcd has more than {_MOST} bytes", hint="use another prefix")
+            raise LongAnswer(f"an answer of etcd has more than {_MOST} bytes", hint="use another prefix")
     return bytes(data)
 
 

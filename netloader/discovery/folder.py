@@ -211,8 +211,8 @@ class _Reader:
                 entry = decode_entry(text)
                 return _File(look, entry, entry.source())
             return _File(look, None, Source(_address(text)))
-        except (ConfigError, DiscoveryError) as error:
-            self._say_once(name, f"{name} is left out: {error}")
+        except Exception as error:  # noqa: BLE001 - no file of a stranger may hide the others
+            self._say_once(name, f"{name} is left out: {str(error) or type(error).__name__}")
             return _File(look)
 
     def _say_once(self, what: str, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 
@@ -13,6 +14,8 @@ from netloader.discovery.outage import Outage
 from netloader.errors import DiscoveryError, LocalProtocolError
 
 __all__ = ["Updates"]
+
+_log = logging.getLogger("netloader")
 
 
 class Updates:
@@ -65,6 +68,12 @@ class Updates:
             await self._send(self._encoded)
         except DiscoveryError as error:
             self._outage.failed(error)
+            self._answered = False
+        except Exception as error:  # noqa: BLE001 - the task that renews the lease must go on
+            _log.debug("unexpected error of a publisher", exc_info=error)
+            self._outage.failed(
+                DiscoveryError(f"{type(error).__name__}: {error}", hint="the log has the details at level DEBUG")
+            )
             self._answered = False
         else:
             self._outage.over()

@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from netloader.core.addresses import Address
 from netloader.discovery.redis_store import PASSWORD
 from netloader.discovery.registry_urls import RegistryUrl
+from netloader.discovery.store import MAX_VALUE_BYTES, text_of
 from netloader.errors import DiscoveryError, LocalProtocolError
 
 __all__ = ["RedisClients", "RedisStore"]
@@ -88,6 +89,22 @@ redis.call('ZREM', KEYS[3], ARGV[1])
 return 1
 """
 """KEYS: of the name, the names in order, when they end. ARGV: the name, the value, the lease in milliseconds."""
+
+_READ_SCRIPT = """
+local found = {}
+for i, key in ipairs(KEYS) do
+    local value = redis.pcall('GETRANGE', key, 0, ARGV[1])
+    if type(value) == 'table' then
+        if not string.find(value.err, 'WRONGTYPE', 1, true) then return value end
+        value = false
+    elseif value == '' and redis.call('EXISTS', key) == 0 then
+        value = false
+    end
+    found[i] = value
+end
+return found
+"""
+"""The values of the keys, each without what is beyond the last byte that ARGV names. Others may write there too."""
 
 _Client = Redis | RedisCluster
 
@@ -215,13 +232,16 @@ class RedisStore:
 
     async def _read(self, prefix: str, limit: int) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
-        index, first, end = f"{_tag(prefix)}:names", f"[{prefix}", f"({prefix}\x7f"
+        index, first, end = f"{_tag(prefix)}:names", f"[{prefix}".encode(), f"({prefix}\x7f"
         while len(found) < limit:
-            names = [name.decode() for name in await self._client.zrangebylex(index, first, end, 0, _PAGE)]
-            if not names:
+            page = await self._client.zrangebylex(index, first, end, 0, _PAGE)
+            if not page:
                 break
-            first = f"({names[-1]}"
-            values = await self._client.mget([_key(name) for name in names])
+            first = b"(" + page[-1]
+            names = [name for each in page if (name := text_of(each)) is not None]
+            keys = [_key(name) for name in names]
+            # The last byte that is read is the first that no value of ours has: what is too long stays so.
+            values = await self._client.eval(_READ_SCRIPT, len(keys), *keys, MAX_VALUE_BYTES) if keys else []
             found |= {name: value for name, value in zip(names, values, strict=True) if value is not None}
         return dict(islice(found.items(), limit))
 

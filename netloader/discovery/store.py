@@ -10,17 +10,22 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-__all__ = ["LeaseStore", "OpenStore"]
+from netloader.core.entries import MAX_ENTRY_BYTES
+
+__all__ = ["MAX_VALUE_BYTES", "LeaseStore", "OpenStore", "text_of"]
+
+MAX_VALUE_BYTES = MAX_ENTRY_BYTES
+"""Most bytes of a value that is written. An entry is the longest."""
 
 
 class LeaseStore(Protocol):
     """One connection to a registry.
 
     Names are paths without a leading slash (``a/b/c``) of at most 512 characters. They consist of ASCII letters,
-    digits and ``-._~:%@/``, so no name holds a wildcard of any registry. Values have at most 64 KiB. Each call ends
-    within seconds, and raises `DiscoveryError` if the registry refuses or can't be reached. A call that failed or was
-    cancelled may have had its effect all the same. A store connects by itself, on the first call and after a failure:
-    the next call after a failure may succeed. Calls may overlap.
+    digits and ``-._~:%@/``, so no name holds a wildcard of any registry. Values have at most `MAX_VALUE_BYTES` bytes.
+    Each call ends within seconds, and raises `DiscoveryError` if the registry refuses or can't be reached. A call that
+    failed or was cancelled may have had its effect all the same. A store connects by itself, on the first call and
+    after a failure: the next call after a failure may succeed. Calls may overlap.
 
     The registry's own clock ends leases: never before `ttl` seconds have passed, and at most two seconds later. No
     clock of any host is compared with that of another.
@@ -43,7 +48,11 @@ class LeaseStore(Protocol):
         ...
 
     async def read(self, prefix: str, *, limit: int) -> Mapping[str, bytes]:
-        """Names that begin with `prefix`, with their values: at most `limit`, those that are found first."""
+        """Names that begin with `prefix`, with their values: at most `limit`, those that are found first.
+
+        Others may write there too. A name that is no UTF-8 is left out. A value that is too long is left out or cut
+        off, at more than `MAX_VALUE_BYTES`; it hides no other.
+        """
         ...
 
     def changes(self, prefix: str) -> AsyncGenerator[None, None]:
@@ -66,3 +75,11 @@ class OpenStore(Protocol):
         raises nothing because of the registry.
         """
         ...
+
+
+def text_of(name: bytes) -> str | None:
+    """A name that a registry holds; None if it is no UTF-8, so that nobody can have published it with this package."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return None

@@ -6,7 +6,9 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,13 +30,13 @@ _AT_ONCE = 8
 """Most requests that are answered at once; a stranger may reach this port, too."""
 
 _REQUEST = 5.0
-"""Seconds that a client may be silent amid its request."""
+"""Seconds that a request may take from the connection on, however its client delays it."""
 
-_ROOM = 1.0
-"""Seconds until a connection is closed because all threads are busy."""
+_ROOM = 0.5
+"""Seconds that a request may take if all threads are busy and another client waits. A probe waits one second."""
 
 _POLL = 0.1
-"""Seconds within which :meth:`MetricsServer.close` is noticed."""
+"""Seconds within which :meth:`MetricsServer.close`, a thread that is free and a request that is late are noticed."""
 
 _LINE = 200
 """Most characters of a request that are logged."""
@@ -86,7 +88,7 @@ class MetricsServer:
             ) from error
         self.port = self._http.server_port
         self._thread = threading.Thread(
-            target=self._http.serve_forever, args=(0.1,), name="netloader-metrics", daemon=True
+            target=self._http.serve_forever, args=(_POLL,), name="netloader-metrics", daemon=True
         )
         self._thread.start()
 
@@ -101,7 +103,7 @@ class MetricsServer:
         self.close()
 
     def close(self) -> None:
-        """Stop listening, and wait for the thread that does. Requests in progress end by themselves. Idempotent."""
+        """Stop listening, and wait for the thread that does. Requests that are complete are answered. Idempotent."""
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -149,6 +151,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, *args: Any) -> None:
         self._room = threading.BoundedSemaphore(_AT_ONCE)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, float] = {}  # when each connection was accepted; the oldest is the first
         super().__init__(*args)
 
     def server_bind(self) -> None:
@@ -158,18 +162,54 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, if one is free soon; otherwise close the connection."""
-        if self._room.acquire(timeout=_ROOM):
+        """Answer in a thread. If none is free soon, the request that has taken longest is ended to make room."""
+        until = time.monotonic() + 2 * _ROOM
+        while not self._room.acquire(timeout=_POLL):
+            self._end_oldest(_ROOM)
+            if time.monotonic() >= until:  # what holds the threads is not their clients
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._open[request] = time.monotonic()
+        try:
             super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        except BaseException:  # no thread can be started
+            self._forget(request)
+            raise
+
+    def service_actions(self) -> None:
+        """Called again and again while requests are accepted: end one that takes too long."""
+        self._end_oldest(_REQUEST)
+
+    def server_close(self) -> None:
+        """Stop listening, and read no more of any request."""
+        super().server_close()
+        with self._lock:
+            for request in self._open:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)
+
+    def _end_oldest(self, seconds: float) -> None:
+        """End the request that has taken longest, if that is `seconds` or more. Its thread is free soon after."""
+        with self._lock:
+            request, began = next(iter(self._open.items()), (None, 0.0))
+            if request is None or time.monotonic() - began < seconds:
+                return
+            del self._open[request]
+            with suppress(OSError):  # its client has left
+                request.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request: socket.socket) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        self._room.release()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, and make room for the next request."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._forget(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the signature is the base's
         """A client that left amid its request is no error of this server."""

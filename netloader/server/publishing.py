@@ -40,6 +40,9 @@ UPDATE_EVERY = 2.0
 _RATE_STEP = 0.25
 """Least change of the rate that is published, in relation to the last one: it never stands quite still."""
 
+_PAUSE = (2.0, 60.0)
+"""Seconds until a publisher that raised is tried again: first, and at most."""
+
 _NAME_LENGTH = 200
 
 Slot = tuple[str, Role]
@@ -70,7 +73,7 @@ class _Shown:
     holding: Holding
     supply: Supply | None
     generation: str = field(default_factory=lambda: secrets.token_hex(8))
-    published: bool = False  # the registry has accepted it, or the first attempt has failed
+    tried: bool = False  # the registry has accepted it, or the first attempt has failed
 
 
 class Publishing:
@@ -115,7 +118,7 @@ class Publishing:
 
     async def published(self, holding: Holding) -> None:
         """Wait until `holding` is published, or the first attempt to do so has failed. Bound it by a deadline."""
-        while not any(shown.holding is holding and shown.published for shown in self._shown.values()):
+        while not any(shown.holding is holding and shown.tried for shown in self._shown.values()):
             await self._changed.wait()
 
     def stop(self) -> None:
@@ -157,17 +160,25 @@ class Publishing:
             tasks.start_soon(self._keep, slot)
 
     async def _keep(self, slot: Slot) -> None:
-        """Publish what is shown in one slot, one after the other, until nothing is."""
+        """Publish what is shown in one slot, one after the other, until nothing is. What fails is tried again."""
+        failed: _Shown | None = None
+        pause = _PAUSE[0]
         while (shown := self._shown.get(slot)) is not None:
             try:
                 await self._publish(slot, shown)
+                continue
             except DiscoveryError as error:
-                _log.warning("not published: %s", error)
-            except Exception:  # noqa: BLE001 - third-party code: no fault of it may end a server
-                _log.exception("not published: unexpected error of %s", type(self._publisher).__name__)
-            while self._shown.get(slot) is shown:  # it failed
-                await self._changed.wait()
-                await anyio.lowlevel.checkpoint()  # `run` looks first
+                _log.log(logging.DEBUG if failed is shown else logging.WARNING, "not published: %s", error)
+            except Exception as error:  # noqa: BLE001 - third-party code: no fault of it may end a server
+                level, kind = logging.DEBUG if failed is shown else logging.ERROR, type(self._publisher).__name__
+                _log.log(level, "not published: unexpected error of %s", kind, exc_info=error)
+            pause = min(2 * pause, _PAUSE[1]) if failed is shown else _PAUSE[0]
+            failed, shown.tried = shown, True
+            self._notify()
+            with anyio.move_on_after(pause):
+                while self._shown.get(slot) is shown:
+                    await self._changed.wait()
+                    await anyio.lowlevel.checkpoint()  # `run` looks first
         self._kept.discard(slot)
 
     async def _publish(self, slot: Slot, shown: _Shown) -> None:
@@ -178,7 +189,7 @@ class Publishing:
         """
         entry = self._entry(slot, shown)
         async with self._publisher.publish(entry) as publication:
-            shown.published = True
+            shown.tried = True
             self._notify()
             while self._shown.get(slot) is shown:
                 changed = self._changed

@@ -202,10 +202,10 @@ class TensorServer(HoldingServer):
         return holding.announcement.root
 
     async def until_published(self, role: Role = "target", *, within: float) -> bool:
-        """Wait until what is served under `role` is published, for `within` seconds at most.
+        """Wait until what is served under `role` is published, or an attempt has failed, for `within` seconds at most.
 
         Returns:
-            False if it is not: it is not served, there is no registry, or the registry does not answer in time.
+            False if neither is so: it is not served, there is no registry, or the registry does not answer in time.
         """
         holding = next((one for one in self.holdings.held() if one.announcement.identity.role == role), None)
         if self._publishing is None or holding is None:

@@ -189,15 +189,42 @@ def test_srv_records(tmp_path: Path) -> None:
         server.set(host_1=["10.0.0.1", "10.0.0.11"], host_2=["10.0.0.2"])
         base = f"?server={server.address}"
         found = watched(f"dns+srv://_pull._tcp.fleet.test{base}", listed, 2).sources
-        assert {address: source.labels["priority"] for address, source in found.items()} == {
-            Address("10.0.0.1", 8002): "10",
-            Address("10.0.0.11", 8002): "10",
-            Address("10.0.0.2", 7002): "20",
+        assert set(found) == {
+            Address("10.0.0.1", 8002),
+            Address("10.0.0.11", 8002),
+            Address("10.0.0.2", 7002),
         }
         by_name = watched(f"dns+srv://_rank-{{rank}}._tcp.fleet.test{base}", listed, 2).sources
         assert set(by_name) == set(at("10.0.0.1", "10.0.0.11", port=9000))
         assert watched(f"dns+srv://_none._tcp.fleet.test{base}", listed).sources == {}
         assert watched(f"dns+srv://_other._tcp.fleet.test{base}", listed).sources == {}
+
+
+@needs_dnsmasq
+def test_a_target_without_an_answer_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The name server refuses names of other domains."""
+    services = [
+        "_pull._tcp.fleet.test,host-1.fleet.test,8000",
+        *(f"_pull._tcp.fleet.test,host-{number}.elsewhere.test,8000" for number in range(20)),
+        "_refused._tcp.fleet.test,host-1.elsewhere.test,8000",
+    ]
+
+    async def work(watcher: Watcher) -> None:
+        await listed(watcher)
+        assert list(watcher.sources) == at("10.0.0.1", port=8000)
+        await anyio.sleep(10.0)
+        assert list(watcher.sources) == at("10.0.0.1", port=8000)
+
+    async def nothing(watcher: Watcher) -> None:
+        await anyio.sleep(10.0)
+        assert not watcher.listed.is_set()  # that there is nobody is not known
+
+    with NameServer(tmp_path, services=services) as server:
+        server.set(host_1=["10.0.0.1"])
+        watched(f"dns+srv://_pull._tcp.fleet.test?server={server.address}", work)
+        said = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+        assert len(said) == len(set(said)) == 20
+        watched(f"dns+srv://_refused._tcp.fleet.test?server={server.address}", nothing)
 
 
 @needs_dnsmasq

@@ -12,12 +12,15 @@ import pytest
 import trustme
 
 from netloader.discovery.conformance import STORE_CHECKS, StoreCheck, check_store
+from netloader.discovery.store import MAX_VALUE_BYTES
 from tests.discovery.calls import refused, succeeds
 from tests.discovery.fault_proxy import a_proxy
 from tests.discovery.services import Service, an_etcd, etcdctl, free_port, off_loop, three_etcds
 
 pytest.importorskip("aiohttp", reason="needs the etcd extra")
 
+from netloader.discovery import etcd_http
+from netloader.discovery.etcd_http import encoded
 from netloader.discovery.etcd_store import EtcdRegistry
 
 LONG = ("renewing_makes_names_last", "a_refused_renewal_prolongs_nothing")
@@ -102,6 +105,32 @@ async def test_a_lease_that_was_revoked_is_made_anew(own_etcd: Service) -> None:
         assert not await store.renew("n/a", b"1", ttl=60)
         await store.put("n/a", b"2", ttl=60)
         assert await store.read("n/", limit=1) == {"n/a": b"2"}
+
+
+async def test_what_others_write_hides_no_name(own_etcd: Service) -> None:
+    """Long values, and a name that is no UTF-8, beside 300 names that are ours."""
+    async with ours(f"etcd://{own_etcd.address}")() as store:
+        for number in range(300):
+            await store.put(f"n/{number:03}", b"1", ttl=60)
+        for number in range(90):
+            await store.put(f"n/200/long{number:02}", b"x" * (700 << 10), ttl=60)
+        await store._gateway.call("kv/put", {"key": encoded(b"n/\xff"), "value": ""}, dict)  # type: ignore[attr-defined]
+        found = await store.read("n/", limit=4096)
+        long = [name for name, value in found.items() if len(value) == MAX_VALUE_BYTES + 1]
+        assert long == [f"n/200/long{number:02}" for number in range(90)]
+        assert sorted({*found} - {*long}) == [f"n/{number:03}" for number in range(300)]
+
+
+async def test_a_value_that_is_longer_than_any_answer_is_left_out(
+    own_etcd: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_http, "_MOST", 64 << 10)
+    async with ours(f"etcd://{own_etcd.address}")() as store:
+        for name in ("n/a", "n/c"):
+            await store.put(name, b"1", ttl=60)
+        for name in ("n/b", "n/d"):
+            await store.put(name, b"x" * (700 << 10), ttl=60)
+        assert await store.read("n/", limit=4096) == {"n/a": b"1", "n/c": b"1"}
 
 
 async def test_a_partition_is_noticed_and_heals(own_etcd: Service) -> None:

@@ -20,6 +20,7 @@ from netloader.discovery.conformance.provider import ProviderCheck
 from netloader.discovery.folder import Folder, open_folder
 from netloader.discovery.registry import open_backend
 from netloader.errors import ConfigError
+from tests.discovery.forged import forged
 from tests.discovery.world import Watcher
 from tests.drivers.jumping import run
 
@@ -145,6 +146,20 @@ def test_files_that_are_no_servers_are_left_out_and_said_once(tmp_path: Path, ca
     watched(tmp_path, work)
     said = [record.getMessage().partition(f"{tmp_path}: ")[2].split()[0] for record in caplog.records]
     assert sorted(said) == ["b.txt", "c.txt", "g.txt", "h.txt", "i\\x1b[31m.txt", f"netloader-0-{'a' * 32}.json"]
+
+
+def test_forged_files_hide_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text(str(AT_ONE))
+    values = forged(Entry("key", str(AT_TWO), "first"))
+    for number, value in enumerate(values.values()):
+        (tmp_path / f"netloader-0-{number:032x}.json").write_bytes(value)
+
+    async def work(watcher: Watcher) -> None:
+        await anyio.sleep(60.0)
+        assert list(watcher.sources) == [AT_ONE]
+
+    watched(tmp_path, work)
+    assert len([record for record in caplog.records if "is left out" in record.getMessage()]) == len(values)
 
 
 def test_a_folder_that_is_not_there_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

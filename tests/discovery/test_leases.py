@@ -12,9 +12,13 @@ import pytest
 from netloader.core.addresses import Address
 from netloader.core.entries import Entry, Load, encode_entry
 from netloader.discovery import Backend, Claim, Holder, Wanted
+from netloader.discovery.beside import beside
 from netloader.discovery.leases import LeaseBackend
-from netloader.discovery.leases.names import server_name
+from netloader.discovery.leases.names import lock_name, progress_name, server_name
+from netloader.discovery.outage import Outage
+from netloader.discovery.publishing import Updates
 from netloader.errors import ConfigError, DiscoveryError, LocalProtocolError
+from tests.discovery.forged import NESTED, forged
 from tests.discovery.world import Faulty, Watcher
 from tests.drivers.jumping import run
 
@@ -251,6 +255,7 @@ def test_what_is_no_entry_is_left_out_and_said_once(caplog: pytest.LogCaptureFix
                 "c": b"x" * 60_000,
                 "d": encode_entry(ONE),
                 "e": encode_entry(ONE).replace(b'"labels":{', b'"load":{"clients":1e999},"labels":{'),
+                **{f"f{number}": value for number, value in enumerate(forged(ONE).values())},
             }
             for tail, value in garbage.items():
                 await connection.put(name.replace("10.0.0.1:1", tail), value, ttl=100.0)
@@ -261,6 +266,87 @@ def test_what_is_no_entry_is_left_out_and_said_once(caplog: pytest.LogCaptureFix
 
     watched(work)
     assert len([record for record in caplog.records if "can't be used" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("value", forged(ONE).values(), ids=forged(ONE))
+def test_a_forged_entry_hides_no_other(value: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It stands under the very name that it says, so nothing but its value tells that it is of no use."""
+
+    async def work(world: Faulty, watcher: Watcher) -> None:
+        async with backend(world)._open() as connection, backend(world).publisher().publish(TWO):
+            await watcher.until(lambda: AT_TWO in watcher.sources, AT_ONCE)
+            await connection.put(server_name("netloader", ONE), value, ttl=100.0)
+            await anyio.sleep(LEASES)
+            assert list(watcher.sources) == [AT_TWO]
+
+    watched(work)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("value", [*forged(ONE).values(), b"withdrawn"], ids=[*forged(ONE), "withdrawn"])
+def test_a_forged_entry_ends_no_renewal(value: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It was written under the name of a server that does not know what its last call did, and so reads it."""
+
+    async def work(world: Faulty, watcher: Watcher) -> None:
+        name = server_name("netloader", ONE)
+        async with backend(world).publisher().publish(ONE) as published:
+            await watcher.until(lambda: AT_ONE in watcher.sources, AT_ONCE)
+            world.fault = lambda method: "lost" if method == "put" else ""
+            published.update(msgspec.structs.replace(ONE, load=Load(clients=3)))
+            await watcher.until(lambda: watcher.sources[AT_ONE].load == 3.0, AT_ONCE)
+            world.start()
+            world.registry.names[name] = value, anyio.current_time() + TTL
+            await watcher.until(lambda: AT_ONE not in watcher.sources, TTL)
+            await watcher.until(lambda: AT_ONE in watcher.sources, LEASES)  # when it has expired
+
+    watched(work)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_whatever_a_publisher_raises_it_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[float] = []
+
+    async def send(_: bytes) -> None:
+        sent.append(anyio.current_time())
+        if len(sent) == 2:
+            raise RuntimeError("a fault")
+
+    async def main(_: object) -> None:
+        updates = Updates(ONE, send, Outage("publishing"), renew=5.0, retry=1.0, every=1.0)
+        await updates.send()
+        with anyio.move_on_after(30.0):
+            await updates.run()
+
+    run(main, alone=True)
+    assert len(sent) >= 6
+    assert "a fault" in caplog.text
+
+
+def test_a_task_that_ended_is_logged_while_the_context_is_open(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise RuntimeError("a fault")
+
+    async def main(_: object) -> None:
+        async with beside(fail, "the work"):
+            await anyio.sleep(1.0)
+            assert "the work has ended: a fault" in caplog.text
+        assert caplog.text.count("has ended") == 1
+
+    run(main, alone=True)
+
+
+def test_a_task_that_does_not_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def stay() -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(20.0)
+
+    async def main(_: object) -> None:
+        async with beside(stay, "the work"):
+            await anyio.sleep(1.0)
+        assert "the work does not end within 5 s" in caplog.text
+        await anyio.sleep(30.0)
+
+    run(main, alone=True)
 
 
 def test_too_many_entries_are_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -394,7 +480,7 @@ def test_a_claim_whose_answer_was_lost_is_held_or_given_back() -> None:
     async def work(world: Faulty) -> None:
         world.fault = lambda method: "lost" if method == "create" else ""
         with pytest.raises(DiscoveryError):
-            async with backend(world).claims().claim("w", within=10.0):
+            async with backend(world).claims().claim("w", within=0):
                 pass
         assert world.registry.names == {}
         world.start()
@@ -443,6 +529,66 @@ def test_a_registry_that_is_down_ends_a_wait_after_two_leases() -> None:
                 world.start()
                 await anyio.sleep(50.0 - LEASES + 5)
                 world.stop()
+
+    claimed(work)
+
+
+@pytest.mark.parametrize("name", [lock_name, progress_name])
+@pytest.mark.parametrize("value", [b'{"token":"a","holder":"b","text":"c","x":' + NESTED, NESTED, b"\xff", b"{}"])
+def test_a_forged_claim_is_held_until_it_expires(value: bytes, name: Callable[[str, str], str]) -> None:
+    async def work(world: Faulty) -> None:
+        if name is progress_name:
+            world.registry.names[lock_name("netloader", "w")] = b"somebody", anyio.current_time() + TTL
+        world.registry.names[name("netloader", "w")] = value, anyio.current_time() + TTL
+        async with backend(world).claims().claim("w", within=2.0) as claim:
+            assert claim is None
+        async with backend(world).claims().claim("w", within=LEASES) as claim:
+            assert claim is not None
+            assert is_held(claim)
+
+    claimed(work)
+
+
+@pytest.mark.parametrize("fault", ["refused", "stuck"])
+def test_a_wait_may_begin_while_the_registry_is_down(fault: str) -> None:
+    async def work(world: Faulty) -> None:
+        world.fault = lambda _: fault
+        began = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+
+            async def wait(within: float, least: float, most: float) -> None:
+                with pytest.raises(DiscoveryError):
+                    async with backend(world).claims().claim("w", within=within):
+                        pass
+                assert least <= anyio.current_time() - began <= most
+
+            tasks.start_soon(wait, 0.0, 0.0, 2 * TTL / 3)
+            tasks.start_soon(wait, 10.0, 10.0, 10.0 + TTL)
+            tasks.start_soon(wait, 10_000.0, LEASES, LEASES + 4 * TTL / 3)
+        async with anyio.create_task_group() as tasks:
+
+            async def get() -> None:
+                began = anyio.current_time()
+                async with backend(world).claims().claim("w", within=10_000.0) as claim:
+                    assert claim is not None
+                    assert TTL <= anyio.current_time() - began < 2 * TTL
+
+            tasks.start_soon(get)
+            await anyio.sleep(TTL)
+            world.start()
+
+    claimed(work)
+
+
+def test_a_claim_whose_first_answer_was_lost_is_held_at_once() -> None:
+    async def work(world: Faulty) -> None:
+        world.fault = lambda method: "lost" if method == "create" and "create" not in world.calls[:-1] else ""
+        told: list[Holder] = []
+        began = anyio.current_time()
+        async with backend(world).claims().claim("w", within=LEASES, waiting=told.append) as claim:
+            assert claim is not None
+            assert anyio.current_time() - began < AT_ONCE
+        assert told == []
 
     claimed(work)
 

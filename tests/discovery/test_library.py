@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -16,8 +16,9 @@ import netloader
 from netloader.core.choice import BOOT, HOST, NAME, ZONE
 from netloader.core.entries import Entry, decode_entry
 from netloader.core.model_key import key_of
-from netloader.discovery import place
+from netloader.discovery import Publication, place
 from netloader.discovery.leases.backend import LeaseBackend
+from netloader.discovery.leases.publisher import LeasePublisher
 from netloader.discovery.memory import MemoryRegistry
 from netloader.errors import ConfigError, DiscoveryError, NoSourceLeft
 from netloader.observe.events import Event, SourceChosen
@@ -206,6 +207,33 @@ async def test_a_registry_that_is_down_affects_neither_serving_nor_given_sources
         with anyio.fail_after(PATIENCE):
             await netloader.pull(into, IDENTITY, discovery=backend)
         assert equal(into, held)
+
+
+@pytest.mark.parametrize("error", [DiscoveryError("too long"), RuntimeError("a fault")])
+async def test_a_publisher_that_raises_is_tried_again_and_nobody_waits_for_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publishing, "_PAUSE", (0.1, 0.2))
+    registry, held = MemoryRegistry(), weights()
+    failing, tries = True, 0
+    publish = LeasePublisher.publish
+
+    def flaky(self: LeasePublisher, entry: Entry) -> AbstractAsyncContextManager[Publication]:
+        nonlocal tries
+        tries += 1
+        if failing:
+            raise error
+        return publish(self, entry)
+
+    monkeypatch.setattr(LeasePublisher, "publish", flaky)
+    async with serving(LeaseBackend(registry), held) as server:
+        assert await server.until_published(within=PATIENCE)
+        await until(lambda: tries > 3)
+        assert not entries(registry)
+        failing = False
+        await until(lambda: entries(registry))
+    assert not entries(registry)
+    assert len([record for record in caplog.records if "not published" in record.getMessage()]) == 1
 
 
 async def test_servers_of_another_model_are_not_found_and_a_pull_has_to_say_what_it_wants() -> None:

@@ -13,12 +13,15 @@ import pytest
 import trustme
 
 from netloader.discovery.conformance import STORE_CHECKS, StoreCheck, check_store
+from netloader.discovery.store import MAX_VALUE_BYTES
 from netloader.errors import DiscoveryError
 from tests.discovery.calls import refused, succeeds, until
 from tests.discovery.fault_proxy import a_proxy
 from tests.discovery.services import Service, a_redis, a_sentinel, free_port, off_loop, redis_cli
 
 redis = pytest.importorskip("redis", reason="needs the redis extra")
+
+from redis.asyncio import Redis  # noqa: E402
 
 from netloader.discovery import redis_client  # noqa: E402
 from netloader.discovery.redis_store import RedisRegistry  # noqa: E402
@@ -119,6 +122,22 @@ async def test_dead_names_count_for_no_limit(own_redis: Service) -> None:
             await store.put(f"n/{number:03}", b"1", ttl=30)
         assert await redis_cli(own_redis.port, "del", *(f"{{n}}/{number:03}" for number in range(300))) == "300"
         assert len(await store.read("n/", limit=300)) == 300
+
+
+async def test_what_others_write_hides_no_name(own_redis: Service) -> None:
+    """Long values, another type of value, and a name that is no UTF-8, beside 300 names that are ours."""
+    async with ours(f"redis://{own_redis.address}")() as store, Redis(port=own_redis.port) as other:
+        for number in range(300):
+            await store.put(f"n/{number:03}", b"", ttl=60)
+        for number in range(3):
+            await store.put(f"n/long{number}", b"1", ttl=60)
+            await other.set(f"{{n}}/long{number}", b"x" * (32 << 20), keepttl=True)
+        await other.zadd("{n}:names", {b"n/\xff": 0, b"n/list": 0, **{b"n/000\xff%d" % each: 0 for each in range(300)}})
+        await other.rpush("{n}/list", "1")
+        found = await store.read("n/", limit=4096)
+        assert sorted(found) == [*(f"n/{number:03}" for number in range(300)), *(f"n/long{each}" for each in range(3))]
+        assert {len(value) for value in found.values()} == {0, MAX_VALUE_BYTES + 1}
+        assert list(await store.read("n/long", limit=2)) == ["n/long0", "n/long1"]
 
 
 async def test_a_partition_is_noticed_and_heals(own_redis: Service) -> None:

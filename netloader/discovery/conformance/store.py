@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import anyio
 
-from netloader.discovery.store import LeaseStore, OpenStore
+from netloader.discovery.store import MAX_VALUE_BYTES, LeaseStore, OpenStore
 from netloader.transports.conformance_kit import require, within
 
 __all__ = ["STORE_CHECKS", "StoreCheck"]
@@ -25,14 +25,18 @@ _SHORT = 2.0
 _LATE = 2.0
 """Seconds after the end of a lease within which a name has to be gone."""
 
-_MOST = 64 << 10
 _CALLS = 50
 
 
 async def what_is_put_is_read(open_store: OpenStore) -> None:
-    """By another connection too, byte for byte, also with all 64 KiB; a second put replaces the first."""
+    """By another connection too, byte for byte, also the longest; a second put replaces the first."""
     async with _two(open_store) as (ours, theirs, root):
-        values = {f"{root}/a": b"1", f"{root}/a/b": bytes(range(256)), f"{root}/c": b"x" * _MOST, f"{root}/d": b""}
+        values = {
+            f"{root}/a": b"1",
+            f"{root}/a/b": bytes(range(256)),
+            f"{root}/c": b"x" * MAX_VALUE_BYTES,
+            f"{root}/d": b"",
+        }
         for name, value in values.items():
             await ours.put(name, b"before", ttl=_LONG)
             await ours.put(name, value, ttl=_LONG)

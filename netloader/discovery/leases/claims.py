@@ -79,19 +79,32 @@ class LeaseClaims:
             yield claim
 
     async def _wait(self, lock: _Lock, until: float, outage: Outage, waiting: Callable[[Holder], None] | None) -> bool:
-        """Get the lock. Returns False if another instance still holds it at `until`."""
-        if await lock.create():
-            return True
+        """Get the lock. Returns False if another instance still holds it at `until`.
+
+        Raises:
+            DiscoveryError: The registry does not answer at `until`, or has not for two leases.
+        """
+        began = anyio.current_time()
+        failing: float | None = None
+        try:
+            if await lock.create():
+                return True
+        except DiscoveryError as error:
+            outage.failed(error)
+            failing = began
+            if began >= until:
+                raise
+            await anyio.sleep(self._pace.retry)
         changed = asyncio.Event()
         seen = _Seen(self._pace.missing)
-        failing: float | None = None
         async with beside(partial(listen, lock.store, lock.below, changed, self._pace), "netloader-changes"):
             while True:
                 changed.clear()
                 began = anyio.current_time()
                 try:
                     told = seen.holder
-                    free = seen.is_free(await lock.read(), anyio.current_time())
+                    values = await lock.read()
+                    free = lock.is_ours(values[0]) or seen.is_free(values, anyio.current_time())
                     if seen.holder is not None and seen.holder != told and waiting is not None:
                         waiting(seen.holder)
                     if free and await lock.create():
@@ -216,6 +229,10 @@ class _Lock:
         """
         values = await ask(self.store.read(self.below, limit=_FEW), self.pace.call)
         return values.get(self._lock), values.get(self._progress)
+
+    def is_ours(self, value: bytes | None) -> bool:
+        """Whether a value that was read is that of this attempt: the answer to creating it was lost."""
+        return value == self._value
 
     async def tell(self, text: str, *, released: bool = False) -> None:
         """Write how far the work is.

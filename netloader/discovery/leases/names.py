@@ -37,6 +37,9 @@ WITHDRAWN = b"withdrawn"
 LONGEST_LABEL = 200
 LONGEST_PROGRESS = 500
 
+_INVALID = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises on what anyone may have written."""
+
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _PREFIX = re.compile(r"[A-Za-z0-9_.-]{1,80}(/[A-Za-z0-9_.-]{1,80}){0,2}")
 
@@ -116,7 +119,7 @@ def read_lock(value: bytes) -> Lock:
     """A lock that anyone may have written: one that makes no sense is held all the same, by whoever wrote it."""
     try:
         lock = msgspec.json.decode(value, type=Lock)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _INVALID:
         return Lock(hashlib.sha256(value).hexdigest(), "somebody who is not known")
     return Lock(lock.token, legible(lock.holder, LONGEST_LABEL))
 
@@ -138,7 +141,7 @@ def is_released(value: bytes, token: str) -> bool:
 def _progress(value: bytes) -> Progress | None:
     try:
         return msgspec.json.decode(value, type=Progress)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _INVALID:
         return None
 
 

@@ -129,4 +129,7 @@ class _Written:
         """What the registry holds under our name, if it is ours: the answer to the last call was lost."""
         values = await ask(self._store.read(self._name, limit=_SIMILAR), LEAVING)
         value = values.get(self._name)
-        return value if value is not None and decode_entry(value).generation == self._generation else None
+        try:
+            return value if value is not None and decode_entry(value).generation == self._generation else None
+        except DiscoveryError:  # a mark that one has withdrawn, or no entry: another wrote it
+            return None

@@ -20,7 +20,7 @@ from netloader.discovery.leases.names import WITHDRAWN, server_name, servers_pre
 from netloader.discovery.outage import Outage
 from netloader.discovery.store import OpenStore
 from netloader.discovery.told import Told
-from netloader.errors import ConfigError, DiscoveryError, plural
+from netloader.errors import DiscoveryError, plural
 
 __all__ = ["LeaseSources"]
 
@@ -114,8 +114,8 @@ class _Reader:
                     continue
                 try:
                     known = value, self._source(name, value)
-                except (ConfigError, DiscoveryError) as error:
-                    skipped.append(f"{name}: {error}")
+                except Exception as error:  # noqa: BLE001 - no entry of a stranger may hide the others
+                    skipped.append(f"{name}: {str(error) or type(error).__name__}")
                     known = value[: MAX_ENTRY_BYTES + 1], None
             decoded[name] = known
             if known[1] is not None:
