@@ -44,7 +44,7 @@ class Source:
         load: How busy it is; 0 for idle or unknown. Of sources that are equal otherwise, the one with the least load is
             tried first, so all providers of one pull should use one scale (clients that it serves, say).
         generation: Names one run of the server, where that is known. Another generation at the same address is another
-            server. If a generation cannot be reached, or is of no use, one pull does not try it again.
+            server. If a generation cannot be reached, or is of no use, one pull does not try it again at its address.
         one_of_many: Whether it was found in a registry, in no order that means anything. Such sources are tried after
             the others, and each client has its own order of them.
 
@@ -137,7 +137,7 @@ class Sources:
         self._known: dict[Address, _Candidate] = {}
         self._failed: dict[Address, None] = {}
         self._useless: dict[Address, None] = {}  # dropped, and still offered
-        self._dead: dict[str, None] = {}  # generations that were dropped
+        self._dead: dict[tuple[Address, str], None] = {}  # generations that were dropped, where they were
         self.add(sources)
 
     @property
@@ -167,7 +167,7 @@ class Sources:
         left_out = 0
         for source in sources:
             candidate = self._known.get(source.address)
-            if source.generation in self._dead:
+            if (source.address, source.generation) in self._dead:
                 continue
             if candidate is not None and "" not in (one := {source.generation, candidate.generation}) and len(one) > 1:
                 if candidate.running:
@@ -432,7 +432,7 @@ class Sources:
         elif not candidate.lost:
             _remember(self._useless, source)
         if candidate.generation:
-            _remember(self._dead, candidate.generation)
+            _remember(self._dead, (source, candidate.generation))
 
     def _forget(self, source: Address) -> _Candidate | None:
         """Remove a source, and try the one that followed it at its address. Its generation may be added again."""
@@ -477,7 +477,7 @@ class Sources:
         return self._order
 
 
-_Name = TypeVar("_Name", Address, str)
+_Name = TypeVar("_Name", Address, tuple[Address, str])
 
 
 def _remember(names: dict[_Name, None], name: _Name) -> None:

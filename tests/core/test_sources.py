@@ -311,7 +311,7 @@ def test_a_generation_that_was_dropped_is_not_tried_again_and_another_one_at_its
     candidates = Sources([found(ONE, "g1")], **TERMS)
     assert candidates.take(0.0, work=True) == ONE
     candidates.drop(ONE)
-    for again in (found(ONE, "g1"), found(ONE, "g1", load=3.0), found(TWO, "g1")):
+    for again in (found(ONE, "g1"), found(ONE, "g1", load=3.0)):
         candidates.add([again])
         assert candidates.take(1.0, work=True) is None
     candidates.lose(ONE)
@@ -319,6 +319,17 @@ def test_a_generation_that_was_dropped_is_not_tried_again_and_another_one_at_its
     assert candidates.take(1.0, work=True) is None, "also when it vanished and appeared anew"
     candidates.add([found(ONE, "g2")])
     assert candidates.take(1.0, work=True) == ONE
+
+
+def test_an_entry_that_copies_the_generation_of_a_server_does_not_make_that_server_unusable() -> None:
+    """Whoever can write to a registry can copy what it reads there."""
+    candidates = Sources([found(TWO, "g1")], **TERMS)
+    assert candidates.take(0.0, work=True) == TWO
+    candidates.drop(TWO)
+    candidates.add([found(ONE, "g1")])
+    assert candidates.take(1.0, work=True) == ONE
+    candidates.add([found(TWO, "g1")])
+    assert candidates.take(1.0, work=True) is None
 
 
 def test_another_generation_at_an_address_does_not_wait_for_the_pause_of_the_earlier_one() -> None:
