@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 from netloader.core import pull_events as p
 from netloader.core.addresses import Address
-from netloader.core.block_order import mask_of, ranges_of
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
 from netloader.core.options import PullOptions
-from netloader.core.plan import MAX_BLOCK_BYTES, expand, make_plan
+from netloader.core.plan import MAX_BLOCK_BYTES, expand, make_plan, mask_of, ranges_of
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull import Pull
 from netloader.core.sources import Source

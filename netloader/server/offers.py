@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import anyio
 
-from netloader.core.block_order import mask_of, ranges_of
-from netloader.core.plan import Ranges
+from netloader.core.plan import Ranges, mask_of, ranges_of
 from netloader.core.protocol.events import BlocksOffered
 from netloader.session.relay_progress import Supply
 

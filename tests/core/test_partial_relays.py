@@ -10,10 +10,9 @@ import pytest
 from netloader.core import messages as m
 from netloader.core import pull_events as p
 from netloader.core.addresses import Address
-from netloader.core.block_order import mask_of, ranges_of
 from netloader.core.ledger import Ledger
 from netloader.core.options import PullOptions, Timings
-from netloader.core.plan import to_ranges
+from netloader.core.plan import mask_of, ranges_of, to_ranges
 from netloader.core.protocol import State, transfer
 from netloader.core.protocol import effects as f
 from netloader.core.protocol import events as e

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from benchmarks.fleet_simulation import Fleet, Result, Scenario
 from netloader.core.addresses import Address
-from netloader.core.block_order import BlockOrder, bits, mask_of
-from netloader.core.plan import to_ranges
+from netloader.core.block_order import BlockOrder
+from netloader.core.plan import bits, mask_of, to_ranges
 from netloader.core.pull_requests import Requests
 from netloader.core.sources import Source, Sources
 from netloader.errors import LocalProtocolError

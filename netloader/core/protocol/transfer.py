@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from netloader.core import messages as m
-from netloader.core.block_order import mask_of
-from netloader.core.plan import Ranges, expand
+from netloader.core.plan import Ranges, expand, mask_of
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context
 from netloader.core.protocol.events import (
