@@ -26,7 +26,6 @@ __all__ = [
     "Plan",
     "Ranges",
     "Span",
-    "bits",
     "block_bytes_for",
     "expand",
     "in_groups",
@@ -272,9 +271,3 @@ def ranges_of(mask: int) -> Ranges:
         ranges.append((first, end))
         first = digits.find("1", end)
     return tuple(ranges)
-
-
-def bits(mask: int) -> Iterator[int]:
-    """The blocks in a mask, in order."""
-    for first, end in ranges_of(mask):
-        yield from range(first, end)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from netloader.core.addresses import Address
+from netloader.core.candidate import Candidate
 from netloader.core.choice import Here
 from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import ConfigError
@@ -194,6 +195,10 @@ class AnyOutcome(RuleBasedStateMachine):
             assert self.candidates.running == len(self.running)
             due = self.candidates.next_due(self.now)
             assert due is None or due >= self.now
+            for work in (False, True):
+                kept = self.candidates._earliest(work=work), self.candidates.could_serve_instead
+                self.candidates._changed()
+                assert (self.candidates._earliest(work=work), self.candidates.could_serve_instead) == kept
 
     def teardown(self) -> None:
         """From any state, attempts end when sources only fail, and each given source was tried before."""
@@ -382,3 +387,27 @@ def test_one_of_many_that_was_not_ready_is_tried_again_behind_the_others() -> No
     taken = [candidates.take(50.0, work=True) for _ in POOL]
     assert sorted(taken[:-1], key=str) == sorted(set(POOL) - {first})
     assert taken[-1] == first
+
+
+def test_asking_again_without_a_change_does_not_look_at_each_source_again() -> None:
+    """A pull asks at each event, and thousands of sources may be known."""
+
+    class Counting(Sources):
+        looks = 0
+
+        def _held_back(self, candidate: Candidate) -> bool:
+            self.looks += 1
+            return super()._held_back(candidate)
+
+    candidates = Counting(
+        offered(Address("h", port) for port in range(1, 1001)), tries=2, until=1e9, rng=random.Random(1)
+    )
+    while (taken := candidates.take(0.0, work=True)) is not None:
+        candidates.later(taken, 0.0, at_least=100.0)
+    assert candidates.next_due(0.0) is not None
+    candidates.looks = 0
+    for now in range(90):
+        assert candidates.take(float(now), work=True) is None
+        assert candidates.next_due(float(now)) is not None
+    assert candidates.looks == 0
+    assert candidates.take(200.0, work=True) is not None
