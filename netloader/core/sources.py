@@ -225,9 +225,9 @@ class Sources:
         candidate.waits_for = frozenset()
         return source
 
-    def next_due(self, now: float) -> float | None:
+    def next_due(self, now: float, *, work: bool) -> float | None:
         """When :meth:`take` will next return a source, if no event comes before; None when it won't."""
-        due = self._earliest(work=False)
+        due = self._earliest(work=work)
         return None if due == math.inf else max(now, due)
 
     def _usable(self, *, work: bool) -> list[tuple[Address, Candidate]]:
@@ -250,17 +250,19 @@ class Sources:
         self._first_due.clear()
         self._instead = None
 
-    def rest(self, source: Address, *, last: bool = False) -> None:
+    def rest(self, source: Address, now: float, *, last: bool = False) -> None:
         """Its session ended because it had no block that was pending. It may be tried again while one is.
 
         Args:
             source: The source.
-            last: Try all other sources first.
+            now: The time.
+            last: Try all other sources first, and this one after a pause: blocks are pending, and it had none of them.
         """
         self._changed()
         candidate = self._known[source]
         if last:
-            candidate.late = self._next()
+            candidate.late, candidate.due = self._next(), now + candidate.pause
+            candidate.pause = min(candidate.pause * 2, _PAUSE[1])
         candidate.running, candidate.resting = False, True
         self._drop_lost(source)
 

@@ -149,3 +149,27 @@ def test_one_source_is_left_for_one_that_is_spare() -> None:
     assert [c for c in commands if isinstance(c, p.Connect)], "the spare source takes its place"
     assert not [c for c in commands if isinstance(c, p.Finish)]
     assert left.session in opened
+
+
+def test_a_source_that_was_left_for_another_one_is_tried_again_when_that_one_has_nothing_either() -> None:
+    """Neither says anything from now on. One of them may have got what is missing."""
+    pull, _ = starved_at(1)
+    now, tried = 0.0, []
+    for _ in range(6):
+        due = pull.wake_at(now)
+        assert due is not None, "the pull does not stay with a source that is silent"
+        assert due - now > 1.9
+        now = due
+        (left,) = pull.handle(p.TimerFired(), now)
+        assert isinstance(left, p.Finish)
+        commands, now = pull.handle(p.SessionEnded(left.session), now), now + 0.1
+        (again,) = [c for c in commands if isinstance(c, p.Connect)]
+        tried.append(again.source)
+        for event in (
+            p.SessionStarted(again.session),
+            p.HoldingAnnounced(again.session, announcement(8), partial=True),
+            p.SessionReady(again.session),
+            p.SessionIdle(again.session),
+        ):
+            assert not [c for c in pull.handle(event, now) if isinstance(c, p.Connect)]
+    assert set(tried[::2]).isdisjoint(tried[1::2])

@@ -38,7 +38,7 @@ def test_a_source_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_end
     candidates = Sources(offered([ONE]), tries=2, until=10.0, rng=random.Random(1))
     now = 0.0
     times = []
-    while (due := candidates.next_due(now)) is not None:
+    while (due := candidates.next_due(now, work=False)) is not None:
         now = due
         assert candidates.take(now, work=True) == ONE
         times.append(now)
@@ -62,7 +62,7 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
     candidates = Sources(offered([ONE]), tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.later(ONE, 0.0, at_least=7.0)
-    due = candidates.next_due(0.0)
+    due = candidates.next_due(0.0, work=False)
     assert due is not None
     assert 7.0 <= due <= 7.0 * 1.25
 
@@ -96,9 +96,9 @@ def test_a_source_that_was_too_slow_is_tried_again_when_no_other_is_left() -> No
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {ONE, TWO}
     candidates.demote(ONE, 1.0)
     assert candidates.take(1.0, work=True) is None
-    assert candidates.next_due(1.0) is None
+    assert candidates.next_due(1.0, work=False) is None
     candidates.drop(TWO)
-    assert candidates.next_due(1.0) == 1.0
+    assert candidates.next_due(1.0, work=False) == 1.0
     assert candidates.take(1.0, work=True) == ONE
 
 
@@ -119,7 +119,7 @@ def test_a_source_that_is_no_longer_offered_is_not_tried_again_however_its_sessi
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
     ends: dict[str, Callable[[], object]] = {
-        "rest": lambda: candidates.rest(ONE),
+        "rest": lambda: candidates.rest(ONE, 1.0),
         "demote": lambda: candidates.demote(ONE, 1.0),
         "again": lambda: candidates.again(ONE, 1.0),
         "later": lambda: candidates.later(ONE, 1.0),
@@ -134,9 +134,9 @@ def test_a_source_that_is_no_longer_offered_is_not_tried_again_however_its_sessi
 def test_a_resting_source_is_tried_again_only_when_blocks_are_pending() -> None:
     candidates = Sources(offered([ONE]), tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
-    candidates.rest(ONE)
+    candidates.rest(ONE, 1.0)
     assert candidates.take(1.0, work=False) is None
-    assert candidates.next_due(1.0) is None
+    assert candidates.next_due(1.0, work=False) is None
     assert candidates.take(1.0, work=True) == ONE
 
 
@@ -176,7 +176,7 @@ class AnyOutcome(RuleBasedStateMachine):
             case "again":
                 self.candidates.again(source, self.now)
             case "rest":
-                self.candidates.rest(source)
+                self.candidates.rest(source, self.now, last=data.draw(st.booleans()))
             case "gone":
                 others = data.draw(st.lists(st.sampled_from(POOL), max_size=3))
                 self.candidates.gone(source, others, self.now, data.draw(st.none() | st.floats(0, 60)))
@@ -193,7 +193,7 @@ class AnyOutcome(RuleBasedStateMachine):
     def the_account_agrees(self) -> None:
         if hasattr(self, "candidates"):
             assert self.candidates.running == len(self.running)
-            due = self.candidates.next_due(self.now)
+            due = self.candidates.next_due(self.now, work=False)
             assert due is None or due >= self.now
             for work in (False, True):
                 kept = self.candidates._earliest(work=work), self.candidates.could_serve_instead
@@ -209,7 +209,7 @@ class AnyOutcome(RuleBasedStateMachine):
         for _ in range(1000):
             taken = self.candidates.take(self.now, work=True)
             if taken is None:
-                due = self.candidates.next_due(self.now)
+                due = self.candidates.next_due(self.now, work=False)
                 if due is None:
                     break
                 assert due > self.now
@@ -239,7 +239,7 @@ def test_a_relay_that_stopped_is_dropped_and_the_sources_that_it_names_are_tried
     assert set(candidates.avoid) == {relay, parent}
     candidates.gone(seed, [], 1.0)
     assert candidates.take(1.0, work=True) is None
-    assert candidates.next_due(1.0) is None
+    assert candidates.next_due(1.0, work=False) is None
 
 
 def test_of_equal_sources_the_one_with_the_least_load_is_first_and_loads_change() -> None:
@@ -362,7 +362,7 @@ def test_a_source_that_vanished_from_a_registry_that_lost_its_data_may_be_found_
     candidates = Sources([found(ONE, "g1")], **TERMS)
     candidates.take(0.0, work=True)
     candidates.lose(ONE)  # the session goes on
-    candidates.rest(ONE)
+    candidates.rest(ONE, 1.0)
     assert candidates.take(0.0, work=True) is None
     candidates.add([found(ONE, "g1")])
     assert candidates.take(0.0, work=True) == ONE
@@ -404,10 +404,10 @@ def test_asking_again_without_a_change_does_not_look_at_each_source_again() -> N
     )
     while (taken := candidates.take(0.0, work=True)) is not None:
         candidates.later(taken, 0.0, at_least=100.0)
-    assert candidates.next_due(0.0) is not None
+    assert candidates.next_due(0.0, work=False) is not None
     candidates.looks = 0
     for now in range(90):
         assert candidates.take(float(now), work=True) is None
-        assert candidates.next_due(float(now)) is not None
+        assert candidates.next_due(float(now), work=False) is not None
     assert candidates.looks == 0
     assert candidates.take(200.0, work=True) is not None
