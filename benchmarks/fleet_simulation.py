@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 from netloader.core import pull_events as p
 from netloader.core.addresses import Address
-from netloader.core.block_order import bits, mask_of
 from netloader.core.identity import ModelIdentity
 from netloader.core.manifest import DIGEST_BYTES, Manifest, TensorSpec, compute_root, manifest_digest
 from netloader.core.options import PullOptions
-from netloader.core.plan import MAX_BLOCK_BYTES, expand, make_plan, to_ranges
+from netloader.core.plan import MAX_BLOCK_BYTES, expand, make_plan, mask_of, ranges_of
 from netloader.core.protocol.events import Announcement
 from netloader.core.pull import Pull
 from netloader.core.sources import Source
@@ -134,7 +133,7 @@ def _announcement(blocks: int) -> Announcement:
 
 
 def _ranges(mask: int) -> tuple[tuple[int, int], ...]:
-    return to_ranges(bits(mask))
+    return ranges_of(mask)
 
 
 @dataclass(eq=False)

@@ -14,25 +14,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 
-from netloader.core.plan import Ranges
+from netloader.core.plan import Ranges, mask_of
 
-__all__ = ["BlockOrder", "bits", "mask_of"]
-
-
-def mask_of(ranges: Ranges) -> int:
-    """The blocks in `ranges` as a number in which bit n stands for block n."""
-    mask = 0
-    for first, end in ranges:
-        mask |= ((1 << (end - first)) - 1) << first
-    return mask
-
-
-def bits(mask: int) -> Iterator[int]:
-    """The blocks in a mask, in order."""
-    while mask:
-        lowest = mask & -mask
-        yield lowest.bit_length() - 1
-        mask ^= lowest
+__all__ = ["BlockOrder"]
 
 
 class BlockOrder:

@@ -30,6 +30,8 @@ __all__ = [
     "expand",
     "in_groups",
     "make_plan",
+    "mask_of",
+    "ranges_of",
     "to_ranges",
 ]
 
@@ -238,3 +240,34 @@ def to_ranges(numbers: Iterable[int]) -> Ranges:
 def expand(ranges: Ranges) -> tuple[int, ...]:
     """Every number in `ranges`, in order."""
     return tuple(n for first, end in ranges for n in range(first, end))
+
+
+def mask_of(ranges: Ranges) -> int:
+    """The blocks in `ranges` as a number in which bit n stands for block n."""
+    if len(ranges) == 1:
+        ((first, end),) = ranges
+        return ((1 << (end - first)) - 1) << first
+    # Each operation on a large number costs as much as its length, so ranges are not added one by one.
+    held = bytearray(max((end for _, end in ranges), default=0) // 8 + 1)
+    for first, end in ranges:
+        low, high = first // 8, end // 8
+        if low == high:
+            held[low] |= ((1 << (end - first)) - 1) << first % 8
+            continue
+        held[low] |= 0xFF << first % 8 & 0xFF
+        held[low + 1 : high] = b"\xff" * (high - low - 1)
+        held[high] |= (1 << end % 8) - 1
+    return int.from_bytes(held, "little")
+
+
+def ranges_of(mask: int) -> Ranges:
+    """The blocks in a mask as ranges. Takes time in proportion to the length of the mask."""
+    digits = bin(mask)[:1:-1]  # the digit at n stands for block n
+    ranges = []
+    first = digits.find("1")
+    while first >= 0:
+        end = digits.find("0", first)
+        end = len(digits) if end < 0 else end
+        ranges.append((first, end))
+        first = digits.find("1", end)
+    return tuple(ranges)

@@ -118,14 +118,14 @@ class Pull:
         """When TimerFired is due, unless another event comes first; None when no timer is needed."""
         if self._over:
             return None
-        due = [] if self._waits_for_first() or self._full() else [self._sources.next_due(now)]
+        due = [] if self._waits_for_first() or self._full() else [self._next_source(now)]
         plan = self.ledger.plan
         if not self._sessions and due == [None]:
             due = [self._search_until]
         if plan is not None:
             due += self._requests.overdue_times(plan)
         starved = self._requests.starved_until()
-        if starved is not None and self._full() and (spare := self._sources.next_due(now)) is not None:
+        if starved is not None and self._full() and (spare := self._next_source(now)) is not None:
             due.append(max(starved, spare))
         due.append(self._budget.ends_at)
         times = [at for at in due if at is not None]
@@ -239,15 +239,15 @@ class Pull:
         yield from self._spend(now)
         yield from self._feed_parked(now)
         while not (self._full() or self._waits_for_first()):
-            source = self._sources.take(now, work=self.ledger.plan is None or self.ledger.idle)
+            source = self._sources.take(now, work=self._work)
             if source is None:
                 break
             yield self._connect(source, now)
         starved = self._requests.starved_until()
-        if starved is not None and starved <= now and self._full() and self._sources.next_due(now) == now:
+        if starved is not None and starved <= now and self._full() and self._next_source(now) == now:
             yield from self._requests.leave_starved(now)
         yield from self._spend(now)
-        if not self._sessions and now >= self._search_until and self._sources.next_due(now) is None:
+        if not self._sessions and now >= self._search_until and self._next_source(now) is None:
             if not self._session_count and self._search_until > -math.inf:
                 none = f"no source appeared within {now - self._began:.3g} s"
                 yield self._search_failed(DiscoveryError(none))
@@ -257,6 +257,15 @@ class Pull:
         """Give blocks that are pending again to parked sessions."""
         for session in [s for s in self._sessions.values() if s.parked]:
             yield from self._requests.give_work(session, now)
+
+    @property
+    def _work(self) -> bool:
+        """Whether another source would have something to do."""
+        return self.ledger.plan is None or self.ledger.idle
+
+    def _next_source(self, now: float) -> float | None:
+        """When there is a source to try."""
+        return self._sources.next_due(now, work=self._work)
 
     def _full(self) -> bool:
         return sum(not s.abandoned for s in self._sessions.values()) >= max(1, self._options.stripe)
@@ -394,7 +403,7 @@ class Pull:
             yield self._connect(source, now)
             return
         if error is None:
-            self._sources.rest(source, last=session.starved)
+            self._sources.rest(source, now, last=session.starved)
             return
         if self._requests.taken_over(session, error.message):  # not a failure: it stays the last resort
             yield self._failed(source, error)

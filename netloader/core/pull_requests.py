@@ -128,7 +128,9 @@ class Requests:
         return [s for s in self._sessions.values() if s.parked] if self._ledger.idle else []
 
     def starved_until(self) -> float | None:
-        """When :meth:`leave_starved` is due next; None while no session is starved."""
+        """When :meth:`leave_starved` is due next; None while no session is starved, or one makes room already."""
+        if any(s.finished or s.leaving for s in self._sessions.values()):
+            return None
         return min((s.parked_at + _STARVED_SECONDS for s in self.starved()), default=None)
 
     def leave_starved(self, now: float) -> Iterator[p.Command]:

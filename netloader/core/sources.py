@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from netloader.core.addresses import Address
+from netloader.core.candidate import Candidate, Source
 from netloader.core.choice import Here, other_name, preference
-from netloader.errors import ConfigError
 
 __all__ = ["MAX_KNOWN", "Source", "Sources"]
 
@@ -31,69 +30,6 @@ _RELAYS_OF_RELAY = 4
 
 MAX_KNOWN = 4096
 """Most sources that one pull remembers, because a provider can find and servers can name any number of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where weights may be pulled from, as whoever found it knows it.
-
-    Attributes:
-        address: Where its server listens.
-        labels: What else is known, for people and for observers. Only of a source that is one of many, the labels
-            decide how near it is (:mod:`netloader.core.choice`).
-        load: How busy it is; 0 for idle or unknown. Of sources that are equal otherwise, the one with the least load is
-            tried first, so all providers of one pull should use one scale (clients that it serves, say).
-        generation: Names one run of the server, where that is known. Another generation at the same address is another
-            server. If a generation cannot be reached, or is of no use, one pull does not try it again.
-        one_of_many: Whether it was found in a registry, in no order that means anything. Such sources are tried after
-            the others, and each client has its own order of them.
-
-    Raises:
-        ConfigError: `load` is negative or no number.
-    """
-
-    address: Address
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    load: float = 0.0
-    generation: str = ""
-    one_of_many: bool = False
-
-    def __post_init__(self) -> None:
-        if not (self.load >= 0 and math.isfinite(self.load)):
-            raise ConfigError(field="load", value=self.load, allowed="a number from 0 on")
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """A source that may still be of use."""
-
-    tries: int
-    until: float
-    pause: float
-    order: int
-    via: Address | None = None
-    source: Source | None = None  # None: named by a server, and not found
-    preferred: tuple[float, ...] = ()  # sort key among the sources that were found
-    follower: Source | None = None  # another server at this address, which began while a session ran with this one
-    late: int = 0  # it gave us up as too slow, or is one of many and was not ready: tried after others, in this order
-    due: float = 0.0
-    running: bool = False
-    lost: bool = False  # no longer offered: dropped when its session ends
-    resting: bool = False  # its session ran out of blocks; tried again when blocks become pending again
-    last_resort: bool = False  # slower than others; tried again when none of those is left
-    hops: int = 0  # how many redirections led to it
-    held: bool = False  # it holds other weights than an unproven source; tried again if that one proves false
-    waits_for: frozenset[Address] = frozenset()  # relays that it named; tried again when they are gone
-
-    @property
-    def rank(self) -> tuple[bool, bool, int, tuple[float, ...], int]:
-        """Sort key for the order of attempts: relays first, sources that were too slow last, then the preferred."""
-        return self.last_resort, self.via is None, self.late, self.preferred, self.order
-
-    @property
-    def generation(self) -> str:
-        """The run of the server; empty when it is not known."""
-        return "" if self.source is None else self.source.generation
 
 
 class Sources:
@@ -134,10 +70,12 @@ class Sources:
         self._until = until
         self._rng = rng
         self._order = 0
-        self._known: dict[Address, _Candidate] = {}
+        self._first_due: dict[bool, float] = {}  # by whether a block is pending; forgotten at every change
+        self._instead: bool | None = None  # the same for `could_serve_instead`
+        self._known: dict[Address, Candidate] = {}
         self._failed: dict[Address, None] = {}
         self._useless: dict[Address, None] = {}  # dropped, and still offered
-        self._dead: dict[str, None] = {}  # generations that were dropped
+        self._dead: dict[tuple[Address, str], None] = {}  # generations that were dropped, where they were
         self.add(sources)
 
     @property
@@ -164,10 +102,11 @@ class Sources:
         Returns:
             How many were left out, because :data:`MAX_KNOWN` are known.
         """
+        self._changed()
         left_out = 0
         for source in sources:
             candidate = self._known.get(source.address)
-            if source.generation in self._dead:
+            if (source.address, source.generation) in self._dead:
                 continue
             if candidate is not None and "" not in (one := {source.generation, candidate.generation}) and len(one) > 1:
                 if candidate.running:
@@ -183,7 +122,7 @@ class Sources:
                     left_out += 1
                     continue
                 self._useless.pop(source.address, None)
-                candidate = _Candidate(self._tries, self._until, _PAUSE[0], self._next())
+                candidate = Candidate(self._tries, self._until, _PAUSE[0], self._next())
                 # Under another name there is probably another model: no session with it beside those that work.
                 candidate.last_resort = source.one_of_many and other_name(self._here, source.labels)
                 self._known[source.address] = candidate
@@ -209,6 +148,7 @@ class Sources:
 
     def lose(self, source: Address) -> None:
         """A source is no longer offered: don't try it until it is added anew. A session that runs with it continues."""
+        self._changed()
         self._useless.pop(source, None)
         candidate = self._known.get(source)
         if candidate is not None and candidate.running:
@@ -224,19 +164,19 @@ class Sources:
     @property
     def could_serve_instead(self) -> bool:
         """Whether there are relays, and a source that was not reached by redirection could be asked instead of them."""
-        relays = direct = False
-        for candidate in self._known.values():
-            if candidate.via is not None:
-                relays = True
-            elif not (candidate.running or candidate.resting or candidate.held):
-                direct = True
-        return relays and direct
+        if self._instead is None:
+            known = self._known.values()
+            self._instead = any(c.via is not None for c in known) and any(
+                c.via is None and not (c.running or c.resting or c.held) for c in known
+            )
+        return self._instead
 
     def leave_relays(self) -> None:
         """Follow no redirection from now on, and hold no source back for its relays.
 
         A relay that runs is dropped by :meth:`drop` when its session has ended.
         """
+        self._changed()
         self.follow = False
         for source, candidate in list(self._known.items()):
             candidate.waits_for = frozenset()
@@ -251,18 +191,21 @@ class Sources:
             now: The time.
             until_unpinned: False if that has happened already.
         """
+        self._changed()
         candidate = self._known[source]
         candidate.running, candidate.held, candidate.due = False, until_unpinned, now
         self._drop_lost(source)
 
     def try_held(self, now: float) -> None:
         """The source that decided what others have to hold has failed: try those again that hold something else."""
+        self._changed()
         for candidate in self._known.values():
             if candidate.held:
                 candidate.held, candidate.due = False, now
 
     def drop_held(self) -> None:
         """What sources have to hold is final now: drop those that hold something else."""
+        self._changed()
         for source in [source for source, candidate in self._known.items() if candidate.held]:
             self.drop(source)
 
@@ -273,44 +216,59 @@ class Sources:
             now: The time.
             work: Whether any block is pending.
         """
-        alone = not self.running
-        for source, candidate in sorted(self._known.items(), key=lambda item: item[1].rank):
-            if candidate.running or candidate.held or candidate.due > now or self._held_back(candidate):
-                continue
-            if candidate.last_resort and not alone:
-                continue
-            if candidate.resting and not work:
-                continue
-            candidate.running, candidate.resting, candidate.last_resort = True, False, False
-            candidate.waits_for = frozenset()
-            return source
-        return None
+        if self._earliest(work=work) > now:
+            return None
+        due = (item for item in self._usable(work=work) if item[1].due <= now)
+        source, candidate = min(due, key=lambda item: item[1].rank)
+        self._changed()
+        candidate.running, candidate.resting, candidate.last_resort = True, False, False
+        candidate.waits_for = frozenset()
+        return source
 
-    def next_due(self, now: float) -> float | None:
+    def next_due(self, now: float, *, work: bool) -> float | None:
         """When :meth:`take` will next return a source, if no event comes before; None when it won't."""
-        alone = not self.running
-        waiting = [
-            c.due
-            for c in self._known.values()
-            if not (c.running or c.resting or c.held or self._held_back(c)) and (alone or not c.last_resort)
-        ]
-        return max(now, min(waiting)) if waiting else None
+        due = self._earliest(work=work)
+        return None if due == math.inf else max(now, due)
 
-    def rest(self, source: Address, *, last: bool = False) -> None:
+    def _usable(self, *, work: bool) -> list[tuple[Address, Candidate]]:
+        """Sources that may be taken once they are due."""
+        alone = not self.running
+        return [
+            (source, c)
+            for source, c in self._known.items()
+            if not (c.running or c.held or (c.resting and not work) or (c.last_resort and not alone))
+            and not self._held_back(c)
+        ]
+
+    def _earliest(self, *, work: bool) -> float:
+        """When the first usable source is due. Kept until a change: a pull asks at each event, and many are known."""
+        if work not in self._first_due:
+            self._first_due[work] = min((c.due for _, c in self._usable(work=work)), default=math.inf)
+        return self._first_due[work]
+
+    def _changed(self) -> None:
+        self._first_due.clear()
+        self._instead = None
+
+    def rest(self, source: Address, now: float, *, last: bool = False) -> None:
         """Its session ended because it had no block that was pending. It may be tried again while one is.
 
         Args:
             source: The source.
-            last: Try all other sources first.
+            now: The time.
+            last: Try all other sources first, and this one after a pause: blocks are pending, and it had none of them.
         """
+        self._changed()
         candidate = self._known[source]
         if last:
-            candidate.late = self._next()
+            candidate.late, candidate.due = self._next(), now + candidate.pause
+            candidate.pause = min(candidate.pause * 2, _PAUSE[1])
         candidate.running, candidate.resting = False, True
         self._drop_lost(source)
 
     def demote(self, source: Address, now: float) -> None:
         """Its session was ended because others are faster. It is tried again once no other source is running."""
+        self._changed()
         candidate = self._known[source]
         candidate.running, candidate.last_resort, candidate.due = False, True, now
         self._drop_lost(source)
@@ -323,6 +281,7 @@ class Sources:
             now: The time.
             last: Try all other sources first.
         """
+        self._changed()
         candidate = self._known[source]
         candidate.running = False
         if last:
@@ -350,6 +309,7 @@ class Sources:
             put_off: Whether it delivered blocks and then served others first: it is waited for anew, but not for long.
             steady: Whether the pause does not grow.
         """
+        self._changed()
         candidate = self._known[source]
         candidate.running = False
         if candidate.via is None:
@@ -379,6 +339,7 @@ class Sources:
         Returns:
             Whether any relay is worth trying. If so, the source is held back until they are gone.
         """
+        self._changed()
         candidate = self._known[source]
         usable = [r for r in relays if r != source and r not in self._failed and not self._waits_in_cycle(r, candidate)]
         candidate.waits_for = self._named(candidate, usable, source, now)
@@ -398,6 +359,7 @@ class Sources:
             now: The time.
             at_least: Least pause in seconds, when the source asked for one.
         """
+        self._changed()
         candidate = self._known[source]
         via = candidate.via
         if via is None:
@@ -408,7 +370,7 @@ class Sources:
         new = [r for r in others if r != source and r not in self._known and r not in self._failed]
         self._named(candidate, new, via or source, now)
 
-    def _named(self, by: _Candidate, relays: Sequence[Address], via: Address, now: float) -> frozenset[Address]:
+    def _named(self, by: Candidate, relays: Sequence[Address], via: Address, now: float) -> frozenset[Address]:
         """Add the relays that a source named, within the bounds. Returns those that are known then."""
         if not self.follow or by.hops > self._max_hops:
             return frozenset()
@@ -416,13 +378,14 @@ class Sources:
             relays = relays[:_RELAYS_OF_RELAY]
         for relay in relays:
             if relay not in self._known and len(self._known) < MAX_KNOWN:
-                self._known[relay] = _Candidate(
+                self._known[relay] = Candidate(
                     *(self._tries, now + _RELAY_WAIT, _RELAY_PAUSE, -self._next()), via=via, hops=by.hops + 1, due=now
                 )
         return frozenset(relay for relay in relays if relay in self._known)
 
     def drop(self, source: Address) -> None:
         """It is of no more use. If it is a relay, servers are told to name another one."""
+        self._changed()
         candidate = self._forget(source)
         if candidate is None:
             return
@@ -432,9 +395,9 @@ class Sources:
         elif not candidate.lost:
             _remember(self._useless, source)
         if candidate.generation:
-            _remember(self._dead, candidate.generation)
+            _remember(self._dead, (source, candidate.generation))
 
-    def _forget(self, source: Address) -> _Candidate | None:
+    def _forget(self, source: Address) -> Candidate | None:
         """Remove a source, and try the one that followed it at its address. Its generation may be added again."""
         candidate = self._known.pop(source, None)
         if candidate is not None and candidate.follower is not None:
@@ -454,11 +417,11 @@ class Sources:
         for candidate in self._known.values():
             candidate.waits_for -= {source}
 
-    def _held_back(self, candidate: _Candidate) -> bool:
+    def _held_back(self, candidate: Candidate) -> bool:
         """Whether one of the relays that it named is still known."""
         return any(r in self._known and not self._waits_in_cycle(r, candidate) for r in candidate.waits_for)
 
-    def _waits_in_cycle(self, relay: Address, candidate: _Candidate) -> bool:
+    def _waits_in_cycle(self, relay: Address, candidate: Candidate) -> bool:
         """Whether `relay` in turn waits for `candidate`: servers that name each other must not block each other."""
         seen: set[Address] = set()
         todo = [relay]
@@ -477,7 +440,7 @@ class Sources:
         return self._order
 
 
-_Name = TypeVar("_Name", Address, str)
+_Name = TypeVar("_Name", Address, tuple[Address, str])
 
 
 def _remember(names: dict[_Name, None], name: _Name) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import anyio
 
-from netloader.core.block_order import bits, mask_of
-from netloader.core.plan import Ranges, to_ranges
+from netloader.core.plan import Ranges, mask_of, ranges_of
 from netloader.core.protocol.events import BlocksOffered
 from netloader.session.relay_progress import Supply
 
@@ -39,18 +38,33 @@ class SentBlocks:
         await self._changed.wait()
 
 
-async def tell_blocks(supply: Supply, tell: Callable[[BlocksOffered], None]) -> None:
-    """Tell a client of a relay which blocks the relay has, until all are there."""
+async def tell_blocks(
+    supply: Supply, tell: Callable[[BlocksOffered], None], in_use: Callable[[], bool], orphan_wait: float
+) -> bool:
+    """Tell a client of a relay which blocks the relay has, until all are there.
+
+    Args:
+        supply: What the relay has.
+        tell: Tells the client.
+        in_use: Whether the client still waits for blocks that the relay has.
+        orphan_wait: Seconds that the client waits for more after the relay lost its own source.
+
+    Returns:
+        Whether all are there. False: the relay has no source, and found none within `orphan_wait`.
+    """
     told = 0
     while True:
         new, told = supply.blocks & ~told, supply.blocks
         if new:
-            tell(BlocksOffered(has=to_ranges(bits(new))))
+            tell(BlocksOffered(has=ranges_of(new)))
         if supply.complete:
-            return
+            return True
         await anyio.sleep(_EVERY)
         if supply.blocks == told:
-            await supply.wait()
+            with anyio.move_on_after(None if supply.live else orphan_wait) as scope:
+                await supply.wait()
+            if scope.cancelled_caught and not (supply.live or in_use()):
+                return False
 
 
 async def tell_sent(sent: SentBlocks, own: SentBlocks, tell: Callable[[BlocksOffered], None]) -> None:
@@ -60,7 +74,7 @@ async def tell_sent(sent: SentBlocks, own: SentBlocks, tell: Callable[[BlocksOff
         new = sent.mask & ~(told | own.mask)
         if new:
             told |= new
-            tell(BlocksOffered(sent=to_ranges(bits(new))))
+            tell(BlocksOffered(sent=ranges_of(new)))
         before = sent.mask
         await anyio.sleep(_EVERY)
         if sent.mask == before:

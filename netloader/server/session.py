@@ -52,6 +52,8 @@ _RETRY_RELAY = 0.2
 _ORPHAN_WAIT = 5.0
 """Seconds that the clients of a relay wait after it lost its source, until it finds another one."""
 
+_ORPHAN = "this relay has lost its own source"
+
 _RETRY_GONE = 5.0
 """Seconds after which a client of retracted weights may ask again."""
 
@@ -339,12 +341,13 @@ class ServerSession(SessionDriver[ClientMessage]):
             if scope.cancelled_caught and not supply.live and self._absent:
                 gone, self._absent = to_ranges(self._absent), set()
                 self._note_absent()
-                self.feed(e.BlocksGone(gone, "this relay has lost its own source"))
+                self.feed(e.BlocksGone(gone, _ORPHAN))
 
     async def _tell_blocks(self) -> None:
         """Tell the client which blocks there are, if this is a relay; else which were sent to others that relay."""
         if self._partial and self._supply is not None:
-            await tell_blocks(self._supply, self.feed)
+            if not await tell_blocks(self._supply, self.feed, lambda: self.session.asked, _ORPHAN_WAIT):
+                self.retract(_ORPHAN)
         elif self._passes_on():
             await tell_sent(self._holdings.sent_of(self._serving()), self._own, self.feed)
 

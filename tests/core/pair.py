@@ -171,6 +171,8 @@ class Peer:
             case f.NoteChain(node, chain):
                 assert not self.pair.client_node or self.pair.client_node not in (node, *chain), "a circle"
                 self.chains.append((node, *chain))
+            case f.NoteBlocks(has, sent):
+                assert has or sent
             case f.NoteQueued(position):
                 assert position >= 0
             case f.DeliverSignal(data):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from netloader.core.addresses import Address
+from netloader.core.candidate import Candidate
 from netloader.core.choice import Here
 from netloader.core.sources import MAX_KNOWN, Source, Sources
 from netloader.errors import ConfigError
@@ -37,7 +38,7 @@ def test_a_source_that_is_not_ready_is_tried_for_the_last_time_when_the_wait_end
     candidates = Sources(offered([ONE]), tries=2, until=10.0, rng=random.Random(1))
     now = 0.0
     times = []
-    while (due := candidates.next_due(now)) is not None:
+    while (due := candidates.next_due(now, work=False)) is not None:
         now = due
         assert candidates.take(now, work=True) == ONE
         times.append(now)
@@ -61,7 +62,7 @@ def test_a_pause_that_was_asked_for_is_kept() -> None:
     candidates = Sources(offered([ONE]), tries=2, until=100.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
     candidates.later(ONE, 0.0, at_least=7.0)
-    due = candidates.next_due(0.0)
+    due = candidates.next_due(0.0, work=False)
     assert due is not None
     assert 7.0 <= due <= 7.0 * 1.25
 
@@ -95,9 +96,9 @@ def test_a_source_that_was_too_slow_is_tried_again_when_no_other_is_left() -> No
     assert {candidates.take(0.0, work=True), candidates.take(0.0, work=True)} == {ONE, TWO}
     candidates.demote(ONE, 1.0)
     assert candidates.take(1.0, work=True) is None
-    assert candidates.next_due(1.0) is None
+    assert candidates.next_due(1.0, work=False) is None
     candidates.drop(TWO)
-    assert candidates.next_due(1.0) == 1.0
+    assert candidates.next_due(1.0, work=False) == 1.0
     assert candidates.take(1.0, work=True) == ONE
 
 
@@ -118,7 +119,7 @@ def test_a_source_that_is_no_longer_offered_is_not_tried_again_however_its_sessi
     candidates.take(0.0, work=True)
     candidates.lose(ONE)
     ends: dict[str, Callable[[], object]] = {
-        "rest": lambda: candidates.rest(ONE),
+        "rest": lambda: candidates.rest(ONE, 1.0),
         "demote": lambda: candidates.demote(ONE, 1.0),
         "again": lambda: candidates.again(ONE, 1.0),
         "later": lambda: candidates.later(ONE, 1.0),
@@ -133,9 +134,9 @@ def test_a_source_that_is_no_longer_offered_is_not_tried_again_however_its_sessi
 def test_a_resting_source_is_tried_again_only_when_blocks_are_pending() -> None:
     candidates = Sources(offered([ONE]), tries=2, until=0.0, rng=random.Random(1))
     candidates.take(0.0, work=True)
-    candidates.rest(ONE)
+    candidates.rest(ONE, 1.0)
     assert candidates.take(1.0, work=False) is None
-    assert candidates.next_due(1.0) is None
+    assert candidates.next_due(1.0, work=False) is None
     assert candidates.take(1.0, work=True) == ONE
 
 
@@ -175,7 +176,7 @@ class AnyOutcome(RuleBasedStateMachine):
             case "again":
                 self.candidates.again(source, self.now)
             case "rest":
-                self.candidates.rest(source)
+                self.candidates.rest(source, self.now, last=data.draw(st.booleans()))
             case "gone":
                 others = data.draw(st.lists(st.sampled_from(POOL), max_size=3))
                 self.candidates.gone(source, others, self.now, data.draw(st.none() | st.floats(0, 60)))
@@ -192,8 +193,12 @@ class AnyOutcome(RuleBasedStateMachine):
     def the_account_agrees(self) -> None:
         if hasattr(self, "candidates"):
             assert self.candidates.running == len(self.running)
-            due = self.candidates.next_due(self.now)
+            due = self.candidates.next_due(self.now, work=False)
             assert due is None or due >= self.now
+            for work in (False, True):
+                kept = self.candidates._earliest(work=work), self.candidates.could_serve_instead
+                self.candidates._changed()
+                assert (self.candidates._earliest(work=work), self.candidates.could_serve_instead) == kept
 
     def teardown(self) -> None:
         """From any state, attempts end when sources only fail, and each given source was tried before."""
@@ -204,7 +209,7 @@ class AnyOutcome(RuleBasedStateMachine):
         for _ in range(1000):
             taken = self.candidates.take(self.now, work=True)
             if taken is None:
-                due = self.candidates.next_due(self.now)
+                due = self.candidates.next_due(self.now, work=False)
                 if due is None:
                     break
                 assert due > self.now
@@ -234,7 +239,7 @@ def test_a_relay_that_stopped_is_dropped_and_the_sources_that_it_names_are_tried
     assert set(candidates.avoid) == {relay, parent}
     candidates.gone(seed, [], 1.0)
     assert candidates.take(1.0, work=True) is None
-    assert candidates.next_due(1.0) is None
+    assert candidates.next_due(1.0, work=False) is None
 
 
 def test_of_equal_sources_the_one_with_the_least_load_is_first_and_loads_change() -> None:
@@ -311,7 +316,7 @@ def test_a_generation_that_was_dropped_is_not_tried_again_and_another_one_at_its
     candidates = Sources([found(ONE, "g1")], **TERMS)
     assert candidates.take(0.0, work=True) == ONE
     candidates.drop(ONE)
-    for again in (found(ONE, "g1"), found(ONE, "g1", load=3.0), found(TWO, "g1")):
+    for again in (found(ONE, "g1"), found(ONE, "g1", load=3.0)):
         candidates.add([again])
         assert candidates.take(1.0, work=True) is None
     candidates.lose(ONE)
@@ -319,6 +324,17 @@ def test_a_generation_that_was_dropped_is_not_tried_again_and_another_one_at_its
     assert candidates.take(1.0, work=True) is None, "also when it vanished and appeared anew"
     candidates.add([found(ONE, "g2")])
     assert candidates.take(1.0, work=True) == ONE
+
+
+def test_an_entry_that_copies_the_generation_of_a_server_does_not_make_that_server_unusable() -> None:
+    """Whoever can write to a registry can copy what it reads there."""
+    candidates = Sources([found(TWO, "g1")], **TERMS)
+    assert candidates.take(0.0, work=True) == TWO
+    candidates.drop(TWO)
+    candidates.add([found(ONE, "g1")])
+    assert candidates.take(1.0, work=True) == ONE
+    candidates.add([found(TWO, "g1")])
+    assert candidates.take(1.0, work=True) is None
 
 
 def test_another_generation_at_an_address_does_not_wait_for_the_pause_of_the_earlier_one() -> None:
@@ -346,7 +362,7 @@ def test_a_source_that_vanished_from_a_registry_that_lost_its_data_may_be_found_
     candidates = Sources([found(ONE, "g1")], **TERMS)
     candidates.take(0.0, work=True)
     candidates.lose(ONE)  # the session goes on
-    candidates.rest(ONE)
+    candidates.rest(ONE, 1.0)
     assert candidates.take(0.0, work=True) is None
     candidates.add([found(ONE, "g1")])
     assert candidates.take(0.0, work=True) == ONE
@@ -371,3 +387,27 @@ def test_one_of_many_that_was_not_ready_is_tried_again_behind_the_others() -> No
     taken = [candidates.take(50.0, work=True) for _ in POOL]
     assert sorted(taken[:-1], key=str) == sorted(set(POOL) - {first})
     assert taken[-1] == first
+
+
+def test_asking_again_without_a_change_does_not_look_at_each_source_again() -> None:
+    """A pull asks at each event, and thousands of sources may be known."""
+
+    class Counting(Sources):
+        looks = 0
+
+        def _held_back(self, candidate: Candidate) -> bool:
+            self.looks += 1
+            return super()._held_back(candidate)
+
+    candidates = Counting(
+        offered(Address("h", port) for port in range(1, 1001)), tries=2, until=1e9, rng=random.Random(1)
+    )
+    while (taken := candidates.take(0.0, work=True)) is not None:
+        candidates.later(taken, 0.0, at_least=100.0)
+    assert candidates.next_due(0.0, work=False) is not None
+    candidates.looks = 0
+    for now in range(90):
+        assert candidates.take(float(now), work=True) is None
+        assert candidates.next_due(float(now), work=False) is not None
+    assert candidates.looks == 0
+    assert candidates.take(200.0, work=True) is not None

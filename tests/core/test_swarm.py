@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from benchmarks.fleet_simulation import Fleet, Result, Scenario
 from netloader.core.addresses import Address
-from netloader.core.block_order import BlockOrder, bits, mask_of
-from netloader.core.plan import to_ranges
+from netloader.core.block_order import BlockOrder
+from netloader.core.plan import expand, mask_of, ranges_of, to_ranges
 from netloader.core.pull_requests import Requests
 from netloader.core.sources import Source, Sources
 from netloader.errors import LocalProtocolError
@@ -93,7 +93,7 @@ def test_many_replicas_cost_little_more_than_one_and_the_seed_sends_little_more_
 
 
 def _any_block(self: BlockOrder, session: int, pending: int) -> Any:
-    return bits(pending) if self.differs else None
+    return expand(ranges_of(pending)) if self.differs else None
 
 
 BUGS: dict[str, tuple[type, str, Callable[..., Any]]] = {
@@ -187,4 +187,4 @@ def test_the_order_is_that_of_a_count(steps: list[tuple[int, set[int], bool]]) -
 
 @given(st.sets(st.integers(0, 200)))
 def test_masks_and_ranges_are_inverse(blocks: set[int]) -> None:
-    assert set(bits(mask_of(to_ranges(blocks)))) == blocks
+    assert set(expand(ranges_of(mask_of(to_ranges(blocks))))) == blocks

@@ -521,6 +521,21 @@ async def test_a_relay_that_ends_sends_its_clients_to_its_own_source(grace: floa
             assert [(c.code, c.sources) for c in causes if isinstance(c, RefusedError)] == [("gone", (str(at),))]
 
 
+async def test_a_client_that_waits_at_a_relay_without_a_source_is_sent_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_session, "_ORPHAN_WAIT", 0.2)
+    carrier = kit.carrier("memory")
+    async with replica(carrier) as first, replica(carrier) as second, anyio.create_task_group() as tasks:
+        async with held_seed(carrier) as (seed, _):
+            first.start(tasks, kit.at(seed), wait=kit.PATIENCE)
+            await kit.until(lambda: first.server.holdings.held() and first.verified, "it has some")
+            second.start(tasks, kit.at(first.server))
+            await kit.until(lambda: second.verified, "it has some of them")
+        await kit.until(lambda: second.error is not None, "the relay says that it gets no more")
+        assert isinstance(second.error, NoSourceLeft)
+        assert "lost its own source" in str(second.error)
+        first.scope.cancel()
+
+
 async def test_the_source_of_a_relay_is_a_new_source_for_its_client() -> None:
     """The client got the relay's address only."""
     hub = kit.Hub()

@@ -110,6 +110,9 @@ class Context:
         identify: The client's Identify message (server).
         announced: Whether the server's Announce was received (client). `announcement` is set once it was examined.
         offered: Whether the channel was offered (client).
+        partial: Whether this server has only the blocks that it named in Progress, and has not named all (server).
+        named: Blocks that Progress named as held (both sides): bit n stands for block n.
+        named_sent: Blocks that Progress named as sent to others (client).
         open_blocks: Requested blocks that are not yet granted (client) or sent (server), and not denied.
         granted: Granted blocks that are not yet received (client) or sent (server).
         early_wants: Requests that came before this end of the channel was open (server).
@@ -141,6 +144,9 @@ class Context:
     transport: str = ""
     announced: bool = False
     offered: bool = False
+    partial: bool = False
+    named: int = 0
+    named_sent: int = 0
     open_blocks: set[int] = field(default_factory=set)
     granted: set[int] = field(default_factory=set)
     early_wants: list[Ranges] = field(default_factory=list)

@@ -136,6 +136,11 @@ class Session:
         return tuple(self._ctx.story)
 
     @property
+    def asked(self) -> bool:
+        """Whether the client requested blocks that are neither granted (client) or sent (server), nor denied."""
+        return bool(self._ctx.open_blocks)
+
+    @property
     def identify(self) -> m.Identify | None:
         """The client's Identify message; None before it came, and on a client."""
         return self._ctx.identify

@@ -65,7 +65,7 @@ TABLE: Mapping[Row, tuple[Handler, State]] = {
     (_SERVER, _P, m.Signal): (planning.signal_came, _P),
     (_SERVER, _P, e.SignalPosted): (planning.signal_posted, _P),
     (_SERVER, _P, e.UpstreamChanged): (planning.server_upstream, _P),
-    (_SERVER, _P, e.BlocksOffered): (transfer.server_offered_blocks, _P),
+    (_SERVER, _P, e.BlocksOffered): (transfer.server_offered_early, _P),
     (_SERVER, _P, m.Want): (transfer.server_early_want, _P),  # the client's end of the channel may open first
     (_SERVER, _P, e.ChannelOpened): (transfer.server_open, _T),
     (_SERVER, _P, m.Verdict): (finalize.server_verdict, _F),  # a probe ends here

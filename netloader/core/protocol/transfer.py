@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from netloader.core import messages as m
-from netloader.core.plan import Ranges, expand
+from netloader.core.plan import Ranges, expand, mask_of
 from netloader.core.protocol import effects as f
 from netloader.core.protocol.context import Context
 from netloader.core.protocol.events import (
@@ -30,6 +30,7 @@ __all__ = [
     "server_early_want",
     "server_gone",
     "server_offered_blocks",
+    "server_offered_early",
     "server_open",
     "server_ready",
     "server_sent",
@@ -41,8 +42,8 @@ TELLS_BLOCKS = 2
 """First version of the protocol in which a server tells its clients which blocks it has."""
 
 
-def _checked(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
-    """Block numbers of ranges that a peer sent.
+def _check_ranges(ctx: Context, ranges: Ranges, what: str) -> None:
+    """Check ranges of blocks that a peer sent.
 
     Raises:
         RemoteProtocolError: The ranges are empty, not ascending, overlap, or reach past the last block.
@@ -55,6 +56,11 @@ def _checked(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
         last = end
     if not ranges:
         raise RemoteProtocolError(f"the peer's {what} names no block")
+
+
+def _checked(ctx: Context, ranges: Ranges, what: str) -> tuple[int, ...]:
+    """Block numbers of ranges that a peer sent. Raises like :func:`_check_ranges`."""
+    _check_ranges(ctx, ranges, what)
     return expand(ranges)
 
 
@@ -69,8 +75,11 @@ def _ask(ctx: Context, ranges: Ranges) -> tuple[int, ...]:
 
 
 def _server_timer(ctx: Context) -> f.SetTimer:
-    """A client that has a turn must request blocks in time. While blocks move, the channel detects a stall."""
-    return f.SetTimer(None if ctx.open_blocks else ctx.timings().stall)
+    """A client that has a turn must request blocks in time. While blocks move, the channel detects a stall.
+
+    A client of a relay that has not named all blocks may have nothing to ask for, however long that takes.
+    """
+    return f.SetTimer(None if ctx.open_blocks or ctx.partial else ctx.timings().stall)
 
 
 def _client_timer(ctx: Context) -> f.SetTimer:
@@ -136,14 +145,23 @@ def server_gone(ctx: Context, event: BlocksGone) -> Sequence[f.Effect]:
     return [*losses, _server_timer(ctx)]
 
 
-def server_offered_blocks(ctx: Context, event: BlocksOffered) -> Sequence[f.Effect]:
-    """This server has more blocks, or sent some to others: tell the client."""
+def server_offered_early(ctx: Context, event: BlocksOffered) -> Sequence[f.Effect]:
+    """The same before this end of the channel is open."""
     if ctx.protocol < TELLS_BLOCKS:
         raise LocalProtocolError("a client of protocol 1 can't be told which blocks there are")
+    ctx.named |= mask_of(event.has)
+    ctx.partial = ctx.partial and ctx.named.bit_count() < len(ctx.known().plan.blocks)
     return [
         *(f.Send(m.Progress(has=part)) for part in _in_parts(event.has)),
         *(f.Send(m.Progress(sent=part)) for part in _in_parts(event.sent)),
     ]
+
+
+def server_offered_blocks(ctx: Context, event: BlocksOffered) -> Sequence[f.Effect]:
+    """This server has more blocks, or sent some to others: tell the client. With all named, it must request in time."""
+    before = ctx.partial
+    told = server_offered_early(ctx, event)
+    return [*told, _server_timer(ctx)] if before and not ctx.partial else told
 
 
 def server_sent(ctx: Context, event: BlocksSent) -> Sequence[f.Effect]:
@@ -176,12 +194,19 @@ def client_grant(ctx: Context, event: m.Grant) -> Sequence[f.Effect]:
 
 
 def client_progress(ctx: Context, event: m.Progress) -> Sequence[f.Effect]:
-    """The server has more blocks, or sends some to others."""
+    """The server has more blocks, or sends some to others.
+
+    Each message costs the pull more than it costs its sender, so it has to name a block that was not named before.
+    """
     if ctx.announcement is None:
         raise RemoteProtocolError("the server sent Progress before its announcement was examined")
     for ranges, what in ((event.has, "progress"), (event.sent, "note of what it sent")):
         if ranges:
-            _checked(ctx, ranges, what)
+            _check_ranges(ctx, ranges, what)
+    has, sent = ctx.named | mask_of(event.has), ctx.named_sent | mask_of(event.sent)
+    if (has, sent) == (ctx.named, ctx.named_sent):
+        raise RemoteProtocolError("the server sent Progress that names no block that it had not named before")
+    ctx.named, ctx.named_sent = has, sent
     return [f.NoteBlocks(event.has, event.sent)]
 
 

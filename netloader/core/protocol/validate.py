@@ -117,6 +117,7 @@ def server_queued(ctx: Context, event: Queued) -> Sequence[f.Effect]:
 def server_turn(ctx: Context, event: TurnTaken) -> Sequence[f.Effect]:
     """The client got its turn: send it everything that it needs to derive the plan."""
     known = ctx.known()
+    ctx.partial = event.partial
     same = _identified(ctx).manifest == known.manifest_digest
     announce = m.Announce(
         manifest=None if same else known.manifest,
