@@ -290,12 +290,10 @@ async def pull_or_load(
     check.seconds("wait", wait)
     check.kind("identity", identity, ModelIdentity, "a netloader.ModelIdentity")
     check.function("load", load)
-    check.kind("server", server, Server, "a running netloader.Server with discovery=...")
+    backend = getattr(getattr(server, "published", None), "backend", None)
+    check.kind("server", backend and server, Server, "a running netloader.Server with discovery=...")
     search = Search(FixedSources(()), check_discovery(check, discovery), check_zone(check, zone))
     check_named(check, search, identity, options.get("expect_root"))
-    published = getattr(server, "published", None)
-    if published is not None and published.backend is None:
-        check.kind("server", None, Server, "a running netloader.Server with discovery=...")
     claims = None if search.backend is None else search.backend.claims()
     if claims is None:
         check.kind("discovery", discovery, (), "a registry that gives leases, such as redis:// or etcd://")

@@ -140,6 +140,10 @@ async def test_twelve_clients_share_three_turns_in_order_of_arrival(
             nonlocal most
             most = max(most, sum(s.state in (State.PLAN, State.TRANSFER) for s in server.sessions))
 
+        def placed(clients: int) -> bool:
+            found = [s for s in server.sessions if s.state in (State.VALIDATE, State.TRANSFER) and s.role]
+            return len(found) == clients == len(server.sessions)
+
         async def one(number: int) -> None:
             reports[number] = await kit.pull(blanks[number], [kit.at(server)], hub.transport, progress=watch)
             done.append(number)
@@ -147,9 +151,7 @@ async def test_twelve_clients_share_three_turns_in_order_of_arrival(
         for number in range(12):
             tasks.start_soon(one, number)
             await kit.until(lambda: len(server.sessions) == number + 1, "connected")  # noqa: B023
-            await kit.until(
-                lambda: all(s.state in (State.VALIDATE, State.TRANSFER) and s.role for s in server.sessions), "placed"
-            )
+            await kit.until(lambda: placed(number + 1), "placed")  # noqa: B023
             came.append(next(s.peer for s in server.sessions if s.peer not in came))
         assert sum(s.state is State.TRANSFER for s in server.sessions) == 3
         assert sum(s.state is State.VALIDATE for s in server.sessions) == 9
