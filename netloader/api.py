@@ -288,7 +288,6 @@ async def pull_or_load(
     check = Arguments()
     check_tensors(check, tensors, identity)
     check.seconds("wait", wait)
-    check.kind("identity", identity, ModelIdentity, "a netloader.ModelIdentity")
     check.function("load", load)
     backend = getattr(getattr(server, "published", None), "backend", None)
     check.kind("server", backend and server, Server, "a running netloader.Server with discovery=...")
