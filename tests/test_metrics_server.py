@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-import netloader.tensors  # imported here, because an event loop must not wait for it
 from netloader import sync
 from netloader.checkpoint import make_demo_checkpoint
 from netloader.errors import ConfigError
