@@ -175,8 +175,12 @@ async def test_the_clock_of_a_registry_that_jumps_by_30_seconds_costs_reading_at
     registries = MemoryRegistry(), MemoryRegistry()
     engines = [Engine(registries[0], storage) for _ in range(ENGINES // 2)]
 
+    jumps = list[int]()
+
     async def jump(_: Engine) -> None:
-        put_forward(registries[which], 30.0)
+        if not jumps:  # at the first load; a second one finds clocks that are apart, and go on
+            jumps.append(which)
+            put_forward(registries[which], 30.0)
 
     for engine in engines:
         engine.discovery = [engine.discovery[0], LeaseBackend(registries[1], ttl=TTL)]
